@@ -1,0 +1,246 @@
+"""Strict YAML plus `a.b=value` overrides into frozen pydantic models.
+
+Every problem is a `ConfigError` of one line: file (or command line), key path, offending value,
+what was expected or the nearest valid key. This file knows no particular setting; `recipe.py`
+composes them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from bigan.errors import UserError
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used, in one line."""
+
+
+class Frozen(BaseModel):
+    """Base of every section: immutable, no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-4` as a number (YAML 1.2) and refuses a repeated key."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text; `where` names it in the error message."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{where}{line}: not valid YAML: {problem}") from None
+
+
+def load(schema: type[M], path: Path | str, overrides: Sequence[str] = ()) -> M:
+    """Read `path`, apply `overrides` ("a.b=value", the value in YAML) and validate.
+
+    Raises `ConfigError` for an unreadable file, an unknown key or a value of the wrong type.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot read the config: {error.strerror}{_nearest_file(path)}"
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file; expected a YAML config") from None
+    data = parse_yaml(text, str(path)) or {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys to values")
+    touched = [_apply_override(data, override) for override in overrides]
+    return validate(schema, data, str(path), touched)
+
+
+def validate(schema: type[M], data: dict[str, Any], where: str, touched: Iterable[str] = ()) -> M:
+    """Validate plain data; `touched` are the key paths that came from the command line."""
+    try:
+        # JSON mode is the strict mode that still takes a list for a tuple and a str for a Path.
+        return schema.model_validate_json(json.dumps(data))
+    except (TypeError, ValueError) as error:
+        if not isinstance(error, ValidationError):
+            raise ConfigError(f"{where}: a value is not a plain number, text or list") from None
+        # An unknown key explains the missing one beside it.
+        details = sorted(error.errors(), key=lambda d: d["type"] != "extra_forbidden")
+        line = _explain(schema, data, details[0], where, list(touched))
+        rest = f" (and {len(details) - 1} more problem(s))" if len(details) > 1 else ""
+        raise ConfigError(line + rest) from None
+
+
+def dump(config: BaseModel) -> str:
+    """The YAML text of a config; `load` of it gives an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(key path, old value, new value) for every leaf in which two plain mappings differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [
+            found
+            for key in keys
+            for found in differences(old.get(key), new.get(key), f"{prefix}{key}.")
+        ]
+    return [] if old == new else [(prefix.rstrip("."), old, new)]
+
+
+def _apply_override(data: dict[str, Any], override: str) -> str:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not all(part.isidentifier() for part in key.split(".")):
+        raise ConfigError(
+            f"command line: {override!r} is not an override; write key.path=value, "
+            "for example train.seed=1"
+        )
+    *parents, leaf = key.split(".")
+    node = data
+    for depth, part in enumerate(parents):
+        child = node.setdefault(part, {})
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            above = ".".join(parents[: depth + 1])
+            raise ConfigError(f"command line: {override}: {above} is a value, it holds no keys")
+        node = child
+    node[leaf] = parse_yaml(text, f"command line: {override}")
+    return key
+
+
+def _explain(
+    schema: type[BaseModel],
+    data: dict[str, Any],
+    detail: ErrorDetails,
+    path: str,
+    touched: list[str],
+) -> str:
+    loc = _without_tags(data, detail["loc"])
+    key = ".".join(str(part) for part in loc)
+    from_command_line = any(
+        f"{key}.".startswith(f"{t}.") or t.startswith(f"{key}.") for t in touched
+    )
+    where = "command line" if from_command_line else path
+    if detail["type"] == "extra_forbidden":
+        candidates = _keys(schema)
+        hint = _nearest_key(key, candidates)
+        return f"{where}: {key} = {detail['input']!r}: unknown key{hint}"
+    if detail["type"] == "missing":
+        return f"{where}: {key}: this key is required and missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if not key:
+        return f"{where}: {message}"
+    if detail["type"] in {"literal_error", "union_tag_invalid"}:
+        context = detail.get("ctx", {})
+        expected = str(context.get("expected") or context.get("expected_tags") or "")
+        options = re.findall(r"'([^']*)'", expected)
+        if detail["type"] == "union_tag_invalid":
+            key = f"{key}.name"
+            value = context.get("tag")
+        else:
+            value = detail["input"]
+        close = difflib.get_close_matches(str(value), options, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"{where}: {key} = {value!r}: expected one of {expected}{hint}"
+    value = detail["input"]
+    shown = f" = {value!r}" if not isinstance(value, dict) else ""
+    return f"{where}: {key}{shown}: {message}"
+
+
+def _without_tags(data: Any, loc: Sequence[int | str]) -> list[int | str]:
+    """pydantic puts a union's tag ("biggan") and "constrained" markers into `loc`: drop them."""
+    kept: list[int | str] = []
+    node: Any = data
+    for position, part in enumerate(loc):
+        last = position == len(loc) - 1
+        if isinstance(node, dict):
+            if part not in node and not last:
+                continue
+            if part not in node and node.get("name") == part:
+                continue
+            node = node.get(str(part))
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+        elif not last:
+            continue
+        elif isinstance(part, str) and kept and not isinstance(node, dict | list):
+            continue  # a union's member name after a scalar
+        kept.append(part)
+    return kept
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType, typing.Annotated, tuple, list):
+        return [model for arg in typing.get_args(annotation) for model in _models_in(arg)]
+    return []
+
+
+def _keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every key path a schema knows, those of all members of a union included."""
+    paths: list[str] = []
+    for name, info in schema.model_fields.items():
+        paths.append(prefix + name)
+        for model in _models_in(info.annotation):
+            paths += _keys(model, f"{prefix}{name}.")
+    return list(dict.fromkeys(paths))
+
+
+def _nearest_key(key: str, candidates: list[str]) -> str:
+    parent, _, leaf = key.rpartition(".")
+    siblings = {c.rpartition(".")[2]: c for c in candidates if c.rpartition(".")[0] == parent}
+    close = difflib.get_close_matches(leaf, list(siblings), n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {siblings[close[0]]!r}?"
+    elsewhere = [c for c in candidates if c.rpartition(".")[2] == leaf]
+    elsewhere = elsewhere or difflib.get_close_matches(key, candidates, n=1, cutoff=0.6)
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]!r}?"
+    return f"; known here: {', '.join(sorted(siblings))}" if siblings else ""
+
+
+def _nearest_file(path: Path) -> str:
+    if path.exists() or not path.parent.is_dir():
+        return ""
+    names = [p.name for p in path.parent.glob("*.y*ml")]
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""

@@ -1,0 +1,14 @@
+"""The one kind of error a user is meant to read.
+
+Anything the user can put right (a config key, a shard folder, an image, a checkpoint, the launch
+environment) is a `UserError`: one line that says where, what is wrong and what to do. The command
+line prints it without a traceback and exits with code 2; everything else is a bug of ours.
+"""
+
+
+class UserError(Exception):
+    """Bad input, described in one line: where it is, what is wrong, what to do about it."""
+
+
+class RunError(Exception):
+    """A run that had to stop (a non-finite loss, say), its last checkpoint intact. Exit code 1."""

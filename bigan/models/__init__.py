@@ -1,0 +1,29 @@
+"""The registry of networks: a tagged union of every family's frozen `Config`.
+
+A family is one file with `Config(name: Literal[...])`, `Generator(config)` and
+`Discriminator(config)`; adding its `Config` to the union below is all the registration there is.
+
+    Generator:      forward(z [B, z_dim], labels int64 [B]) -> images [B, C, R, R] in [-1, 1]
+    Discriminator:  forward(images [B, C, R, R] in [-1, 1], labels int64 [B]) -> logits [B]
+
+Both have `init_weights(generator: torch.Generator)`; modules are built on any device, the meta
+device included, and filled afterwards.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+from bigan.models import biggan
+
+ModelConfig = biggan.Config  # one `|` per family, with Field(discriminator="name") from the second
+
+
+def build(config: ModelConfig, device: torch.device | str = "cpu") -> tuple[nn.Module, nn.Module]:
+    """(generator, discriminator) of `config` on `device`, weights not yet initialised."""
+    family = sys.modules[type(config).__module__]
+    with torch.device(device):
+        return family.Generator(config), family.Discriminator(config)

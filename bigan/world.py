@@ -1,0 +1,91 @@
+"""Who am I among the processes: a plain value, passed in; nothing in bigan keeps a global rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from bigan.errors import RunError, UserError
+
+T = TypeVar("T")
+TOLD = "raised on rank 0"
+
+
+@dataclass(frozen=True)
+class World:
+    """One process's place among all processes of a run.
+
+    `rank` in [0, size) is global over all nodes; `local_rank` counts within the node and serves
+    only to pick a device. Data and draws are divided by `rank` and `size`, never by `local_rank`
+    (dividing by the local rank shows half of the data to nobody on two nodes).
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"rank {self.rank} is not in [0, {self.size})")
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes files and talks to trackers."""
+        return self.rank == 0
+
+    def share(self, num: int) -> slice:
+        """This rank's slice of `num` items in global order; raises ValueError if uneven."""
+        if num % self.size:
+            raise ValueError(f"{num} items cannot be divided evenly among {self.size} processes")
+        each = num // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+
+def barrier(world: World) -> None:
+    """Wait until every rank is here."""
+    if world.size > 1:
+        dist.barrier()
+
+
+def broadcast(world: World, value: T) -> T:
+    """Rank 0's `value` (any picklable object from our own processes), on every rank."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=world.device)
+    return box[0]
+
+
+def sum_over_ranks(world: World, values: torch.Tensor) -> None:
+    """Add up `values` over all ranks, in place."""
+    if world.size > 1:
+        dist.all_reduce(values)
+
+
+def on_main(world: World, decide: Callable[[], T]) -> T:
+    """Rank 0 looks and decides, everyone is told.
+
+    Runs `decide` on rank 0 and returns its result on every rank; if it raises a `UserError` or
+    `RunError` there, every rank raises the same, so that none is left waiting in a collective.
+    """
+    if world.size == 1:
+        return decide()
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if world.is_main:
+        try:
+            outcome = (decide(), None)
+        except (UserError, RunError) as error:
+            outcome = (None, error)
+        except Exception as error:  # a bug on rank 0 must not hang the others either
+            outcome = (None, RuntimeError(f"rank 0: {type(error).__name__}: {error}"))
+    value, problem = broadcast(world, outcome)
+    if problem is not None:
+        if not world.is_main:
+            problem.add_note(TOLD)  # rank 0 prints it, once
+        raise problem
+    return value  # type: ignore[return-value]

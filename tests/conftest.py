@@ -1,0 +1,97 @@
+"""What many tests need: the packed digits, a tiny recipe, a way to run the command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from bigan import config as configs
+from bigan.recipe import RunConfig
+
+ROOT = Path(__file__).parent.parent
+SMOKE = ROOT / "configs" / "smoke" / "digits.yaml"
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in digits, packed once."""
+    from bigan.data.pack import pack
+
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    pack("digits", folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(digits: Path, tmp_path: Path) -> Callable[..., RunConfig]:
+    """`recipe("train.seed=1")`: the smoke recipe on the packed digits, in a fresh run folder."""
+
+    def make(*overrides: str) -> RunConfig:
+        base = [f"data.path={digits}", f"run_dir={tmp_path / 'run'}"]
+        return configs.load(RunConfig, SMOKE, [*base, *overrides])
+
+    return make
+
+
+def environment(threads: int = 1) -> dict[str, str]:
+    """The environment for a child process: this checkout first, few threads, no launcher's traces."""
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("ACCELERATE_", "SLURM_", "MLFLOW_"))
+        and key not in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    }
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+
+
+def run_bigan(
+    *arguments: str | Path, cwd: Path | None = None, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """`python -m bigan ARGUMENTS` in a fresh process."""
+    return subprocess.run(
+        [sys.executable, "-m", "bigan", *map(str, arguments)],
+        cwd=cwd or ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def launch(
+    *arguments: str | Path,
+    cwd: Path | None = None,
+    options: Sequence[str | Path] = (),
+    module: str = "bigan.train",
+    timeout: float = 180,
+) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch OPTIONS -m MODULE ARGUMENTS` on a free port."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, options)]
+    command += ["--main_process_port", str(free_port()), "-m", module, *map(str, arguments)]
+    return subprocess.run(
+        command,
+        cwd=cwd or ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on at the moment."""
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
