@@ -1,0 +1,40 @@
+"""The averaged generator: half-life in images, ramp-up, hard copy until its start."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from bigan.recipe import EmaConfig
+from bigan.schedules import ema_decay
+
+
+def averaged_copy(generator: nn.Module) -> nn.Module:
+    """A frozen copy of `generator`, the starting point of the average."""
+    return copy.deepcopy(generator).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def update(
+    average: nn.Module,
+    generator: nn.Module,
+    config: EmaConfig,
+    images_seen: int,
+    step_images: int,
+) -> None:
+    """Move `average` towards `generator` in place; call once per generator step.
+
+    Parameters are averaged. Buffers of the same name (singular vectors) are copied: averaging
+    unit vectors would not give unit vectors. The average's own standing statistics are collected
+    anew for every snapshot, so what is copied over them does not matter.
+    """
+    decay = ema_decay(
+        images_seen, step_images, config.halflife_images, config.rampup, config.start_images
+    )
+    averaged: list[Tensor] = list(average.parameters())
+    current: list[Tensor] = list(generator.parameters())
+    torch._foreach_lerp_(averaged, current, 1.0 - decay)
+    for mine, live in zip(average.buffers(), generator.buffers(), strict=True):
+        mine.copy_(live)

@@ -1,0 +1,180 @@
+"""A training step is a list of phases; a phase trains one network.
+
+A phase is an `nn.Module` that registers only the network it trains. It receives the other network
+and the batch as forward arguments and returns (loss, detached scalars). It is pure: no random
+draw, no host synchronisation, no change of a buffer, no rank. That one unit is what is compiled,
+wrapped for DDP or handed to another engine.
+
+Random inputs are described by `draws` (outside compiled code) for the *global* batch; the loop
+hands each process its slice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bigan import rng
+from bigan.layers.init import orthogonal_penalty
+from bigan.losses import LOSSES
+from bigan.penalties import PENALTIES
+from bigan.recipe import RunConfig
+
+Scalars = dict[str, Tensor]
+
+
+class DiscriminatorBatch(NamedTuple):
+    """What one discriminator micro-batch of m images consists of."""
+
+    real: Tensor  # uint8 [m, H, W, C]
+    labels: Tensor  # int64 [m]
+    z: Tensor  # float32 [m, z_dim]
+    fake_labels: Tensor  # int64 [m]
+    mirror: Tensor | None = None  # bool [m]
+    mix: Tensor | None = None  # float32 [m] in [0, 1), for WGAN-GP
+
+
+class GeneratorBatch(NamedTuple):
+    z: Tensor  # float32 [m, z_dim]
+    fake_labels: Tensor  # int64 [m]
+
+
+def as_images(real: Tensor, mirror: Tensor | None) -> Tensor:
+    """uint8 [m, H, W, C] -> float32 [m, C, H, W] in [-1, 1] (channels-last without a copy)."""
+    images = real.permute(0, 3, 1, 2).to(torch.float32) * (1 / 127.5) - 1
+    if mirror is not None:
+        images = torch.where(mirror.view(-1, 1, 1, 1), images.flip(3), images)
+    return images
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """bfloat16 autocast if the recipe asks for it; the meta device has none and needs none."""
+    if precision == "fp32" or device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+class DiscriminatorPhase(nn.Module):
+    """Minimises the discriminator's loss, gradient penalties included, on real and fake images."""
+
+    name = "d"
+    uses_data = True
+    batch_type = DiscriminatorBatch
+
+    def __init__(
+        self, discriminator: nn.Module, config: RunConfig, class_counts: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.network = discriminator
+        self.config = config
+        self.class_counts = class_counts
+
+    def draws(self, images_seen: int, num: int) -> dict[str, Tensor]:
+        """Counter-based inputs of the `num` images from `images_seen` on."""
+        seed = self.config.train.seed
+        draws = {
+            "z": rng.normal(seed, "d/z", images_seen, (num, self.config.model.z_dim)),
+            "fake_labels": rng.labels(seed, "d/labels", images_seen, num, self.class_counts),
+        }
+        if self.config.data.mirror:
+            draws["mirror"] = rng.uniform(seed, "d/mirror", images_seen, (num,)) < 0.5
+        if any(penalty.name == "wgan_gp" for penalty in self.config.penalties):
+            draws["mix"] = rng.uniform(seed, "d/mix", images_seen, (num,))
+        return draws
+
+    def variant(self, images_seen: int) -> tuple[bool, ...]:
+        """Which penalties are due at the step that begins at `images_seen` (lazy ones rest)."""
+        step = images_seen // self.config.train.batch
+        return tuple(step % penalty.every == 0 for penalty in self.config.penalties)
+
+    def forward(
+        self, generator: nn.Module, batch: DiscriminatorBatch, variant: tuple[bool, ...]
+    ) -> tuple[Tensor, Scalars]:
+        real = as_images(batch.real, batch.mirror)
+        with autocast(self.config.precision, real.device):
+            with torch.no_grad():
+                fake = generator(batch.z, batch.fake_labels)
+            logits = self.network(
+                torch.cat([real.to(fake.dtype), fake]), torch.cat([batch.labels, batch.fake_labels])
+            )
+        logits_real, logits_fake = logits.float().chunk(2)
+        loss = LOSSES[self.config.loss].discriminator(logits_real, logits_fake)
+        scalars = {
+            "loss_d": loss.detach(),
+            "logits_real": logits_real.detach().mean(),
+            "logits_fake": logits_fake.detach().mean(),
+        }
+        for penalty, is_due in zip(self.config.penalties, variant, strict=True):
+            if is_due:
+                value = PENALTIES[penalty.name](
+                    self.network, real, batch.labels, fake.float(), batch.fake_labels, batch.mix
+                )
+                loss = loss + penalty.weight * penalty.every * value
+                scalars[penalty.name] = value.detach()
+        return loss, scalars
+
+
+class GeneratorPhase(nn.Module):
+    """Minimises the generator's loss; the discriminator only looks on."""
+
+    name = "g"
+    uses_data = False
+    batch_type = GeneratorBatch
+
+    def __init__(
+        self, generator: nn.Module, config: RunConfig, class_counts: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.network = generator
+        self.config = config
+        self.class_counts = class_counts
+
+    def draws(self, images_seen: int, num: int) -> dict[str, Tensor]:
+        """Counter-based inputs of a generator step taken after `images_seen` images."""
+        seed = self.config.train.seed
+        return {
+            "z": rng.normal(seed, "g/z", images_seen, (num, self.config.model.z_dim)),
+            "fake_labels": rng.labels(seed, "g/labels", images_seen, num, self.class_counts),
+        }
+
+    def variant(self, images_seen: int) -> tuple[bool, ...]:
+        """The generator has no lazy terms."""
+        return ()
+
+    def forward(
+        self, discriminator: nn.Module, batch: GeneratorBatch, variant: tuple[bool, ...]
+    ) -> tuple[Tensor, Scalars]:
+        with autocast(self.config.precision, batch.z.device):
+            fake = self.network(batch.z, batch.fake_labels)
+            logits_fake = discriminator(fake, batch.fake_labels)
+        loss = LOSSES[self.config.loss].generator(logits_fake.float())
+        scalars = {"loss_g": loss.detach()}
+        if self.config.train.orthogonal_weight > 0:
+            penalty = orthogonal_penalty(self.network)
+            loss = loss + self.config.train.orthogonal_weight * penalty
+            scalars["orthogonal_g"] = penalty.detach()
+        return loss, scalars
+
+
+Phase = DiscriminatorPhase | GeneratorPhase
+
+
+def build_phases(
+    config: RunConfig,
+    generator: nn.Module,
+    discriminator: nn.Module,
+    class_counts: tuple[int, ...],
+) -> dict[str, Phase]:
+    """The phases of a recipe by name; `order` says how they follow each other."""
+    return {
+        "d": DiscriminatorPhase(discriminator, config, class_counts),
+        "g": GeneratorPhase(generator, config, class_counts),
+    }
+
+
+def order(config: RunConfig) -> tuple[str, ...]:
+    """One training step: `num_d_steps` discriminator steps, then one of the generator."""
+    return ("d",) * config.train.num_d_steps + ("g",)

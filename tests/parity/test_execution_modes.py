@@ -1,0 +1,134 @@
+"""The parity table: every way to run a step agrees with the one-process eager reference.
+
+Three training steps (discriminator and generator, Adam) in float32 from the same weights and
+batches; each cell prints its measured difference (`pytest tests/parity -s`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from bigan import config as configs
+from bigan.data.stream import ShardStream
+from bigan.engine import Engine
+from bigan.recipe import RunConfig
+from bigan.trainer import Training, check_data
+from bigan.world import World
+
+PENALTIES = {
+    "none": "penalties=[]",
+    "r1": "penalties=[{name: r1, weight: 10.0}]",
+    "wgan_gp": "penalties=[{name: wgan_gp, weight: 10.0}]",
+    "lazy_r1": "penalties=[{name: r1, weight: 10.0, every: 2}]",
+}
+State = dict[str, torch.Tensor]
+
+
+def three_steps(config: RunConfig) -> tuple[State, list[str]]:
+    """Networks after three steps, and the losses on the way, by the real trainer's parts."""
+    messages: list[str] = []
+    engine = Engine(config, messages.append)
+    counts = tuple(check_data(config).class_counts("train"))
+    training = Training(config, engine, counts)
+    training.prepare()
+    with stream_of(config, training.accumulation) as stream:
+        for _ in range(3):
+            training.step(stream)
+    means, _ = training.statistics.collect()
+    state: State = {f"loss/{k}": torch.tensor(v) for k, v in means.items()}
+    for name, network in training.networks.items():
+        state |= {f"{name}.{k}": t.detach().clone() for k, t in network.state_dict().items()}
+    return state, messages
+
+
+def stream_of(config: RunConfig, accumulation: int) -> ShardStream:
+    return ShardStream(
+        config.data.path,
+        seed=config.train.seed,
+        world=World(),
+        batch=config.train.batch,
+        accumulation=accumulation,
+    )
+
+
+def largest_difference(a: State, b: State) -> float:
+    assert a.keys() == b.keys()
+    return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
+
+
+@pytest.fixture(scope="module")
+def reference(digits: object) -> Iterator[Callable[[RunConfig], State]]:
+    """The eager state of a recipe, computed once for each."""
+    known: dict[str, State] = {}
+
+    def of(config: RunConfig) -> State:
+        eager = config.model_copy(update={"compile": "eager"})
+        key = configs.dump(eager).partition("\n")[2]  # without run_dir
+        if key not in known:
+            known[key], _ = three_steps(eager)
+        return known[key]
+
+    yield of
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_aot_eager_is_bitwise_eager(
+    recipe: Callable[..., RunConfig], reference: Callable[[RunConfig], State], penalty: str
+) -> None:
+    config = recipe(PENALTIES[penalty], "compile=aot_eager")
+    state, messages = three_steps(config)
+    assert not any("failed" in m for m in messages), messages
+    difference = largest_difference(state, reference(config))
+    print(f"\naot_eager  {penalty:8} {difference:.1e}")
+    assert difference == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("penalty", ["r1", "wgan_gp"])
+def test_inductor_agrees(
+    recipe: Callable[..., RunConfig], reference: Callable[[RunConfig], State], penalty: str
+) -> None:
+    config = recipe(PENALTIES[penalty], "compile=inductor")
+    state, messages = three_steps(config)
+    assert not any("failed" in m for m in messages), messages
+    difference = largest_difference(state, reference(config))
+    print(f"\ninductor   {penalty:8} {difference:.1e}")
+    assert difference < 1e-4
+
+
+def test_a_penalty_matters(
+    recipe: Callable[..., RunConfig], reference: Callable[[RunConfig], State]
+) -> None:
+    """The cells above compare something: without the penalty the weights are others."""
+    plain = reference(recipe())
+    for name in ("r1", "wgan_gp"):
+        assert any(
+            not torch.equal(plain[k], t)
+            for k, t in reference(recipe(PENALTIES[name])).items()
+            if k.startswith("d.") and k in plain
+        )
+
+
+@pytest.mark.parametrize("penalty", ["none", "wgan_gp"])
+def test_accumulation_leaves_the_discriminator_step_unchanged(
+    recipe: Callable[..., RunConfig], penalty: str
+) -> None:
+    """One discriminator step in micro-batches of 10 is the step on the joined batch of 40.
+
+    The generator's BatchNorm sees micro-batches, so it is put into evaluation mode here.
+    """
+    states = []
+    for micro_batch in (10, 40):
+        config = recipe(PENALTIES[penalty], f"train.micro_batch={micro_batch}")
+        training = Training(config, Engine(config, print), (1,) * 10)
+        training.generator.eval()
+        training.prepare()
+        with stream_of(config, training.accumulation) as stream:
+            training.phase_step("d", stream)
+        states.append({k: t.clone() for k, t in training.discriminator.state_dict().items()})
+    difference = largest_difference(*states)
+    print(f"\naccumulate {penalty:8} {difference:.1e}")
+    assert difference < 2e-5

@@ -1,0 +1,197 @@
+"""Launch guards, the non-finite stop, purity of the phases, the compile fall-back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+
+from bigan import ema, engine, phases
+from bigan.data.stream import ShardStream
+from bigan.engine import Engine, check_launch, compile_backend
+from bigan.errors import RunError, UserError
+from bigan.recipe import RunConfig
+from bigan.trainer import Training, train
+from bigan.world import World
+
+Recipe = Callable[..., RunConfig]
+
+
+def make(config: RunConfig) -> tuple[Training, ShardStream]:
+    training = Training(config, Engine(config, print), (1,) * 10)
+    training.prepare()
+    stream = ShardStream(
+        config.data.path,
+        seed=0,
+        world=World(),
+        batch=config.train.batch,
+        accumulation=training.accumulation,
+    )
+    return training, stream
+
+
+@pytest.mark.parametrize(
+    ("environment", "part"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, "launch/cpu.yaml"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "4 tasks"),
+    ],
+)
+def test_half_started_launches_are_refused(environment: dict[str, str], part: str) -> None:
+    with pytest.raises(UserError, match=part):
+        check_launch(environment)
+    check_launch(environment | {"WORLD_SIZE": "2"})
+
+
+def test_whole_launches_pass() -> None:
+    check_launch({})
+    check_launch({"ACCELERATE_MIXED_PRECISION": "no"})
+    check_launch({"SLURM_STEP_NUM_TASKS": "1"})
+
+
+def test_ddp_needs_processes(recipe: Recipe) -> None:
+    with pytest.raises(UserError, match="accelerate launch"):
+        Engine(recipe("engine=ddp"), print)
+
+
+def test_non_finite_step_changes_nothing(recipe: Recipe) -> None:
+    training, stream = make(recipe())
+    with stream:
+        training.step(stream)
+        assert training.engine.halted_at() == -1
+        before = {
+            f"{n}.{k}": t.clone()
+            for n, net in training.networks.items()
+            for k, t in net.named_parameters()
+        }
+        moment = training.optimizers["d"].state[training.prepared["d"].parameters[0]]
+        moments = {k: t.clone() for k, t in moment.items()}
+        with mock.patch.object(phases, "as_images", lambda real, _: real.permute(0, 3, 1, 2) * torch.nan):
+            training.step(stream)
+        training.step(stream)  # sticky: finite again, and still no update
+    for name, network in training.networks.items():
+        if name == "ema":  # converges to the generator, which stands still
+            continue
+        for key, parameter in network.named_parameters():
+            assert torch.equal(parameter, before[f"{name}.{key}"]), key
+    assert all(torch.equal(moment[k], t) for k, t in moments.items())
+    assert training.engine.halted_at() == 40
+    assert all(torch.isfinite(p).all() for p in training.average.parameters())
+
+
+def test_run_stops_with_one_line_and_keeps_the_checkpoint(recipe: Recipe) -> None:
+    config = recipe("train.total_images=4000", "train.checkpoint_images=80", "train.tick_images=40")
+    original = phases.as_images
+    calls = iter(range(10**6))
+
+    def spoiled(real: torch.Tensor, mirror: torch.Tensor | None) -> torch.Tensor:
+        images = original(real, mirror)
+        return images * torch.nan if next(calls) >= 5 else images
+
+    with (
+        mock.patch.object(phases, "as_images", spoiled),
+        pytest.raises(RunError, match=r"loss_d.* non-finite at images_seen = 200.*checkpoints/160"),
+    ):
+        train(config, print, lambda *_: None)
+    assert (config.run_dir / "checkpoints" / "160" / "COMPLETE").exists()
+    assert not (config.run_dir / "checkpoints" / "200").exists()
+    assert train(recipe("train.total_images=240"), print, lambda *_: None) == 0
+
+
+def test_phases_are_pure(recipe: Recipe) -> None:
+    """Twice the same inputs give the same loss, and no parameter or buffer changes."""
+    training, stream = make(recipe("penalties=[{name: r1, weight: 1}, {name: wgan_gp, weight: 1}]"))
+    networks = training.networks.values()
+    before = [t.clone() for n in networks for t in n.state_dict().values()]
+    with stream:
+        for name, other in (("d", training.generator), ("g", training.discriminator)):
+            phase = training.phases[name]
+            (batch,) = training._micro_batches(phase, stream)
+            first, second = (phase(other, batch, phase.variant(0))[0] for _ in range(2))
+            assert torch.equal(first, second)
+            first.backward()
+    after = [t for n in networks for t in n.state_dict().values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_phase_registers_only_what_it_trains(recipe: Recipe) -> None:
+    training, _ = make(recipe())
+    for name, network in (("d", training.discriminator), ("g", training.generator)):
+        assert list(training.phases[name].parameters()) == list(network.parameters())
+
+
+def test_frozen_player_gets_no_gradient(recipe: Recipe) -> None:
+    training, stream = make(recipe())
+    with stream:
+        training.phase_step("d", stream)
+        assert all(p.grad is None for p in training.generator.parameters())
+        training.optimizers["d"].zero_grad()
+        training.phase_step("g", stream)
+    assert all(p.grad is None for p in training.discriminator.parameters())
+
+
+def test_lazy_penalty_is_due_every_kth_step(recipe: Recipe) -> None:
+    config = recipe("penalties=[{name: r1, weight: 1, every: 4}]")
+    training, stream = make(config)
+    phase = training.phases["d"]
+    due = [phase.variant(n)[0] for n in range(0, 40 * 8, 40)]
+    assert due == [True, False, False, False] * 2
+    with stream:
+        (batch,) = training._micro_batches(phase, stream)
+        with torch.no_grad():
+            plain, _ = phase(training.generator, batch, (False,))
+            lazy, scalars = phase(training.generator, batch, (True,))
+    assert (lazy - plain).item() == pytest.approx(4 * scalars["r1"].item(), rel=1e-3)
+
+
+def test_bf16_keeps_penalties_in_float32(recipe: Recipe) -> None:
+    penalty = "penalties=[{name: r1, weight: 1}]"
+    values = {}
+    for precision in ("fp32", "bf16"):
+        training, stream = make(recipe(penalty, f"precision={precision}"))
+        with stream:
+            (batch,) = training._micro_batches(training.phases["d"], stream)
+        _, scalars = training.phases["d"](training.generator, batch, (True,))
+        values[precision] = {k: v.item() for k, v in scalars.items()}
+    assert values["bf16"]["r1"] == values["fp32"]["r1"]
+    assert values["bf16"]["loss_d"] != values["fp32"]["loss_d"]
+    assert values["bf16"]["loss_d"] == pytest.approx(values["fp32"]["loss_d"], abs=0.02)
+
+
+def test_without_a_compiler_auto_is_eager_and_says_so() -> None:
+    with mock.patch.object(engine.shutil, "which", return_value=None):
+        backend, reason = compile_backend("auto", torch.device("cpu"))
+    assert backend is None
+    assert "compiler" in reason
+    assert compile_backend("eager", torch.device("cpu")) == (None, "")
+    assert compile_backend("auto", torch.device("cuda")) == ("inductor", "")
+
+
+def test_failing_compilation_falls_back_with_one_line(recipe: Recipe) -> None:
+    lines: list[str] = []
+    config = recipe("compile=aot_eager")
+    runs = {}
+    for broken in (True, False):
+        eng = Engine(config if broken else recipe(), lines.append)
+        if broken:
+            def explode(*_: object) -> None:
+                raise RuntimeError("no such backend here")
+            eng._backend = explode  # type: ignore[assignment]
+        training = Training(config, eng, (1,) * 10)
+        training.prepare()
+        with ShardStream(config.data.path, seed=0, world=World(), batch=40) as stream:
+            training.step(stream)
+        runs[broken] = [p.clone() for p in training.generator.parameters()]
+    assert len([line for line in lines if "eager mode for phase" in line]) == 2
+    assert all(torch.equal(a, b) for a, b in zip(runs[True], runs[False], strict=True))
+
+
+def test_average_follows_the_generator(recipe: Recipe) -> None:
+    training, stream = make(recipe("ema.start_images=1000000"))
+    with stream:
+        training.step(stream)
+    pairs = zip(training.average.parameters(), training.generator.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert ema.averaged_copy(training.generator).training is False

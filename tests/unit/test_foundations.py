@@ -1,0 +1,176 @@
+"""World, counter-based draws, whole-or-absent files, statistics, the stop flag, the layers."""
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import environment
+
+from bigan import files, rng
+from bigan.stats import Statistics
+from bigan.stop import StopFlag
+from bigan.world import World, on_main
+
+ROOT = Path(__file__).parents[2]
+
+# DESIGN: a file imports only from lower layers (of equal ones: without cycles, within a room).
+LAYERS: list[set[str]] = [
+    {"errors"},
+    {"config", "world", "rng", "files"},
+    {"layers", "data"},
+    {"models", "losses", "penalties", "schedules", "stats", "stop", "journal"},
+    {"recipe"},
+    {"ema", "snapshot", "mlflow_run", "curves"},
+    {"tracking", "pictures"},
+    {"phases", "engine", "checkpoint", "evaluation"},
+    {"run_folder", "describe", "progress"},
+    {"trainer"},
+    {"bench"},
+    {"cli"},
+    {"train", "evaluate", "__main__"},
+]
+
+
+def rooms() -> dict[str, set[str]]:
+    """Room -> rooms it imports, read from the sources."""
+    found: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "bigan").rglob("*.py")):
+        parts = path.relative_to(ROOT / "bigan").with_suffix("").parts
+        imported = found.setdefault(parts[0], set())
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                below = [f"{node.module}.{alias.name}" for alias in node.names]
+                names = below if node.module == "bigan" else [node.module]
+            else:
+                continue
+            imported |= {n.split(".")[1] for n in names if n.startswith("bigan.")} - {parts[0]}
+    found.pop("__init__", None)
+    return found
+
+
+def test_files_import_only_from_lower_layers() -> None:
+    level = {room: i for i, layer in enumerate(LAYERS) for room in layer}
+    imports = rooms()
+    assert imports.keys() == level.keys(), "every room has its layer"
+    wrong = [
+        f"{room} imports {other}"
+        for room, others in imports.items()
+        for other in others
+        if level[other] >= level[room]
+    ]
+    assert not wrong
+
+
+def test_training_and_evaluation_do_not_know_each_other() -> None:
+    imports = rooms()
+    assert "evaluation" not in imports["trainer"] | imports["phases"]
+    assert not {"trainer", "phases", "engine"} & imports["evaluation"]
+
+
+def test_world_divides_everything_once() -> None:
+    for size in (1, 2, 3, 8):
+        taken = [i for rank in range(size) for i in range(24)[World(rank, size).share(24)]]
+        assert taken == list(range(24))
+    with pytest.raises(ValueError, match="evenly"):
+        World(0, 5).share(24)
+    with pytest.raises(ValueError, match="rank 2"):
+        World(2, 2)
+
+
+def test_on_main_is_plain_for_one_process() -> None:
+    assert on_main(World(), lambda: 3) == 3
+
+
+def test_draws_are_functions_of_their_triple() -> None:
+    a = rng.normal(0, "g/z", 100, (4, 5))
+    assert torch.equal(a, rng.normal(0, "g/z", 100, (4, 5)))
+    others = [(1, "g/z", 100), (0, "d/z", 100), (0, "g/z", 140)]
+    assert all(not torch.equal(a, rng.normal(*other, (4, 5))) for other in others)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    rng.uniform(0, "x", 0, (3,))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_draws_are_pinned() -> None:
+    """The streams of a version are part of what a seed means; changing them is a new version."""
+    z = rng.normal(0, "g/z", 40, (3,))
+    assert z.tolist() == pytest.approx([0.93451768, -0.24430668, 1.84578371], abs=1e-6)
+    assert rng.labels(0, "g/labels", 40, 8, (1,) * 10).tolist() == [7, 2, 3, 5, 1, 7, 4, 5]
+
+
+def test_labels_follow_the_class_law() -> None:
+    labels = rng.labels(0, "x", 0, 20_000, (1, 0, 3))
+    shares = torch.bincount(labels, minlength=3) / 20_000
+    assert shares.tolist() == pytest.approx([0.25, 0.0, 0.75], abs=0.02)
+
+
+def test_folder_is_whole_or_absent(tmp_path: Path) -> None:
+    folder = tmp_path / "100"
+    with pytest.raises(RuntimeError), files.complete_folder(folder) as temporary:
+        (temporary / "a").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    for content in ("one", "two"):
+        with files.complete_folder(folder) as temporary:
+            (temporary / "a").write_text(content)
+        assert files.is_complete(folder)
+        assert (folder / "a").read_text() == content
+
+
+def test_incomplete_and_foreign_folders_are_ignored(tmp_path: Path) -> None:
+    for name, complete in (("20", True), ("100", True), ("300", False), ("best", True)):
+        (tmp_path / name).mkdir()
+        if complete:
+            (tmp_path / name / files.COMPLETE).touch()
+    assert [p.name for p in files.numbered_folders(tmp_path)] == ["20", "100"]
+
+
+def test_write_atomic_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    files.write_atomic(path, "old")
+    with pytest.raises(TypeError):
+        files.write_atomic(path, 3)  # type: ignore[arg-type]
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_statistics_are_means_over_the_tick() -> None:
+    statistics = Statistics(World())
+    for value in (1.0, 2.0, 6.0):
+        statistics.add({"loss": torch.tensor(value)})
+    statistics.add({"rare": torch.tensor(5.0)})
+    means, largest = statistics.collect(stop=15.0)
+    assert means == {"loss": 3.0, "rare": 5.0}
+    assert largest == {"stop": 15.0}
+    assert statistics.collect(stop=0.0) == ({}, {"stop": 0.0})
+
+
+def test_stop_flag_remembers_the_first_signal_and_restores_handlers() -> None:
+    former = signal.getsignal(signal.SIGTERM)
+    with StopFlag() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert stop.signal == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is former
+
+
+def test_second_interrupt_leaves_at_once() -> None:
+    code = (
+        "import os, signal, time\nfrom bigan.stop import StopFlag\n"
+        "with StopFlag():\n"
+        "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('still here', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(30)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, timeout=20, check=False
+    )
+    assert (done.returncode, done.stdout) == (130, b"still here\n")
