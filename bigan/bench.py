@@ -1,0 +1,155 @@
+"""`bigan bench step`: the training step without data loading, each variant in its own process.
+
+Variants are measured in the same run on synthetic images, several timed runs after a warm-up, the
+median and the spread reported. A process per variant gives each its own peak memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bigan import config as configs
+from bigan import phases
+from bigan.data.stream import Batch
+from bigan.engine import Echo, Engine
+from bigan.errors import UserError
+from bigan.recipe import PenaltyConfig, RunConfig
+from bigan.trainer import Training
+
+WARM_UP_STEPS = 3
+RUN_SECONDS = 1.0  # a timed run repeats the step for about this long
+
+
+def bench_step(path: Path, overrides: Sequence[str], runs: int, echo: Echo) -> dict[str, Any]:
+    """Measure eager and compiled, without and with R1; returns a JSON-ready record.
+
+    Raises `UserError` for fewer than 5 runs or an unusable recipe.
+    """
+    if runs < 5:
+        raise UserError(f"--runs {runs}: fewer than 5 runs say nothing about the spread")
+    config = configs.load(RunConfig, path, overrides)
+    compiled = config.compile if config.compile in {"inductor", "aot_eager"} else "inductor"
+    context = multiprocessing.get_context("spawn")
+    variants = []
+    for backend in ("eager", compiled):
+        for penalties in ((), (PenaltyConfig(name="r1", weight=1.0),)):
+            variant = config.model_copy(update={"compile": backend, "penalties": penalties})
+            with context.Pool(1) as pool:
+                result = pool.apply(measure_step, (configs.dump(variant), runs))
+            name = f"{backend}{'+r1' if penalties else ''}"
+            echo(f"{name}: {result['images_per_second']['median']:.0f} images/s")
+            variants.append({"name": name, "compile": backend, "r1": bool(penalties)} | result)
+    rate = {v["name"]: v["images_per_second"]["median"] for v in variants}
+    return {
+        "benchmark": "step",
+        "config": str(path),
+        "overrides": list(overrides),
+        "environment": hardware(),
+        "batch": config.train.batch,
+        "runs": runs,
+        "variants": variants,
+        "speedup_compiled": rate[compiled] / rate["eager"],
+        "speedup_compiled_r1": rate[f"{compiled}+r1"] / rate["eager+r1"],
+    }
+
+
+def measure_step(text: str, runs: int) -> dict[str, Any]:
+    """Time the phases of a recipe (YAML `text`) on synthetic images, in this process."""
+    config = configs.validate(RunConfig, configs.parse_yaml(text, "bench"), "bench")
+    messages: list[str] = []
+    engine = Engine(config, messages.append)
+    device = engine.world.device
+    counts = (1,) * config.model.num_classes
+    training = Training(config, engine, counts)
+    training.prepare()
+    source = synthetic_images(config, training.accumulation, device)
+    order = phases.order(config)
+    spent: dict[str, list[float]] = {name: [] for name in dict.fromkeys(order)}
+
+    def steps(num: int, record: bool) -> float:
+        began = time.perf_counter()
+        times = dict.fromkeys(spent, 0.0)
+        for _ in range(num):
+            for name in order:
+                start = time.perf_counter()
+                training.phase_step(name, source)
+                _wait(device)
+                times[name] += time.perf_counter() - start
+        total = time.perf_counter() - began
+        if record:
+            for name, seconds in times.items():
+                spent[name].append(1000 * seconds / (num * order.count(name)))
+        return total / num
+
+    began = time.perf_counter()
+    steps(1, record=False)
+    first = time.perf_counter() - began
+    steps(WARM_UP_STEPS, record=False)
+    each = max(1, round(RUN_SECONDS / steps(1, record=False)))
+    seconds = [steps(each, record=True) for _ in range(runs)]
+    per_step = config.train.batch * config.train.num_d_steps
+    return {
+        "images_per_second": _summary([per_step / s for s in seconds]),
+        "ms_per_phase": {name: _summary(values) for name, values in spent.items()},
+        "first_step_seconds": first,
+        "peak_memory_bytes": _peak_memory(device),
+        "steps_per_run": each,
+        "messages": messages,
+    }
+
+
+def synthetic_images(config: RunConfig, accumulation: int, device: torch.device) -> Iterator[Batch]:
+    """An endless stream of one random micro-batch, already on the device."""
+    num, model = config.train.batch // accumulation, config.model
+    shape = (num, model.resolution, model.resolution, model.image_channels)
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, model.num_classes, (num,), generator=generator)
+    return itertools.repeat(Batch(real.to(device), labels.to(device), np.arange(num)))
+
+
+def hardware() -> dict[str, Any]:
+    """What the figures depend on."""
+    cuda = torch.cuda.is_available()
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _summary(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

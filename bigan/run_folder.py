@@ -1,0 +1,84 @@
+"""The run folder: what makes the same command restart a run, and refuses to mix two runs.
+
+runs/<name>/config.yaml  environment.json  metrics.jsonl  mlflow.json  curves.png  timeline.png
+            checkpoints/<images_seen>/  snapshots/<images_seen>/  samples/<images_seen>.png
+            evaluation/  DONE (written last, when all images have been seen)
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from bigan import checkpoint, files
+from bigan import config as configs
+from bigan.config import ConfigError
+from bigan.recipe import RunConfig
+from bigan.tracking import environment
+
+DONE = "DONE"
+
+# What may differ between two lives of a run: how it is executed, shown and kept, and its length.
+# Everything else would make it another experiment.
+FREE = (
+    "run_dir",
+    "engine",
+    "compile",
+    "data.path",
+    "data.threads",
+    "data.prefetch",
+    "train.total_images",
+    "train.micro_batch",
+    "train.tick_images",
+    "train.checkpoint_images",
+    "train.checkpoint_keep",
+    "train.snapshot_images",
+    "train.collective_timeout_seconds",
+    "evaluation",
+    "tracking",
+)
+
+
+def check(config: RunConfig) -> Path | None:
+    """The checkpoint to resume from, or None for a new run; changes nothing on disk.
+
+    Raises `ConfigError` if the folder holds a run of another recipe, or something else entirely.
+    """
+    folder = config.run_dir
+    stored = folder / "config.yaml"
+    if not stored.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(
+                f"{folder}: not empty and not a run (no config.yaml in it); use another run_dir"
+            )
+        return None
+    old = configs.load(RunConfig, stored).model_dump(mode="json")
+    new = config.model_dump(mode="json")
+    for key, before, now in configs.differences(old, new):
+        if not any(key == free or key.startswith(f"{free}.") for free in FREE):
+            raise ConfigError(
+                f"{folder}: this run has {key} = {before!r}, not {now!r}; use another "
+                f"run_dir=... for another experiment, or {key}={before} to go on"
+            )
+    newest = checkpoint.latest(folder)
+    if newest is not None:
+        checkpoint.read_progress(newest)
+    return newest
+
+
+def prepare(config: RunConfig) -> None:
+    """Create or refresh the folder; call on rank 0 once everything has been checked."""
+    folder = config.run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("checkpoints", "snapshots", "samples"):
+        (folder / name).mkdir(exist_ok=True)
+        files.remove_leftovers(folder / name)
+    files.write_atomic(folder / "config.yaml", configs.dump(config))
+    record = json.dumps(environment(), indent=2, sort_keys=True) + "\n"
+    files.write_atomic(folder / "environment.json", record)
+    (folder / DONE).unlink(missing_ok=True)
+
+
+def finish(config: RunConfig, images_seen: int) -> None:
+    """Mark the run as complete; call on rank 0 after everything else has been written."""
+    files.write_atomic(config.run_dir / DONE, f"{images_seen}\n")

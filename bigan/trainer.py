@@ -1,0 +1,343 @@
+"""The loop: phases over the stream, a tick now and then, a snapshot and a checkpoint when due."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bigan import checkpoint, ema, models, phases, pictures, rng, run_folder, snapshot
+from bigan.checkpoint import Progress
+from bigan.data.shards import Manifest
+from bigan.data.stream import Batch, ShardStream
+from bigan.engine import Echo, Engine, Prepared, adam, disconnect
+from bigan.errors import RunError, UserError
+from bigan.layers.batchnorm import collecting_statistics, set_process_group
+from bigan.layers.spectral import power_iteration
+from bigan.recipe import RunConfig, accumulation_steps
+from bigan.schedules import due
+from bigan.stats import Statistics
+from bigan.stop import StopFlag
+from bigan.tracking import Status, Tracker
+from bigan.world import World, barrier, broadcast, on_main, sum_over_ranks
+
+CHECKSUM_LIMIT_BYTES = 1 << 30  # smaller sets are verified whole at every start
+GRID_COLUMNS = 10
+GRID_ROWS = 16
+
+OnTick = Callable[[Progress, dict[str, float]], None]
+
+
+def check_data(config: RunConfig) -> Manifest:
+    """The manifest of the training images; raises `UserError` if they do not fit the model."""
+    manifest = Manifest.load(config.data.path)
+    model = config.model
+    wrong = [
+        f"{what} {found} but {key} = {wanted}"
+        for what, found, key, wanted in (
+            ("resolution", manifest.resolution, "model.resolution", model.resolution),
+            ("channels", manifest.channels, "model.image_channels", model.image_channels),
+            ("classes", manifest.num_classes, "model.num_classes", model.num_classes),
+        )
+        if found != wanted
+    ]
+    if wrong:
+        raise UserError(
+            f"{config.data.path}: the images have {'; '.join(wrong)}; change the config or pack "
+            "the images again (`bigan pack --help`)"
+        )
+    if sum(shard.filesize for shard in manifest.shardlist) <= CHECKSUM_LIMIT_BYTES:
+        manifest.verify_checksums()
+    return manifest
+
+
+class Training:
+    """The state of a run and the operations on it; `train` below says in which order they come."""
+
+    def __init__(self, config: RunConfig, engine: Engine, class_counts: tuple[int, ...]) -> None:
+        self.config = config
+        self.engine = engine
+        self.world = engine.world
+        self.class_counts = class_counts
+        self.generator, self.discriminator = models.build(config.model, "meta")
+        for name, network in (("g", self.generator), ("d", self.discriminator)):
+            network.to_empty(device="cpu")
+            weights = rng.torch_generator(config.train.seed, f"init/{name}")
+            network.init_weights(weights)  # type: ignore[operator]
+            network.to(self.world.device)
+            network.to(memory_format=torch.channels_last)
+        self.average = ema.averaged_copy(self.generator)
+        set_process_group(self.generator, engine.process_group)
+        self.networks = {"g": self.generator, "d": self.discriminator, "ema": self.average}
+        self.optimizers = {
+            "g": adam(self.generator, config.optimizer.g),
+            "d": adam(self.discriminator, config.optimizer.d),
+        }
+        self.progress = Progress()
+        self.accumulation = accumulation_steps(config.train, self.world.size)
+        self.phases = phases.build_phases(
+            config, self.generator, self.discriminator, self.class_counts
+        )
+        self.prepared: dict[str, Prepared] = {}
+        self.statistics = Statistics(self.world)
+
+    def resume(self, folder: Path) -> None:
+        self.progress = checkpoint.load(folder, self.networks, self.optimizers)
+        self.progress.attempt += 1
+
+    def prepare(self) -> None:
+        """Hand the phases to the engine; weights must be final by then."""
+        self.prepared = {
+            name: self.engine.prepare(phase, self.optimizers[name])
+            for name, phase in self.phases.items()
+        }
+
+    def step(self, stream: Iterator[Batch]) -> None:
+        """One training step: every phase in order, then the average."""
+        before = self.progress.images_seen
+        for name in phases.order(self.config):
+            self.phase_step(name, stream)
+        now = self.progress.images_seen
+        ema.update(self.average, self.generator, self.config.ema, now, now - before)
+
+    def phase_step(self, name: str, stream: Iterator[Batch]) -> None:
+        """One optimiser step of one phase; a phase that reads images moves `images_seen` on."""
+        phase, images_seen = self.phases[name], self.progress.images_seen
+        power_iteration(self.generator)
+        power_iteration(self.discriminator)
+        scalars = self.engine.step(
+            self.prepared[name],
+            self.generator if name == "d" else self.discriminator,
+            self._micro_batches(phase, stream),
+            phase.variant(images_seen),
+            images_seen,
+        )
+        self.statistics.add(scalars)
+        if phase.uses_data:
+            self.progress.images_seen += self.config.train.batch
+
+    def _micro_batches(self, phase: phases.Phase, stream: Iterator[Batch]) -> list[tuple]:
+        """This rank's slices of the global micro-batches that make one optimiser step."""
+        num = self.config.train.batch
+        draws = phase.draws(self.progress.images_seen, num)
+        each = num // self.accumulation
+        share = self.world.share(each)
+        batches: list[tuple] = []
+        for index in range(self.accumulation):
+            start = index * each
+            mine = {k: t[start + share.start : start + share.stop] for k, t in draws.items()}
+            if phase.uses_data:
+                images = next(stream)
+                mine |= {"real": images.real, "labels": images.labels}
+            on_device = {k: t.to(self.world.device, non_blocking=True) for k, t in mine.items()}
+            batches.append(phase.batch_type(**on_device))
+        return batches
+
+    @torch.no_grad()
+    def collect_standing_statistics(self) -> None:
+        """Accumulate the average's BatchNorm statistics over fresh latents, divided among ranks.
+
+        Brock et al. 2019, appendix D, "standing statistics": those of the last training batches
+        would be of other weights than the averaged ones.
+        """
+        config, seen = self.config, self.progress.images_seen
+        num = config.train.batch
+        chunk = config.train.micro_batch or num // self.world.size
+        with collecting_statistics(self.average, partial(sum_over_ranks, self.world)):
+            for index in range(self.world.rank, config.train.standing_batches, self.world.size):
+                stream = f"standing/{index}"
+                z = rng.normal(config.train.seed, f"{stream}/z", seen, (num, config.model.z_dim))
+                labels = rng.labels(
+                    config.train.seed, f"{stream}/labels", seen, num, self.class_counts
+                )
+                for start in range(0, num, chunk):
+                    part = slice(start, start + chunk)
+                    self.average(z[part].to(self.world.device), labels[part].to(self.world.device))
+
+    @torch.no_grad()
+    def sample_grid(self) -> torch.Tensor:
+        """uint8 [rows * columns, C, R, R]: one row per class, the same latents at every call."""
+        config = self.config
+        classes = config.model.num_classes
+        rows = torch.linspace(0, classes - 1, min(classes, GRID_ROWS)).long()
+        labels = rows.repeat_interleave(GRID_COLUMNS)
+        z = rng.normal(config.train.seed, "grid/z", 0, (len(labels), config.model.z_dim))
+        chunk = config.train.micro_batch or config.train.batch
+        parts = [
+            self.average(a.to(self.world.device), b.to(self.world.device))
+            for a, b in zip(z.split(chunk), labels.split(chunk), strict=True)
+        ]
+        images = torch.cat(parts).float()
+        return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def save_picture(training: Training, tracker: Tracker | None) -> None:
+    """The sample grid of this moment, as a file and in the tracker; on rank 0."""
+    seen = training.progress.images_seen
+    path = training.config.run_dir / "samples" / f"{seen}.png"
+    pictures.save_grid(path, training.sample_grid(), columns=GRID_COLUMNS)
+    if tracker:
+        tracker.picture(seen, "samples", path)
+
+
+def save_snapshot(training: Training, tracker: Tracker | None) -> None:
+    """Snapshot, sample grid and curves; every rank takes part in the statistics."""
+    training.collect_standing_statistics()
+
+    def write() -> None:
+        seen = training.progress.images_seen
+        save_picture(training, tracker)
+        snapshot.write(training.config.run_dir, seen, training.average, training.config)
+        pictures.curves(training.config.run_dir, training.config.run_dir / "curves.png")
+
+    on_main(training.world, write)
+
+
+def save_checkpoint(training: Training) -> None:
+    """Complete state, then prune; rank 0 writes and the others wait for its verdict."""
+
+    def write() -> None:
+        run_dir = training.config.run_dir
+        checkpoint.save(run_dir, training.progress, training.networks, training.optimizers)
+        checkpoint.prune(run_dir, training.config.train.checkpoint_keep)
+
+    on_main(training.world, write)
+
+
+def train(config: RunConfig, echo: Echo, on_tick: OnTick) -> int:
+    """Train, or go on training, the run of `config.run_dir`; returns 0, or 128 + the stop signal.
+
+    `echo` prints a line and `on_tick` shows progress; both are called on rank 0 only. Raises
+    `UserError` before anything is written if the input is unusable, `RunError` if the run must
+    stop (a non-finite loss).
+    """
+    engine = Engine(config, echo)
+    try:
+        return _train(config, engine, on_tick)
+    finally:
+        disconnect(engine.world)
+
+
+def _train(config: RunConfig, engine: Engine, on_tick: OnTick) -> int:
+    world, echo = engine.world, engine.echo
+    accumulation_steps(config.train, world.size)
+    manifest = on_main(world, lambda: check_data(config))
+    resume_from = on_main(world, lambda: run_folder.check(config))
+    training = Training(config, engine, tuple(manifest.class_counts(config.data.split)))
+    progress, total = training.progress, config.train.total_images
+    if resume_from:
+        training.resume(resume_from)
+        progress = training.progress
+        echo(f"resuming {config.run_dir} at images_seen = {progress.images_seen}")
+        if progress.images_seen >= total:
+            on_main(world, lambda: finish(training, None))  # the kill may have come just before it
+            echo(f"{config.run_dir}: already complete at images_seen = {progress.images_seen}")
+            return 0
+    with ShardStream(
+        config.data.path,
+        config.data.split,
+        seed=config.train.seed,
+        world=world,
+        batch=config.train.batch,
+        accumulation=training.accumulation,
+        images_seen=progress.images_seen,
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+        block=config.data.block,
+    ) as stream:
+        agree_on_data(world, stream.fingerprint)
+        on_main(world, lambda: run_folder.prepare(config))
+        tracker = Tracker(config.run_dir, config.tracking, role="train") if world.is_main else None
+        status: Status = "FAILED"
+        try:
+            training.prepare()
+            code = loop(training, stream, tracker, on_tick)
+            status = "KILLED" if code else "FINISHED"
+        finally:
+            note = tracker.close(status) if tracker else None
+        if note:
+            echo(note)
+        if code:
+            echo(
+                f"stopped by signal {code - 128} at images_seen = {progress.images_seen}; "
+                "the same command goes on from there"
+            )
+    return code
+
+
+def agree_on_data(world: World, fingerprint: str) -> None:
+    """Every rank must read the same order of the same files; raises `UserError` otherwise."""
+    if broadcast(world, fingerprint) != fingerprint:
+        raise UserError(
+            f"rank {world.rank} sees another data set than rank 0 under the same path; give all "
+            "nodes the same shards"
+        )
+
+
+def loop(
+    training: Training, stream: Iterator[Batch], tracker: Tracker | None, on_tick: OnTick
+) -> int:
+    """Step until `total_images`; returns 0, or 128 + the signal that ended it early."""
+    config, world, progress = training.config.train, training.world, training.progress
+    if progress.images_seen == 0:
+        training.collect_standing_statistics()
+        on_main(world, lambda: save_picture(training, tracker))
+    began, counted = time.monotonic(), progress.images_seen
+    with StopFlag() as stop:
+        while progress.images_seen < config.total_images:
+            before = progress.images_seen
+            training.step(stream)
+            seen = progress.images_seen
+            last = seen >= config.total_images
+            at_snapshot = last or due(before, seen, config.snapshot_images)
+            at_checkpoint = last or due(before, seen, config.checkpoint_images)
+            if not (at_snapshot or at_checkpoint or due(before, seen, config.tick_images)):
+                continue
+            means, agreed = training.statistics.collect(
+                stop=stop.signal, halted_at=training.engine.halted_at()
+            )
+            if agreed["halted_at"] >= 0:
+                raise RunError(non_finite_message(training, int(agreed["halted_at"]), means))
+            now = time.monotonic()
+            progress.seconds += now - began
+            report = {f"train/{name}": value for name, value in means.items()}
+            report["train/images_per_second"] = (seen - counted) / max(now - began, 1e-9)
+            if tracker:
+                tracker.log(seen, report | {"train/attempt": progress.attempt})
+                on_tick(progress, report)
+            if at_snapshot:
+                save_snapshot(training, tracker)
+            if at_checkpoint or agreed["stop"]:
+                save_checkpoint(training)
+            if agreed["stop"] and not last:
+                return 128 + int(agreed["stop"])
+            began, counted = time.monotonic(), seen
+    on_main(world, lambda: finish(training, tracker))
+    barrier(world)
+    return 0
+
+
+def finish(training: Training, tracker: Tracker | None) -> None:
+    """The pictures of the whole run, then its completion marker; on rank 0."""
+    run_dir = training.config.run_dir
+    grids = sorted((run_dir / "samples").glob("*.png"), key=lambda path: int(path.stem))
+    pictures.contact_sheet([(int(path.stem), path) for path in grids], run_dir / "timeline.png")
+    if tracker:
+        tracker.artifact(run_dir / "timeline.png")
+        tracker.artifact(run_dir / "curves.png")
+    run_folder.finish(training.config, training.progress.images_seen)
+
+
+def non_finite_message(training: Training, images_seen: int, means: dict[str, float]) -> str:
+    """One line: what became non-finite and when, what is kept, what to try."""
+    names = [n for n, value in means.items() if not abs(value) < float("inf")]
+    newest = checkpoint.latest(training.config.run_dir)
+    kept = f"the last checkpoint {newest} is intact" if newest else "there is no checkpoint yet"
+    return (
+        f"{', '.join(names) or 'a loss'} became non-finite at images_seen = {images_seen}; no "
+        f"update was made from that step on and {kept}; try a lower learning rate, "
+        "precision=fp32, or a penalty"
+    )
