@@ -1,0 +1,81 @@
+"""`accelerate launch` with two real gloo processes trains as one process does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMOKE, launch, run_bigan
+from safetensors.torch import load_file
+
+LAUNCH = ROOT / "launch" / "cpu.yaml"
+
+
+def losses(run: Path) -> dict[int, dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {
+        line["images_seen"]: {k: line[k] for k in ("train/loss_d", "train/loss_g")}
+        for line in lines
+        if "train/loss_d" in line
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("plain", []),
+        ("wgan_gp", ["penalties=[{name: wgan_gp, weight: 1.0}]"]),
+        ("accumulate", ["train.micro_batch=10", "train.num_d_steps=2"]),
+    ],
+)
+def test_same_losses_for_twenty_steps(
+    digits: Path, tmp_path: Path, name: str, overrides: list[str]
+) -> None:
+    """Losses to 1e-4 at every step: the same images, latents, BatchNorm and mean gradients."""
+    common = [SMOKE, f"data.path={digits}", "train.tick_images=40", "train.total_images=800"]
+    common += overrides
+    together = launch(*common, f"run_dir={tmp_path / 'two'}", options=["--config_file", LAUNCH])
+    assert together.returncode == 0, together.stderr[-2000:]
+    if name == "accumulate":  # the joined micro-batch of two processes is that of one with twice
+        common += ["train.micro_batch=20"]
+    alone = run_bigan("train", *common, f"run_dir={tmp_path / 'one'}")
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert list(one) == list(two)
+    assert len(one) == (20 if name != "accumulate" else 10)
+    for seen, values in one.items():
+        for key, value in values.items():
+            assert two[seen][key] == pytest.approx(value, abs=1e-4), (seen, key)
+    a, b = (load_file(tmp_path / n / "snapshots/800/weights.safetensors") for n in ("one", "two"))
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-2
+
+
+def test_resume_is_bitwise_on_two_processes(digits: Path, tmp_path: Path) -> None:
+    """Stopped after a checkpoint and started again by the same command: the same bytes."""
+    options = ["--config_file", LAUNCH]
+    common = [SMOKE, f"data.path={digits}"]
+    whole = [*common, f"run_dir={tmp_path / 'whole'}"]
+    parts = [*common, f"run_dir={tmp_path / 'parts'}"]
+    for arguments in (whole, [*parts, "train.total_images=200"], parts):
+        done = launch(*arguments, options=options)
+        assert done.returncode == 0, done.stderr[-2000:]
+    name = "snapshots/400/weights.safetensors"
+    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_bad_input_is_one_line_and_touches_nothing(digits: Path, tmp_path: Path) -> None:
+    """Every rank leaves, one of them says why."""
+    run = tmp_path / "run"
+    done = launch(
+        SMOKE,
+        f"data.path={digits}",
+        f"run_dir={run}",
+        "model.num_classes=9",
+        options=["--config_file", LAUNCH],
+    )
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("bigan:")]
+    assert len(said) == 1
+    assert "classes 10 but model.num_classes = 9" in said[0]
+    assert not run.exists()
