@@ -1,0 +1,39 @@
+"""Self-attention over image positions (SAGAN, Zhang et al. 2019, arXiv:1805.08318)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bigan.layers.spectral import SNConv2d
+
+
+class SelfAttention(nn.Module):
+    """x [B, C, H, W] -> x + gamma * attention(x); C a multiple of 8, H and W even.
+
+    The form that BigGAN uses: queries (theta) and keys (phi) have C / 8 channels, values (g) C / 2,
+    keys and values are max-pooled 2 x 2. gamma is a learned scalar that starts at 0, so that the
+    layer begins as the identity. Written out rather than with scaled_dot_product_attention, whose
+    fused kernels have no second derivative, which gradient penalties need.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-4) -> None:
+        super().__init__()
+        if channels % 8:
+            raise ValueError(f"self-attention needs a multiple of 8 channels, not {channels}")
+        self.theta = SNConv2d(channels, channels // 8, 1, bias=False, eps=eps)
+        self.phi = SNConv2d(channels, channels // 8, 1, bias=False, eps=eps)
+        self.g = SNConv2d(channels, channels // 2, 1, bias=False, eps=eps)
+        self.output = SNConv2d(channels // 2, channels, 1, bias=False, eps=eps)
+        self.gamma = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        theta = self.theta(x).flatten(2)  # [B, C/8, HW]
+        phi = F.max_pool2d(self.phi(x), 2).flatten(2)  # [B, C/8, HW/4]
+        g = F.max_pool2d(self.g(x), 2).flatten(2)  # [B, C/2, HW/4]
+        # Without the 1 / sqrt(d) of transformers: spectral norm bounds the products already.
+        attention = torch.softmax(torch.bmm(theta.transpose(1, 2), phi), dim=-1)  # [B, HW, HW/4]
+        values = torch.bmm(g, attention.transpose(1, 2))  # [B, C/2, HW]
+        return x + self.gamma * self.output(values.unflatten(2, (height, width)))

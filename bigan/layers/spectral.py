@@ -1,0 +1,126 @@
+"""Spectral normalisation (Miyato et al. 2018, arXiv:1802.05957) with an explicit power iteration.
+
+A layer's forward uses `weight / sigma` with sigma = u^T W v, where W is the weight as a matrix of
+one row per output and the unit vectors u, v are constants: the gradient flows through W alone
+(their equation 12). The forward writes nothing, so that it can be differentiated by torch.func
+and compiled; whoever trains calls `power_iteration` between two steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bigan.layers.precision import without_autocast
+
+
+class SpectralNorm(nn.Module):
+    """A raw `weight` and estimates `u`, `v` of its first pair of singular vectors.
+
+    Built with zeros, which give no finite output: call `bigan.layers.init.initialise`, or load a
+    state dict. `eps` bounds from below the norm that a power iteration divides by.
+    """
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(self, shape: Sequence[int], eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(tuple(shape)))
+        rows = self.weight.flatten(1)
+        self.register_buffer("u", torch.zeros(rows.shape[0]))
+        self.register_buffer("v", torch.zeros(rows.shape[1]))
+
+    def singular_value(self) -> Tensor:
+        """Scalar sigma = u^T W v; differentiable with respect to `weight`."""
+        # Autocast would round the matrix product, hence every weight, to bfloat16.
+        with without_autocast(self.weight):
+            return torch.dot(self.u, torch.mv(self.weight.flatten(1), self.v))
+
+    def normalised_weight(self) -> Tensor:
+        """`weight / sigma`, of the weight's shape; its largest singular value is about 1."""
+        return self.weight / self.singular_value()
+
+    @torch.no_grad()
+    def iterate(self, eps: float | None = None) -> None:
+        """One power iteration in place: u = W v / |W v|, then v = W^T u / |W^T u|."""
+        rows = self.weight.flatten(1)
+        eps = self.eps if eps is None else eps
+        with without_autocast(rows):
+            F.normalize(torch.mv(rows, self.v), dim=0, eps=eps, out=self.u)
+            F.normalize(torch.mv(rows.t(), self.u), dim=0, eps=eps, out=self.v)
+
+
+class SNLinear(SpectralNorm):
+    """Spectrally normalised linear map [..., in] -> [..., out]."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, eps: float = 1e-4
+    ) -> None:
+        super().__init__((out_features, in_features), eps)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.normalised_weight(), self.bias)
+
+
+class SNConv2d(SpectralNorm):
+    """Spectrally normalised convolution: odd kernel, stride 1, zero padding that keeps the size."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        bias: bool = True,
+        eps: float = 1e-4,
+    ) -> None:
+        super().__init__((out_channels, in_channels, kernel_size, kernel_size), eps)
+        self.padding = kernel_size // 2
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_channels)) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.normalised_weight(), self.bias, padding=self.padding)
+
+
+class SNEmbedding(SpectralNorm):
+    """Spectrally normalised embedding: labels int64 [...] -> [..., dim]."""
+
+    def __init__(self, num_embeddings: int, dim: int, eps: float = 1e-4) -> None:
+        super().__init__((num_embeddings, dim), eps)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        # Dividing the chosen rows instead of the table: the same numbers, less memory.
+        return F.embedding(labels, self.weight) / self.singular_value()
+
+
+def spectral_layers(network: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
+    """(name, layer) of every spectrally normalised layer in `network`, in registration order."""
+    for name, module in network.named_modules():
+        if isinstance(module, SpectralNorm):
+            yield name, module
+
+
+def power_iteration(network: nn.Module, eps: float | None = None) -> None:
+    """One power iteration, in place, of every spectrally normalised layer in `network`.
+
+    To be called once before each training step of the network (its published form iterates in
+    every training forward). `eps` replaces the layers' own. Equal weights and vectors on all
+    ranks stay equal.
+    """
+    for _, layer in spectral_layers(network):
+        layer.iterate(eps)
+
+
+@torch.no_grad()
+def singular_values(network: nn.Module) -> dict[str, Tensor]:
+    """Layer name -> estimate of its largest singular value, scalars on the layers' device."""
+    return {name: layer.singular_value() for name, layer in spectral_layers(network)}

@@ -1,0 +1,258 @@
+"""BigGAN (Brock, Donahue & Simonyan 2019, arXiv:1809.11096): generator and discriminator.
+
+Residual networks with spectral normalisation everywhere, a class-conditional BatchNorm generator
+whose latent is split over the blocks (hierarchical z), one self-attention layer and a projection
+discriminator. Widths and parameter counts follow the published implementations to the unit.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from bigan.config import Frozen
+from bigan.layers import init
+from bigan.layers.attention import SelfAttention
+from bigan.layers.batchnorm import BatchNorm2d, ConditionalBatchNorm2d
+from bigan.layers.spectral import SNConv2d, SNEmbedding, SNLinear
+
+Positive = Annotated[int, Field(gt=0)]
+Epsilon = Annotated[float, Field(gt=0)]
+
+# Block widths in units of `channels`: block i goes from entry i to entry i + 1.
+GENERATOR_WIDTHS: dict[int, tuple[int, ...]] = {
+    16: (4, 4, 4),
+    32: (4, 4, 4, 4),
+    64: (16, 16, 8, 4, 2),
+    128: (16, 16, 8, 4, 2, 1),
+    256: (16, 16, 8, 8, 4, 2, 1),
+    512: (16, 16, 8, 8, 4, 2, 1, 1),
+}
+# Output widths of the discriminator's blocks; below, how many of them (the first) halve the image.
+DISCRIMINATOR_WIDTHS: dict[int, tuple[int, ...]] = {
+    16: (4, 4, 4),
+    32: (4, 4, 4, 4),
+    64: (1, 2, 4, 8, 16),
+    128: (1, 2, 4, 8, 16, 16),
+    256: (1, 2, 4, 8, 8, 16, 16),
+    512: (1, 1, 2, 4, 8, 8, 16, 16),
+}
+NUM_HALVINGS = {16: 2, 32: 2, 64: 4, 128: 5, 256: 6, 512: 7}
+
+
+class Config(Frozen):
+    """Everything that decides the shape and the initial values of both networks.
+
+    The epsilons are the paper's, raised to 1e-4 for low precision (appendix C, recalled from the
+    paper); the authors' PyTorch code uses 1e-6 and 1e-5.
+    """
+
+    name: Literal["biggan"]
+    resolution: Literal[16, 32, 64, 128, 256, 512]
+    num_classes: Positive
+    z_dim: Positive  # whole latent; with hierarchical=true a multiple of blocks + 1 (20 per slot)
+    image_channels: Literal[1, 3] = 3
+    channels: Positive = 96  # width multiplier "ch"
+    discriminator_channels: Positive | None = None  # its own multiplier; none: `channels`
+    shared_dim: Positive = 128  # class embedding shared by all conditional BatchNorms
+    hierarchical: bool = True  # a slice of z for the first layer and for each block
+    attention_resolutions: tuple[Positive, ...] = (64,)  # those a network does not reach: no effect
+    init: Literal["orthogonal", "normal"] = "orthogonal"  # normal: N(0, 0.02), used for CIFAR
+    sn_eps: Epsilon = 1e-4
+    bn_eps: Epsilon = 1e-4
+
+    @property
+    def num_blocks(self) -> int:
+        """Residual blocks of the generator, each doubling the resolution."""
+        return len(GENERATOR_WIDTHS[self.resolution]) - 1
+
+    @property
+    def z_chunk(self) -> int:
+        """Entries of z that the first layer receives (and each block, if hierarchical)."""
+        return self.z_dim // (self.num_blocks + 1) if self.hierarchical else self.z_dim
+
+    @property
+    def generator_widths(self) -> tuple[int, ...]:
+        """Channels entering the first block, then leaving each block."""
+        return tuple(self.channels * width for width in GENERATOR_WIDTHS[self.resolution])
+
+    @property
+    def discriminator_widths(self) -> tuple[int, ...]:
+        """Channels leaving each discriminator block."""
+        channels = self.discriminator_channels or self.channels
+        return tuple(channels * width for width in DISCRIMINATOR_WIDTHS[self.resolution])
+
+    @property
+    def attention_channels(self) -> list[tuple[int, int]]:
+        """(resolution, channels) of each attention layer of both networks."""
+        generator = [(8 * 2**i, c) for i, c in enumerate(self.generator_widths[1:])]
+        halving = self.discriminator_widths[: NUM_HALVINGS[self.resolution]]
+        discriminator = [(self.resolution // 2**i, c) for i, c in enumerate(halving, start=1)]
+        return [at for at in generator + discriminator if at[0] in self.attention_resolutions]
+
+    @field_validator("attention_resolutions")
+    @classmethod
+    def _reachable(cls, resolutions: tuple[int, ...]) -> tuple[int, ...]:
+        possible = [2**i for i in range(2, 10)]
+        for resolution in resolutions:
+            if resolution not in possible:
+                nearest = min(possible, key=lambda p: abs(p - resolution))
+                raise ValueError(
+                    f"{resolution} px occurs in no network, their maps are powers of two; "
+                    f"use {nearest}"
+                )
+        return resolutions
+
+    @model_validator(mode="after")
+    def _shapes(self) -> Config:
+        slots = self.num_blocks + 1
+        if self.hierarchical and self.z_dim % slots:
+            nearest = max(slots, round(self.z_dim / slots) * slots)
+            raise ValueError(
+                f"z_dim = {self.z_dim} cannot be split evenly over the {slots} slots (first layer "
+                f"and {self.num_blocks} blocks) of a {self.resolution} px hierarchical generator; "
+                f"use z_dim={nearest}, or hierarchical=false"
+            )
+        for resolution, channels in self.attention_channels:
+            if channels % 8:
+                raise ValueError(
+                    f"attention_resolutions: {resolution} has {channels} channels, and attention "
+                    "needs a multiple of 8; leave it out (attention_resolutions=[]) or use "
+                    "channels and discriminator_channels that are multiples of 8"
+                )
+        return self
+
+
+class GeneratorBlock(nn.Module):
+    """[B, in, H, W], cond [B, cond_dim] -> [B, out, 2H, 2W]."""
+
+    def __init__(self, in_channels: int, out_channels: int, cond_dim: int, config: Config) -> None:
+        super().__init__()
+        eps = {"eps": config.bn_eps, "sn_eps": config.sn_eps}
+        self.bn1 = ConditionalBatchNorm2d(in_channels, cond_dim, **eps)
+        self.conv1 = SNConv2d(in_channels, out_channels, 3, eps=config.sn_eps)
+        self.bn2 = ConditionalBatchNorm2d(out_channels, cond_dim, **eps)
+        self.conv2 = SNConv2d(out_channels, out_channels, 3, eps=config.sn_eps)
+        self.shortcut = SNConv2d(in_channels, out_channels, 1, eps=config.sn_eps)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        h = F.relu(self.bn1(x, cond))
+        h = self.conv1(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+        h = self.conv2(F.relu(self.bn2(h, cond)))
+        # A 1x1 convolution commutes with repeating pixels; before it there are a quarter as many.
+        return h + F.interpolate(self.shortcut(x), scale_factor=2.0, mode="nearest")
+
+
+class Generator(nn.Module):
+    """z [B, z_dim], labels int64 [B] -> images [B, C, R, R] in [-1, 1].
+
+    The first slice of z makes a 4 x 4 map; each block is conditioned on the shared class embedding
+    joined with its own slice. With `hierarchical=False` all of z makes the map and the blocks see
+    the class alone.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        widths = config.generator_widths
+        cond_dim = config.shared_dim + (config.z_chunk if config.hierarchical else 0)
+        # Deliberately not spectrally normalised (nor orthogonally regularised).
+        self.shared = nn.Embedding(config.num_classes, config.shared_dim)
+        self.first = SNLinear(config.z_chunk, 16 * widths[0], eps=config.sn_eps)
+        self.blocks = nn.ModuleList()
+        self.attention = nn.ModuleDict()  # index of the block before it -> layer
+        for i, (before, after) in enumerate(pairwise(widths)):
+            self.blocks.append(GeneratorBlock(before, after, cond_dim, config))
+            if 8 * 2**i in config.attention_resolutions:
+                self.attention[str(i)] = SelfAttention(after, config.sn_eps)
+        self.bn = BatchNorm2d(widths[-1], config.bn_eps)
+        self.to_image = SNConv2d(widths[-1], config.image_channels, 3, eps=config.sn_eps)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill every parameter and buffer, from `generator` alone."""
+        init.initialise(self, self.config.init, generator)
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        shared = self.shared(labels)
+        if self.config.hierarchical:
+            first, *chunks = z.split(self.config.z_chunk, dim=1)
+            conds = [torch.cat([shared, chunk], dim=1) for chunk in chunks]
+        else:
+            first, conds = z, [shared] * len(self.blocks)
+        h = self.first(first).unflatten(1, (-1, 4, 4))
+        for i, (block, cond) in enumerate(zip(self.blocks, conds, strict=True)):
+            h = block(h, cond)
+            if str(i) in self.attention:
+                h = self.attention[str(i)](h)
+        return torch.tanh(self.to_image(F.relu(self.bn(h))))
+
+
+class DiscriminatorBlock(nn.Module):
+    """[B, in, H, W] -> [B, out, H/2, W/2], or [B, out, H, W] without `halve`.
+
+    The block that receives the image (`first`) has no activation before its first convolution.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, first: bool, halve: bool, eps: float
+    ) -> None:
+        super().__init__()
+        self.first = first
+        self.halve = halve
+        self.conv1 = SNConv2d(in_channels, out_channels, 3, eps=eps)
+        self.conv2 = SNConv2d(out_channels, out_channels, 3, eps=eps)
+        learned = halve or in_channels != out_channels
+        self.shortcut = SNConv2d(in_channels, out_channels, 1, eps=eps) if learned else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Out of place: the shortcut needs x before the activation.
+        h = self.conv1(x if self.first else F.relu(x))
+        h = self.conv2(F.relu(h))
+        if self.halve:
+            # Pooling commutes with the 1x1 shortcut; after it there are a quarter of the pixels.
+            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+        return h + (x if self.shortcut is None else self.shortcut(x))
+
+
+class Discriminator(nn.Module):
+    """images [B, C, R, R] in [-1, 1], labels int64 [B] -> logits [B], by projection.
+
+    logit = w . h + b + embedding(label) . h with h the sum over positions of the last features
+    (Miyato & Koyama 2018, arXiv:1802.05637).
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        eps = config.sn_eps
+        widths = (config.image_channels, *config.discriminator_widths)
+        self.blocks = nn.ModuleList()
+        self.attention = nn.ModuleDict()  # index of the block before it -> layer
+        resolution: int = config.resolution
+        for i, (before, after) in enumerate(pairwise(widths)):
+            halve = i < NUM_HALVINGS[config.resolution]
+            self.blocks.append(DiscriminatorBlock(before, after, i == 0, halve, eps))
+            if halve:
+                resolution //= 2
+                if resolution in config.attention_resolutions:
+                    self.attention[str(i)] = SelfAttention(after, eps)
+        self.linear = SNLinear(widths[-1], 1, eps=eps)
+        self.embedding = SNEmbedding(config.num_classes, widths[-1], eps=eps)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill every parameter and buffer, from `generator` alone."""
+        init.initialise(self, self.config.init, generator)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        h = images
+        for i, block in enumerate(self.blocks):
+            h = block(h)
+            if str(i) in self.attention:
+                h = self.attention[str(i)](h)
+        h = F.relu(h).sum(dim=(2, 3))
+        return self.linear(h).squeeze(1) + (self.embedding(labels) * h).sum(dim=1)
