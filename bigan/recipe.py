@@ -42,6 +42,7 @@ class AdamConfig(Frozen):
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.0
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    warmup_images: Annotated[int, Field(ge=0)] = 0  # linear, from nothing to lr
 
 
 class OptimizerConfig(Frozen):

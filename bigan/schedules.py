@@ -8,6 +8,18 @@ def due(before: int, after: int, every: int) -> bool:
     return after // every > before // every
 
 
+def warmup(images_seen: int, step_images: int, warmup_images: int) -> float:
+    """Share of the learning rate in force at the step that begins at `images_seen`, in (0, 1].
+
+    Adam's first steps divide by a second moment known from few gradients: every update is about
+    the learning rate in size whatever the gradient's, so that rounding errors decide the sign of
+    many (Liu et al. 2020, arXiv:1908.03265). Linear growth over the first images avoids that.
+    """
+    if warmup_images <= 0:
+        return 1.0
+    return min(1.0, (images_seen + step_images) / warmup_images)
+
+
 def ema_decay(
     images_seen: int,
     step_images: int,

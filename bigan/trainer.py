@@ -17,8 +17,8 @@ from bigan.engine import Echo, Engine, Prepared, adam, disconnect
 from bigan.errors import RunError, UserError
 from bigan.layers.batchnorm import collecting_statistics, set_process_group
 from bigan.layers.spectral import power_iteration
-from bigan.recipe import RunConfig, accumulation_steps
-from bigan.schedules import due
+from bigan.recipe import AdamConfig, RunConfig, accumulation_steps
+from bigan.schedules import due, warmup
 from bigan.stats import Statistics
 from bigan.stop import StopFlag
 from bigan.tracking import Status, Tracker
@@ -108,6 +108,10 @@ class Training:
         phase, images_seen = self.phases[name], self.progress.images_seen
         power_iteration(self.generator)
         power_iteration(self.discriminator)
+        settings: AdamConfig = getattr(self.config.optimizer, name)
+        for group in self.optimizers[name].param_groups:
+            share = warmup(images_seen, self.config.train.batch, settings.warmup_images)
+            group["lr"] = settings.lr * share
         scalars = self.engine.step(
             self.prepared[name],
             self.generator if name == "d" else self.discriminator,

@@ -68,7 +68,9 @@ def test_non_finite_step_changes_nothing(recipe: Recipe) -> None:
         }
         moment = training.optimizers["d"].state[training.prepared["d"].parameters[0]]
         moments = {k: t.clone() for k, t in moment.items()}
-        with mock.patch.object(phases, "as_images", lambda real, _: real.permute(0, 3, 1, 2) * torch.nan):
+        with mock.patch.object(
+            phases, "as_images", lambda real, _: real.permute(0, 3, 1, 2) * torch.nan
+        ):
             training.step(stream)
         training.step(stream)  # sticky: finite again, and still no update
     for name, network in training.networks.items():
@@ -176,8 +178,10 @@ def test_failing_compilation_falls_back_with_one_line(recipe: Recipe) -> None:
     for broken in (True, False):
         eng = Engine(config if broken else recipe(), lines.append)
         if broken:
+
             def explode(*_: object) -> None:
                 raise RuntimeError("no such backend here")
+
             eng._backend = explode  # type: ignore[assignment]
         training = Training(config, eng, (1,) * 10)
         training.prepare()
@@ -186,6 +190,16 @@ def test_failing_compilation_falls_back_with_one_line(recipe: Recipe) -> None:
         runs[broken] = [p.clone() for p in training.generator.parameters()]
     assert len([line for line in lines if "eager mode for phase" in line]) == 2
     assert all(torch.equal(a, b) for a, b in zip(runs[True], runs[False], strict=True))
+
+
+def test_learning_rate_warms_up(recipe: Recipe) -> None:
+    training, stream = make(recipe("optimizer.g.warmup_images=160", "optimizer.d.warmup_images=0"))
+    with stream:
+        rates = []
+        for _ in range(3):
+            training.step(stream)
+            rates.append([o.param_groups[0]["lr"] for o in training.optimizers.values()])
+    assert rates == [[pytest.approx(r), 4e-4] for r in (2e-4, 3e-4, 4e-4)]
 
 
 def test_average_follows_the_generator(recipe: Recipe) -> None:

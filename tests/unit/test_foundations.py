@@ -171,6 +171,10 @@ def test_second_interrupt_leaves_at_once() -> None:
         "    os.kill(os.getpid(), signal.SIGINT); time.sleep(30)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, timeout=20, check=False
+        [sys.executable, "-c", code],
+        env=environment(),
+        capture_output=True,
+        timeout=20,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (130, b"still here\n")

@@ -6,12 +6,17 @@ from torch import nn
 
 from bigan import ema
 from bigan.recipe import EmaConfig
-from bigan.schedules import due, ema_decay
+from bigan.schedules import due, ema_decay, warmup
 
 
 def test_due_at_each_crossing() -> None:
     crossings = [n for n in range(0, 400, 40) if due(n, n + 40, 100)]
     assert crossings == [80, 160, 280, 360]
+
+
+def test_warmup_is_linear_in_images() -> None:
+    assert [warmup(n, 50, 200) for n in (0, 50, 100, 150, 200, 10**6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert warmup(0, 50, 0) == 1.0
 
 
 def test_halflife_does_not_depend_on_the_batch() -> None:
