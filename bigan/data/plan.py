@@ -1,0 +1,127 @@
+"""Which position of the run reads which sample, and which rank reads which positions: pure.
+
+The order is one endless sequence of samples, a function of (shard sizes, seed, block) alone. In
+every epoch the shards are permuted, consecutive permuted shards form blocks of about `block`
+samples, and the samples of each block are permuted: random order at full speed on disks that like
+locality. No number of processes, batch size or thread count enters, so the whole state of the
+input pipeline is one integer, the position (= `images_seen`), and a run may go on with another
+number of ranks without losing or repeating a sample.
+
+Permutations are the stable argsort of raw 64-bit words of Philox: NumPy promises those words for
+ever, while `Generator.permutation` may change between versions. `ORDER_VERSION` changes whenever
+the order does; golden values in the tests hold it in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigan import rng
+from bigan.world import World
+
+ORDER_VERSION = 1
+
+Indices = NDArray[np.int64]
+
+
+def permutation(num: int, seed: int, stream: str, counter: int = 0) -> Indices:
+    """A random permutation of range(num), the same on every platform and NumPy version."""
+    words = rng.numpy_generator(seed, stream, counter).bit_generator.random_raw(num)
+    return np.argsort(words, kind="stable")
+
+
+class Order:
+    """The endless order of samples: position -> sample index.
+
+    `shard_sizes` holds the number of samples of each shard; sample indices count through the
+    shards in that order. `block` is about how many samples are shuffled together: a block is made
+    of whole shards, so it is never smaller than a shard. Looking up a run of positions costs one
+    permutation per block entered; only the latest epoch's shard order and the latest block are
+    remembered, so memory is O(shards + block) and there is no other state.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], seed: int, block: int) -> None:
+        sizes = np.asarray(shard_sizes, dtype=np.int64)
+        if sizes.sum() <= 0 or sizes.min() < 0 or block <= 0:
+            raise ValueError("an order needs at least one sample, sizes >= 0 and block > 0")
+        self.num_samples = int(sizes.sum())
+        self.seed = seed
+        self.block = block
+        self._sizes = sizes
+        self._first = np.cumsum(sizes) - sizes  # index of each shard's first sample
+        self._epoch: tuple[int, Indices, Indices] | None = None
+        self._block: tuple[int, int, Indices] | None = None
+
+    def samples(self, start: int, stop: int) -> Indices:
+        """Sample indices at positions start, ..., stop - 1; epochs follow each other endlessly."""
+        pieces = []
+        while start < stop:
+            epoch, offset = divmod(start, self.num_samples)
+            low, order = self._block_at(epoch, offset)
+            piece = order[offset - low : offset - low + stop - start]
+            pieces.append(piece)
+            start += len(piece)
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+    def at(self, positions: Indices) -> Indices:
+        """Sample indices at `positions`, an increasing run of consecutive positions."""
+        return self.samples(int(positions[0]), int(positions[-1]) + 1)
+
+    def _shards_of(self, epoch: int) -> tuple[Indices, Indices]:
+        """(permuted shard numbers, edges of blocks as counts of shards) of one epoch."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            shards = permutation(len(self._sizes), self.seed, f"order-{ORDER_VERSION}", epoch)
+            ends = np.cumsum(self._sizes[shards])
+            # A shard belongs to the block in which it starts.
+            block_of = (ends - self._sizes[shards]) // self.block
+            changes = np.flatnonzero(np.diff(block_of)) + 1
+            edges = np.concatenate([[0], changes, [len(shards)]]).astype(np.int64)
+            self._epoch = (epoch, shards, edges)
+        return self._epoch[1:]
+
+    def _block_at(self, epoch: int, offset: int) -> tuple[int, Indices]:
+        """(offset of its first sample, its samples in order) of the block that holds `offset`."""
+        if self._block is not None:
+            known_epoch, low, order = self._block
+            if known_epoch == epoch and low <= offset < low + len(order):
+                return low, order
+        shards, edges = self._shards_of(epoch)
+        ends = np.cumsum(self._sizes[shards])[edges[1:] - 1]
+        number = int(np.searchsorted(ends, offset, side="right"))
+        members = shards[edges[number] : edges[number + 1]]
+        samples = np.concatenate(
+            [np.arange(self._first[s], self._first[s] + self._sizes[s]) for s in members]
+        )
+        stream = f"order-{ORDER_VERSION}/block-{number}"
+        order = samples[permutation(len(samples), self.seed, stream, epoch)]
+        low = int(ends[number]) - len(samples)
+        self._block = (epoch, low, order)
+        return low, order
+
+
+def rank_positions(images_seen: int, batch: int, accumulation: int, world: World) -> list[Indices]:
+    """The positions this rank reads in the optimiser step that begins at `images_seen`.
+
+    The step reads positions [images_seen, images_seen + batch), cut into `accumulation` global
+    micro-batches of consecutive positions; of each, every rank takes its slice. So the images
+    that cross-replica BatchNorm joins in one forward pass are the same for every number of ranks
+    with the same `accumulation`. Returns `accumulation` runs of batch / accumulation / world.size
+    consecutive positions; raises ValueError if that is not a whole number.
+    """
+    if batch % accumulation:
+        raise ValueError(f"{batch} images cannot be cut evenly into {accumulation} micro-batches")
+    joined = batch // accumulation
+    mine = world.share(joined)
+    firsts = range(images_seen, images_seen + batch, joined)
+    return [np.arange(first + mine.start, first + mine.stop) for first in firsts]
+
+
+def rank_range(num: int, world: World) -> range:
+    """This rank's consecutive part of `num` samples: each exactly once over all ranks, no padding.
+
+    Parts differ by at most one sample; with fewer samples than ranks some are empty.
+    """
+    return range(num * world.rank // world.size, num * (world.rank + 1) // world.size)

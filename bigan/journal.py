@@ -1,0 +1,116 @@
+"""The journal of a run, `<run_dir>/metrics.jsonl`: one JSON object a line, written by many.
+
+    {"images_seen": 20000, "time": 1760000000.123, "train/loss_d": 1.93, ...}
+
+A line is one write(2) on a file opened for appending, under the file's lock, so that trainer and
+evaluator never interleave. A kill can tear the last line; the next writer puts that right first.
+JSON has no NaN or infinity: they are written as "NaN", "Infinity" and "-Infinity", and the reader
+gives them back as floats.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FILENAME = "metrics.jsonl"
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_LINE_BYTES = 1 << 16  # longer than any line of ours
+
+
+def append(path: Path, images_seen: int, seconds: float, values: Mapping[str, float]) -> None:
+    """Add one line to the journal `path`; `seconds` is unix time. Raises OSError (disk full)."""
+    record: dict[str, float | str] = {"images_seen": images_seen, "time": seconds}
+    record |= {key: _plain(value) for key, value in values.items()}
+    line = json.dumps(record, allow_nan=False).encode() + b"\n"
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        with locked(descriptor) as alone:
+            data = _mend_tail(descriptor, alone) + line
+            if os.write(descriptor, data) < len(data):
+                raise OSError(f"{path}: the line was cut short (disk full?)")
+    finally:
+        os.close(descriptor)
+
+
+def parse(line: bytes) -> dict[str, Any] | None:
+    """The record of one line, or None if it is not a whole record."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("images_seen"), int):
+        return None
+    return {
+        key: _NON_FINITE.get(value, value) if isinstance(value, str) else value
+        for key, value in record.items()
+    }
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Every whole line of a run's journal in the order written; [] if there is no journal yet.
+
+    Each record holds `images_seen` (int), `time` (unix seconds) and flat keys with float values.
+    A torn line is left out.
+    """
+    try:
+        lines = (run_dir / FILENAME).read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    return [record for line in lines if (record := parse(line)) is not None]
+
+
+def series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(images_seen int64 [n], values float64 [n]) of one key, by increasing images_seen.
+
+    A resumed run repeats the ticks after its checkpoint: the last line written counts.
+    """
+    last = {record["images_seen"]: record[key] for record in records if key in record}
+    steps = sorted(last)
+    return np.array(steps, dtype=np.int64), np.array([last[s] for s in steps], dtype=np.float64)
+
+
+@contextlib.contextmanager
+def locked(descriptor: int) -> Iterator[bool]:
+    """Hold an open file's lock; yields False where there are none (some Lustre mounts)."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def _plain(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _mend_tail(descriptor: int, alone: bool) -> bytes:
+    """What must precede the next line if the last one is torn.
+
+    A line that lacks only its newline gets it. A fragment is cut off, so that the file stays valid
+    JSON lines; without the lock it is only terminated, for it may be somebody's write on its way.
+    """
+    size = os.fstat(descriptor).st_size
+    if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
+        return b""
+    start = max(0, size - _LINE_BYTES)
+    fragment = os.pread(descriptor, size - start, start).rpartition(b"\n")[2]
+    if alone and parse(fragment) is None:
+        os.ftruncate(descriptor, size - len(fragment))
+        return b""
+    return b"\n"
