@@ -42,7 +42,7 @@ def recipe(digits: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 
 
 def environment(threads: int = 1) -> dict[str, str]:
-    """The environment for a child process: this checkout first, few threads, no launcher's traces."""
+    """For a child process: this checkout first, few threads, no traces of a launcher."""
     kept = {
         key: value
         for key, value in os.environ.items()

@@ -6,7 +6,7 @@ batches; each cell prints its measured difference (`pytest tests/parity -s`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def largest_difference(a: State, b: State) -> float:
 
 
 @pytest.fixture(scope="module")
-def reference(digits: object) -> Iterator[Callable[[RunConfig], State]]:
+def reference(digits: object) -> Callable[[RunConfig], State]:
     """The eager state of a recipe, computed once for each."""
     known: dict[str, State] = {}
 
@@ -71,7 +71,7 @@ def reference(digits: object) -> Iterator[Callable[[RunConfig], State]]:
             known[key], _ = three_steps(eager)
         return known[key]
 
-    yield of
+    return of
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)

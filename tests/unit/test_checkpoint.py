@@ -106,8 +106,7 @@ def test_sigkill_between_and_during_saves(digits: Path, tmp_path: Path) -> None:
             break
     assert kills >= 3
     assert weights(tmp_path / "whole", 1600) == weights(run, 1600)
-    leftovers = [p for p in run.rglob("*.tmp")]
-    assert not leftovers, "a later life cleans up"
+    assert not list(run.rglob("*.tmp")), "a later life cleans up"
 
 
 class Killed(BaseException):
@@ -128,15 +127,11 @@ def test_killed_inside_a_save_the_previous_checkpoint_counts(
         raise Killed
 
     target = {"fsync": "fsync", "rename": "replace", "marker": "open"}[point]
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        if point == "rename":
-            patch.setattr(Path, "replace", die)
-        else:
-            patch.setattr(os, target, die)
-        patch.setattr(
-            files.shutil, "rmtree", lambda *_, **__: None
-        )  # a dead process cleans nothing
-        checkpoint.save(config.run_dir, Progress(images_seen=400), networks, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", lambda *_, **__: None)  # the dead clean nothing up
+        patch.setattr(Path if point == "rename" else os, target, die)
+        with pytest.raises(Killed):
+            checkpoint.save(config.run_dir, Progress(images_seen=400), networks, {})
     assert checkpoint.latest(config.run_dir) == before
     quiet(recipe())
     assert weights(config.run_dir, 400)

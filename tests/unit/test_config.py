@@ -119,7 +119,7 @@ def test_accumulation() -> None:
     assert accumulation_steps(train, 1) == 8
     assert accumulation_steps(train, 4) == 2
     assert accumulation_steps(load("train.batch=40").train, 4) == 1
-    with pytest.raises(ConfigError, match="train.batch = 40 cannot be divided"):
+    with pytest.raises(ConfigError, match=r"train\.batch = 40 cannot be divided"):
         accumulation_steps(train, 3)
-    with pytest.raises(ConfigError, match="try train.micro_batch=5"):
+    with pytest.raises(ConfigError, match=r"try train\.micro_batch=5"):
         accumulation_steps(load("train.micro_batch=6").train, 2)

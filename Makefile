@@ -1,0 +1,49 @@
+# make demo   everything: set-up, pack, train, evaluate, pictures      (minutes on two CPU cores)
+# make test   everything: set-up, then the tests                       (CPU, under 15 minutes)
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# uv from the PATH if there is one, else a private copy in .uv/
+UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
+
+.PHONY: help setup demo test test-all lint bench clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+.uv/bin/uv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "bigan needs Python 3.11 or newer; try make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .uv
+	.uv/bin/pip install --quiet --disable-pip-version-check uv
+
+# The stamp is older than the lock file after a pull: then the environment is brought up to date.
+$(VENV)/.complete: pyproject.toml uv.lock | $(filter .uv/bin/uv,$(UV))
+	UV_PROJECT_ENVIRONMENT=$(VENV) $(UV) sync --locked --quiet --all-extras
+	@touch $@
+
+setup: $(VENV)/.complete  ## install everything into .venv from the lock file
+
+demo: setup  ## pack the built-in digits, train BigGAN on them, evaluate every snapshot
+	@PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh
+
+test: setup  ## run the tests (no GPU needed)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: setup  ## the long tests too
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup  ## measure the training step into benchmarks/results/
+	@mkdir -p benchmarks/results
+	$(BIN)/bigan bench step > benchmarks/results/$$(date +%Y-%m-%d)-step.json
+	@cat benchmarks/results/$$(date +%Y-%m-%d)-step.json
+
+clean:  ## remove what the demo made; keeps the environment
+	rm -rf data runs

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The demo: training and its evaluator side by side, as they would run on a cluster.
+# A second call goes on where a first one was stopped, or shows the result again.
+set -euo pipefail
+run=runs/digits
+
+bigan pack digits data/digits
+echo "training ${run} with the evaluator beside it; the pictures appear in ${run}/samples"
+
+# One thread each: networks this small gain little from a second one, and the two processes
+# share the cores with nobody waiting.
+OMP_NUM_THREADS=1 bigan evaluate "$run" --watch &
+evaluator=$!
+trap 'kill "$evaluator" 2>/dev/null || true' EXIT
+
+OMP_NUM_THREADS=1 bigan train configs/digits.yaml
+wait "$evaluator"
+trap - EXIT
+
+cat <<END
+
+look at    ${run}/samples/*.png    one row per class
+           ${run}/timeline.png     the same latents over the course of training
+           ${run}/curves.png       losses and distances
+more       .venv/bin/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
+END
