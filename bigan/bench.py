@@ -71,8 +71,8 @@ def measure_step(text: str, runs: int) -> dict[str, Any]:
     messages: list[str] = []
     engine = Engine(config, messages.append)
     device = engine.world.device
-    counts = (1,) * config.model.num_classes
-    training = Training(config, engine, counts)
+    classes = {str(label): 1 for label in range(config.model.num_classes)}
+    training = Training(config, engine, classes)
     training.prepare()
     source = synthetic_images(config, training.accumulation, device)
     order = phases.order(config)

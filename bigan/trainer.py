@@ -55,13 +55,17 @@ def check_data(config: RunConfig) -> Manifest:
 
 
 class Training:
-    """The state of a run and the operations on it; `train` below says in which order they come."""
+    """The state of a run and the operations on it; `train` below says in which order they come.
 
-    def __init__(self, config: RunConfig, engine: Engine, class_counts: tuple[int, ...]) -> None:
+    `classes` maps each class name to its number of training images.
+    """
+
+    def __init__(self, config: RunConfig, engine: Engine, classes: dict[str, int]) -> None:
         self.config = config
         self.engine = engine
         self.world = engine.world
-        self.class_counts = class_counts
+        self.class_names = tuple(classes)
+        self.class_counts = tuple(classes.values())
         self.generator, self.discriminator = models.build(config.model, "meta")
         for name, network in (("g", self.generator), ("d", self.discriminator)):
             network.to_empty(device="cpu")
@@ -71,6 +75,7 @@ class Training:
             network.to(memory_format=torch.channels_last)
         self.average = ema.averaged_copy(self.generator)
         set_process_group(self.generator, engine.process_group)
+        set_process_group(self.average, engine.process_group)
         self.networks = {"g": self.generator, "d": self.discriminator, "ema": self.average}
         self.optimizers = {
             "g": adam(self.generator, config.optimizer.g),
@@ -140,34 +145,35 @@ class Training:
             batches.append(phase.batch_type(**on_device))
         return batches
 
-    @torch.no_grad()
     def collect_standing_statistics(self) -> None:
-        """Accumulate the average's BatchNorm statistics over fresh latents, divided among ranks.
+        """Accumulate the average's BatchNorm statistics over fresh latents; all ranks take part.
 
-        Brock et al. 2019, appendix D, "standing statistics": those of the last training batches
-        would be of other weights than the averaged ones.
+        Brock et al. 2019, section 4.1, "standing statistics": those of the last training batches
+        would be of other weights than the averaged ones. A forward is the joined micro-batch of
+        training, so the result does not depend on how many processes share it.
         """
         config, seen = self.config, self.progress.images_seen
-        num = config.train.batch
-        chunk = config.train.micro_batch or num // self.world.size
+        num = config.train.batch // self.accumulation
+        share = self.world.share(num)
         with collecting_statistics(self.average, partial(sum_over_ranks, self.world)):
-            for index in range(self.world.rank, config.train.standing_batches, self.world.size):
+            for index in range(config.train.standing_batches):
                 stream = f"standing/{index}"
                 z = rng.normal(config.train.seed, f"{stream}/z", seen, (num, config.model.z_dim))
                 labels = rng.labels(
                     config.train.seed, f"{stream}/labels", seen, num, self.class_counts
                 )
-                for start in range(0, num, chunk):
-                    part = slice(start, start + chunk)
-                    self.average(z[part].to(self.world.device), labels[part].to(self.world.device))
+                self.average(z[share].to(self.world.device), labels[share].to(self.world.device))
+
+    def grid_labels(self) -> list[int]:
+        """The class of each row of the sample grid, at most `GRID_ROWS` of them, evenly chosen."""
+        num = self.config.model.num_classes
+        return [round(i) for i in torch.linspace(0, num - 1, min(num, GRID_ROWS)).tolist()]
 
     @torch.no_grad()
     def sample_grid(self) -> torch.Tensor:
         """uint8 [rows * columns, C, R, R]: one row per class, the same latents at every call."""
         config = self.config
-        classes = config.model.num_classes
-        rows = torch.linspace(0, classes - 1, min(classes, GRID_ROWS)).long()
-        labels = rows.repeat_interleave(GRID_COLUMNS)
+        labels = torch.tensor(self.grid_labels()).repeat_interleave(GRID_COLUMNS)
         z = rng.normal(config.train.seed, "grid/z", 0, (len(labels), config.model.z_dim))
         chunk = config.train.micro_batch or config.train.batch
         parts = [
@@ -182,7 +188,8 @@ def save_picture(training: Training, tracker: Tracker | None) -> None:
     """The sample grid of this moment, as a file and in the tracker; on rank 0."""
     seen = training.progress.images_seen
     path = training.config.run_dir / "samples" / f"{seen}.png"
-    pictures.save_grid(path, training.sample_grid(), columns=GRID_COLUMNS)
+    rows = [training.class_names[label] for label in training.grid_labels()]
+    pictures.save_grid(path, training.sample_grid(), columns=GRID_COLUMNS, row_labels=rows)
     if tracker:
         tracker.picture(seen, "samples", path)
 
@@ -230,7 +237,8 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick) -> int:
     accumulation_steps(config.train, world.size)
     manifest = on_main(world, lambda: check_data(config))
     resume_from = on_main(world, lambda: run_folder.check(config))
-    training = Training(config, engine, tuple(manifest.class_counts(config.data.split)))
+    counts = manifest.class_counts(config.data.split)
+    training = Training(config, engine, dict(zip(manifest.classes, counts, strict=True)))
     progress, total = training.progress, config.train.total_images
     if resume_from:
         training.resume(resume_from)
@@ -257,6 +265,8 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick) -> int:
         tracker = Tracker(config.run_dir, config.tracking, role="train") if world.is_main else None
         status: Status = "FAILED"
         try:
+            if tracker:
+                tracker.params(config.model_dump(mode="json"))
             training.prepare()
             code = loop(training, stream, tracker, on_tick)
             status = "KILLED" if code else "FINISHED"

@@ -17,6 +17,8 @@ from bigan.recipe import RunConfig
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "configs" / "smoke" / "digits.yaml"
 
+TEN_CLASSES = {str(digit): 1 for digit in range(10)}
+
 torch.set_num_threads(1)
 
 

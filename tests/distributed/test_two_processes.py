@@ -48,7 +48,7 @@ def test_same_losses_for_twenty_steps(
         for key, value in values.items():
             assert two[seen][key] == pytest.approx(value, abs=1e-4), (seen, key)
     a, b = (load_file(tmp_path / n / "snapshots/800/weights.safetensors") for n in ("one", "two"))
-    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-2
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 2e-3
 
 
 def test_resume_is_bitwise_on_two_processes(digits: Path, tmp_path: Path) -> None:

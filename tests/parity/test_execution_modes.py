@@ -10,12 +10,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import TEN_CLASSES
 
 from bigan import config as configs
 from bigan.data.stream import ShardStream
 from bigan.engine import Engine
 from bigan.recipe import RunConfig
-from bigan.trainer import Training, check_data
+from bigan.trainer import Training
 from bigan.world import World
 
 PENALTIES = {
@@ -31,8 +32,7 @@ def three_steps(config: RunConfig) -> tuple[State, list[str]]:
     """Networks after three steps, and the losses on the way, by the real trainer's parts."""
     messages: list[str] = []
     engine = Engine(config, messages.append)
-    counts = tuple(check_data(config).class_counts("train"))
-    training = Training(config, engine, counts)
+    training = Training(config, engine, TEN_CLASSES)
     training.prepare()
     with stream_of(config, training.accumulation) as stream:
         for _ in range(3):
@@ -123,7 +123,7 @@ def test_accumulation_leaves_the_discriminator_step_unchanged(
     states = []
     for micro_batch in (10, 40):
         config = recipe(PENALTIES[penalty], f"train.micro_batch={micro_batch}")
-        training = Training(config, Engine(config, print), (1,) * 10)
+        training = Training(config, Engine(config, print), TEN_CLASSES)
         training.generator.eval()
         training.prepare()
         with stream_of(config, training.accumulation) as stream:

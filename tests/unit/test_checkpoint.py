@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMOKE, environment, run_bigan
+from conftest import SMOKE, TEN_CLASSES, environment, run_bigan
 from torch import nn
 
 from bigan import checkpoint, files, run_folder
@@ -42,7 +42,7 @@ def test_save_and_load_restore_networks_moments_and_counters(recipe: Recipe) -> 
     folder = checkpoint.latest(config.run_dir)
     assert folder is not None
     assert folder.name == "400"
-    training = Training(recipe("train.seed=9"), Engine(config, print), (1,) * 10)
+    training = Training(recipe("train.seed=9"), Engine(config, print), TEN_CLASSES)
     training.resume(folder)
     assert (training.progress.images_seen, training.progress.attempt) == (400, 2)
     stored = checkpoint.load(folder, training.networks, training.optimizers)
@@ -186,7 +186,7 @@ def test_checkpoint_of_another_model(recipe: Recipe, tmp_path: Path) -> None:
     assert sorted(p for p in config.run_dir.rglob("*")) == before
     folder = checkpoint.latest(config.run_dir)
     assert folder is not None
-    other = Training(recipe("model.channels=4"), Engine(config, print), (1,) * 10)
+    other = Training(recipe("model.channels=4"), Engine(config, print), TEN_CLASSES)
     with pytest.raises(CheckpointError, match="another model: g"):
         other.resume(folder)
 

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import TEN_CLASSES
 
 from bigan import ema, engine, phases
 from bigan.data.stream import ShardStream
@@ -20,7 +21,7 @@ Recipe = Callable[..., RunConfig]
 
 
 def make(config: RunConfig) -> tuple[Training, ShardStream]:
-    training = Training(config, Engine(config, print), (1,) * 10)
+    training = Training(config, Engine(config, print), TEN_CLASSES)
     training.prepare()
     stream = ShardStream(
         config.data.path,
@@ -183,7 +184,7 @@ def test_failing_compilation_falls_back_with_one_line(recipe: Recipe) -> None:
                 raise RuntimeError("no such backend here")
 
             eng._backend = explode  # type: ignore[assignment]
-        training = Training(config, eng, (1,) * 10)
+        training = Training(config, eng, TEN_CLASSES)
         training.prepare()
         with ShardStream(config.data.path, seed=0, world=World(), batch=40) as stream:
             training.step(stream)
