@@ -126,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: object, text: str, epilog: str) -> argparse.ArgumentParser:
+    def add(name: str, handler: object, text: str, epilog: str) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=text,
@@ -134,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
             epilog=epilog,
             parents=[common],
         )
-        command.set_defaults(run=run)
+        command.set_defaults(handler=handler)
         return command
 
     def add_recipe(command: argparse.ArgumentParser) -> None:
@@ -202,7 +202,7 @@ def parser() -> argparse.ArgumentParser:
     )
     step.add_argument("overrides", nargs="*", metavar="a.b=value", help=OVERRIDE_HELP)
     step.add_argument("--runs", type=int, default=7, help="timed runs, at least 5 (default 7)")
-    step.set_defaults(run=bench_step_command)
+    step.set_defaults(handler=bench_step_command)
     return top
 
 
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     arguments = parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        return arguments.handler(arguments)
     except (UserError, RunError) as error:
         if arguments.debug:
             traceback.print_exc()

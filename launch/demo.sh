@@ -7,13 +7,12 @@ run=runs/digits
 bigan pack digits data/digits
 echo "training ${run} with the evaluator beside it; the pictures appear in ${run}/samples"
 
-# One thread each: networks this small gain little from a second one, and the two processes
-# share the cores with nobody waiting.
-OMP_NUM_THREADS=1 bigan evaluate "$run" --watch &
+# Networks this small make use of two threads, not of more; the evaluator takes what is left over.
+OMP_NUM_THREADS=1 nice -n 10 bigan evaluate "$run" --watch &
 evaluator=$!
 trap 'kill "$evaluator" 2>/dev/null || true' EXIT
 
-OMP_NUM_THREADS=1 bigan train configs/digits.yaml
+OMP_NUM_THREADS=2 bigan train configs/digits.yaml
 wait "$evaluator"
 trap - EXIT
 

@@ -1,0 +1,143 @@
+"""Two real gloo processes give the numbers of one, and fail together."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bigan import config as configs
+from bigan import models, rng, snapshot
+from bigan.data.pack import pack
+from bigan.evaluation.watcher import evaluate
+from bigan.recipe import RunConfig
+from bigan.world import World
+
+RANK = """
+import os, sys
+from datetime import timedelta
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from bigan.errors import UserError
+from bigan.evaluation.together import together
+from bigan.evaluation.watcher import evaluate
+from bigan.world import World
+
+rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", timeout=timedelta(seconds=100))
+
+def fail_on_rank_1():
+    if rank == 1:
+        raise UserError("only here")
+
+try:
+    together(World(rank, size), fail_on_rank_1)
+except UserError as error:
+    print(f"together: {error}", flush=True)
+for folder in sys.argv[1:]:
+    try:
+        evaluate(
+            Path(folder), World(rank, size), watch=True, poll_seconds=0.05,
+            echo=lambda line: print(line, flush=True),
+        )
+    except UserError as error:
+        print(f"UserError: {error}", flush=True)
+dist.destroy_process_group()
+"""
+
+
+def launch(size: int, *run_dirs: Path) -> list[str]:
+    """The output of each rank of `size` processes that evaluate the runs one after the other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, *map(str, run_dirs)],
+            env={**environment, "RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    try:
+        return [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def make_run(run_dir: Path, data: Path, images_seen: tuple[int, ...]) -> None:
+    content = {
+        "run_dir": str(run_dir),
+        "data": {"path": str(data)},
+        "model": {
+            "name": "biggan", "resolution": 16, "num_classes": 10, "z_dim": 12,
+            "image_channels": 1, "channels": 4, "shared_dim": 4,
+        },
+        "optimizer": {"g": {"lr": 1e-4}, "d": {"lr": 1e-4}},
+        "ema": {"halflife_images": 100},
+        "train": {"total_images": 100, "batch": 10},
+        "evaluation": {"extractor": "digits8-cnn-v1", "batch": 16, "num_samples": 203},
+        "tracking": {"mlflow": False},
+    }  # fmt: skip
+    config = configs.validate(RunConfig, content, "test")
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(configs.dump(config))
+    generator, _ = models.build(config.model)
+    generator.init_weights(rng.torch_generator(0, "test/init"))
+    for images in images_seen:
+        snapshot.write(run_dir, images, generator, config)
+    (run_dir / "DONE").write_text("")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    pack("digits", folder)
+    return folder
+
+
+def test_two_processes_give_the_numbers_of_one_and_fail_together(
+    tmp_path: Path, data: Path
+) -> None:
+    """One good run, then one with a damaged snapshot: every rank says so, none waits for ever."""
+    single, double, damaged = tmp_path / "single", tmp_path / "double", tmp_path / "damaged"
+    for run_dir in (single, double, damaged):
+        make_run(run_dir, data, (100, 200))
+    weights = damaged / "snapshots" / "200" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+
+    evaluate(single, World(), watch=True, echo=lambda line: None)
+    outputs = launch(2, double, damaged)
+
+    assert "images_seen 200 " in outputs[0]
+    assert len(outputs[1].splitlines()) == 2, outputs  # rank 1 only tells its errors
+    for output in outputs:
+        assert "together: only here" in output
+        assert "UserError" in output
+        assert "weights.safetensors: cannot be read" in output
+    assert _steps(double) == [100, 200]
+    assert _steps(damaged) == [100]
+    for images_seen in (100, 200):
+        one, two = (
+            json.loads((run_dir / "evaluation" / f"{images_seen}.json").read_text())
+            for run_dir in (single, double)
+        )
+        assert one["protocol"] == two["protocol"]
+        for key, value in one["metrics"].items():
+            assert two["metrics"][key] == pytest.approx(value, rel=1e-7)
+
+
+def _steps(run_dir: Path) -> list[int]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["images_seen"] for line in lines]
