@@ -14,9 +14,8 @@ from bigan import checkpoint, files
 from bigan import config as configs
 from bigan.config import ConfigError
 from bigan.recipe import RunConfig
+from bigan.snapshot import DONE
 from bigan.tracking import environment
-
-DONE = "DONE"
 
 # What may differ between two lives of a run: how it is executed, shown and kept, and its length.
 # Everything else would make it another experiment.

@@ -20,6 +20,8 @@ from bigan import files, models
 from bigan.errors import UserError
 from bigan.recipe import RunConfig
 
+DONE = "DONE"  # written into the run folder last: no snapshot will follow
+
 
 def write(run_dir: Path, images_seen: int, generator: nn.Module, config: RunConfig) -> Path:
     """Write the snapshot of `generator` (standing statistics included); returns its folder."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -67,25 +67,41 @@ def sum_over_ranks(world: World, values: torch.Tensor) -> None:
         dist.all_reduce(values)
 
 
+def together(world: World, work: Callable[[], T]) -> T:
+    """Run `work` (which holds no collective) on this rank, as every rank does, and compare notes.
+
+    Returns this rank's result. If `work` raised anywhere, every rank raises the first failing
+    rank's error (`UserError`, `RunError`, else RuntimeError), so that none waits for ever.
+    """
+    if world.size == 1:
+        return work()
+    result: T | None = None
+    own: Exception | None = None
+    try:
+        result = work()
+    except (UserError, RunError) as error:
+        own = error
+    except Exception as error:
+        own = RuntimeError(f"rank {world.rank}: {type(error).__name__}: {error}")
+    notes: list[Exception | None] = [None] * world.size
+    dist.all_gather_object(notes, own)
+    _raise_first(world, notes)
+    return result  # type: ignore[return-value]
+
+
 def on_main(world: World, decide: Callable[[], T]) -> T:
     """Rank 0 looks and decides, everyone is told.
 
     Runs `decide` on rank 0 and returns its result on every rank; if it raises a `UserError` or
     `RunError` there, every rank raises the same, so that none is left waiting in a collective.
     """
-    if world.size == 1:
-        return decide()
-    outcome: tuple[T | None, Exception | None] = (None, None)
-    if world.is_main:
-        try:
-            outcome = (decide(), None)
-        except (UserError, RunError) as error:
-            outcome = (None, error)
-        except Exception as error:  # a bug on rank 0 must not hang the others either
-            outcome = (None, RuntimeError(f"rank 0: {type(error).__name__}: {error}"))
-    value, problem = broadcast(world, outcome)
-    if problem is not None:
-        if not world.is_main:
-            problem.add_note(TOLD)  # rank 0 prints it, once
-        raise problem
-    return value  # type: ignore[return-value]
+    result = together(world, decide if world.is_main else lambda: None)
+    return broadcast(world, result)  # type: ignore[return-value]
+
+
+def _raise_first(world: World, errors: Sequence[Exception | None]) -> None:
+    for error in errors:
+        if error is not None:
+            if not world.is_main:
+                error.add_note(TOLD)  # rank 0 prints it, once
+            raise error

@@ -24,8 +24,7 @@ from bigan.errors import UserError
 from bigan.evaluation import moments
 from bigan.evaluation.features import Extractor
 from bigan.evaluation.moments import Moments
-from bigan.evaluation.together import together
-from bigan.world import World, on_main
+from bigan.world import World, on_main, together
 
 
 def fingerprint(content: Mapping[str, object]) -> str:

@@ -24,16 +24,15 @@ import torch
 
 from bigan import config as configs
 from bigan import files, snapshot
+from bigan.curves import curves
 from bigan.data.shards import Manifest
 from bigan.errors import UserError
 from bigan.evaluation import features, metrics, moments, reference, sampling
-from bigan.evaluation.together import together
 from bigan.recipe import RunConfig
 from bigan.tracking import Tracker
-from bigan.world import World, on_main
+from bigan.world import World, on_main, together
 
 FOLDER = "evaluation"
-DONE = "DONE"  # written by the trainer when the run has ended
 SMALL = 10_000  # fewer images than this bias a 2048-dimensional FID visibly upwards
 
 
@@ -62,7 +61,7 @@ def evaluate(
     tracker = Tracker(run_dir, config.tracking, role="evaluation") if world.is_main else None
     try:
         if world.is_main:
-            for line in judge.remarks():
+            for line in judge.remarks() + ledger.lines():
                 echo(line)
         num_measured = 0
         while True:
@@ -209,7 +208,7 @@ class _Ledger:
 
         `DONE` is looked at before the snapshots: one written in between is then never missed.
         """
-        finished = (self.run_dir / DONE).exists()
+        finished = (self.run_dir / snapshot.DONE).exists()
         for folder in snapshot.find(self.run_dir):
             try:
                 task = self._task(folder)
@@ -219,6 +218,12 @@ class _Ledger:
             if not self._is_measured(task):
                 return task, finished
         return None, finished
+
+    def lines(self) -> list[str]:
+        """What was measured before under this protocol, for the reader who comes back."""
+        done = [f for f in snapshot.find(self.run_dir) if self._is_measured(self._task(f))]
+        records = [json.loads(self._path(int(folder.name)).read_text()) for folder in done]
+        return [_line(r["images_seen"], r["metrics"], r["protocol"], r["seconds"]) for r in records]
 
     def is_current(self, task: Task) -> bool:
         """Whether the snapshot is still the one the task was made of."""
@@ -290,11 +295,12 @@ def _publish(
     record: Record, ledger: _Ledger, tracker: Tracker | None, echo: Callable[[str], None]
 ) -> None:
     """Rank 0: say it, log it, and last of all mark it as done."""
-    echo(_line(record))
+    echo(_line(record.images_seen, record.metrics, record.protocol, record.seconds))
     if tracker is not None:
         logged = {f"eval/{key}": value for key, value in record.metrics.items()}
         tracker.log(record.images_seen, logged)
     ledger.write(record)
+    curves(ledger.run_dir, ledger.run_dir / "curves.png")
 
 
 def _run_config(
@@ -326,11 +332,13 @@ def _run_config(
     return config
 
 
-def _line(record: Record) -> str:
-    (distance_key, distance), (score_key, score) = record.metrics.items()
+def _line(
+    images_seen: int, values: dict[str, float], protocol: dict[str, object], seconds: float
+) -> str:
+    (distance_key, distance), (score_key, score) = values.items()
     return (
-        f"images_seen {record.images_seen}  {distance_key} {distance:.3f}  {score_key} {score:.2f}"
-        f"  ({record.protocol['num_samples']} samples, {record.seconds:.1f} s)"
+        f"images_seen {images_seen}  {distance_key} {distance:.3f}  {score_key} {score:.2f}"
+        f"  ({protocol['num_samples']} samples, {seconds:.1f} s)"
     )
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from bigan.errors import UserError
-from bigan.evaluation.together import together
+from bigan.world import together
 from bigan.evaluation.watcher import evaluate
 from bigan.world import World
 
