@@ -22,9 +22,8 @@ from bigan.schedules import due, warmup
 from bigan.stats import Statistics
 from bigan.stop import StopFlag
 from bigan.tracking import Status, Tracker
-from bigan.world import World, barrier, broadcast, on_main, sum_over_ranks
+from bigan.world import World, barrier, broadcast, on_main, sum_over_ranks, together
 
-CHECKSUM_LIMIT_BYTES = 1 << 30  # smaller sets are verified whole at every start
 GRID_COLUMNS = 10
 GRID_ROWS = 16
 
@@ -49,8 +48,6 @@ def check_data(config: RunConfig) -> Manifest:
             f"{config.data.path}: the images have {'; '.join(wrong)}; change the config or pack "
             "the images again (`bigan pack --help`)"
         )
-    if sum(shard.filesize for shard in manifest.shardlist) <= CHECKSUM_LIMIT_BYTES:
-        manifest.verify_checksums()
     return manifest
 
 
@@ -248,18 +245,7 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick) -> int:
             on_main(world, lambda: finish(training, None))  # the kill may have come just before it
             echo(f"{config.run_dir}: already complete at images_seen = {progress.images_seen}")
             return 0
-    with ShardStream(
-        config.data.path,
-        config.data.split,
-        seed=config.train.seed,
-        world=world,
-        batch=config.train.batch,
-        accumulation=training.accumulation,
-        images_seen=progress.images_seen,
-        threads=config.data.threads,
-        prefetch=config.data.prefetch,
-        block=config.data.block,
-    ) as stream:
+    with together(world, lambda: open_stream(training)) as stream:
         agree_on_data(world, stream.fingerprint)
         on_main(world, lambda: run_folder.prepare(config))
         tracker = Tracker(config.run_dir, config.tracking, role="train") if world.is_main else None
@@ -282,13 +268,35 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick) -> int:
     return code
 
 
+def open_stream(training: Training) -> ShardStream:
+    """The images from `images_seen` on; each rank looks at the files it will read."""
+    config = training.config
+    return ShardStream(
+        config.data.path,
+        config.data.split,
+        seed=config.train.seed,
+        world=training.world,
+        batch=config.train.batch,
+        accumulation=training.accumulation,
+        images_seen=training.progress.images_seen,
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+        block=config.data.block,
+    )
+
+
 def agree_on_data(world: World, fingerprint: str) -> None:
     """Every rank must read the same order of the same files; raises `UserError` otherwise."""
-    if broadcast(world, fingerprint) != fingerprint:
-        raise UserError(
-            f"rank {world.rank} sees another data set than rank 0 under the same path; give all "
-            "nodes the same shards"
-        )
+    expected = broadcast(world, fingerprint)
+
+    def compare() -> None:
+        if fingerprint != expected:
+            raise UserError(
+                f"rank {world.rank} sees another data set than rank 0 under the same path; give "
+                "all nodes the same shards"
+            )
+
+    together(world, compare)
 
 
 def loop(

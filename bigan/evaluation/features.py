@@ -35,7 +35,9 @@ DIGITS8_SHA256 = "b0f45a34e429f6e7401427f496543eb3febbcea7a8ff66b3cde05c428f2032
 INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"  # torch.hub's convention: the first digits, in the file's own name
-INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+INCEPTION_URL = (
+    f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+)
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
     Raises ValueError below two samples on either side.
     """
-    statistics = [
-        {"mu": m.mean.cpu().numpy(), "sigma": m.covariance.cpu().numpy()} for m in (a, b)
-    ]
+    statistics = [{"mu": m.mean.cpu().numpy(), "sigma": m.covariance.cpu().numpy()} for m in (a, b)]
     return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
 
 

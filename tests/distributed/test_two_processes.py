@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMOKE, launch, run_bigan
+from commands import ROOT, SMOKE, launch, run_bigan
 from safetensors.torch import load_file
 
 LAUNCH = ROOT / "launch" / "cpu.yaml"

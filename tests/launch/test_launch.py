@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, SMOKE, environment, launch, run_bigan
+from commands import ROOT, SMOKE, environment, launch, run_bigan
 
 FILES = sorted((ROOT / "launch").glob("*.yaml"))
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import TEN_CLASSES
+from commands import TEN_CLASSES
 
 from bigan import config as configs
 from bigan.data.stream import ShardStream

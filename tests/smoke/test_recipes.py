@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from commands import ROOT
 
 from bigan import config as configs
 from bigan import snapshot

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMOKE, TEN_CLASSES, environment, run_bigan
+from commands import SMOKE, TEN_CLASSES, environment, run_bigan
 from torch import nn
 
 from bigan import checkpoint, files, run_folder

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMOKE, run_bigan
+from commands import ROOT, SMOKE, run_bigan
 
 from bigan import config as configs
 from bigan.cli import main
@@ -123,7 +123,7 @@ def test_output_may_be_cut_by_head() -> None:
     import subprocess
     import sys
 
-    from conftest import environment
+    from commands import environment
 
     pipe = f"{sys.executable} -m bigan describe {SMOKE} --json | head -1"
     done = subprocess.run(

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import TEN_CLASSES
+from commands import TEN_CLASSES
 
 from bigan import ema, engine, phases
 from bigan.data.stream import ShardStream

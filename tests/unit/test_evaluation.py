@@ -189,9 +189,7 @@ def test_inception_takes_the_same_way_under_the_published_names(random_inception
     digest = features._sha256(random_inception)
     with pytest.raises(UserError, match="not the Inception weights"):
         features.create(features.INCEPTION, random_inception)
-    inception = features.create(
-        features.INCEPTION, random_inception, inception_sha256=digest[:8]
-    )
+    inception = features.create(features.INCEPTION, random_inception, inception_sha256=digest[:8])
     assert inception.sha256 == digest
     keys = (inception.distance_key, inception.score_key)
     assert keys == ("fid/inception-v3-compat", "is/inception-v3-compat")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import environment
+from commands import environment
 
 from bigan import files, rng
 from bigan.stats import Statistics

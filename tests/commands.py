@@ -1,0 +1,68 @@
+"""Run bigan as a user does: the command line and `accelerate launch`, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SMOKE = ROOT / "configs" / "smoke" / "digits.yaml"
+TEN_CLASSES = {str(digit): 1 for digit in range(10)}
+
+
+def environment(threads: int = 1) -> dict[str, str]:
+    """For a child process: this checkout first, few threads, no traces of a launcher."""
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("ACCELERATE_", "SLURM_", "MLFLOW_"))
+        and key not in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    }
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+
+
+def run_bigan(
+    *arguments: str | Path, cwd: Path | None = None, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """`python -m bigan ARGUMENTS` in a fresh process."""
+    return subprocess.run(
+        [sys.executable, "-m", "bigan", *map(str, arguments)],
+        cwd=cwd or ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def launch(
+    *arguments: str | Path,
+    cwd: Path | None = None,
+    options: Sequence[str | Path] = (),
+    module: str = "bigan.train",
+    timeout: float = 180,
+) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch OPTIONS -m MODULE ARGUMENTS` on a free port."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, options)]
+    command += ["--main_process_port", str(free_port()), "-m", module, *map(str, arguments)]
+    return subprocess.run(
+        command,
+        cwd=cwd or ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on at the moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

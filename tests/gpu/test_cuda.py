@@ -1,0 +1,74 @@
+"""The same recipe on a CUDA device: compiled, mixed precision, no waiting inside a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from commands import TEN_CLASSES
+
+from bigan import snapshot
+from bigan.data.stream import ShardStream
+from bigan.engine import Engine
+from bigan.recipe import RunConfig
+from bigan.trainer import Training, train
+
+Recipe = Callable[..., RunConfig]
+R1 = "penalties=[{name: r1, weight: 1.0}]"
+
+
+def steps(config: RunConfig, num: int) -> tuple[Training, dict[str, float], list[str]]:
+    messages: list[str] = []
+    training = Training(config, Engine(config, messages.append), TEN_CLASSES)
+    training.prepare()
+    with ShardStream(
+        config.data.path, seed=0, world=training.world, batch=config.train.batch
+    ) as stream:
+        for _ in range(num):
+            training.step(stream)
+    means, _ = training.statistics.collect()
+    return training, means, messages
+
+
+@pytest.mark.parametrize("penalty", ["penalties=[]", R1, R1.replace("r1", "wgan_gp")])
+def test_inductor_agrees_with_eager(recipe: Recipe, penalty: str) -> None:
+    torch.backends.cudnn.allow_tf32 = False  # tf32 differs between eager and compiled convolutions
+    _, eager, _ = steps(recipe(penalty, "compile=eager"), 3)
+    _, compiled, messages = steps(recipe(penalty, "compile=inductor"), 3)
+    assert not any("failed" in line for line in messages), messages
+    for name, value in eager.items():
+        assert compiled[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+
+
+def test_a_step_never_waits_for_the_device(recipe: Recipe) -> None:
+    config = recipe(R1, "train.batch=40", "train.micro_batch=20")
+    training, _, _ = steps(config, 2)  # compiled, allocated
+    with ShardStream(
+        config.data.path, seed=0, world=training.world, batch=40, accumulation=2
+    ) as stream:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            training.step(stream)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_whole_run(recipe: Recipe, precision: str) -> None:
+    config = recipe(f"precision={precision}", "compile=auto", R1)
+    assert train(config, print, lambda *_: None) == 0
+    generator, _ = snapshot.load(snapshot.find(config.run_dir)[-1], "cuda")
+    z = torch.randn(10, config.model.z_dim, device="cuda")
+    images = generator(z, torch.arange(10, device="cuda"))
+    assert images.shape == (10, 1, 16, 16)
+    assert images.abs().max() <= 1
+
+
+def test_loader_pins_its_batches(recipe: Recipe) -> None:
+    config = recipe()
+    world = Engine(config, print).world
+    with ShardStream(config.data.path, seed=0, world=world, batch=40) as stream:
+        batch = next(stream)
+    assert batch.real.is_pinned()
+    assert batch.labels.is_pinned()

@@ -1,0 +1,209 @@
+"""Every command of the README is run: here on small data, or by the test named beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import ROOT, environment, free_port
+from PIL import Image
+
+README = (ROOT / "README.md").read_text()
+
+# Where a command cannot be run as it stands within a test, what else runs it.
+ELSEWHERE = {
+    "make demo": "test_demo_from_a_clean_clone below (slow)",
+    "make test": ".ci/run",
+}
+SMALL = (
+    "train.total_images=80 train.batch=40 train.micro_batch=20 train.snapshot_images=40 "
+    "train.standing_batches=1 train.tick_images=40 train.orthogonal_weight=0 compile=eager "
+    "tracking.mlflow=false"
+)
+PHOTOS = (
+    "model.channels=1 model.attention_resolutions=[] model.z_dim=20 precision=fp32 train.batch=10 "
+    "train.total_images=20 train.micro_batch=5 train.snapshot_images=20"
+)
+PARTS = (
+    "bigan pack photos",
+    "bigan describe configs/photos",
+    "bigan train configs/photos",
+    "bigan evaluate runs/photos",
+    "bigan train configs/biggan-128",
+    "launch/cpu.yaml -m bigan.train",
+    "launch/node.yaml",
+    "launch/cluster.yaml",
+    "-m bigan.evaluate",
+    "bigan bench step",
+    "mlflow ui",
+)
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
+    lines = [line.partition(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
+    """A folder as the reader has it: configs, launch files, digits, some photos."""
+    place = tmp_path_factory.mktemp("reader")
+    for name in ("configs", "launch", "bigan"):
+        (place / name).symlink_to(ROOT / name)
+    (place / "data").mkdir()
+    (place / "data" / "digits").symlink_to(digits)
+    pixels = np.random.default_rng(0)
+    for name in ("cats", "dogs"):
+        (place / "photos" / name).mkdir(parents=True)
+        for i in range(30):
+            image = pixels.integers(0, 256, (80, 100, 3), dtype=np.uint8)
+            Image.fromarray(image).save(place / "photos" / name / f"{i}.jpg")
+    return place
+
+
+def adapted(command: str) -> str:
+    """The command on data small enough for a test, in the reader's folder."""
+    command = command.replace(".venv/bin/", str(Path(sys.executable).parent) + "/")
+    command = command.replace("configs/biggan-128.yaml", "configs/smoke/biggan-128.yaml")
+    command = command.replace("configs/digits.yaml", "configs/smoke/digits.yaml")
+    command = command.replace("launch/node.yaml", "launch/node.yaml --num_processes 2")
+    command = command.replace("launch/cluster.yaml", "launch/cluster.yaml --num_processes 2")
+    if "configs/photos.yaml" in command and "train" in command:
+        return f"{command} {SMALL} {PHOTOS}"
+    if "bigan train" in command or "bigan.train" in command:
+        return f"{command} {SMALL} run_dir=runs/{len(command)}"
+    return command
+
+
+def run(command: str, place: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=place,
+        env=environment() | {"PATH": path, "MASTER_PORT": str(free_port())} | variables,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+
+
+def that(part: str) -> str:
+    """The README's one command that contains `part`."""
+    (found,) = [command for command in commands() if part in command]
+    return found
+
+
+def test_every_command_is_known() -> None:
+    """A command that is added to the README is added here, too."""
+    assert len(commands()) == len(set(commands()))
+    unknown = [c for c in commands() if c not in ELSEWHERE and not any(p in c for p in PARTS)]
+    assert not unknown
+
+
+def test_own_images(workplace: Path) -> None:
+    """pack, describe, train, evaluate, in the README's order."""
+    for part in PARTS[:3]:
+        done = run(adapted(that(part)), workplace)
+        assert done.returncode == 0, (part, done.stderr)
+    assert (workplace / "runs/photos/timeline.png").exists()
+    done = run(adapted(that("bigan evaluate runs/photos")), workplace)
+    # The weights are not ours to ship: the reader without them is told what to do, in one line.
+    assert done.returncode == 2
+    assert "weights-inception-2015-12-05-6726825d.pth" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "part", ["bigan train configs/biggan-128", "launch/cpu.yaml -m bigan.train", "launch/node.yaml"]
+)
+def test_launch(workplace: Path, part: str) -> None:
+    done = run(adapted(that(part)), workplace)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_two_nodes(workplace: Path) -> None:
+    """Both ends of the two-node command, on this machine."""
+    command = adapted(that("launch/cluster.yaml")).replace("29500", str(free_port()))
+    with ThreadPoolExecutor(2) as pool:
+        ends = [
+            pool.submit(run, command, workplace, RANK=rank, HEAD="127.0.0.1") for rank in ("0", "1")
+        ]
+    for end in ends:
+        assert end.result().returncode == 0, end.result().stderr[-2000:]
+
+
+def test_evaluator_on_two_processes(workplace: Path) -> None:
+    overrides = f"{SMALL} run_dir=runs/digits evaluation.num_samples=100"
+    trained = run(f"python -m bigan train configs/smoke/digits.yaml {overrides}", workplace)
+    assert trained.returncode == 0, trained.stderr
+    done = run(adapted(that("-m bigan.evaluate")), workplace)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("fd/digits8-cnn-v1") == 2
+
+
+@pytest.mark.slow
+def test_bench(workplace: Path) -> None:
+    done = run(adapted(that("bigan bench step")), workplace)
+    assert done.returncode == 0, done.stderr
+    assert '"speedup_compiled"' in done.stdout
+
+
+def test_mlflow_ui(workplace: Path) -> None:
+    """The viewer starts on the store that a run makes and answers over HTTP."""
+    (workplace / "runs").mkdir(exist_ok=True)
+    port = free_port()
+    command = [*adapted(that("mlflow ui")).split(), "--port", str(port)]
+    viewer = subprocess.Popen(
+        command, cwd=workplace, env=environment(), stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        until = time.monotonic() + 120
+        while True:
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer,
+            ):
+                assert answer.status == 200
+                break
+            assert viewer.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.5)
+    finally:
+        os.killpg(viewer.pid, signal.SIGKILL)
+        viewer.wait()
+
+
+def test_linked_files_exist() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert links
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert not missing
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_demo_from_a_clean_clone(tmp_path: Path) -> None:
+    """`make demo` on what is committed: several distances, the last one good, within 8 minutes."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    began = time.monotonic()
+    done = subprocess.run(
+        ["make", "demo"], cwd=clone, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert time.monotonic() - began < 480
+    found = re.findall(r"images_seen (\d+)  fd/digits8-cnn-v1 (\S+)", done.stdout)
+    assert len(found) >= 5
+    assert float(found[-1][1]) <= 1.2
