@@ -168,6 +168,7 @@ class Engine:
             prepared.module = self._accelerator.prepare_model(prepared.phase)
         prepared.optimizer.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}
+        finite = torch.ones((), dtype=torch.bool, device=self.world.device)
         num = len(batches)
         for index, batch in enumerate(batches):
             last = index == num - 1
@@ -175,11 +176,11 @@ class Engine:
             with hold:
                 loss, scalars = prepared.module(other, batch, variant)
                 (loss / num).backward()
-            scalars["_finite"] = torch.isfinite(loss.detach()).float()
+            finite = torch.isfinite(loss.detach()) & finite
             for name, value in scalars.items():
                 total[name] = total[name] + value / num if name in total else value / num
-        name = prepared.phase.name
-        total[f"grad_norm_{name}"] = self._update(prepared, total.pop("_finite"), images_seen)
+        norm = self._update(prepared, finite, images_seen)
+        total[f"grad_norm_{prepared.phase.name}"] = norm
         return total
 
     def halted_at(self) -> float:
@@ -190,7 +191,7 @@ class Engine:
         """Optimiser step, skipped on the device from the first non-finite loss or gradient on."""
         gradients = [p.grad for p in prepared.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        bad = 1 - torch.isfinite(norm).float() * (finite >= 1).float()
+        bad = 1 - (torch.isfinite(norm) & finite).float()
         if self.world.size > 1:
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)  # all skip, or none
         first = (bad > 0) & (self._halt == 0)

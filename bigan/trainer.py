@@ -322,7 +322,7 @@ def loop(
                 stop=stop.signal, halted_at=training.engine.halted_at()
             )
             if agreed["halted_at"] >= 0:
-                raise RunError(non_finite_message(training, int(agreed["halted_at"]), means))
+                on_main(world, partial(give_up, training, int(agreed["halted_at"]), means))
             now = time.monotonic()
             progress.seconds += now - began
             report = {f"train/{name}": value for name, value in means.items()}
@@ -353,12 +353,12 @@ def finish(training: Training, tracker: Tracker | None) -> None:
     run_folder.finish(training.config, training.progress.images_seen)
 
 
-def non_finite_message(training: Training, images_seen: int, means: dict[str, float]) -> str:
-    """One line: what became non-finite and when, what is kept, what to try."""
-    names = [n for n, value in means.items() if not abs(value) < float("inf")]
+def give_up(training: Training, images_seen: int, means: dict[str, float]) -> None:
+    """Raise the `RunError` of a non-finite step: what and when, what is kept, what to try."""
+    names = [name for name, value in means.items() if not abs(value) < float("inf")]
     newest = checkpoint.latest(training.config.run_dir)
     kept = f"the last checkpoint {newest} is intact" if newest else "there is no checkpoint yet"
-    return (
+    raise RunError(
         f"{', '.join(names) or 'a loss'} became non-finite at images_seen = {images_seen}; no "
         f"update was made from that step on and {kept}; try a lower learning rate, "
         "precision=fp32, or a penalty"

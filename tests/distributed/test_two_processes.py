@@ -25,7 +25,7 @@ def losses(run: Path) -> dict[int, dict[str, float]]:
     ("name", "overrides"),
     [
         ("plain", []),
-        ("wgan_gp", ["penalties=[{name: wgan_gp, weight: 1.0}]"]),
+        ("compiled", ["penalties=[{name: wgan_gp, weight: 1.0}]"]),
         ("accumulate", ["train.micro_batch=10", "train.num_d_steps=2"]),
     ],
 )
@@ -35,7 +35,9 @@ def test_same_losses_for_twenty_steps(
     """Losses to 1e-4 at every step: the same images, latents, BatchNorm and mean gradients."""
     common = [SMOKE, f"data.path={digits}", "train.tick_images=40", "train.total_images=800"]
     common += overrides
-    together = launch(*common, f"run_dir={tmp_path / 'two'}", options=["--config_file", LAUNCH])
+    backend = "aot_eager" if name == "compiled" else "eager"
+    two_processes = [*common, f"compile={backend}", f"run_dir={tmp_path / 'two'}"]
+    together = launch(*two_processes, options=["--config_file", LAUNCH])
     assert together.returncode == 0, together.stderr[-2000:]
     if name == "accumulate":  # the joined micro-batch of two processes is that of one with twice
         common += ["train.micro_batch=20"]

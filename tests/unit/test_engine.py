@@ -84,6 +84,15 @@ def test_non_finite_step_changes_nothing(recipe: Recipe) -> None:
     assert all(torch.isfinite(p).all() for p in training.average.parameters())
 
 
+@pytest.mark.parametrize("num", [3, 6, 7])
+def test_accumulated_steps_are_finite(recipe: Recipe, num: int) -> None:
+    """Thirds and sevenths do not add up to one exactly: the check must not be a mean."""
+    training, stream = make(recipe(f"train.batch={num * 4}", "train.micro_batch=4"))
+    with stream:
+        training.phase_step("d", stream)
+    assert training.engine.halted_at() == -1
+
+
 def test_run_stops_with_one_line_and_keeps_the_checkpoint(recipe: Recipe) -> None:
     config = recipe("train.total_images=4000", "train.checkpoint_images=80", "train.tick_images=40")
     original = phases.as_images
