@@ -209,7 +209,7 @@ def test_learning_rate_warms_up(recipe: Recipe) -> None:
         for _ in range(3):
             training.step(stream)
             rates.append([o.param_groups[0]["lr"] for o in training.optimizers.values()])
-    assert rates == [[pytest.approx(r), 4e-4] for r in (2e-4, 3e-4, 4e-4)]
+    assert rates == [[pytest.approx(r), 1.6e-3] for r in (1e-4, 1.5e-4, 2e-4)]
 
 
 def test_average_follows_the_generator(recipe: Recipe) -> None:
