@@ -26,6 +26,7 @@ from bigan.data.stream import Batch
 from bigan.engine import Echo, Engine
 from bigan.errors import UserError
 from bigan.recipe import PenaltyConfig, RunConfig
+from bigan.tracking import cpu_name
 from bigan.trainer import Training
 
 WARM_UP_STEPS = 3
@@ -127,17 +128,10 @@ def hardware() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "device": torch.cuda.get_device_name() if cuda else cpu_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _summary(values: list[float]) -> dict[str, float]:

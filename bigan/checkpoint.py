@@ -35,6 +35,7 @@ class Progress:
     images_seen: int = 0
     seconds: float = 0.0  # spent training, over all lives of the run
     attempt: int = 1  # lives of the run: 1 + number of resumes
+    data_fingerprint: str = ""  # of the images trained on
 
 
 class CheckpointError(UserError):
@@ -56,12 +57,7 @@ def save(
         for name, network in networks.items()
         for key, tensor in network.state_dict().items()
     }
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise RunError(
-                f"{key} is not finite at images_seen = {progress.images_seen}; not saved, the last "
-                "checkpoint is intact"
-            )
+    require_finite(progress.images_seen, networks)
     moments = {
         f"{name}.{key}": tensor.detach().cpu().contiguous()
         for name, optimizer in optimizers.items()
@@ -74,6 +70,17 @@ def save(
         record = {"format": FORMAT, **vars(progress)}
         (temporary / "progress.json").write_text(json.dumps(record, indent=2) + "\n")
     return folder
+
+
+def require_finite(images_seen: int, networks: Mapping[str, nn.Module]) -> None:
+    """Raise `RunError` if a network holds a number that is not finite: it must not be saved."""
+    for name, network in networks.items():
+        for key, tensor in network.state_dict().items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise RunError(
+                    f"{name}.{key} is not finite at images_seen = {images_seen}; nothing is saved "
+                    "of this state, earlier checkpoints are intact; try a lower learning rate"
+                )
 
 
 def latest(run_dir: Path) -> Path | None:
@@ -96,7 +103,12 @@ def read_progress(folder: Path) -> Progress:
         record = json.loads(path.read_text())
         version = record.pop("format")
         if version == FORMAT:
-            return Progress(**record)
+            progress = Progress(**record)
+            if any(type(getattr(progress, k)) is not type(v) for k, v in vars(Progress()).items()):
+                raise TypeError("a counter is not a number")
+            if str(progress.images_seen) != folder.name:
+                raise ValueError(f"it is of images_seen = {progress.images_seen}")
+            return progress
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); {_go_back(folder)}") from None
     raise CheckpointError(
@@ -120,14 +132,9 @@ def load(
     moments = _read(folder, "optimizers.safetensors")
     for name, network in networks.items():
         _check_fit(folder, name, network, _part(tensors, name))
+    for name in optimizers:
+        _check_moments(folder, name, networks[name], _part(moments, name))
     for name, optimizer in optimizers.items():
-        expected = len(list(networks[name].parameters()))
-        found = {key.rpartition(".")[0] for key in _part(moments, name)}
-        if found and len(found) != expected:
-            raise CheckpointError(
-                f"{folder}: optimiser {name} has moments of {len(found)} parameters, the model has "
-                f"{expected}; {_go_back(folder)}"
-            )
         _fill_optimizer(networks[name], optimizer, _part(moments, name))
     for name, network in networks.items():
         network.load_state_dict(_part(tensors, name))
@@ -140,6 +147,18 @@ def _optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> 
         for name, parameter in network.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
+
+
+def _check_moments(folder: Path, name: str, network: nn.Module, found: dict[str, Tensor]) -> None:
+    """Adam's state of every parameter must be there, in the parameter's shape."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for key, parameter in network.named_parameters():
+        shape = tuple(parameter.shape)
+        expected |= {f"{key}.step": (), f"{key}.exp_avg": shape, f"{key}.exp_avg_sq": shape}
+    if {key: tuple(tensor.shape) for key, tensor in found.items()} != expected:
+        raise CheckpointError(
+            f"{folder}: the optimiser state of {name} is not that of this model; {_go_back(folder)}"
+        )
 
 
 def _fill_optimizer(

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bigan.config import ConfigError
 from bigan.errors import RunError, UserError
 from bigan.world import TOLD
 
@@ -81,17 +80,16 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     from bigan.evaluation.watcher import evaluate
 
     _, world = connect(timeout_seconds=24 * 3600)  # a watcher's ranks wait for rank 0 to find work
-    try:
-        evaluate(
-            arguments.run,
-            world,
-            watch=arguments.watch,
-            device=world.device,
-            poll_seconds=arguments.poll_seconds,
-            echo=lambda line: print(line, flush=True),
-        )
-    finally:
-        disconnect(world)
+    evaluate(
+        arguments.run,
+        world,
+        overrides=arguments.overrides,
+        watch=arguments.watch,
+        device=world.device,
+        poll_seconds=arguments.poll_seconds,
+        echo=lambda line: print(line, flush=True),
+    )
+    disconnect(world)
     return 0
 
 
@@ -113,6 +111,22 @@ def _load(arguments: argparse.Namespace) -> RunConfig:
     from bigan.recipe import RunConfig
 
     return configs.load(RunConfig, arguments.config, arguments.overrides)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -167,7 +181,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_recipe(describe)
     describe.add_argument("--json", action="store_true", help="print JSON")
-    describe.add_argument("--world-size", type=int, default=1, help="processes (default 1)")
+    describe.add_argument("--world-size", type=_count, default=1, help="processes (default 1)")
 
     train = add(
         "train",
@@ -185,8 +199,14 @@ def parser() -> argparse.ArgumentParser:
         "Runs beside training, in its own process: bigan evaluate runs/digits --watch",
     )
     evaluate.add_argument("run", type=Path, help="the run folder, for example runs/digits")
+    evaluate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="a.b=value",
+        help="other settings than the run's, for example evaluation.num_samples=10000",
+    )
     evaluate.add_argument("--watch", action="store_true", help="wait for snapshots until the end")
-    evaluate.add_argument("--poll-seconds", type=float, default=1.0, help="between two looks")
+    evaluate.add_argument("--poll-seconds", type=_positive, default=1.0, help="between two looks")
 
     bench = add("bench", None, "measure speed and memory, as JSON", "See docs and benchmarks/.")
     kinds = bench.add_subparsers(dest="kind", required=True, metavar="KIND")
@@ -217,17 +237,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif not _said_by_rank_0(error):
             print(f"bigan: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a file or folder that cannot be used: the user's, not a bug
+        if arguments.debug or not error.filename:
+            raise
+        print(f"bigan: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _said_by_rank_0(error: Exception) -> bool:
     """Whether another process prints the same line: one problem, one line."""
     told = TOLD in getattr(error, "__notes__", [])
-    everywhere = isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0"
+    everywhere = getattr(error, "everywhere", False) and os.environ.get("RANK", "0") != "0"
     return told or everywhere
 
 

@@ -20,9 +20,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from bigan.errors import UserError
+from bigan.errors import LaunchError
 from bigan.recipe import AdamConfig, RunConfig
-from bigan.world import World
+from bigan.world import World, everyone
 
 Echo = Callable[[str], None]
 
@@ -30,20 +30,20 @@ Echo = Callable[[str], None]
 def check_launch(environment: Mapping[str, str]) -> None:
     """Refuse launches that would train several strangers, or one process instead of several.
 
-    Raises `UserError`. `accelerate launch --cpu --num_processes 2` sets MASTER_ADDR, starts one
+    Raises `LaunchError`. `accelerate launch --cpu --num_processes 2` sets MASTER_ADDR, starts one
     process and says nothing; `srun` without a launcher starts n processes that do not know each
     other.
     """
     if "WORLD_SIZE" in environment:
         return
     if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment:
-        raise UserError(
+        raise LaunchError(
             "launch environment: accelerate was asked for several processes but started one "
             "(its --cpu launcher does that); use `accelerate launch --config_file "
             "launch/cpu.yaml`, or --multi_gpu instead of --cpu"
         )
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        raise UserError(
+        raise LaunchError(
             f"launch environment: srun started {environment['SLURM_STEP_NUM_TASKS']} tasks that "
             "do not know each other; run one task per node with `accelerate launch` inside it"
         )
@@ -81,7 +81,7 @@ class Prepared:
 
 
 def connect(timeout_seconds: int) -> tuple[Accelerator, World]:
-    """Join the processes of this launch; raises `UserError` if they do not find each other."""
+    """Join the processes of this launch; raises `LaunchError` if they do not find each other."""
     check_launch(os.environ)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
@@ -95,7 +95,7 @@ def connect(timeout_seconds: int) -> tuple[Accelerator, World]:
     )
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
-        raise UserError(
+        raise LaunchError(
             f"launch environment: {expected} processes were started but {accelerator.num_processes}"
             " found each other; start them with `accelerate launch` or `torchrun`"
         )
@@ -109,34 +109,38 @@ def connect(timeout_seconds: int) -> tuple[Accelerator, World]:
 
 
 def disconnect(world: World) -> None:
-    """Leave the process group, together with the others."""
+    """Leave the process group at a regular end, together with the others.
+
+    Not on the way out of an exception: peers may be waiting in another collective, and the process
+    that fails must say why and exit, so that the launcher ends them.
+    """
     if world.size > 1 and dist.is_initialized():
-        with contextlib.suppress(RuntimeError):  # a lost peer is reported where it was lost
-            dist.barrier()
+        dist.barrier()
         dist.destroy_process_group()
 
 
 class Engine:
     """Runs phases for one process (`world.size == 1`) or under DDP.
 
-    Raises `UserError` when the launch and the recipe's `engine` do not fit together.
+    Raises `LaunchError` when the launch and the recipe's `engine` do not fit together.
     """
 
     def __init__(self, config: RunConfig, echo: Echo) -> None:
         self._accelerator, self.world = connect(config.train.collective_timeout_seconds)
         size = self.world.size
         if config.engine == "single" and size > 1:
-            raise UserError(f"engine = single, but {size} processes were started; use engine=ddp")
+            raise LaunchError(f"engine = single, but {size} processes were started; use engine=ddp")
         if config.engine == "ddp" and size == 1:
-            raise UserError(
+            raise LaunchError(
                 "engine = ddp needs several processes: start it with `accelerate launch "
                 "--config_file launch/cpu.yaml -m bigan.train ...`"
             )
         self.echo: Echo = echo if self.world.is_main else lambda _: None
         self.process_group = dist.group.WORLD if size > 1 else None
         self._backend, reason = compile_backend(config.compile, self.world.device)
-        if reason:
-            self.echo(f"eager mode: {reason}")
+        if not everyone(self.world, not reason):  # nodes may differ in their compilers
+            self._backend = None
+            self.echo(f"eager mode: {reason or 'not every node can compile'}")
         self._halt = torch.zeros((), device=self.world.device)
         self._first_bad = torch.full((), -1.0, dtype=torch.float64, device=self.world.device)
 
@@ -221,12 +225,15 @@ class Engine:
         try:
             loss, _ = prepared.phase(other, batch, variant)
             loss.backward()
+            why = ""
         except Exception as error:
-            prepared.phase._compiled_call_impl = None
             lines = str(error).strip().splitlines()
             why = f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
-            self.echo(f"eager mode for phase {prepared.phase.name}: torch.compile failed ({why})")
+        name = prepared.phase.name
+        if everyone(self.world, not why):
+            self.echo(f"compiled phase {name} in {time.monotonic() - began:.0f} s")
         else:
-            seconds = time.monotonic() - began
-            self.echo(f"compiled phase {prepared.phase.name} in {seconds:.0f} s")
+            prepared.phase._compiled_call_impl = None
+            why = why or "on another process"
+            self.echo(f"eager mode for phase {name}: torch.compile failed ({why})")
         prepared.optimizer.zero_grad(set_to_none=True)

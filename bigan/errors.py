@@ -7,7 +7,18 @@ line prints it without a traceback and exits with code 2; everything else is a b
 
 
 class UserError(Exception):
-    """Bad input, described in one line: where it is, what is wrong, what to do about it."""
+    """Bad input, described in one line: where it is, what is wrong, what to do about it.
+
+    `everywhere`: every process of a launch finds the same, so that one of them says it.
+    """
+
+    everywhere = False
+
+
+class LaunchError(UserError):
+    """Processes that were started in a way that cannot work."""
+
+    everywhere = True
 
 
 class RunError(Exception):

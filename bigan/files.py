@@ -37,6 +37,7 @@ def complete_folder(folder: Path) -> Iterator[Path]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    former = folder.with_name(f".{folder.name}.{os.getpid()}.former.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -47,11 +48,12 @@ def complete_folder(folder: Path) -> Iterator[Path]:
         (temporary / COMPLETE).write_text("")
         _sync(temporary)
         if folder.exists():  # an incomplete one, or the same state saved again
-            shutil.rmtree(folder)
+            folder.replace(former)  # at once: a folder being deleted must not look complete
         temporary.replace(folder)
         _sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(former, ignore_errors=True)
 
 
 def is_complete(folder: Path) -> bool:
@@ -67,9 +69,9 @@ def numbered_folders(parent: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name))
 
 
-def remove_leftovers(parent: Path) -> None:
-    """Delete temporary folders and files that a killed writer left in `parent`."""
-    for path in parent.glob(".*.tmp"):
+def remove_leftovers(parent: Path, name: str = "*") -> None:
+    """Delete temporary folders and files of `name` that a killed writer left in `parent`."""
+    for path in parent.glob(f".{name}.*.tmp"):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

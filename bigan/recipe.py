@@ -61,7 +61,8 @@ class EmaConfig(Frozen):
 class TrainConfig(Frozen):
     total_images: Positive
     batch: Positive  # images per optimiser step over all processes: the hyperparameter
-    micro_batch: Positive | None = None  # images per process and forward; bounds memory
+    # Images per process and forward; bounds memory. BatchNorm sees micro_batch * processes images.
+    micro_batch: Positive | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     num_d_steps: Positive = 1  # discriminator steps, each on new images, per generator step
     orthogonal_weight: NonNegative = 0.0  # BigGAN's orthogonal regularisation of the generator
@@ -78,12 +79,12 @@ class EvaluationConfig(Frozen):
 
     extractor: Literal["digits8-cnn-v1", "inception-v3-compat"] = "inception-v3-compat"
     weights_path: Path | None = None  # local Inception weights; the digits network is shipped
-    num_samples: Positive = 50_000
+    num_samples: Annotated[int, Field(ge=2)] = 50_000
     batch: Positive = 64
     split: str = "train"  # reference images
     splits: Positive = 10  # of the inception/classifier score
     seed: Annotated[int, Field(ge=0)] = 0
-    truncation: Annotated[float, Field(gt=0)] | None = None  # resample |z| > truncation
+    truncation: Annotated[float, Field(ge=0.02)] | None = None  # resample |z| > truncation
 
 
 class TrackingConfig(Frozen):

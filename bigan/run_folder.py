@@ -8,6 +8,7 @@ runs/<name>/config.yaml  environment.json  metrics.jsonl  mlflow.json  curves.pn
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from bigan import checkpoint, files
@@ -45,12 +46,17 @@ def check(config: RunConfig) -> Path | None:
     """
     folder = config.run_dir
     stored = folder / "config.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run_dir = {folder}: is a file; use another run_dir")
     if not stored.exists():
-        if folder.exists() and any(folder.iterdir()):
+        # A killed first start leaves at most a temporary file: config.yaml is written first.
+        if folder.exists() and any(not p.name.endswith(".tmp") for p in folder.iterdir()):
             raise ConfigError(
                 f"{folder}: not empty and not a run (no config.yaml in it); use another run_dir"
             )
+        _require_writable(folder)
         return None
+    _require_writable(folder)
     old = configs.load(RunConfig, stored).model_dump(mode="json")
     new = config.model_dump(mode="json")
     for key, before, now in configs.differences(old, new):
@@ -69,10 +75,12 @@ def prepare(config: RunConfig) -> None:
     """Create or refresh the folder; call on rank 0 once everything has been checked."""
     folder = config.run_dir
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.yaml", "environment.json"):  # not all: an evaluator may be writing here
+        files.remove_leftovers(folder, name)
+    files.write_atomic(folder / "config.yaml", configs.dump(config))
     for name in ("checkpoints", "snapshots", "samples"):
         (folder / name).mkdir(exist_ok=True)
         files.remove_leftovers(folder / name)
-    files.write_atomic(folder / "config.yaml", configs.dump(config))
     record = json.dumps(environment(), indent=2, sort_keys=True) + "\n"
     files.write_atomic(folder / "environment.json", record)
     (folder / DONE).unlink(missing_ok=True)
@@ -81,3 +89,12 @@ def prepare(config: RunConfig) -> None:
 def finish(config: RunConfig, images_seen: int) -> None:
     """Mark the run as complete; call on rank 0 after everything else has been written."""
     files.write_atomic(config.run_dir / DONE, f"{images_seen}\n")
+
+
+def _require_writable(folder: Path) -> None:
+    """Find out now, not at the first checkpoint; raises `ConfigError`."""
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise ConfigError(f"run_dir = {folder}: {place} is not a folder; use another run_dir")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"run_dir = {folder}: {place} cannot be written to; use another run_dir")

@@ -67,7 +67,6 @@ class Tracker:
         The file is read later, on another thread. One whose name does not tell `images_seen`
         (samples/20000.png does) replaces its predecessor there.
         """
-        del images_seen
         if self._sender:
             self._sender.artifact(path, key)
 
@@ -134,7 +133,7 @@ def environment() -> dict[str, Any]:
         "host": platform.node(),
         "platform": platform.platform(),
         "devices": {
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "num_cpus": len(os.sched_getaffinity(0)),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
             "cuda": torch.version.cuda,
@@ -144,7 +143,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name for people."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

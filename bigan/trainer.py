@@ -33,6 +33,7 @@ OnTick = Callable[[Progress, dict[str, float]], None]
 def check_data(config: RunConfig) -> Manifest:
     """The manifest of the training images; raises `UserError` if they do not fit the model."""
     manifest = Manifest.load(config.data.path)
+    manifest.shards(config.data.split)
     model = config.model
     wrong = [
         f"{what} {found} but {key} = {wanted}"
@@ -87,8 +88,15 @@ class Training:
         self.statistics = Statistics(self.world)
 
     def resume(self, folder: Path) -> None:
+        """Take up the state of a checkpoint; raises `CheckpointError` if it is not of this run."""
+        expected = self.progress.data_fingerprint
         self.progress = checkpoint.load(folder, self.networks, self.optimizers)
         self.progress.attempt += 1
+        if expected and self.progress.data_fingerprint != expected:
+            raise checkpoint.CheckpointError(
+                f"{folder}: was trained on other images than {self.config.data.path} holds now; "
+                "restore those, or use another run_dir"
+            )
 
     def prepare(self) -> None:
         """Hand the phases to the engine; weights must be final by then."""
@@ -177,8 +185,7 @@ class Training:
             self.average(a.to(self.world.device), b.to(self.world.device))
             for a, b in zip(z.split(chunk), labels.split(chunk), strict=True)
         ]
-        images = torch.cat(parts).float()
-        return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+        return models.to_uint8(torch.cat(parts)).cpu()
 
 
 def save_picture(training: Training, tracker: Tracker | None) -> None:
@@ -197,6 +204,7 @@ def save_snapshot(training: Training, tracker: Tracker | None) -> None:
 
     def write() -> None:
         seen = training.progress.images_seen
+        checkpoint.require_finite(seen, training.networks)
         save_picture(training, tracker)
         snapshot.write(training.config.run_dir, seen, training.average, training.config)
         pictures.curves(training.config.run_dir, training.config.run_dir / "curves.png")
@@ -223,10 +231,9 @@ def train(config: RunConfig, echo: Echo, on_tick: OnTick) -> int:
     stop (a non-finite loss).
     """
     engine = Engine(config, echo)
-    try:
-        return _train(config, engine, on_tick)
-    finally:
-        disconnect(engine.world)
+    code = _train(config, engine, on_tick)
+    disconnect(engine.world)
+    return code
 
 
 def _train(config: RunConfig, engine: Engine, on_tick: OnTick) -> int:
@@ -237,12 +244,13 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick) -> int:
     counts = manifest.class_counts(config.data.split)
     training = Training(config, engine, dict(zip(manifest.classes, counts, strict=True)))
     progress, total = training.progress, config.train.total_images
+    training.progress.data_fingerprint = manifest.fingerprint
     if resume_from:
-        training.resume(resume_from)
+        together(world, lambda: training.resume(resume_from))
         progress = training.progress
         echo(f"resuming {config.run_dir} at images_seen = {progress.images_seen}")
         if progress.images_seen >= total:
-            on_main(world, lambda: finish(training, None))  # the kill may have come just before it
+            on_main(world, lambda: finish_again(training))
             echo(f"{config.run_dir}: already complete at images_seen = {progress.images_seen}")
             return 0
     with together(world, lambda: open_stream(training)) as stream:
@@ -253,6 +261,8 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick) -> int:
         try:
             if tracker:
                 tracker.params(config.model_dump(mode="json"))
+            for remark in remarks(training):
+                echo(remark)
             training.prepare()
             code = loop(training, stream, tracker, on_tick)
             status = "KILLED" if code else "FINISHED"
@@ -266,6 +276,21 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick) -> int:
                 "the same command goes on from there"
             )
     return code
+
+
+def remarks(training: Training) -> list[str]:
+    """What a reader of the config might not expect of it."""
+    train = training.config.train
+    joined, step = train.batch // training.accumulation, train.batch * train.num_d_steps
+    said = []
+    if joined != train.batch:
+        said.append(
+            f"BatchNorm sees {joined} images at a time (micro_batch x processes), not train.batch"
+        )
+    if train.total_images % step:
+        end = -(-train.total_images // step) * step
+        said.append(f"a training step takes {step} images: the run ends at images_seen = {end}")
+    return said
 
 
 def open_stream(training: Training) -> ShardStream:
@@ -342,10 +367,18 @@ def loop(
     return 0
 
 
+def finish_again(training: Training) -> None:
+    """Finish a run whose last checkpoint was its last act, and deliver what the tracker missed."""
+    tracker = Tracker(training.config.run_dir, training.config.tracking, role="train")
+    finish(training, tracker)
+    tracker.close("FINISHED")
+
+
 def finish(training: Training, tracker: Tracker | None) -> None:
     """The pictures of the whole run, then its completion marker; on rank 0."""
     run_dir = training.config.run_dir
-    grids = sorted((run_dir / "samples").glob("*.png"), key=lambda path: int(path.stem))
+    grids = [path for path in (run_dir / "samples").glob("*.png") if path.stem.isdigit()]
+    grids.sort(key=lambda path: int(path.stem))
     pictures.contact_sheet([(int(path.stem), path) for path in grids], run_dir / "timeline.png")
     if tracker:
         tracker.artifact(run_dir / "timeline.png")

@@ -67,6 +67,14 @@ def sum_over_ranks(world: World, values: torch.Tensor) -> None:
         dist.all_reduce(values)
 
 
+def everyone(world: World, holds: bool) -> bool:
+    """Whether `holds` is true on all ranks."""
+    answers = [holds] * world.size
+    if world.size > 1:
+        dist.all_gather_object(answers, holds)
+    return all(answers)
+
+
 def together(world: World, work: Callable[[], T]) -> T:
     """Run `work` (which holds no collective) on this rank, as every rank does, and compare notes.
 

@@ -234,7 +234,12 @@ class Manifest(Frozen):
         for name, shard in listed.items():
             if name not in present:
                 raise DataError(f"{self.folder / name}: shard is missing; pack the data again")
-            size = present[name].stat().st_size
+            try:
+                size = present[name].stat().st_size
+            except OSError as error:  # a link to a disk that is not mounted, say
+                raise DataError(
+                    f"{self.folder / name}: shard cannot be read: {error.strerror}"
+                ) from None
             if size != shard.filesize:
                 raise DataError(
                     f"{self.folder / name}: shard has {size} bytes, expected {shard.filesize}; "

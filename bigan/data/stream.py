@@ -45,8 +45,8 @@ class Batch:
     """One rank's micro-batch of m images.
 
     real: uint8 [m, H, W, C], pinned when the run is on CUDA. labels: int64 [m].
-    positions: int64 [m], each image's place in the endless order; randomness that belongs to an
-    image (flips) is drawn from it. In `sequential` the place within the split.
+    positions: int64 [m], each image's place in the endless order; in `sequential` the place within
+    the split.
     """
 
     real: Tensor

@@ -239,8 +239,8 @@ def _verified_inception(path: Path, expected: str) -> str:
     """The sha256 of the weights file at `path`, known to be the right one and free of code."""
     recipes = (
         f"fetch {INCEPTION_URL} (91 MB) on a connected machine and either (a) set "
-        f"evaluation.weights_path to the file or (b) put it under its own name into "
-        f"{Path(torch.hub.get_dir()) / 'checkpoints'}"
+        f"evaluation.weights_path to the file or (b) leave evaluation.weights_path empty and put "
+        f"it under its own name into {Path(torch.hub.get_dir()) / 'checkpoints'}"
     )
     if not path.is_file():
         raise UserError(f"{path}: no Inception weights here, and bigan downloads none; {recipes}")

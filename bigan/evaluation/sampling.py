@@ -12,17 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bigan import rng
+from bigan import models, rng
 from bigan.errors import RunError
 from bigan.recipe import RunConfig
 from bigan.world import World
 
 QUANTISATION = "clamp(round(127.5 x + 127.5), 0, 255)"
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] -> uint8; values outside are clamped, not wrapped around."""
-    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def latents(
@@ -68,4 +63,4 @@ def generate(
         images = generator(z[:num].to(device), labels[:num].to(device))
         if not bool(images.isfinite().all()):
             raise RunError("the generator's images are not finite: nothing can be measured")
-        yield start, to_uint8(images)
+        yield start, models.to_uint8(images)

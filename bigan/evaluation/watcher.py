@@ -10,13 +10,14 @@ measures nothing twice and a changed protocol measures everything anew.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def evaluate(
     run_dir: Path,
     world: World,
     *,
+    overrides: Sequence[str] = (),
     watch: bool,
     device: torch.device | str | None = None,
     poll_seconds: float = 2.0,
@@ -49,19 +51,20 @@ def evaluate(
 
     All ranks call it. With `watch` it waits for the run folder and for new snapshots, and returns
     once `DONE` is there and every snapshot is measured. `echo` gets one line per snapshot, on
-    rank 0. `device` defaults to the world's.
+    rank 0. `device` defaults to the world's. `overrides` ("a.b=value") change the run's own recipe
+    for this evaluation.
 
     Raises `UserError`: no run folder or no snapshot (without `watch`), missing or wrong extractor
     weights, a data folder that is missing, damaged or does not fit the model.
     """
     run_dir = Path(run_dir)
-    config = _run_config(run_dir, world, watch, poll_seconds, echo)
+    config = _run_config(run_dir, overrides, world, watch, poll_seconds, echo)
     judge = Judge(run_dir, config, world, torch.device(device or world.device))
     ledger = _Ledger(run_dir, judge.protocol)
     tracker = Tracker(run_dir, config.tracking, role="evaluation") if world.is_main else None
     try:
-        if world.is_main:
-            for line in judge.remarks() + ledger.lines():
+        for line in on_main(world, lambda: judge.remarks() + ledger.lines()):
+            if world.is_main:
                 echo(line)
         num_measured = 0
         while True:
@@ -221,9 +224,14 @@ class _Ledger:
 
     def lines(self) -> list[str]:
         """What was measured before under this protocol, for the reader who comes back."""
-        done = [f for f in snapshot.find(self.run_dir) if self._is_measured(self._task(f))]
-        records = [json.loads(self._path(int(folder.name)).read_text()) for folder in done]
-        return [_line(r["images_seen"], r["metrics"], r["protocol"], r["seconds"]) for r in records]
+        said = []
+        for folder in snapshot.find(self.run_dir):
+            # One that is being replaced, or whose json was edited, is measured again below.
+            with contextlib.suppress(FileNotFoundError, KeyError):
+                if self._is_measured(self._task(folder)):
+                    r = json.loads(self._path(int(folder.name)).read_text(encoding="utf-8"))
+                    said.append(_line(r["images_seen"], r["metrics"], r["protocol"], r["seconds"]))
+        return said
 
     def is_current(self, task: Task) -> bool:
         """Whether the snapshot is still the one the task was made of."""
@@ -304,14 +312,19 @@ def _publish(
 
 
 def _run_config(
-    run_dir: Path, world: World, watch: bool, poll_seconds: float, echo: Callable[[str], None]
+    run_dir: Path,
+    overrides: Sequence[str],
+    world: World,
+    watch: bool,
+    poll_seconds: float,
+    echo: Callable[[str], None],
 ) -> RunConfig:
     """The recipe of the run, waited for if `watch`: its config.yaml."""
     path = run_dir / "config.yaml"
 
     def look() -> RunConfig | None:
         if path.is_file() and (watch or snapshot.find(run_dir)):
-            return configs.load(RunConfig, path)
+            return configs.load(RunConfig, path, overrides)
         if watch:
             return None
         if not run_dir.is_dir():

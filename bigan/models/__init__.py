@@ -15,11 +15,16 @@ from __future__ import annotations
 import sys
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bigan.models import biggan
 
 ModelConfig = biggan.Config  # one `|` per family, with Field(discriminator="name") from the second
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] -> uint8; values outside are clamped, not wrapped around."""
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def build(config: ModelConfig, device: torch.device | str = "cpu") -> tuple[nn.Module, nn.Module]:

@@ -435,7 +435,7 @@ def test_truncation_draws_again_only_what_lies_outside() -> None:
 
 def test_quantisation_rounds_and_clamps() -> None:
     values = torch.tensor([-3.0, -1.0, -1 + 1.2 / 127.5, 0.0, 1.0, 1.7])
-    assert sampling.to_uint8(values).tolist() == [0, 0, 1, 128, 255, 255]
+    assert models.to_uint8(values).tolist() == [0, 0, 1, 128, 255, 255]
 
 
 def test_generator_with_broken_or_training_state_is_refused() -> None:
