@@ -42,8 +42,7 @@ lint: setup  ## ruff and mypy
 
 bench: setup  ## measure the training step into benchmarks/results/
 	@mkdir -p benchmarks/results
-	$(BIN)/bigan bench step > benchmarks/results/$$(date +%Y-%m-%d)-step.json
-	@cat benchmarks/results/$$(date +%Y-%m-%d)-step.json
+	$(BIN)/bigan bench step configs/digits.yaml | tee benchmarks/results/$$(date +%Y-%m-%d)-step-digits.json
 
 clean:  ## remove what the demo made; keeps the environment
 	rm -rf data runs

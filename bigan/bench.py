@@ -7,11 +7,13 @@ median and the spread reported. A process per variant gives each its own peak me
 from __future__ import annotations
 
 import itertools
-import multiprocessing
+import json
 import os
 import platform
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,13 +44,18 @@ def bench_step(path: Path, overrides: Sequence[str], runs: int, echo: Echo) -> d
         raise UserError(f"--runs {runs}: fewer than 5 runs say nothing about the spread")
     config = configs.load(RunConfig, path, overrides)
     compiled = config.compile if config.compile in {"inductor", "aot_eager"} else "inductor"
-    context = multiprocessing.get_context("spawn")
     variants = []
     for backend in ("eager", compiled):
         for penalties in ((), (PenaltyConfig(name="r1", weight=1.0),)):
             variant = config.model_copy(update={"compile": backend, "penalties": penalties})
-            with context.Pool(1) as pool:
-                result = pool.apply(measure_step, (configs.dump(variant), runs))
+            child = subprocess.run(
+                [sys.executable, "-m", "bigan.bench", str(runs)],
+                input=configs.dump(variant),
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
+            result = json.loads(child.stdout)
             name = f"{backend}{'+r1' if penalties else ''}"
             echo(f"{name}: {result['images_per_second']['median']:.0f} images/s")
             variants.append({"name": name, "compile": backend, "r1": bool(penalties)} | result)
@@ -147,3 +154,7 @@ def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":  # one variant in a process of its own: `bench_step` starts it
+    sys.stdout.write(json.dumps(measure_step(sys.stdin.read(), int(sys.argv[1]))))

@@ -106,6 +106,14 @@ def test_corrupt_shards_stop_before_training(
     assert not run.exists()
 
 
+def test_overrides_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["describe", str(SMOKE), "train.seed=1", "--json", "train.batch=80"]) == 0
+    train = json.loads(capsys.readouterr().out)["config"]["train"]
+    assert (train["seed"], train["batch"]) == (1, 80)
+    with pytest.raises(SystemExit):
+        main(["describe", str(SMOKE), "--jsno"])
+
+
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["describe", "nowhere.yaml", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
@@ -140,6 +148,7 @@ def test_bench_step_prints_json() -> None:
     assert [v["name"] for v in result["variants"]] == [
         "eager", "eager+r1", "aot_eager", "aot_eager+r1",
     ]  # fmt: skip
+    assert done.stderr.splitlines()[-1].startswith("aot_eager+r1: ")
     for variant in result["variants"]:
         assert variant["images_per_second"]["median"] > 0
         assert set(variant["ms_per_phase"]) == {"d", "g"}
