@@ -16,8 +16,13 @@ help:  ## show this list
 .uv/bin/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "bigan needs Python 3.11 or newer; try make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	$(PYTHON) -m venv .uv
-	.uv/bin/pip install --quiet --disable-pip-version-check uv
+	@# Some distributions split venv or pip off into packages of their own: one of the two is enough.
+	@if $(PYTHON) -m venv .uv 2>/dev/null && .uv/bin/pip install -q --disable-pip-version-check uv; \
+	then :; \
+	elif $(PYTHON) -m pip install -q --disable-pip-version-check --target .uv/lib uv; \
+	then mkdir -p .uv/bin && ln -sf ../lib/bin/uv .uv/bin/uv; \
+	else echo "neither venv nor pip works in $(PYTHON): install one (python3-venv on Debian) or uv"; \
+	exit 1; fi
 
 # The stamp is older than the lock file after a pull: then the environment is brought up to date.
 $(VENV)/.complete: pyproject.toml uv.lock | $(filter .uv/bin/uv,$(UV))
