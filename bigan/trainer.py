@@ -267,7 +267,8 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick) -> int:
             code = loop(training, stream, tracker, on_tick)
             status = "KILLED" if code else "FINISHED"
         finally:
-            note = tracker.close(status) if tracker else None
+            patience = 60.0 if status == "FINISHED" else 10.0  # a stopped run has a grace time
+            note = tracker.close(status, timeout_seconds=patience) if tracker else None
         if note:
             echo(note)
         if code:
