@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import TextIO
@@ -13,15 +14,20 @@ from bigan.checkpoint import Progress
 LINE_SECONDS = 5.0  # between two lines where there is no terminal
 
 
+def is_terminal(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal that says how wide it is; on one of no width nothing shows."""
+    return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+
+
 class ProgressBar:
     """Images seen, images/s, time left and losses; `tick` at every tick, `echo` for other lines."""
 
     def __init__(self, total_images: int, stream: TextIO | None = None) -> None:
         self._total = total_images
         self._stream = stream or sys.stderr
+        self._is_terminal = is_terminal(self._stream)
         self._bar: tqdm | None = None
         self._last_line = -LINE_SECONDS
-        self._began: tuple[float, int] | None = None
 
     def echo(self, text: str) -> None:
         """Print a line without tearing the bar."""
@@ -35,7 +41,7 @@ class ProgressBar:
             for key in ("loss_d", "loss_g")
             if f"train/{key}" in report
         }
-        if self._stream.isatty():
+        if self._is_terminal:
             if self._bar is None:
                 self._bar = tqdm(
                     total=self._total,
@@ -50,8 +56,6 @@ class ProgressBar:
             self._bar.update(progress.images_seen - self._bar.n)
             return
         now = time.monotonic()
-        if self._began is None:
-            self._began = (now, progress.images_seen)
         done = progress.images_seen >= self._total
         if now - self._last_line < LINE_SECONDS and not done:
             return

@@ -1,0 +1,62 @@
+"""What a person sees: a bar on a real terminal, a line now and then elsewhere."""
+
+import fcntl
+import io
+import os
+import pty
+import struct
+import termios
+
+import pytest
+
+from bigan import progress
+from bigan.checkpoint import Progress
+from bigan.progress import ProgressBar
+
+REPORT = {"train/loss_d": 1.25, "train/loss_g": 0.5, "train/images_per_second": 100.0}
+
+
+def test_lines_tell_speed_time_left_and_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 3600.0)
+    stream = io.StringIO()
+    bar = ProgressBar(10_000, stream)
+    for seen in (1_000, 2_000, 10_000):  # the first, none in between, and always the last
+        bar.tick(Progress(images_seen=seen), REPORT)
+    bar.echo("a remark")
+    bar.close()
+    lines = stream.getvalue().splitlines()
+    assert lines[0].split() == (
+        [
+            "images_seen",
+            "1,000",
+            "of",
+            "10,000",
+            "100",
+            "images/s",
+            "01:30",
+            "left",
+            "loss_d",
+            "1.250",
+            "loss_g",
+            "0.500",
+        ]
+    )
+    assert [line.split()[1] for line in lines[1:]] == ["10,000", "remark"]
+
+
+@pytest.mark.parametrize("columns", [110, 0])
+def test_bar_on_a_terminal(columns: int) -> None:
+    """A resumed run starts where it is; a terminal without a width gets lines."""
+    control, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    with os.fdopen(terminal, "w") as stream:
+        bar = ProgressBar(10_000, stream)
+        for seen in (5_000, 10_000):
+            bar.tick(Progress(images_seen=seen), REPORT)
+        bar.close()
+        stream.flush()
+        shown = os.read(control, 100_000).decode()
+    os.close(control)
+    for part in ("loss_d", "1.250", "image/s" if columns else "images/s"):
+        assert part in shown
+    assert ("100%" in shown) == (columns > 0)
