@@ -29,7 +29,7 @@ from bigan.engine import Echo, Engine
 from bigan.errors import UserError
 from bigan.recipe import PenaltyConfig, RunConfig
 from bigan.tracking import cpu_name
-from bigan.trainer import Training
+from bigan.training import Training
 
 WARM_UP_STEPS = 3
 RUN_SECONDS = 1.0  # a timed run repeats the step for about this long

@@ -12,7 +12,8 @@ from bigan import snapshot
 from bigan.data.stream import ShardStream
 from bigan.engine import Engine
 from bigan.recipe import RunConfig
-from bigan.trainer import Training, train
+from bigan.trainer import train
+from bigan.training import Training
 
 Recipe = Callable[..., RunConfig]
 R1 = "penalties=[{name: r1, weight: 1.0}]"

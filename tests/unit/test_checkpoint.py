@@ -23,7 +23,8 @@ from bigan.config import ConfigError
 from bigan.engine import Engine
 from bigan.errors import RunError
 from bigan.recipe import RunConfig
-from bigan.trainer import Training, train
+from bigan.trainer import train
+from bigan.training import Training
 
 Recipe = Callable[..., RunConfig]
 

@@ -14,7 +14,8 @@ from bigan.data.stream import ShardStream
 from bigan.engine import Engine, check_launch, compile_backend
 from bigan.errors import RunError, UserError
 from bigan.recipe import RunConfig
-from bigan.trainer import Training, train
+from bigan.trainer import train
+from bigan.training import Training
 from bigan.world import World
 
 Recipe = Callable[..., RunConfig]

@@ -30,6 +30,7 @@ LAYERS: list[set[str]] = [
     {"tracking", "pictures"},
     {"phases", "engine", "checkpoint", "evaluation"},
     {"run_folder", "describe", "progress"},
+    {"training"},
     {"trainer"},
     {"bench"},
     {"cli"},

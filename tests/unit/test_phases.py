@@ -15,7 +15,7 @@ from bigan.layers.init import orthogonal_penalty
 from bigan.layers.spectral import spectral_layers
 from bigan.losses import LOSSES
 from bigan.recipe import RunConfig
-from bigan.trainer import Training
+from bigan.training import Training
 
 Recipe = Callable[..., RunConfig]
 

@@ -1,0 +1,159 @@
+"""The state of a run on its device, and what can be done to it; `trainer` says when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bigan import checkpoint, ema, models, phases, rng
+from bigan.checkpoint import Progress
+from bigan.data.stream import Batch
+from bigan.engine import Engine, Prepared, adam
+from bigan.layers.batchnorm import collecting_statistics, set_process_group
+from bigan.layers.spectral import power_iteration
+from bigan.recipe import AdamConfig, RunConfig, accumulation_steps
+from bigan.schedules import warmup
+from bigan.stats import Statistics
+from bigan.world import sum_over_ranks
+
+GRID_COLUMNS = 10
+GRID_ROWS = 16
+
+
+class Training:
+    """Networks, their average, optimisers, counters and prepared phases of one run.
+
+    `classes` maps each class name to its number of training images.
+    """
+
+    def __init__(self, config: RunConfig, engine: Engine, classes: dict[str, int]) -> None:
+        self.config = config
+        self.engine = engine
+        self.world = engine.world
+        self.class_names = tuple(classes)
+        self.class_counts = tuple(classes.values())
+        self.generator, self.discriminator = models.build(config.model, "meta")
+        for name, network in (("g", self.generator), ("d", self.discriminator)):
+            network.to_empty(device="cpu")
+            weights = rng.torch_generator(config.train.seed, f"init/{name}")
+            network.init_weights(weights)  # type: ignore[operator]
+            network.to(self.world.device)
+            network.to(memory_format=torch.channels_last)
+        self.average = ema.averaged_copy(self.generator)
+        set_process_group(self.generator, engine.process_group)
+        set_process_group(self.average, engine.process_group)
+        self.networks = {"g": self.generator, "d": self.discriminator, "ema": self.average}
+        self.optimizers = {
+            "g": adam(self.generator, config.optimizer.g),
+            "d": adam(self.discriminator, config.optimizer.d),
+        }
+        self.progress = Progress()
+        self.accumulation = accumulation_steps(config.train, self.world.size)
+        self.phases = phases.build_phases(
+            config, self.generator, self.discriminator, self.class_counts
+        )
+        self.prepared: dict[str, Prepared] = {}
+        self.statistics = Statistics(self.world)
+
+    def resume(self, folder: Path) -> None:
+        """Take up the state of a checkpoint; raises `CheckpointError` if it is not of this run."""
+        expected = self.progress.data_fingerprint
+        self.progress = checkpoint.load(folder, self.networks, self.optimizers)
+        self.progress.attempt += 1
+        if expected and self.progress.data_fingerprint != expected:
+            raise checkpoint.CheckpointError(
+                f"{folder}: was trained on other images than {self.config.data.path} holds now; "
+                "restore those, or use another run_dir"
+            )
+
+    def prepare(self) -> None:
+        """Hand the phases to the engine; weights must be final by then."""
+        self.prepared = {
+            name: self.engine.prepare(phase, self.optimizers[name])
+            for name, phase in self.phases.items()
+        }
+
+    def step(self, stream: Iterator[Batch]) -> None:
+        """One training step: every phase in order, then the average."""
+        before = self.progress.images_seen
+        for name in phases.order(self.config):
+            self.phase_step(name, stream)
+        now = self.progress.images_seen
+        ema.update(self.average, self.generator, self.config.ema, now, now - before)
+
+    def phase_step(self, name: str, stream: Iterator[Batch]) -> None:
+        """One optimiser step of one phase; a phase that reads images moves `images_seen` on."""
+        phase, images_seen = self.phases[name], self.progress.images_seen
+        power_iteration(self.generator)
+        power_iteration(self.discriminator)
+        settings: AdamConfig = getattr(self.config.optimizer, name)
+        for group in self.optimizers[name].param_groups:
+            share = warmup(images_seen, self.config.train.batch, settings.warmup_images)
+            group["lr"] = settings.lr * share
+        scalars = self.engine.step(
+            self.prepared[name],
+            self.generator if name == "d" else self.discriminator,
+            self._micro_batches(phase, stream),
+            phase.variant(images_seen),
+            images_seen,
+        )
+        self.statistics.add(scalars)
+        if phase.uses_data:
+            self.progress.images_seen += self.config.train.batch
+
+    def _micro_batches(self, phase: phases.Phase, stream: Iterator[Batch]) -> list[tuple]:
+        """This rank's slices of the global micro-batches that make one optimiser step."""
+        num = self.config.train.batch
+        draws = phase.draws(self.progress.images_seen, num)
+        each = num // self.accumulation
+        share = self.world.share(each)
+        batches: list[tuple] = []
+        for index in range(self.accumulation):
+            start = index * each
+            mine = {k: t[start + share.start : start + share.stop] for k, t in draws.items()}
+            if phase.uses_data:
+                images = next(stream)
+                mine |= {"real": images.real, "labels": images.labels}
+            on_device = {k: t.to(self.world.device, non_blocking=True) for k, t in mine.items()}
+            batches.append(phase.batch_type(**on_device))
+        return batches
+
+    def collect_standing_statistics(self) -> None:
+        """Accumulate the average's BatchNorm statistics over fresh latents; all ranks take part.
+
+        Brock et al. 2019, section 4.1, "standing statistics": those of the last training batches
+        would be of other weights than the averaged ones. A forward is the joined micro-batch of
+        training, so the result does not depend on how many processes share it.
+        """
+        config, seen = self.config, self.progress.images_seen
+        num = config.train.batch // self.accumulation
+        share = self.world.share(num)
+        with collecting_statistics(self.average, partial(sum_over_ranks, self.world)):
+            for index in range(config.train.standing_batches):
+                stream = f"standing/{index}"
+                z = rng.normal(config.train.seed, f"{stream}/z", seen, (num, config.model.z_dim))
+                labels = rng.labels(
+                    config.train.seed, f"{stream}/labels", seen, num, self.class_counts
+                )
+                self.average(z[share].to(self.world.device), labels[share].to(self.world.device))
+
+    def grid_labels(self) -> list[int]:
+        """The class of each row of the sample grid, at most `GRID_ROWS` of them, evenly chosen."""
+        num = self.config.model.num_classes
+        return [round(i) for i in torch.linspace(0, num - 1, min(num, GRID_ROWS)).tolist()]
+
+    @torch.no_grad()
+    def sample_grid(self) -> torch.Tensor:
+        """uint8 [rows * columns, C, R, R]: one row per class, the same latents at every call."""
+        config = self.config
+        labels = torch.tensor(self.grid_labels()).repeat_interleave(GRID_COLUMNS)
+        z = rng.normal(config.train.seed, "grid/z", 0, (len(labels), config.model.z_dim))
+        chunk = config.train.micro_batch or config.train.batch
+        parts = [
+            self.average(a.to(self.world.device), b.to(self.world.device))
+            for a, b in zip(z.split(chunk), labels.split(chunk), strict=True)
+        ]
+        return models.to_uint8(torch.cat(parts)).cpu()
