@@ -134,4 +134,4 @@ def test_accumulation_leaves_the_discriminator_step_unchanged(
     largest = max(t.abs().max().item() for t in states[1].values())
     difference = largest_difference(*states) / largest
     print(f"\naccumulate {penalty:8} {difference:.1e}")
-    assert difference < 1e-5
+    assert difference < 1e-4  # float32 sums of a bias gradient over 40 maps in another order
