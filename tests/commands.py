@@ -29,15 +29,7 @@ def run_bigan(
     *arguments: str | Path, cwd: Path | None = None, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
     """`python -m bigan ARGUMENTS` in a fresh process."""
-    return subprocess.run(
-        [sys.executable, "-m", "bigan", *map(str, arguments)],
-        cwd=cwd or ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    return _run([sys.executable, "-m", "bigan", *map(str, arguments)], cwd, timeout)
 
 
 def launch(
@@ -50,6 +42,10 @@ def launch(
     """`accelerate launch OPTIONS -m MODULE ARGUMENTS` on a free port."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, options)]
     command += ["--main_process_port", str(free_port()), "-m", module, *map(str, arguments)]
+    return _run(command, cwd, timeout)
+
+
+def _run(command: list[str], cwd: Path | None, timeout: float) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
         cwd=cwd or ROOT,
