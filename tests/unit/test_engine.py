@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from commands import TEN_CLASSES
+from parts import make
 
 from bigan import ema, engine, phases
 from bigan.data.stream import ShardStream
@@ -19,19 +20,6 @@ from bigan.training import Training
 from bigan.world import World
 
 Recipe = Callable[..., RunConfig]
-
-
-def make(config: RunConfig) -> tuple[Training, ShardStream]:
-    training = Training(config, Engine(config, print), TEN_CLASSES)
-    training.prepare()
-    stream = ShardStream(
-        config.data.path,
-        seed=0,
-        world=World(),
-        batch=config.train.batch,
-        accumulation=training.accumulation,
-    )
-    return training, stream
 
 
 @pytest.mark.parametrize(

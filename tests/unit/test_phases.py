@@ -6,31 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from commands import TEN_CLASSES
+from parts import make
 
 from bigan import phases
-from bigan.data.stream import ShardStream
-from bigan.engine import Engine
 from bigan.layers.init import orthogonal_penalty
 from bigan.layers.spectral import spectral_layers
 from bigan.losses import LOSSES
 from bigan.recipe import RunConfig
-from bigan.training import Training
 
 Recipe = Callable[..., RunConfig]
-
-
-def make(config: RunConfig) -> tuple[Training, ShardStream]:
-    training = Training(config, Engine(config, print), TEN_CLASSES)
-    training.prepare()
-    stream = ShardStream(
-        config.data.path,
-        seed=0,
-        world=training.world,
-        batch=config.train.batch,
-        accumulation=training.accumulation,
-    )
-    return training, stream
 
 
 def test_images_are_scaled_and_mirrored() -> None:
