@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from bigan.config import ConfigError, Frozen
+from bigan.data.shards import Manifest
 from bigan.models import ModelConfig
 
 Positive = Annotated[int, Field(gt=0)]
@@ -120,6 +121,16 @@ class RunConfig(Frozen):
         if len(set(names)) != len(names):
             raise ValueError("penalties: each penalty may be given once")
         return self
+
+
+def misfits(model: ModelConfig, manifest: Manifest) -> list[tuple[str, str, int, int]]:
+    """(what, key below `model`, wanted by the model, found in the images) where they disagree."""
+    facts = (
+        ("resolution", "resolution", model.resolution, manifest.resolution),
+        ("channels", "image_channels", model.image_channels, manifest.channels),
+        ("classes", "num_classes", model.num_classes, manifest.num_classes),
+    )
+    return [fact for fact in facts if fact[2] != fact[3]]
 
 
 def accumulation_steps(train: TrainConfig, world_size: int) -> int:

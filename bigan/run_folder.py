@@ -46,17 +46,14 @@ def check(config: RunConfig) -> Path | None:
     """
     folder = config.run_dir
     stored = folder / "config.yaml"
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"run_dir = {folder}: is a file; use another run_dir")
+    _require_writable(folder)
     if not stored.exists():
         # A killed first start leaves at most a temporary file: config.yaml is written first.
         if folder.exists() and any(not p.name.endswith(".tmp") for p in folder.iterdir()):
             raise ConfigError(
                 f"{folder}: not empty and not a run (no config.yaml in it); use another run_dir"
             )
-        _require_writable(folder)
         return None
-    _require_writable(folder)
     old = configs.load(RunConfig, stored).model_dump(mode="json")
     new = config.model_dump(mode="json")
     for key, before, now in configs.differences(old, new):
@@ -95,6 +92,6 @@ def _require_writable(folder: Path) -> None:
     """Find out now, not at the first checkpoint; raises `ConfigError`."""
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not place.is_dir():
-        raise ConfigError(f"run_dir = {folder}: {place} is not a folder; use another run_dir")
+        raise ConfigError(f"run_dir = {folder}: {place} is a file, not a folder; use another")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f"run_dir = {folder}: {place} cannot be written to; use another run_dir")

@@ -12,7 +12,7 @@ from bigan.data.shards import Manifest
 from bigan.data.stream import Batch, ShardStream
 from bigan.engine import Echo, Engine, disconnect
 from bigan.errors import RunError, UserError
-from bigan.recipe import RunConfig, accumulation_steps
+from bigan.recipe import RunConfig, accumulation_steps, misfits
 from bigan.schedules import due
 from bigan.stop import StopFlag
 from bigan.tracking import Status, Tracker
@@ -26,15 +26,9 @@ def check_data(config: RunConfig) -> Manifest:
     """The manifest of the training images; raises `UserError` if they do not fit the model."""
     manifest = Manifest.load(config.data.path)
     manifest.shards(config.data.split)
-    model = config.model
     wrong = [
-        f"{what} {found} but {key} = {wanted}"
-        for what, found, key, wanted in (
-            ("resolution", manifest.resolution, "model.resolution", model.resolution),
-            ("channels", manifest.channels, "model.image_channels", model.image_channels),
-            ("classes", manifest.num_classes, "model.num_classes", model.num_classes),
-        )
-        if found != wanted
+        f"{what} {found} but model.{key} = {wanted}"
+        for what, key, wanted, found in misfits(config.model, manifest)
     ]
     if wrong:
         raise UserError(

@@ -29,7 +29,7 @@ from bigan.curves import curves
 from bigan.data.shards import Manifest
 from bigan.errors import UserError
 from bigan.evaluation import features, metrics, moments, reference, sampling
-from bigan.recipe import RunConfig
+from bigan.recipe import RunConfig, misfits
 from bigan.tracking import Tracker
 from bigan.world import World, on_main, together
 
@@ -185,17 +185,12 @@ class Judge:
 
     def _check_fit(self, recipe: RunConfig, where: str) -> None:
         """The generator must make images like the reference's, of the classes it has."""
-        model, data = recipe.model, self.manifest
-        for name, wanted, found in (
-            ("resolution", model.resolution, data.resolution),
-            ("image_channels", model.image_channels, data.channels),
-            ("num_classes", model.num_classes, data.num_classes),
-        ):
-            if wanted != found:
-                raise UserError(
-                    f"{where}: model.{name} = {wanted}, but the reference images in {data.folder} "
-                    f"have {found}; evaluate with the data the model was made for (data.path)"
-                )
+        for _, key, wanted, found in misfits(recipe.model, self.manifest):
+            raise UserError(
+                f"{where}: model.{key} = {wanted}, but the reference images in "
+                f"{self.manifest.folder} have {found}; evaluate with the data the model was made "
+                "for (data.path)"
+            )
 
 
 @dataclass
