@@ -1,39 +1,29 @@
-"""Where images come from: the digits, folders of pictures of every kind."""
+"""What a source is: the digits, the split rule, iterables, options."""
 
 from __future__ import annotations
 
-import io
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bigan.data import DataError, sources
+from bigan.data.convert import square
+from bigan.data.decode import BadImageError
+from bigan.data.listing import assign_splits, number_labels, split_of, unit_hash, unsafe
+from bigan.data.sources import open_source
 
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 JPEG files in two classes."""
-    root = tmp_path_factory.mktemp("photos") / "photos"
-    random = np.random.default_rng(0)
-    for i in range(60):
-        file = root / f"class{i % 2}" / f"image.{i:02d}.jpg"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (20, 30, 3), np.uint8)).save(file)
-    return root
+NOISE = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
 
 
 def one_line(error: pytest.ExceptionInfo[DataError], *parts: str) -> None:
     text = str(error.value)
     assert "\n" not in text
     assert all(part in text for part in parts), text
-
-
-def png(image: Image.Image, **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG", **options)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize("resolution", [8, 16, 32])
@@ -59,7 +49,8 @@ def test_digits_are_smoother_than_repeated_pixels() -> None:
 
 
 def test_digits_split_is_fixed_and_balanced() -> None:
-    source, other = sources.digits(8), sources.digits(16)
+    source, other = open_source("digits", resolution=8), open_source("digits", test_fraction=0.5)
+    assert (source.resolution, other.resolution) == (8, 16)
     assert source.splits == other.splits
     test = [
         label for label, split in zip(source.labels, source.splits, strict=True) if split == "test"
@@ -68,108 +59,203 @@ def test_digits_split_is_fixed_and_balanced() -> None:
     assert source.splits.count("train") == 1297
     first = [i for i, split in enumerate(source.splits) if split == "test"][:8]
     assert first == [0, 5, 6, 10, 11, 15, 19, 24]
+    val = open_source("digits", val_fraction=0.2).splits
+    assert [s == "test" for s in val] == [s == "test" for s in source.splits]
+    assert 200 < val.count("val") < 320
 
 
-def test_digits_have_three_sizes_only() -> None:
+def test_digits_are_grey_and_have_three_sizes_only() -> None:
     with pytest.raises(DataError, match="8, 16 or 32"):
-        sources.digits(64)
+        open_source("digits", resolution=64)
+    with pytest.raises(DataError, match="are grey"):
+        open_source("digits", channels=3)
 
 
-def colour_of(
-    tmp_path: Path, image: Image.Image, name: str = "x.png", **options: object
-) -> list[int]:
-    image.save(tmp_path / name, **options)
-    return sources.read_rgb(tmp_path / name, 4)[2, 2].tolist()
+def test_split_rule() -> None:
+    """An image's split depends on its key alone, and a larger fraction only adds to it."""
+    assert unit_hash("class0/image.00.jpg") == pytest.approx(0.06212582, abs=1e-8)  # pinned
+    keys = [f"image{i}" for i in range(5000)]
+    splits = [split_of(key, 0.2, 0.1) for key in keys]
+    assert 430 < splits.count("test") < 570
+    assert 900 < splits.count("val") < 1100
+    assert {split_of(key, 0, 0) for key in keys} == {"train"}
+    for key, split in zip(keys, splits, strict=True):
+        assert (split == "test") <= (split_of(key, 0, 0.15) == "test")
+        assert (split == "test") == (split_of(key, 0.5, 0.1) == "test")
 
 
-def test_every_kind_of_picture_becomes_rgb(tmp_path: Path) -> None:
-    size = (8, 8)
-    assert colour_of(tmp_path, Image.new("L", size, 90)) == [90] * 3
-    assert colour_of(tmp_path, Image.new("1", size, 1)) == [255] * 3
-    assert colour_of(tmp_path, Image.new("RGBA", size, (255, 0, 0, 0))) == [255] * 3
-    assert colour_of(tmp_path, Image.new("LA", size, (0, 255))) == [0] * 3
-    palette = Image.new("P", size, 1)
-    palette.putpalette([0, 0, 0, 10, 20, 30])
-    assert colour_of(tmp_path, palette) == [10, 20, 30]
-    assert colour_of(tmp_path, palette, transparency=1) == [255] * 3
-    cmyk = colour_of(tmp_path, Image.new("CMYK", size, (0, 255, 255, 0)), "x.jpg", quality=100)
-    assert np.abs(np.subtract(cmyk, [255, 0, 0])).max() <= 3
-    sixteen = Image.fromarray(np.full(size, 127 * 257, np.uint16))
-    assert colour_of(tmp_path, sixteen) == [127] * 3
-    with pytest.raises(DataError, match="floating-point"):
-        colour_of(tmp_path, Image.fromarray(np.ones(size, np.float32)), "x.tiff")
+def test_official_splits_are_kept() -> None:
+    keys = [f"image{i}" for i in range(300)]
+    by_hash = tuple(split_of(key, 0.3, 0.2) for key in keys)
+    assert assign_splits(keys, None, 0.3, 0.2) == by_hash
+    assert assign_splits(keys, ["train"] * 300, 0.3, 0.2) == by_hash
+    official = ["train"] * 200 + ["test"] * 100
+    splits = assign_splits(keys, official, 0.3, 0.2)
+    assert set(splits[200:]) == {"test"}
+    assert set(splits[:200]) == {"train", "val"}  # only val is cut from train
+    assert splits[:200] == tuple(split_of(key, 0.3, 0) for key in keys[:200])
+    official[200:] = ["val"] * 100
+    assert assign_splits(keys, official, 0.3, 0.2) == tuple(official)
 
 
-def test_exif_rotation_and_centre_crop(tmp_path: Path) -> None:
-    pixels = np.zeros((30, 90, 3), np.uint8)
-    pixels[:, :30] = (255, 0, 0)  # left third red, middle third green
-    pixels[:, 30:60] = (0, 255, 0)
-    image = Image.fromarray(pixels)
-    assert colour_of(tmp_path, image, "crop.png") == [0, 255, 0]
-    half = np.zeros((30, 30, 3), np.uint8)
-    half[:15] = 255  # the upper half is white; rotated by 90 degrees: one side
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(half).save(tmp_path / "turned.png", exif=exif)
-    turned = sources.read_rgb(tmp_path / "turned.png", 4)[..., 0]
-    assert turned[:, 3].min() > 200
-    assert turned[:, 0].max() < 50
+def test_labels_become_class_numbers() -> None:
+    assert number_labels([None, None]) == (("all",), [0, 0])
+    assert number_labels(["cat", "ant", "cat"]) == (("ant", "cat"), [1, 0, 1])
+    assert number_labels(["2", " 0".strip(), 2]) == (("0", "1", "2"), [2, 0, 2])
+    assert number_labels([np.int64(1), torch.tensor(0)], ["x", "y"]) == (("x", "y"), [1, 0])
+    assert number_labels([0, 3], ["x", "y"])[0] == ("0", "1", "2", "3")  # too few names
+    assert number_labels(["10", "b", 2])[0] == ("10", "2", "b")
+    for bad, reason in [
+        (None, "no label"), ("", "no label"), (-1, "negative"), (10**12, "too large"),
+        (1.0, "neither"), (True, "neither"), ([0, 1], "neither"),
+    ]:  # fmt: skip
+        classes, (good, problem) = number_labels([1, bad])
+        assert (classes, good) == (("0", "1"), 1)
+        assert isinstance(problem, str)
+        assert reason in problem
 
 
-def test_damaged_pictures_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    random = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    whole = io.BytesIO()
-    Image.fromarray(random).save(whole, "JPEG")
-    for name, content in [
-        ("truncated.jpg", whole.getvalue()[:2000]),
-        ("empty.png", b""),
-        ("page.jpg", b"<html>not found</html>"),
-        (
-            "program.png",
-            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n",
-        ),
-    ]:
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError) as error:
-            sources.read_rgb(tmp_path / name, 8)
-        one_line(error, name, "repair or remove it")
-        if name == "program.png":  # PostScript is not even recognised, let alone run
-            one_line(error, "cannot identify")
-    (tmp_path / "bomb.png").write_bytes(png(Image.new("L", (400, 400))))
-    monkeypatch.setattr(sources, "MAX_PIXELS", 100_000)
-    with pytest.raises(DataError) as error:
-        sources.read_rgb(tmp_path / "bomb.png", 8)
-    one_line(error, "bomb.png", "400x400")
+def test_unsafe_names() -> None:
+    assert not any(map(unsafe, ["a.png", "a/b.png", "a..b/c.png", "./a", "ab:c"]))
+    assert all(map(unsafe, ["/a", "../a", "a/../b", "a\\..\\b", "C:\\a", "C:a", "\\a", "", "a\0"]))
 
 
-def test_image_folder_classes_keys_and_split(photos: Path) -> None:
-    source = sources.image_folder(photos, 8, test_fraction=0.25)
-    assert source.classes == ("class0", "class1")
-    assert source.keys[0] == "class0/image.00.jpg"
-    assert source.labels == (0,) * 30 + (1,) * 30
-    assert 5 <= source.splits.count("test") <= 25
-    again = sources.image_folder(photos, 16, test_fraction=0.25)
-    assert again.splits == source.splits
-    assert set(sources.image_folder(photos, 8, 0).splits) == {"train"}
+class Indexed:
+    """Like a torch Dataset: a length and items by number, no end that iteration would notice."""
+
+    classes = ("left", "right")
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        if i == 5:
+            raise OSError("disk error")
+        return Image.fromarray(NOISE[i % 12]), i % 2
 
 
-def test_flat_folder_is_one_class(photos: Path, tmp_path: Path) -> None:
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    for file in photos.rglob("*.jpg"):
-        (flat / file.name).write_bytes(file.read_bytes())
-    (flat / "notes.txt").write_text("passed over")
-    source = sources.image_folder(flat, 8)
+def test_torch_like_data_set(tmp_path: Path) -> None:
+    source = open_source(Indexed(), scratch=tmp_path / "spool")
+    assert (source.resolution, source.channels) == (8, 3)
+    assert source.classes == ("left", "right")
+    assert source.keys == tuple(f"{i:09d}" for i in range(12) if i != 5)
+    assert source.labels == tuple(i % 2 for i in range(12) if i != 5)
+    assert source.bad == (("000000005", "cannot be had (disk error)"),)
+    assert np.array_equal(source.read(10), NOISE[11])
+    assert os.listdir(tmp_path) == ["spool"]  # noqa: PTH208
+
+
+def test_generator_of_every_kind_of_image(tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    Image.fromarray(NOISE[2]).save(file)
+    chw = torch.from_numpy(NOISE[3]).permute(2, 0, 1)
+    items = [
+        NOISE[0], Image.fromarray(NOISE[1]), file, chw, torch.from_numpy(NOISE[4]),
+        file.read_bytes(), str(file), NOISE[5][..., 0], {"image": NOISE[6], "key": "six"},
+    ]  # fmt: skip
+    source = open_source((item for item in items), scratch=tmp_path)
+    want = [NOISE[0], NOISE[1], NOISE[2], NOISE[3], NOISE[4], NOISE[2], NOISE[2],
+            NOISE[5][..., :1].repeat(3, 2), NOISE[6]]  # fmt: skip
+    assert np.array_equal([image for _, _, image in source], want)
     assert source.classes == ("all",)
-    assert len(source) == 60
+    assert source.keys[-1] == "six"
+    assert not source.bad
+    assert (tmp_path / "pixels.raw").stat().st_size == 9 * 8 * 8 * 3
 
 
-def test_bad_folders(tmp_path: Path, photos: Path) -> None:
-    with pytest.raises(DataError, match="no such folder"):
-        sources.image_folder(tmp_path / "missing", 8)
-    (tmp_path / "a").mkdir()
-    with pytest.raises(DataError, match=r"a: no images here"):
-        sources.image_folder(tmp_path, 8)
-    (tmp_path / "x.png").write_bytes(png(Image.new("L", (8, 8))))
-    with pytest.raises(DataError, match="beside folders"):
-        sources.image_folder(tmp_path, 8)
+def test_bad_items_are_named(tmp_path: Path) -> None:
+    items = [
+        {"image": NOISE[0], "label": "cat", "key": "a"},
+        {"image": NOISE[1], "label": "cat", "key": "a"},
+        {"image": NOISE[1].astype(np.float32), "label": "cat", "key": "floats"},
+        {"label": "cat"},
+        {"image": NOISE[2], "key": "unlabelled"},
+        {"image": NOISE[3, :4], "label": "ant", "key": "small"},
+        (NOISE[4], "ant", "more"),
+        ("/no/such/file.png", "ant"),
+        {"image": NOISE[5], "label": "ant", "key": "bad\nkey"},
+        (3.5, "ant"),
+        (NOISE[7], "ant"),
+    ]
+    source = open_source(items, scratch=tmp_path / "s")
+    assert source.keys == ("a", "000000010")
+    assert [source.classes[n] for n in source.labels] == ["cat", "ant"]
+    assert np.array_equal(source.read(1), NOISE[7])
+    for (name, reason), (want, part) in zip(
+        sorted(source.bad),
+        sorted([
+            ("a", "twice"), ("floats", "float32"), ("000000003", "no 'image'"),
+            ("unlabelled", "no label"), ("small", "8x4, smaller than 8"),
+            ("000000006", "tuple of 3"), ("000000007", "No such file"),
+            ("000000008", "unreadable key"), ("000000009", "type float"),
+        ]),
+        strict=True,
+    ):  # fmt: skip
+        assert name == want
+        assert part in reason
+
+
+def test_iterables_are_resized_and_identified(tmp_path: Path) -> None:
+    def items(last: int = 0) -> list[tuple[np.ndarray, int]]:
+        return [(image, 0) for image in NOISE[:3]] + [(NOISE[3], last)]
+
+    first = open_source(items(), resolution=4, channels=1, scratch=tmp_path / "a")
+    assert first.read(0).shape == (4, 4, 1)
+    again = open_source(iter(items()), resolution=4, channels=1, scratch=tmp_path / "b")
+    other = open_source(items(1), resolution=4, channels=1, scratch=tmp_path / "c")
+    assert first.identity == again.identity != other.identity
+
+
+def test_iterables_that_fail(tmp_path: Path) -> None:
+    def stops() -> Any:
+        yield NOISE[0]
+        raise RuntimeError("connection lost\nretry")
+
+    for items, parts in [
+        (stops(), ("fails after 1 images", "connection lost")),
+        ([NOISE[0][:4]], ("8x4", "--resolution")),
+        ([], ("no usable image",)),
+        ([np.zeros((8, 8), float)], ("no usable image", "000000000", "float64")),
+        ({"a": NOISE[0]}, ("dict", "values()")),
+    ]:
+        with pytest.raises(DataError) as error:
+            open_source(items, scratch=tmp_path / "s")
+        one_line(error, *parts)
+    with pytest.raises(DataError, match="scratch"):
+        open_source([NOISE[0]])
+    with pytest.raises(DataError, match="neither a path nor an iterable"):
+        open_source(3)  # type: ignore[arg-type]
+
+
+def test_options_are_checked(tmp_path: Path) -> None:
+    Image.fromarray(NOISE[0]).save(tmp_path / "a.png")
+    (tmp_path / "b.txt").write_text("text")
+    for spec, options, part in [
+        (tmp_path, {}, "give the size of the images to make, e.g. --resolution 64"),
+        (tmp_path, {"resolution": 0}, "positive"),
+        (tmp_path, {"resolution": 100_000}, "pixels"),
+        (tmp_path, {"resolution": 8, "channels": 2}, "1 (grey) or 3"),
+        (tmp_path, {"resolution": 8, "test_fraction": 1.0}, "test fraction"),
+        (tmp_path, {"resolution": 8, "val_fraction": -0.1}, "val fraction"),
+        (tmp_path, {"resolution": 8, "val_fraction": 0.5, "test_fraction": 0.5}, "nothing"),
+        (tmp_path / "missing", {"resolution": 8}, "no such file or folder"),
+        ("didgits", {"resolution": 8}, "`digits`"),
+        (tmp_path / "a.png", {"resolution": 8}, "give the folder"),
+        (tmp_path / "b.txt", {"resolution": 8}, "no kind of file"),
+    ]:
+        with pytest.raises(DataError) as error:
+            open_source(spec, **options)
+        one_line(error, part)
+
+
+def test_options_reach_the_pixels(tmp_path: Path) -> None:
+    Image.fromarray(NOISE[0]).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    lanczos = open_source(str(tmp_path), resolution=4)
+    area = open_source(tmp_path, resolution=4, resize="area", channels=1)
+    assert (lanczos.transform, area.transform) == ("center-lanczos-v1", "center-area-v1")
+    assert np.array_equal(lanczos.read(0), square(data, 4))
+    assert np.array_equal(area.read(0), square(data, 4, 1, "area"))
+    with pytest.raises(BadImageError, match="smaller than 16"):
+        open_source(tmp_path, resolution=16).read(0)
+    assert open_source(tmp_path, resolution=16, allow_upscale=True).read(0).shape == (16, 16, 3)
