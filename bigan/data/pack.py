@@ -1,296 +1,394 @@
 """Source -> shards: `bigan pack`.
 
-A `Plan` is a source plus one global permutation per split, cut into shards. Every shard is a pure
-function of (plan, shard number) and is written whole or not at all, so packing may be killed at
-any moment: the same call keeps what is finished, writes the rest and ends with the same bytes.
-The manifest is written last. Nothing outside the destination is written.
+Every shard is a pure function of (plan, shard number): its tar is written whole or not at all, then
+its record (offsets, hash, names, what was unusable), which says that it is finished. So packing may
+be killed at any moment and shared between processes and machines (`part`): the same call keeps what
+is finished and writes the rest, and whoever finds every shard finished writes the manifest, last,
+with the same bytes. Nothing outside the destination is written.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import hashlib
-import io
+import itertools
 import json
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import Any, Literal
 
 from bigan import files
-from bigan.data import DataError, sources, tario
-from bigan.data.decode import Encoding, encode
-from bigan.data.plan import permutation
-from bigan.data.shards import (
-    COLUMNS,
-    MANIFEST,
-    PLAN,
-    SCHEMA,
-    Manifest,
-    Shard,
-    content_fingerprint,
-    index_name,
+from bigan.data import DataError, sources
+from bigan.data.decode import Encoding
+from bigan.data.pack_manifest import collect, write_manifest
+from bigan.data.pack_plan import Plan, make_plan
+from bigan.data.pack_shard import (
+    Bad,
+    Encoded,
+    encoded_image,
+    finished,
+    printable,
+    record_file,
+    shard,
 )
+from bigan.data.shards import PLAN, PYRAMID, Manifest
 
-SPLITS = ("train", "test")
-NPY_RESOLUTION = 128  # up to here raw pixels; above, PNG is worth its decoding time
-SHARD_BYTES = 2**27  # of raw pixels, about what one shard holds at most ...
-MIN_SHARDS = 8  # ... while even a small split has several, for readers that split by shard
+MAX_JOBS = 16
+HOPELESS = 1000  # unusable images more than allowed: no use in going on to the end
+BAD = "bad.txt"
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What goes where: shard n holds the samples `members[n]` of the source, in that order."""
+class Packed:
+    """What a call of `pack` has achieved.
 
-    source: sources.Source
-    encoder: Encoding
-    seed: int
-    shard_size: int  # samples per shard; the last of a split may hold fewer
-    names: tuple[str, ...]  # file name of each shard
-    members: tuple[tuple[int, ...], ...]
-    first_key: tuple[int, ...]  # keys count through the shards of all splits
+    manifests: one for each level of a pyramid, smallest first; else one. Empty unless `complete`.
+    bad: (name, reason) of originals that were left out: of this call's shards, if not complete.
+    complete: False while other parts are still missing.
+    """
 
-    @property
-    def description(self) -> dict[str, str | int]:
-        """What plan.json holds; two packs are the same if and only if these are equal."""
-        source = self.source
-        listing = hashlib.sha256()
-        for column in (source.classes, source.labels, source.splits):
-            listing.update(repr(column).encode("utf-8", "surrogateescape") + b"\0")
-        return {
-            "schema_version": SCHEMA,
-            "source": source.name,
-            "identity": source.identity,
-            "listing": listing.hexdigest(),
-            "transform": source.transform,
-            "resolution": source.resolution,
-            "encoder": self.encoder,
-            "seed": self.seed,
-            "shard_size": self.shard_size,
-        }
-
-    @property
-    def id(self) -> str:
-        text = json.dumps(self.description, sort_keys=True)
-        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-
-
-def make_plan(source: sources.Source, seed: int = 0, shard_size: int | None = None) -> Plan:
-    """Shuffle each split globally and cut it into shards of `shard_size` (None: a good size)."""
-    splits = np.asarray(source.splits)
-    num_train = int((splits == "train").sum())
-    if shard_size is None:
-        at_most = max(1, SHARD_BYTES // (source.resolution**2 * source.channels))
-        shard_size = min(at_most, max(64, -(-num_train // MIN_SHARDS)))
-    if shard_size <= 0:
-        raise DataError(f"shard size {shard_size}: must be a positive number of images")
-    if not num_train:
-        raise DataError(f"{source.name}: no image falls into the training split; give more images")
-    names: list[str] = []
-    members: list[tuple[int, ...]] = []
-    for split in SPLITS:
-        found = np.flatnonzero(splits == split)
-        order = found[permutation(len(found), seed, f"pack/{split}")].tolist()
-        for number, start in enumerate(range(0, len(order), shard_size)):
-            names.append(f"{split}-{number:06d}.tar")
-            members.append(tuple(order[start : start + shard_size]))
-    sizes = np.asarray([len(m) for m in members])
-    return Plan(
-        source=source,
-        encoder="npy" if source.resolution <= NPY_RESOLUTION else "png",
-        seed=seed,
-        shard_size=shard_size,
-        names=tuple(names),
-        members=tuple(members),
-        first_key=tuple((np.cumsum(sizes) - sizes).tolist()),
-    )
-
-
-def shard(plan: Plan, number: int, executor: ThreadPoolExecutor) -> bytes:
-    """The bytes of shard `number`: a pure function of its arguments."""
-    members, source = plan.members[number], plan.source
-    images = executor.map(lambda i: encode(source.read(i), plan.encoder), members)
-    first = plan.first_key[number]
-
-    def samples() -> Iterator[tuple[str, bytes, int]]:
-        for row, (i, image) in enumerate(zip(members, images, strict=True)):
-            yield f"{first + row:09d}", image, source.labels[i]
-
-    return tario.shard_bytes(samples(), plan.encoder)
+    manifests: tuple[Manifest, ...]
+    bad: tuple[Bad, ...]
+    complete: bool
 
 
 def pack(
-    spec: str,
+    spec: str | Path | Iterable[Any],
     destination: Path,
     *,
     resolution: int | None = None,
+    channels: Literal[1, 3] | None = None,
+    resize: Literal["lanczos", "area"] = "lanczos",
+    allow_upscale: bool = False,
+    val_fraction: float = 0.0,
+    test_fraction: float = 0.1,
+    encoding: Encoding | None = None,
+    quality: int | None = None,
     seed: int = 0,
     shard_size: int | None = None,
-    test_fraction: float = 0.1,
-    threads: int = 2,
+    max_bad: int = 0,
+    pyramid: int | None = None,
+    part: tuple[int, int] | None = None,
+    jobs: int | None = None,
     progress: Progress | None = None,
-) -> Manifest:
-    """Pack `spec` ("digits" or a folder of images) into `destination`; returns its manifest.
+) -> Packed:
+    """Pack `spec`, anything that `sources.open_source` takes, into `destination`.
 
-    `resolution` in pixels (digits: 8, 16 or 32, default 16; needed for a folder);
-    `shard_size` in images (None: at most 128 MiB of pixels, at least eight shards);
-    `progress(images done, images in all)` is called as shards are finished.
-    Packing the same again finishes what is missing or does nothing. Raises `DataError`, one
-    line, for a bad source, a bad image or a destination that holds something else.
+    The first six options go to `open_source`, the others to `pack_source`. Packing the same again
+    finishes what is missing or does nothing. Raises `DataError`, one line, for a bad source, more
+    bad images than `max_bad`, a destination that holds something else, or a full disk.
     """
     destination = Path(destination)
-    if spec == "digits":
-        source = sources.digits(16 if resolution is None else resolution)
-    else:
-        if resolution is None:
-            raise DataError(f"{spec}: give the size of the images to make, e.g. --resolution 64")
+    if isinstance(spec, str | Path) and spec != "digits":
         _keep_apart(Path(spec), destination)
-        try:
-            source = sources.image_folder(Path(spec), resolution, test_fraction)
-        except OSError as error:
-            raise DataError(f"{spec}: cannot be read: {error.strerror}") from None
-    return pack_source(
-        source, destination, seed=seed, shard_size=shard_size, threads=threads, progress=progress
-    )
+    _refuse_file(destination)
+    scratch = files.temporary_name(destination / "spool")
+    try:
+        if not isinstance(spec, str | Path):  # is spooled there, as it may not be readable twice
+            destination.mkdir(parents=True, exist_ok=True)
+        source = sources.open_source(
+            spec,
+            resolution=resolution,
+            channels=channels,
+            resize=resize,
+            allow_upscale=allow_upscale,
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
+            scratch=scratch,
+        )
+        return pack_source(
+            source,
+            destination,
+            encoding=encoding,
+            quality=quality,
+            seed=seed,
+            shard_size=shard_size,
+            max_bad=max_bad,
+            pyramid=pyramid,
+            part=part,
+            jobs=jobs,
+            progress=progress,
+        )
+    except OSError as error:
+        where = error.filename or destination
+        raise DataError(f"{where}: cannot be used: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink()
 
 
 def pack_source(
     source: sources.Source,
     destination: Path,
     *,
+    encoding: Encoding | None = None,
+    quality: int | None = None,
     seed: int = 0,
     shard_size: int | None = None,
-    threads: int = 2,
+    max_bad: int = 0,
+    pyramid: int | None = None,
+    part: tuple[int, int] | None = None,
+    jobs: int | None = None,
     progress: Progress | None = None,
-) -> Manifest:
-    """`pack` for a `Source` of one's own."""
-    plan = make_plan(source, seed, shard_size)
+) -> Packed:
+    """Pack a `Source` of one's own into `destination`.
+
+    `encoding`: None is npy up to 128 px and png above. `quality`: 1..100, of jpg (None: 95) and
+    webp (None: lossless). `shard_size`: images per shard (None: at most 128 MiB of pixels, at
+    least eight shards). `max_bad`: how many originals may be unusable and are then left out; they
+    are listed in `destination`/bad.txt in any case. `pyramid`: the smallest resolution (4, say) of
+    a set of folders r0004, r0008, ..., one for each doubling up to the source's, which hold the
+    same samples in the same order. `part` = (i, n): write only the shards with number % n ==
+    i % n; n calls with different i, in any order or at once, on one machine or many, make the data
+    set. `jobs`: threads (None: one per core, at most 16).
+
+    `progress(images done, images of this part)` is called after each image. Raises `DataError`.
+    """
+    destination = Path(destination)
+    plan = make_plan(source, seed, shard_size, encoding=encoding, quality=quality, pyramid=pyramid)
+    index, count = (0, 1) if part is None else part
+    if not 0 <= index <= count or count < 1:
+        raise DataError(f"part {index}/{count}: must be 0/n ... n-1/n, or 1/n ... n/n")
+    if (jobs is not None and jobs < 1) or max_bad < 0:
+        raise DataError(f"jobs {jobs}: must be positive; max_bad {max_bad}: not negative")
+    numbers = range(index % count, len(plan.names), count)
     try:
-        _claim(destination, plan)
-        with contextlib.suppress(DataError):  # not finished, or a shard was deleted: go on below
-            return Manifest.load(destination)
-        done = 0
-        contents = []
-        with ThreadPoolExecutor(threads) as executor:
-            for number, name in enumerate(plan.names):
-                file = destination / name
-                if not file.is_file():
-                    files.write_atomic(file, shard(plan, number, executor))
-                contents.append(_inspect(plan, number, file))
-                done += len(plan.members[number])
-                if progress:
-                    progress(done, len(source))
-        return _finish(destination, plan, contents)
+        manifests = _claim(destination, plan)
+        if manifests:
+            bad = _left_out(destination, plan, manifests[0]) if manifests[0].num_bad else []
+            _refuse(bad, max_bad, plan, destination)
+            if progress:
+                total = sum(len(plan.members[number]) for number in numbers)
+                progress(total, total)
+            return Packed(manifests, tuple(bad), complete=True)
+        bad = _write_shards(destination, plan, numbers, max_bad, jobs or _cores(), progress)
+        return _finish(destination, plan, bad, max_bad)
     except OSError as error:
-        raise DataError(f"{destination}: cannot be written: {error.strerror or error}") from None
+        raise DataError(f"{destination}: cannot be written: {error.strerror or error}") from error
 
 
-@dataclass(frozen=True)
-class _Content:
-    """One finished shard as the manifest and the index need it."""
-
-    entry: Shard
-    offsets: list[int]
-    sizes: list[int]
-    labels: list[int]
+# --- shards -------------------------------------------------------------------------------------
 
 
-def _inspect(plan: Plan, number: int, file: Path) -> _Content:
-    """Read a finished shard back: what the index says is what is on disk."""
-    data = file.read_bytes()
+def _write_shards(
+    destination: Path,
+    plan: Plan,
+    numbers: Sequence[int],
+    max_bad: int,
+    jobs: int,
+    progress: Progress | None,
+) -> list[Bad]:
+    """Write those of the shards that are not finished; returns what was unusable in all of them.
+
+    While a shard is written the next one is already being decoded: memory holds two of them.
+    """
+    for level in plan.levels:
+        folder = destination / level.folder
+        (folder / "index").mkdir(parents=True, exist_ok=True)
+        if not (folder / PLAN).is_file():
+            files.write_atomic(folder / PLAN, _plan_text(plan))
+    bad, missing = _listed_bad(plan), []
+    for number in numbers:
+        name = plan.names[number]
+        records = [finished(destination / level.folder, name, plan.id) for level in plan.levels]
+        if records[0] and all(records):
+            bad += records[0].bad
+        else:
+            missing.append(number)
+    _refuse(bad, max_bad, plan, destination, HOPELESS)
+    total = sum(len(plan.members[number]) for number in numbers)
+    done = total - sum(len(plan.members[number]) for number in missing)
+    if progress:
+        progress(done, total)
+    executor = ThreadPoolExecutor(jobs, thread_name_prefix="bigan-pack")
     try:
-        offsets, sizes, labels = tario.index_shard(data, plan.encoder, str(file))
-    except DataError as error:
-        raise DataError(f"{error}; delete the file and pack again") from None
-    if labels != [plan.source.labels[i] for i in plan.members[number]]:
-        raise DataError(f"{file}: is not what this pack writes; delete it and pack again")
-    histogram = np.bincount(labels, minlength=len(plan.source.classes))
-    entry = Shard(
-        url=file.name,
-        nsamples=len(labels),
-        filesize=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-        split=file.name.rpartition("-")[0],
-        class_histogram=tuple(histogram.tolist()),
+        ready = _ahead(executor, plan, missing)
+        for number in missing:
+            encoded = []
+            for i, image in zip(plan.members[number], ready, strict=False):
+                encoded.append(image)
+                if isinstance(image, str):
+                    bad.append((printable(plan.source.keys[i]), image))
+                    _refuse(bad, max_bad, plan, destination, HOPELESS)
+                done += 1
+                if progress:
+                    progress(done, total)
+            name = plan.names[number]
+            for n, level in enumerate(plan.levels):
+                folder = destination / level.folder
+                tar, record = shard(plan, number, n, encoded)
+                if record.nsamples:
+                    files.write_atomic(folder / f"{name}.tar", tar)
+                files.write_atomic(record_file(folder, name), record.model_dump_json() + "\n")
+    finally:
+        executor.shutdown(cancel_futures=True)
+    return bad
+
+
+def _ahead(executor: ThreadPoolExecutor, plan: Plan, numbers: Sequence[int]) -> Iterator[Encoded]:
+    """The images of these shards in order, encoded up to a shard ahead."""
+    members = itertools.chain.from_iterable(plan.members[number] for number in numbers)
+    waiting: collections.deque[Future[Encoded]] = collections.deque()
+    for i in itertools.islice(members, plan.shard_size):
+        waiting.append(executor.submit(encoded_image, plan, i))
+    while waiting:
+        image = waiting.popleft().result()
+        for i in itertools.islice(members, 1):
+            waiting.append(executor.submit(encoded_image, plan, i))
+        yield image
+
+
+def _cores() -> int:
+    """The cores this process may use (SLURM gives a job only some), at most `MAX_JOBS`."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        cores = os.cpu_count() or 1
+    return min(cores, MAX_JOBS)
+
+
+# --- the whole set ------------------------------------------------------------------------------
+
+
+def _finish(destination: Path, plan: Plan, bad: list[Bad], max_bad: int) -> Packed:
+    """Write bad.txt and the manifests, if the shards of all parts are there."""
+    levels = []
+    for level in plan.levels:
+        contents = collect(destination / level.folder, plan)
+        if contents is None:
+            return Packed((), tuple(bad), complete=False)
+        levels.append(contents)
+    bad = _listed_bad(plan) + levels[0].bad
+    _refuse(bad, max_bad, plan, destination)
+    if all(entry.split != "train" for entry in levels[0].shards):
+        raise DataError(f"{plan.source.name}: no image for training is left; repair some in {BAD}")
+    _write_bad(destination, bad)
+    for level in plan.levels:
+        for folder in (
+            destination,
+            destination / level.folder,
+            destination / level.folder / "index",
+        ):
+            files.remove_leftovers(folder, shared=True)
+    manifests = tuple(
+        write_manifest(destination / level.folder, plan, level, contents, len(bad))
+        for level, contents in zip(plan.levels, levels, strict=True)
     )
-    return _Content(entry, offsets, sizes, labels)
-
-
-def _finish(destination: Path, plan: Plan, contents: list[_Content]) -> Manifest:
-    """Write the index files, then the manifest."""
-    (destination / "index").mkdir(exist_ok=True)
-    index: dict[str, str] = {}
-    for split in dict.fromkeys(content.entry.split for content in contents):
-        parts = [content for content in contents if content.entry.split == split]
-        columns: dict[str, list[int]] = {
-            "offset": [x for part in parts for x in part.offsets],
-            "size": [x for part in parts for x in part.sizes],
-            "label": [x for part in parts for x in part.labels],
-            "shard": [n for n, part in enumerate(parts) for _ in part.labels],
+    if plan.levels[0].folder:
+        content = {
+            "plan": plan.id,
+            "name": plan.source.name,
+            "levels": [level.folder for level in plan.levels],
+            "resolutions": [level.resolution for level in plan.levels],
         }
-        for name, dtype in COLUMNS.items():
-            buffer = io.BytesIO()
-            np.save(buffer, np.asarray(columns[name], dtype), allow_pickle=False)
-            files.write_atomic(destination / index_name(split, name), buffer.getvalue())
-            index[index_name(split, name)] = hashlib.sha256(buffer.getvalue()).hexdigest()
-    source = plan.source
-    manifest = Manifest(
-        folder=destination,
-        name=source.name,
-        resolution=source.resolution,
-        channels=source.channels,
-        classes=source.classes,
-        encoder=plan.encoder,
-        transform=source.transform,
-        plan=plan.id,
-        fingerprint="",
-        index=index,
-        shardlist=tuple(content.entry for content in contents),
+        files.write_atomic(destination / PYRAMID, json.dumps(content, indent=1) + "\n")
+    return Packed(manifests, tuple(bad), complete=True)
+
+
+# --- unusable originals -------------------------------------------------------------------------
+
+
+def _listed_bad(plan: Plan) -> list[Bad]:
+    """What was unusable before any image was read."""
+    return [(printable(name), printable(reason)) for name, reason in plan.source.bad]
+
+
+def _left_out(destination: Path, plan: Plan, manifest: Manifest) -> list[Bad]:
+    """What was left out of a finished data set, which other versions may have packed."""
+    records = (finished(manifest.folder, name, manifest.plan) for name in plan.names)
+    return _listed_bad(plan) + [bad for record in records if record for bad in record.bad]
+
+
+def _write_bad(destination: Path, bad: list[Bad]) -> None:
+    if bad:
+        lines = "".join(f"{name}\t{reason}\n" for name, reason in bad)
+        files.write_atomic(destination / BAD, lines)
+    else:
+        (destination / BAD).unlink(missing_ok=True)
+
+
+def _refuse(bad: list[Bad], max_bad: int, plan: Plan, destination: Path, patience: int = 0) -> None:
+    """Write bad.txt and raise, if there are more than `max_bad + patience`."""
+    if len(bad) <= max_bad + patience:
+        return
+    _write_bad(destination, bad)
+    first = "; ".join(f"{name}: {reason}" for name, reason in bad[:3])
+    total = len(plan.source.keys) + len(plan.source.bad)
+    raise DataError(
+        f"{'at least ' if patience else ''}{len(bad)} of {total} images cannot be used (at most "
+        f"--max-bad {max_bad}): {first}; all are listed in {destination / BAD}; repair or remove "
+        f"them, or leave them out with --max-bad {len(bad)}"
     )
-    manifest = manifest.model_copy(update={"fingerprint": content_fingerprint(manifest)})
-    files.remove_leftovers(destination)
-    files.remove_leftovers(destination / "index")
-    files.write_atomic(destination / MANIFEST, manifest.dump())
-    return Manifest.load(destination)
 
 
-def _claim(destination: Path, plan: Plan) -> None:
-    """Make `destination` and note the plan in it, or check that it was claimed for this plan."""
+# --- the destination ----------------------------------------------------------------------------
+
+
+def _plan_text(plan: Plan) -> str:
+    return json.dumps(plan.description, indent=1) + "\n"
+
+
+def _claim(destination: Path, plan: Plan) -> tuple[Manifest, ...]:
+    """Note the plan in `destination`, or check that it is the one noted there.
+
+    Returns the manifests if everything is finished. Several processes may claim at once.
+    """
+    _refuse_file(destination)
+    note = destination / PLAN
+    if not note.is_file():
+        destination.mkdir(parents=True, exist_ok=True)
+        stranger = next((p for p in destination.iterdir() if not p.match(".*.tmp")), None)
+        # Another process may have begun meanwhile: the note is the first thing it writes.
+        if stranger is not None and not note.is_file():
+            raise DataError(
+                f"{destination}: is not empty ({stranger.name}) and was not packed by bigan; "
+                "choose an empty or new folder"
+            )
+        files.create_atomic(note, _plan_text(plan))
+    try:
+        theirs = json.loads(note.read_text(encoding="utf-8"))
+    except ValueError:
+        theirs = None
+    if not isinstance(theirs, dict):
+        raise DataError(f"{note}: cannot be read; choose another folder or delete this one")
+    mine = plan.description
+    manifests = _manifests(destination, plan)
+    if manifests:  # whichever versions have packed it, it is whole; early ones noted less
+        theirs = {"channels": manifests[-1].channels, **theirs, "software": mine["software"]}
+    changed = [key for key in mine if theirs.get(key) != mine[key]]
+    if changed:
+        key = changed[0]
+        raise DataError(
+            f"{destination}: already holds another pack ({key} is {theirs.get(key)!r} there, "
+            f"{mine[key]!r} here); choose another folder or delete it"
+        )
+    return manifests
+
+
+def _manifests(destination: Path, plan: Plan) -> tuple[Manifest, ...]:
+    """The manifests of all levels if everything is finished."""
+    if plan.levels[0].folder and not (destination / PYRAMID).is_file():
+        return ()
+    try:
+        return tuple(Manifest.load(destination / level.folder) for level in plan.levels)
+    except DataError:  # not finished, or a shard was deleted
+        return ()
+
+
+def _refuse_file(destination: Path) -> None:
     if destination.exists() and not destination.is_dir():
         raise DataError(f"{destination}: is a file; give a new folder to pack into")
-    note = destination / PLAN
-    mine = plan.description
-    if note.is_file():
-        try:
-            theirs = json.loads(note.read_text(encoding="utf-8"))
-        except ValueError:
-            theirs = None
-        if not isinstance(theirs, dict):
-            raise DataError(f"{note}: cannot be read; choose another folder or delete this one")
-        changed = [key for key in mine if theirs.get(key) != mine[key]]
-        if changed:
-            key = changed[0]
-            raise DataError(
-                f"{destination}: already holds another pack ({key} is {theirs.get(key)!r} there, "
-                f"{mine[key]!r} here); choose another folder or delete it"
-            )
-        return
-    destination.mkdir(parents=True, exist_ok=True)
-    stranger = next((p for p in destination.iterdir() if not p.name.startswith(f".{PLAN}")), None)
-    if stranger is not None:
-        raise DataError(
-            f"{destination}: is not empty ({stranger.name}) and was not packed by bigan; "
-            "choose an empty or new folder"
-        )
-    files.write_atomic(note, json.dumps(mine, indent=1) + "\n")
 
 
 def _keep_apart(source: Path, destination: Path) -> None:
     """The packed folder must not become a class of its own source."""
     inner, outer = destination.resolve(), source.resolve()
-    if inner == outer or outer in inner.parents:
+    if source.is_dir() and (inner == outer or outer in inner.parents):
         raise DataError(f"{destination}: lies inside the images of {source}; pack to another place")

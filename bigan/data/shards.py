@@ -2,20 +2,25 @@
 
     <folder>/manifest.json                 written last; without it the folder is not a data set
              plan.json                     what is packed here; a resumed `bigan pack` compares it
-             train-000000.tar ...          standard WebDataset shards: <key>.npy|png and <key>.cls
+             train-000000.tar ...          standard WebDataset shards: <key>.npy|png|jpg|webp and
+                                           <key>.cls
              index/<split>.<column>.npy    one entry per sample, in shard order:
                                            offset u64 and size u32 of the image's bytes in its tar,
                                            label i32, shard i32 (number within the split)
+             index/train-000000.json ...   what `bigan pack` noted of each shard it finished, with
+                                           the original name of each sample
 
 The manifest is a superset of `wids-shard-index-v1`, so other WebDataset tools read it too. Index
-files are memory-mapped: all processes of a node share them.
+files are memory-mapped: all processes of a node share them. For a remote data set the folder is a
+local copy of manifest and index, and `remote` says where the shards are.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,12 +30,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from bigan import config as configs
+from bigan import files
 from bigan.config import ConfigError, Frozen
 from bigan.data import DataError
 from bigan.data.decode import Encoding
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
+PYRAMID = "pyramid.json"  # lists the folders of a set packed at several resolutions
 SCHEMA = 1
 COLUMNS: dict[str, type[np.generic]] = {
     "offset": np.uint64,
@@ -65,6 +72,7 @@ class Manifest(Frozen):
     """What a packed folder holds. Read it with `Manifest.load`, which also checks the folder."""
 
     folder: Path = Field(exclude=True)
+    remote: str | None = Field(default=None, exclude=True)  # URL of the folder that has the shards
     kind: Literal["wids-shard-index-v1"] = Field(
         default="wids-shard-index-v1",
         validation_alias="__kind__",
@@ -77,25 +85,33 @@ class Manifest(Frozen):
     channels: int  # 1 or 3
     classes: tuple[str, ...]  # class names; label i is classes[i]
     encoder: Encoding
+    quality: int | None = None  # of a lossy encoder
     transform: str  # from the original images to these pixels
+    software: dict[str, str] = Field(default_factory=dict)  # versions of what made the bytes
+    samples_per_shard: int = 0  # planned; the last shard of a split may hold fewer
+    num_bad: int = 0  # originals that could not be used and were left out
     plan: str  # hash of what was packed and how
     fingerprint: str  # hash of the content; equal fingerprints mean equal samples
     index: dict[str, str]  # file name -> sha256
     shardlist: tuple[Shard, ...]
 
     @classmethod
-    def load(cls, folder: Path) -> Manifest:
-        """Read and check the manifest of `folder`.
+    def read(cls, folder: Path) -> Manifest:
+        """Read the manifest of `folder` and check it against itself, without a look at the shards.
 
-        Raises `DataError`, one line, if the folder is missing or was not packed to the end, if the
-        manifest is damaged, or if a shard or index file is missing, extra or of another size.
-        Contents are checked by `verify_checksums`.
+        Raises `DataError`, one line, if the folder is missing or was not packed to the end, or if
+        the manifest is damaged.
         """
         folder = Path(folder)
         file = folder / MANIFEST
         if not folder.is_dir():
             raise DataError(f"{folder}: no such data folder; make it with `bigan pack`")
         if not file.is_file():
+            if (folder / PYRAMID).is_file():
+                raise DataError(
+                    f"{folder}: holds several resolutions; choose one of its folders, for example "
+                    f"{_levels(folder)[-1]}"
+                )
             state = "was not packed to the end" if (folder / PLAN).is_file() else "is no data set"
             raise DataError(f"{folder}: {state} (no {MANIFEST}); run `bigan pack`")
         try:
@@ -115,6 +131,16 @@ class Manifest(Frozen):
         except ConfigError as error:
             raise DataError(f"{error}; pack the data again") from None
         manifest._check_names()
+        return manifest
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """`read`, and look whether the folder holds what the manifest lists.
+
+        Raises `DataError` if a shard or index file is missing, extra or of another size. Contents
+        are checked by `verify_checksums`, and thoroughly by `bigan verify`.
+        """
+        manifest = cls.read(folder)
         manifest._check_files()
         return manifest
 
@@ -126,6 +152,17 @@ class Manifest(Frozen):
     def splits(self) -> tuple[str, ...]:
         """Names of the splits, each with at least one sample."""
         return tuple(dict.fromkeys(shard.split for shard in self.shardlist))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[H, W, C] of every image."""
+        return self.resolution, self.resolution, self.channels
+
+    def location(self, shard: Shard) -> str:
+        """Path or URL of a shard."""
+        if self.remote is not None:
+            return f"{self.remote.rstrip('/')}/{shard.url}"
+        return str(self.folder / shard.url)
 
     def shards(self, split: str) -> tuple[Shard, ...]:
         """The shards of `split` in order; raises `DataError` if there is no such split."""
@@ -188,14 +225,18 @@ class Manifest(Frozen):
         if limit_bytes is not None and total > limit_bytes:
             return False
         done = 0
-        for name, expected in self.index.items():
-            _check_hash(self.folder / name, expected)
+        self.verify_index()
         for shard in self.shardlist:
             _check_hash(self.folder / shard.url, shard.sha256)
             done += shard.filesize
             if progress:
                 progress(done, total)
         return True
+
+    def verify_index(self) -> None:
+        """Compare the sha256 of every index file; raises `DataError` at the first wrong one."""
+        for name, expected in self.index.items():
+            _check_hash(self.folder / name, expected)
 
     def dump(self) -> str:
         """The JSON text of manifest.json; the same data set gives the same text."""
@@ -255,9 +296,40 @@ class Manifest(Frozen):
                 raise DataError(f"{self.folder / name}: index is missing; pack the data again")
 
 
+def _levels(folder: Path) -> list[str]:
+    return sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}")) or ["(none)"]
+
+
 def index_name(split: str, column: str) -> str:
     """Path of an index column, relative to the data folder."""
     return f"index/{split}.{column}.npy"
+
+
+def write(
+    folder: Path,
+    shards: Sequence[Shard],
+    columns: Mapping[tuple[str, str], Sequence[NDArray[Any]]],
+    **facts: Any,
+) -> Manifest:
+    """Write the index files and then the manifest of finished shards; returns what `load` reads.
+
+    `columns[split, column]` holds the entries of that split's shards, one array per shard, in the
+    order of `shards`; `facts` are the manifest's other fields.
+    """
+    (folder / "index").mkdir(exist_ok=True)
+    index: dict[str, str] = {}
+    for (split, column), arrays in columns.items():
+        buffer = io.BytesIO()
+        np.save(buffer, np.concatenate(arrays).astype(COLUMNS[column]), allow_pickle=False)
+        name = index_name(split, column)
+        files.write_atomic(folder / name, buffer.getvalue())
+        index[name] = hashlib.sha256(buffer.getvalue()).hexdigest()
+    manifest = Manifest(
+        folder=folder, fingerprint="", index=index, shardlist=tuple(shards), **facts
+    )
+    manifest = manifest.model_copy(update={"fingerprint": content_fingerprint(manifest)})
+    files.write_atomic(folder / MANIFEST, manifest.dump())
+    return Manifest.load(folder)
 
 
 def content_fingerprint(manifest: Manifest) -> str:
