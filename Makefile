@@ -45,8 +45,9 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup  ## measure the training step into benchmarks/results/
+bench: setup  ## measure the training step and the input pipeline into benchmarks/results/
 	@mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/input_pipeline.py --out benchmarks/results/$$(date +%Y-%m-%d)-input-pipeline.json
 	$(BIN)/bigan bench step configs/digits.yaml | tee benchmarks/results/$$(date +%Y-%m-%d)-step-digits.json
 
 clean:  ## remove what the demo made; keeps the environment

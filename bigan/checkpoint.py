@@ -36,6 +36,7 @@ class Progress:
     seconds: float = 0.0  # spent training, over all lives of the run
     attempt: int = 1  # lives of the run: 1 + number of resumes
     data_fingerprint: str = ""  # of the images trained on
+    bad_images: int = 0  # did not decode; the next sample took their place (data.on_bad=skip)
 
 
 class CheckpointError(UserError):

@@ -1,17 +1,19 @@
-"""The command line: `bigan pack | describe | train | evaluate | bench`.
+"""The command line: `bigan pack | verify | describe | train | evaluate | bench`.
 
-Exit codes: 0 done, 1 the run had to stop, 2 bad input (one line, nothing written), 128 + n stopped
-by signal n with a checkpoint.
+Exit codes: 0 done, 1 the run had to stop or a data set is damaged, 2 bad input (one line, nothing
+written), 128 + n stopped by signal n with a checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,30 +28,65 @@ OVERRIDE_HELP = "settings to change, for example train.seed=1 (bigan describe CO
 
 
 def pack_command(arguments: argparse.Namespace) -> int:
+    from bigan.data.pack import BAD, pack
+
+    destination = arguments.destination
+    with _image_bar(f"packing {destination}") as progress:
+        packed = pack(
+            arguments.source,
+            destination,
+            resolution=arguments.resolution,
+            channels=arguments.channels,
+            resize=arguments.resize,
+            allow_upscale=arguments.allow_upscale,
+            val_fraction=arguments.val_fraction,
+            test_fraction=arguments.test_fraction,
+            encoding="jpg" if arguments.encoding == "jpeg" else arguments.encoding,
+            quality=arguments.quality,
+            seed=arguments.seed,
+            shard_size=arguments.shard_size,
+            max_bad=arguments.max_bad,
+            pyramid=arguments.pyramid,
+            part=arguments.part,
+            jobs=arguments.jobs,
+            progress=progress,
+        )
+    if not packed.complete:
+        print(f"{destination}: this part is done; the last part to finish writes the manifest")
+    for manifest in packed.manifests:
+        counts = ", ".join(f"{manifest.num_samples(s):,} {s}" for s in manifest.splits)
+        print(
+            f"{manifest.folder}: {counts} images, {manifest.resolution} px, "
+            f"{manifest.channels} channel(s), {manifest.num_classes} classes"
+        )
+    if packed.bad:
+        print(f"{len(packed.bad):,} unusable images were left out: {destination / BAD}")
+    return 0
+
+
+def verify_command(arguments: argparse.Namespace) -> int:
+    from bigan.data.verify import verify
+
+    with _image_bar(f"verifying {arguments.folder}") as progress:
+        report = verify(
+            arguments.folder, deep=arguments.deep, jobs=arguments.jobs, progress=progress
+        )
+    print(json.dumps(report.as_dict(), indent=2) if arguments.json else report.as_text())
+    return 0 if report.ok else 1
+
+
+@contextlib.contextmanager
+def _image_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on the terminal, as a function of (images done, images in all)."""
     from tqdm import tqdm
 
-    from bigan.data.pack import pack
-
-    with tqdm(unit="image", disable=None, desc=f"packing {arguments.destination}") as bar:
+    with tqdm(unit="image", disable=None, desc=title) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        manifest = pack(
-            arguments.source,
-            arguments.destination,
-            resolution=arguments.resolution,
-            seed=arguments.seed,
-            test_fraction=arguments.test_fraction,
-            progress=progress,
-        )
-    counts = ", ".join(f"{manifest.num_samples(s):,} {s}" for s in manifest.splits)
-    print(
-        f"{arguments.destination}: {counts} images, {manifest.resolution} px, "
-        f"{manifest.channels} channel(s), {manifest.num_classes} classes"
-    )
-    return 0
+        yield progress
 
 
 def describe_command(arguments: argparse.Namespace) -> int:
@@ -129,6 +166,23 @@ def _positive(text: str) -> float:
     return value
 
 
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 0 <= int(match[1]) <= int(match[2]) or match[2] == "0":
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part like 3/8")
+    return int(match[1]), int(match[2])
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction from 0 to below 1")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands; every one explains itself with --help."""
     top = argparse.ArgumentParser(
@@ -155,23 +209,30 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("config", type=Path, help=CONFIG_HELP)
         command.add_argument("overrides", nargs="*", metavar="a.b=value", help=OVERRIDE_HELP)
 
-    pack = add(
-        "pack",
-        pack_command,
-        "turn images into WebDataset shards with a manifest",
-        "Examples: bigan pack digits data/digits; bigan pack photos/ data/photos --resolution 128 "
-        "(one subfolder per class). A killed pack is continued by the same command.",
+    _add_pack_options(
+        add(
+            "pack",
+            pack_command,
+            "turn images into WebDataset shards with a manifest",
+            "Examples: bigan pack digits data/digits; bigan pack photos/ data/photos --resolution "
+            "128 (one subfolder per class). A killed pack is continued by the same command.",
+        )
     )
-    pack.add_argument("source", help="'digits' (built in), or a folder of images")
-    pack.add_argument("destination", type=Path, help="folder to write")
-    pack.add_argument("--resolution", type=int, help="width and height in pixels (digits: 16)")
-    pack.add_argument("--seed", type=int, default=0, help="of the global shuffle (default 0)")
-    pack.add_argument(
-        "--test-fraction",
-        type=float,
-        default=0.1,
-        help="held out by hash of the file name (default 0.1; the digits have a fixed split)",
+    verify = add(
+        "verify",
+        verify_command,
+        "check a packed data set down to every image",
+        "Exit code 1 and a line for each thing that is wrong: checksums, counts, missing and extra "
+        "shards, images that do not decode.",
     )
+    verify.add_argument("folder", type=Path, help="what `bigan pack` wrote")
+    verify.add_argument(
+        "--deep",
+        action="store_true",
+        help="also report duplicates, constant images and class balance, and draw a contact sheet",
+    )
+    verify.add_argument("--json", action="store_true", help="print JSON")
+    verify.add_argument("--jobs", type=_count, help="threads (default: one per core)")
 
     describe = add(
         "describe",
@@ -224,6 +285,76 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--runs", type=int, default=7, help="timed runs, at least 5 (default 7)")
     step.set_defaults(handler=bench_step_command)
     return top
+
+
+def _add_pack_options(pack: argparse.ArgumentParser) -> None:
+    pack.add_argument(
+        "source",
+        help="'digits' (built in); a folder or zip of images (class = subfolder, or labels.csv, or "
+        "dataset.json); CIFAR-10/100 or MNIST as downloaded; a folder of WebDataset tars",
+    )
+    pack.add_argument("destination", type=Path, help="folder to write; nothing else is written")
+    images = pack.add_argument_group("images")
+    images.add_argument("--resolution", type=int, help="width and height in pixels (digits: 16)")
+    images.add_argument(
+        "--resize",
+        choices=("lanczos", "area"),
+        default="lanczos",
+        help="how the square centre crop is shrunk (default lanczos)",
+    )
+    images.add_argument(
+        "--allow-upscale",
+        action="store_true",
+        help="enlarge smaller images (default: they count as unusable)",
+    )
+    images.add_argument("--channels", type=int, choices=(1, 3), help="1 makes grey images")
+    images.add_argument(
+        "--pyramid",
+        type=_count,
+        nargs="?",
+        const=4,
+        metavar="MIN",
+        help="pack all powers of two from MIN (4) px up, each a data set of its own, for "
+        "progressive growing",
+    )
+    images.add_argument(
+        "--max-bad",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out up to N unusable images (default 0: any stops the pack at its end)",
+    )
+    storage = pack.add_argument_group("storage")
+    storage.add_argument(
+        "--encoding",
+        choices=("npy", "png", "jpg", "jpeg", "webp"),
+        help="npy is raw pixels (default up to 128 px), png lossless (default above), jpg 4:4:4",
+    )
+    storage.add_argument(
+        "--quality", type=int, help="of jpg (default 95) or webp (default: lossless), 1 to 100"
+    )
+    storage.add_argument(
+        "--shard-size", type=int, metavar="N", help="images per shard (default: up to 128 MiB)"
+    )
+    storage.add_argument("--seed", type=int, default=0, help="of the global shuffle (default 0)")
+    splits = pack.add_argument_group("splits, by hash of the image's name")
+    splits.add_argument(
+        "--test-fraction",
+        type=_fraction,
+        default=0.1,
+        help="held out for testing (default 0.1; sources with a test set of their own keep it)",
+    )
+    splits.add_argument(
+        "--val-fraction", type=_fraction, default=0.0, help="held out for validation (default 0)"
+    )
+    work = pack.add_argument_group("work")
+    work.add_argument("--jobs", type=_count, help="threads (default: one per core, at most 16)")
+    work.add_argument(
+        "--part",
+        type=_part,
+        metavar="I/N",
+        help="pack every N-th shard only, for N processes or SLURM array tasks at a time",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -67,12 +67,17 @@ def sum_over_ranks(world: World, values: torch.Tensor) -> None:
         dist.all_reduce(values)
 
 
+def gather(world: World, value: T) -> list[T]:
+    """Every rank's `value` (any picklable object of our own), in order of rank, on every rank."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def everyone(world: World, holds: bool) -> bool:
     """Whether `holds` is true on all ranks."""
-    answers = [holds] * world.size
-    if world.size > 1:
-        dist.all_gather_object(answers, holds)
-    return all(answers)
+    return all(gather(world, holds))
 
 
 def together(world: World, work: Callable[[], T]) -> T:
@@ -91,9 +96,7 @@ def together(world: World, work: Callable[[], T]) -> T:
         own = error
     except Exception as error:
         own = RuntimeError(f"rank {world.rank}: {type(error).__name__}: {error}")
-    notes: list[Exception | None] = [None] * world.size
-    dist.all_gather_object(notes, own)
-    _raise_first(world, notes)
+    _raise_first(world, gather(world, own))
     return result  # type: ignore[return-value]
 
 

@@ -24,6 +24,7 @@ README = (ROOT / "README.md").read_text()
 ELSEWHERE = {
     "make demo": "test_demo_from_a_clean_clone below (slow)",
     "make test": ".ci/run",
+    ".venv/bin/python benchmarks/input_pipeline.py --quick": "tests/unit/test_input_benchmark.py",
 }
 SMALL = (
     "train.total_images=80 train.batch=40 train.micro_batch=20 train.snapshot_images=40 "
@@ -36,6 +37,7 @@ PHOTOS = (
 )
 PARTS = (
     "bigan pack photos",
+    "bigan verify data/photos",
     "bigan describe configs/photos",
     "bigan train configs/photos",
     "bigan evaluate runs/photos",
@@ -114,7 +116,7 @@ def test_every_command_is_known() -> None:
 
 def test_own_images(workplace: Path) -> None:
     """pack, describe, train, evaluate, in the README's order."""
-    for part in PARTS[:3]:
+    for part in PARTS[:4]:
         done = run(adapted(that(part)), workplace)
         assert done.returncode == 0, (part, done.stderr)
     assert (workplace / "runs/photos/timeline.png").exists()

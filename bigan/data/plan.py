@@ -14,7 +14,7 @@ the order does; golden values in the tests hold it in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +70,15 @@ class Order:
         """Sample indices at `positions`, an increasing run of consecutive positions."""
         return self.samples(int(positions[0]), int(positions[-1]) + 1)
 
+    def block_ends(self, start: int) -> Iterator[int]:
+        """Where the blocks end, as positions: those after `start`, endlessly."""
+        epoch, offset = divmod(start, self.num_samples)
+        while True:
+            shards, edges = self._shards_of(epoch)
+            ends = np.cumsum(self._sizes[shards])[edges[1:] - 1]
+            yield from (ends[ends > offset] + epoch * self.num_samples).tolist()
+            epoch, offset = epoch + 1, 0
+
     def _shards_of(self, epoch: int) -> tuple[Indices, Indices]:
         """(permuted shard numbers, edges of blocks as counts of shards) of one epoch."""
         if self._epoch is None or self._epoch[0] != epoch:
@@ -100,6 +109,29 @@ class Order:
         low = int(ends[number]) - len(samples)
         self._block = (epoch, low, order)
         return low, order
+
+
+def grouped(
+    parts: Iterable[tuple[Indices, Indices]], ends: Iterator[int]
+) -> Iterator[tuple[Indices, Indices]]:
+    """Regroup (positions, samples) parts, in order of position, so that groups end at `ends`."""
+    end = next(ends)
+    held: list[tuple[Indices, Indices]] = []
+    for positions, samples in parts:
+        while len(positions) and positions[-1] >= end:
+            cut = int(np.searchsorted(positions, end))
+            held.append((positions[:cut], samples[:cut]))
+            yield _joined(held)
+            held, positions, samples = [], positions[cut:], samples[cut:]
+            end = next(ends)
+        held.append((positions, samples))
+    yield _joined(held)
+
+
+def _joined(parts: list[tuple[Indices, Indices]]) -> tuple[Indices, Indices]:
+    none = np.empty(0, np.int64)
+    positions, samples = zip(*parts, strict=True) if parts else ((none,), (none,))
+    return np.concatenate(positions), np.concatenate(samples)
 
 
 def rank_positions(images_seen: int, batch: int, accumulation: int, world: World) -> list[Indices]:

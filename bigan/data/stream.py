@@ -1,10 +1,10 @@
-"""The input pipeline: shards on local disk -> uint8 micro-batches, exact on any number of ranks.
+"""The input pipeline: shards -> uint8 micro-batches on the device, exact on any number of ranks.
 
 `ShardStream` is the endless training stream; `sequential` shows every sample of a split once, for
-evaluation. Both find samples through the index and read them with `pread`: any order costs the
-same, and any position of the run is reached at once. Threads decode whole micro-batches ahead of
-the consumer; image decoders and reads release Python's lock, and there are no worker processes,
-no shared memory and no fork beside CUDA.
+evaluation. Both know the order in advance (`plan.py`) and leave it to a fetcher (`fetch.py`) how
+samples get into memory. Threads decode whole micro-batches ahead of the consumer; image decoders
+and reads release Python's lock, so there need be no worker processes, no shared memory and no fork
+beside CUDA.
 
 Pixels stay uint8 HWC until the device: `real.permute(0, 3, 1, 2)` is channels-last without a copy.
 The stream is rank-aware: never hand it to `accelerator.prepare`, which would divide it once more.
@@ -13,131 +13,45 @@ The stream is rank-aware: never hand it to `accelerator.prepare`, which would di
 from __future__ import annotations
 
 import collections
-import functools
 import hashlib
 import itertools
-import os
-import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bigan.data import DataError, tario
-from bigan.data.decode import BadImageError, decode_into
-from bigan.data.plan import ORDER_VERSION, Order, rank_positions, rank_range
-from bigan.data.shards import Index, Manifest
+from bigan.data import DataError
+from bigan.data.dataset import open_manifest
+from bigan.data.device import HostBatch, Reading, Sent, Transfer, transfer_to
+from bigan.data.fetch import BadSample, Fetcher, consecutive, fill_labels, make_fetcher
+from bigan.data.plan import ORDER_VERSION, Order, grouped, rank_positions, rank_range
+from bigan.data.settings import Fetch
+from bigan.data.shards import Manifest
+from bigan.data.workers import in_processes
 from bigan.world import World
 
 Indices = NDArray[np.int64]
 
-MAX_OPEN_SHARDS = 256  # file descriptors per process
-CHECKSUM_BYTES = 2**30  # a data set up to here is hashed before it is used
+EVALUATION_BLOCK = 8_192  # samples that `sequential` holds encoded at a time when it streams
 
 
 @dataclass(frozen=True)
 class Batch:
     """One rank's micro-batch of m images.
 
-    real: uint8 [m, H, W, C], pinned when the run is on CUDA. labels: int64 [m].
-    positions: int64 [m], each image's place in the endless order; in `sequential` the place within
-    the split.
+    real: uint8 [m, H, W, C] and labels: int64 [m], on the device of the run. positions: int64 [m],
+    each image's place in the endless order; in `sequential` the place within the split. bad: which
+    of these images did not decode and were replaced (`data.on_bad=skip`).
     """
 
     real: Tensor
     labels: Tensor
     positions: Indices
-
-
-class _OpenFile:
-    """A file that is closed with its last user: a cache may drop it while a thread still reads.
-
-    Closing a descriptor under a reader could let it read another file that got the same number.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY)
-
-    def read(self, size: int, offset: int) -> bytes:
-        return os.pread(self._descriptor, size, offset)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
-
-
-class ShardReader:
-    """Random access to the samples of one split; safe to use from several threads.
-
-    Raises `DataError` on construction if the folder, the manifest or the index is damaged; a data
-    set of up to `CHECKSUM_BYTES` is also compared with its checksums.
-    """
-
-    def __init__(self, folder: Path, split: str) -> None:
-        self.manifest = Manifest.load(folder)
-        self.shards = self.manifest.shards(split)
-        self.index: Index = self.manifest.load_index(split)
-        self.manifest.verify_checksums(CHECKSUM_BYTES)
-        self.stop = threading.Event()
-        self._open = functools.lru_cache(MAX_OPEN_SHARDS)(
-            lambda shard: _OpenFile(self._path(shard))
-        )
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """[H, W, C] of every image."""
-        manifest = self.manifest
-        return manifest.resolution, manifest.resolution, manifest.channels
-
-    def read(self, samples: Indices, out: NDArray[np.uint8]) -> None:
-        """Decode `samples` into `out`, uint8 [len(samples), H, W, C].
-
-        Raises `DataError` naming shard and member if one cannot be read or is not an image of
-        this data set. Returns early once `stop` is set.
-        """
-        encoder = self.manifest.encoder
-        places = zip(
-            self.index.shard[samples].tolist(),
-            self.index.offset[samples].tolist(),
-            self.index.size[samples].tolist(),
-            strict=True,
-        )
-        for row, (shard, offset, size) in enumerate(places):
-            if self.stop.is_set():
-                return
-            try:
-                data = self._open(shard).read(size, offset)
-                decode_into(out[row], data, encoder)
-            except BadImageError as error:
-                name = self._member(shard, offset)
-                raise DataError(
-                    f"{self._path(shard)}: bad sample {name}: {error}; pack the data again"
-                ) from error
-            except OSError as error:
-                raise DataError(
-                    f"{self._path(shard)}: cannot be read at byte {offset}: {error.strerror}"
-                ) from error
-
-    def close(self) -> None:
-        """Stop reads under way and close the shards."""
-        self.stop.set()
-        self._open.cache_clear()
-
-    def _path(self, shard: int) -> Path:
-        return self.manifest.folder / self.shards[shard].url
-
-    def _member(self, shard: int, offset: int) -> str:
-        """The member's name, from the tar header before its data."""
-        try:
-            header = self._open(shard).read(tario.BLOCK, offset - tario.BLOCK)
-            return tario.member_name(header)
-        except (OSError, ValueError):
-            return f"at byte {offset}"
+    bad: tuple[BadSample, ...] = ()
 
 
 class ShardStream:
@@ -146,10 +60,11 @@ class ShardStream:
     Every optimiser step reads `batch` consecutive positions of the global order, cut into
     `accumulation` joined micro-batches of which each rank gets its slice (`plan.rank_positions`);
     iteration yields this rank's `Batch` of m = batch / accumulation / world.size images,
-    `accumulation` times a step. The order depends on the data, `seed` and `block` only.
+    `accumulation` times a step. The order depends on the data, `seed` and `block` only, not on how
+    the samples are fetched (`fetch`).
 
-    `threads` decode up to `prefetch` micro-batches ahead. There is no state to save: make a new
-    stream with another `images_seen`. Use it as a context manager, or `close()` it.
+    There is no state to save: make a new stream with another `images_seen`. Use it as a context
+    manager, or `close()` it.
 
     Raises `DataError` on construction for a missing, incomplete or damaged folder, an unknown
     split or sizes that do not divide; while iterating, for a sample that cannot be used.
@@ -157,7 +72,7 @@ class ShardStream:
 
     def __init__(
         self,
-        folder: Path,
+        data: str | Path | Manifest,
         split: str = "train",
         *,
         seed: int,
@@ -165,23 +80,23 @@ class ShardStream:
         batch: int,
         accumulation: int = 1,
         images_seen: int = 0,
-        threads: int = 2,
-        prefetch: int = 3,
         block: int = 65_536,
+        fetch: Fetch | None = None,
     ) -> None:
+        fetch = fetch or Fetch()
         if batch <= 0 or batch % (accumulation * world.size):
             raise DataError(
                 f"batch {batch}: cannot be divided evenly into {accumulation} micro-batch(es) "
                 f"for {world.size} process(es)"
             )
-        if min(threads, prefetch, block) < 1 or images_seen < 0:
+        if block < 1 or images_seen < 0:
             raise DataError(
-                f"data: threads {threads}, prefetch {prefetch} and block {block} must be positive, "
-                f"images_seen {images_seen} not negative"
+                f"data: block {block} must be positive, images_seen {images_seen} not negative"
             )
-        self._reader = ShardReader(Path(folder), split)
-        self.manifest = self._reader.manifest
-        order = Order([shard.nsamples for shard in self._reader.shards], seed, block)
+        self.manifest = open_manifest(data, fetch)
+        if fetch.cache_bytes is not None:
+            _check_cache(self.manifest, split, block, fetch.cache_bytes)
+        sizes = [shard.nsamples for shard in self.manifest.shards(split)]
         inputs = (
             f"{ORDER_VERSION}/{self.manifest.fingerprint}/{split}/{seed}/{block}/{batch}/"
             f"{accumulation}/{images_seen}/{world.size}"
@@ -189,12 +104,18 @@ class ShardStream:
         self._fingerprint = hashlib.sha256(inputs.encode()).hexdigest()[:32]
 
         def micro_batches() -> Iterator[tuple[Indices, Indices]]:
+            order = Order(sizes, seed, block)  # one of its own for each reader
             for start in itertools.count(images_seen, batch):
                 for positions in rank_positions(start, batch, accumulation, world):
                     yield positions, order.at(positions)
 
-        pinned = world.device.type == "cuda"
-        self._batches = _ahead(self._reader, micro_batches(), threads, prefetch, pinned)
+        def blocks() -> Iterator[tuple[Indices, Indices]]:
+            ends = Order(sizes, seed, block).block_ends(images_seen)
+            return grouped(micro_batches(), ends)
+
+        self._fetcher = make_fetcher(self.manifest, split, blocks, fetch)
+        self._transfer = transfer_to(world.device, self.manifest.image_shape, fetch.prefetch)
+        self._batches = _ahead(self._fetcher, split, micro_batches(), fetch, self._transfer)
 
     @property
     def fingerprint(self) -> str:
@@ -212,9 +133,9 @@ class ShardStream:
 
     def close(self) -> None:
         """Stop the threads and close the shards; may be called twice."""
-        self._reader.stop.set()
+        self._fetcher.stop.set()
         self._batches.close()
-        self._reader.close()
+        self._fetcher.close()
 
     def __enter__(self) -> ShardStream:
         return self
@@ -224,13 +145,11 @@ class ShardStream:
 
 
 def sequential(
-    folder: Path,
+    data: str | Path | Manifest,
     split: str,
     world: World,
     batch: int,
-    *,
-    threads: int = 2,
-    prefetch: int = 3,
+    fetch: Fetch | None = None,
 ) -> Iterator[Batch]:
     """Every sample of `split` once over all ranks, in order: nothing padded, nothing dropped.
 
@@ -238,51 +157,114 @@ def sequential(
     last one smaller; parts may differ by a sample, so ranks may get different numbers of batches.
     Raises `DataError` at once for a damaged folder, later for a bad sample.
     """
+    fetch = fetch or Fetch()
     if batch <= 0:
         raise DataError(f"batch {batch}: must be positive")
-    reader = ShardReader(Path(folder), split)
-    mine = rank_range(len(reader.index.label), world)
-    parts = (np.arange(i, min(i + batch, mine.stop)) for i in range(mine.start, mine.stop, batch))
-    pinned = world.device.type == "cuda"
-    return _ahead(reader, ((part, part) for part in parts), threads, prefetch, pinned)
+    manifest = open_manifest(data, fetch)
+    mine = rank_range(manifest.num_samples(split), world)
+
+    def parts(step: int) -> Iterator[tuple[Indices, Indices]]:
+        return ((part, part) for part in consecutive(mine.start, mine.stop, step))
+
+    fetcher = make_fetcher(manifest, split, lambda: parts(EVALUATION_BLOCK), fetch)
+    transfer = transfer_to(world.device, manifest.image_shape, fetch.prefetch)
+    return _ahead(fetcher, split, parts(batch), fetch, transfer)
+
+
+def _check_cache(manifest: Manifest, split: str, block: int, cache_bytes: int) -> None:
+    """A cache that cannot hold two blocks would download every shard again and again."""
+    shards = manifest.shards(split)
+    total = sum(shard.filesize for shard in shards)
+    share = total * block // manifest.num_samples(split) + max(s.filesize for s in shards)
+    if cache_bytes < min(total, 2 * share):
+        raise DataError(
+            f"data.cache_bytes = {cache_bytes:,} cannot hold two blocks of data.block = {block:,} "
+            f"images, about {min(total, 2 * share):,} bytes; give it more, or start a run with "
+            "smaller blocks"
+        )
 
 
 def _ahead(
-    reader: ShardReader,
+    fetcher: Fetcher,
+    split: str,
     micro_batches: Iterator[tuple[Indices, Indices]],
-    threads: int,
-    prefetch: int,
-    pinned: bool,
+    fetch: Fetch,
+    transfer: Transfer,
 ) -> Generator[Batch, None, None]:
-    """Read (positions, samples) micro-batches in order, `prefetch` of them ahead in threads.
+    """Read (positions, samples) micro-batches in order, `fetch.prefetch` of them ahead.
 
     An error in a thread is raised here, at the batch it belongs to. Closing the generator, also
     by dropping it, stops the threads.
     """
-    executor = ThreadPoolExecutor(threads, thread_name_prefix="bigan-data")
-    waiting: collections.deque[tuple[Batch, Future[None]]] = collections.deque()
+    if fetch.backend == "processes":
+        reading = in_processes(fetcher.manifest, split, micro_batches, fetch, transfer)
+    else:
+        reading = _in_threads(fetcher, micro_batches, fetch, transfer)
+    return delivered(reading, transfer)
+
+
+def delivered(reading: Reading, transfer: Transfer) -> Generator[Batch, None, None]:
+    """The batches of `reading` on their device, as many ahead of the consumer as it has room for.
+
+    An error is raised when its turn comes, after the batches before it.
+    """
+    sent: collections.deque[tuple[Indices, Sequence[BadSample], Sent]] = collections.deque()
+    failure: Exception | None = None
+    try:
+        while True:
+            while failure is None and len(sent) < transfer.depth:
+                try:
+                    positions, host, bad = next(reading)
+                except StopIteration:
+                    break
+                except Exception as error:
+                    failure = error
+                else:
+                    sent.append((positions, bad, transfer.send(host)))
+            if not sent:
+                break
+            positions, bad, on_its_way = sent.popleft()
+            real, labels = on_its_way.arrive()
+            yield Batch(real, labels, positions, tuple(bad))
+        if failure is not None:
+            raise failure
+    finally:
+        reading.close()
+
+
+def _in_threads(
+    fetcher: Fetcher,
+    micro_batches: Iterator[tuple[Indices, Indices]],
+    fetch: Fetch,
+    transfer: Transfer,
+) -> Reading:
+    """Fill host buffers in order, `fetch.prefetch` of them at a time, in `fetch.threads`."""
+    executor = ThreadPoolExecutor(fetch.threads, thread_name_prefix="bigan-data")
+    waiting: collections.deque[tuple[Indices, HostBatch, Future[list[BadSample]]]]
+    waiting = collections.deque()
+
+    def read(positions: Indices, samples: Indices, host: HostBatch) -> list[BadSample]:
+        bad = fetcher.read(positions, samples, host.real.numpy())
+        fill_labels(host.labels.numpy(), fetcher.index, positions, samples, bad)
+        return bad
 
     def submit(positions: Indices, samples: Indices) -> None:
-        # Memory is taken here, on the consumer's thread and so on its CUDA device. A fresh buffer
-        # for each batch: PyTorch's pinned allocator recycles it, once its copies are complete.
-        real = torch.empty((len(samples), *reader.shape), dtype=torch.uint8, pin_memory=pinned)
-        labels = torch.empty(len(samples), dtype=torch.int64, pin_memory=pinned)
-        labels.copy_(torch.from_numpy(reader.index.label[samples].astype(np.int64)))
-        future = executor.submit(reader.read, samples, real.numpy())
-        waiting.append((Batch(real, labels, positions), future))
+        # Buffers are taken here, on the consumer's thread and so on its CUDA device.
+        host = transfer.take(len(samples))
+        waiting.append((positions, host, executor.submit(read, positions, samples, host)))
 
     try:
-        for positions, samples in itertools.islice(micro_batches, prefetch):
+        for positions, samples in itertools.islice(micro_batches, fetch.prefetch):
             submit(positions, samples)
         while waiting:
-            batch, future = waiting.popleft()
-            future.result()
-            if reader.stop.is_set():
+            positions, host, future = waiting.popleft()
+            bad = future.result()
+            if fetcher.stop.is_set():
                 return  # the batch may be half filled
-            for positions, samples in itertools.islice(micro_batches, 1):
-                submit(positions, samples)
-            yield batch
+            for next_positions, samples in itertools.islice(micro_batches, 1):
+                submit(next_positions, samples)
+            yield positions, host, bad
     finally:
-        reader.stop.set()
+        fetcher.stop.set()
         executor.shutdown(wait=True, cancel_futures=True)
-        reader.close()
+        fetcher.close()

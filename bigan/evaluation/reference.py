@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 
 from bigan import files
+from bigan.data.settings import Fetch
 from bigan.data.shards import Manifest
 from bigan.data.stream import sequential
 from bigan.errors import UserError
@@ -47,7 +48,13 @@ def describe(extractor: Extractor, manifest: Manifest, split: str) -> dict[str, 
 
 
 def load_or_compute(
-    extractor: Extractor, manifest: Manifest, split: str, world: World, batch: int, cache: Path
+    extractor: Extractor,
+    manifest: Manifest,
+    split: str,
+    world: World,
+    batch: int,
+    cache: Path,
+    fetch: Fetch | None = None,
 ) -> Moments:
     """The moments of every image of `split`, on every rank.
 
@@ -62,7 +69,7 @@ def load_or_compute(
     cached = on_main(world, lambda: _read(path, extractor.dim))
     if cached is not None:
         return cached
-    total = compute(extractor, manifest, split, world, batch)
+    total = compute(extractor, manifest, split, world, batch, fetch)
 
     def write() -> None:
         tensors = {
@@ -79,13 +86,18 @@ def load_or_compute(
 
 
 def compute(
-    extractor: Extractor, manifest: Manifest, split: str, world: World, batch: int
+    extractor: Extractor,
+    manifest: Manifest,
+    split: str,
+    world: World,
+    batch: int,
+    fetch: Fetch | None = None,
 ) -> Moments:
     """The moments of every image of `split`, each taken once over all ranks."""
 
     def own_part() -> Moments:
         total = moments.empty(extractor.dim, moments.home(extractor.device))
-        for part in sequential(manifest.folder, split, world, batch):
+        for part in sequential(manifest, split, world, batch, fetch):
             features, _ = extractor(part.real.permute(0, 3, 1, 2))
             total = moments.merge(total, moments.of(features))
         return total

@@ -26,7 +26,7 @@ import torch
 from bigan import config as configs
 from bigan import files, snapshot
 from bigan.curves import curves
-from bigan.data.shards import Manifest
+from bigan.data.dataset import open_manifest
 from bigan.errors import UserError
 from bigan.evaluation import features, metrics, moments, reference, sampling
 from bigan.recipe import RunConfig, misfits
@@ -114,7 +114,7 @@ class Judge:
     ) -> None:
         settings = config.evaluation
         self.config, self.world, self.device = config, world, device
-        self.manifest = on_main(world, lambda: Manifest.load(config.data.path))
+        self.manifest = on_main(world, lambda: open_manifest(config.data.path, config.data))
         self._check_fit(config, "config.yaml")
         self.extractor = together(
             world, lambda: features.create(settings.extractor, settings.weights_path, device)
@@ -131,7 +131,13 @@ class Judge:
             "generator": "averaged weights, standing batch statistics",
         }
         self.reference = reference.load_or_compute(
-            self.extractor, self.manifest, settings.split, world, settings.batch, run_dir / FOLDER
+            self.extractor,
+            self.manifest,
+            settings.split,
+            world,
+            settings.batch,
+            run_dir / FOLDER,
+            config.data,
         )
 
     def measure(self, task: Task) -> Record:

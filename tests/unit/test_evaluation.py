@@ -209,7 +209,7 @@ def test_fid_of_a_run_end_to_end(
     few = dataclasses.replace(
         source, keys=source.keys[:30], labels=source.labels[:30], splits=("train",) * 30
     )
-    data = pack_source(few, tmp_path / "data")
+    (data,) = pack_source(few, tmp_path / "data").manifests
     digest = features._sha256(random_inception)
     monkeypatch.setattr(
         features, "create", functools.partial(features.create, inception_sha256=digest)
@@ -451,7 +451,7 @@ def test_generator_with_broken_or_training_state_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    return pack("digits", tmp_path_factory.mktemp("data") / "digits", shard_size=200)
+    return pack("digits", tmp_path_factory.mktemp("data") / "digits", shard_size=200).manifests[0]
 
 
 def test_reference_is_every_image_once(

@@ -1,0 +1,401 @@
+"""The input pipeline against WebDataset's README pipeline and ImageFolder, side by side in one run.
+
+    python benchmarks/input_pipeline.py                  the table, in about five minutes
+    python benchmarks/input_pipeline.py --quick          a look, in one minute; figures are rough
+    python benchmarks/input_pipeline.py --out result.json
+
+All pipelines read the same images on the same cores: JPEG files of photo-like pictures, the same
+bytes in class folders (ImageFolder) and in tars (WebDataset; bigan indexes those tars at first
+use). Each deals out shuffled batches of 64. The others give normalised float32, as their READMEs
+do; bigan gives uint8, because normalising belongs on the device; a row with normalisation on the
+host shows what that is worth. What counts is CPU time, user and system, of all processes together;
+it hardly depends on what else the machine is doing. The targets are those of issue 3; the exit
+code is 1 if one is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+import torch
+import torchvision
+import webdataset
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from tqdm import tqdm
+
+from bigan.data import sources
+from bigan.data.pack import pack, pack_source
+from bigan.data.settings import Fetch
+from bigan.data.stream import Batch, ShardStream
+from bigan.phases import as_images
+from bigan.world import World
+
+BATCH = 64
+WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+NUM_CLASSES = 10
+TO_FLOAT = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
+
+
+def picture(generator: np.random.Generator, size: int) -> np.ndarray:
+    """uint8 [size, size, 3] with the 1/f spectrum and the edges of photographs."""
+    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
+    frequency[0, 0] = 1
+    channels = []
+    shared = generator.standard_normal((size, size))
+    for _ in range(3):
+        noise = 0.8 * shared + 0.2 * generator.standard_normal((size, size))
+        channels.append(np.fft.irfft2(np.fft.rfft2(noise) / frequency, (size, size)))
+    image = np.stack(channels, -1)
+    image = image / image.std() * 45 + 120
+    for _ in range(6):
+        y, x = generator.integers(0, size, 2)
+        h, w = generator.integers(size // 8, size // 2, 2)
+        image[y : y + h, x : x + w] += generator.normal(0, 40, 3)
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def write_images(root: Path, size: int, num: int) -> None:
+    """`root`/files/<class>/*.jpg and the same bytes in `root`/tars, by plain WebDataset."""
+    generator = np.random.default_rng(size)
+    originals = [picture(generator, size) for _ in range(64)]
+    (root / "tars").mkdir(parents=True)
+    pattern = str(root / "tars" / "train-%06d.tar")
+    with webdataset.ShardWriter(pattern, maxcount=max(64, num // 16), verbose=0) as writer:
+        for i in range(num):
+            shift = tuple(generator.integers(0, size, 2))
+            image = np.roll(originals[i % len(originals)], shift, (0, 1))
+            data = simplejpeg.encode_jpeg(image, quality=90, colorsubsampling="420")
+            label = i % NUM_CLASSES
+            file = root / "files" / f"{label:02d}" / f"{i:07d}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+            writer.write({"__key__": f"{i:07d}", "jpg": data, "cls": str(label).encode()})
+
+
+# --- the pipelines: each yields batches of one epoch, about `num` images --------------------------
+
+
+def readme(root: Path, num: int, workers: int) -> Iterable[object]:
+    """The pipeline of WebDataset's README: shuffle, decode by PIL, tuples, DataLoader."""
+    urls = sorted(str(path) for path in (root / "tars").glob("*.tar"))
+    dataset = (
+        webdataset.WebDataset(urls, shardshuffle=100)
+        .shuffle(1000)
+        .decode("pil")
+        .to_tuple("jpg", "cls")
+        .map_tuple(TO_FLOAT, int)
+    )
+    return DataLoader(dataset, batch_size=BATCH, num_workers=workers)
+
+
+def image_folder(root: Path, num: int, workers: int) -> Iterable[object]:
+    dataset = torchvision.datasets.ImageFolder(str(root / "files"), TO_FLOAT)
+    return DataLoader(dataset, batch_size=BATCH, shuffle=True, num_workers=workers)
+
+
+def exact(folder: Path, num: int, threads: int) -> Iterable[Batch]:
+    """bigan's default: index + pread + decoding threads, from positions that are new each time."""
+    fetch = Fetch(threads=threads)
+    start = next(EPOCHS) * num // BATCH * BATCH
+    with ShardStream(
+        folder, seed=0, world=World(), batch=BATCH, images_seen=start, fetch=fetch
+    ) as stream:
+        yield from itertools.islice(stream, num // BATCH)
+
+
+def normalised(folder: Path, num: int, threads: int) -> Iterable[torch.Tensor]:
+    for batch in exact(folder, num, threads):
+        yield as_images(batch.real, None)
+
+
+EPOCHS = itertools.count()
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and of the children that have ended."""
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, who))
+
+
+def cost(make: Callable[[], Iterable[object]], num: int) -> tuple[float, float]:
+    """(CPU microseconds per image, images per second) of one pass over about `num` images.
+
+    The pass is timed from its second batch on: opening (bigan hashes the set, once per run; a
+    DataLoader starts its workers) is no part of the steady state.
+    """
+    batches = iter(make())
+    next(batches)
+    before, began = cpu_seconds(), time.perf_counter()
+    num_batches = sum(1 for _ in batches)
+    seconds = time.perf_counter() - began
+    images = min(num - BATCH, num_batches * BATCH)
+    return (cpu_seconds() - before) / images * 1e6, images / seconds
+
+
+def decode_only(root: Path, num: int, threads: int) -> float:
+    """Images per second of the bare decoder: the same bytes from memory, a buffer per thread."""
+    files = sorted((root / "files").rglob("*.jpg"))[: min(num, 2048)]
+    data = [file.read_bytes() for file in files]
+    size = simplejpeg.decode_jpeg_header(data[0])[0]
+    rounds = max(1, num // len(data))
+
+    def work(part: int) -> int:
+        out = np.empty((size, size, 3), np.uint8)
+        mine = data[part::threads] * rounds
+        for jpeg in mine:
+            simplejpeg.decode_jpeg(jpeg, "RGB", buffer=out)
+        return len(mine)
+
+    with ThreadPoolExecutor(threads) as executor:
+        began = time.perf_counter()
+        done = sum(executor.map(work, range(threads)))
+        return done / (time.perf_counter() - began)
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    return {
+        "median": statistics.median(values),
+        "lowest": min(values),
+        "highest": max(values),
+    }
+
+
+def compare(root: Path, size: int, num: int, runs: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Interleaved runs of all pipelines at one size."""
+    write_images(root, size, num)
+    pack(str(root / "files"), root / "raw", resolution=size, encoding="npy", test_fraction=0.0)
+    tars, raw = root / "tars", root / "raw"
+    pipelines: dict[str, Callable[[], Iterable[object]]] = {
+        "WebDataset README, 0 workers": lambda: readme(root, num, 0),
+        f"WebDataset README, {WORKERS} workers": lambda: readme(root, num, WORKERS),
+        "ImageFolder, 0 workers": lambda: image_folder(root, num, 0),
+        f"ImageFolder, {WORKERS} workers": lambda: image_folder(root, num, WORKERS),
+        "bigan exact, JPEG": lambda: exact(tars, num, WORKERS),
+        "bigan exact, JPEG, normalised on the host": lambda: normalised(tars, num, WORKERS),
+        "bigan exact, raw uint8": lambda: exact(raw, num, WORKERS),
+    }
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in pipelines}
+    rates: list[float] = []
+    for make in pipelines.values():
+        next(iter(make()))  # imports, page cache, index of the tars
+    bar = tqdm(total=runs * (len(pipelines) + 1), desc=f"{size} px", unit="run", disable=None)
+    for _ in range(runs):
+        for name, make in pipelines.items():
+            found[name].append(cost(make, num))
+            bar.update()
+        rates.append(decode_only(root, num, WORKERS))
+        bar.update()
+    bar.close()
+    result = {
+        name: {
+            "cpu_us_per_image": summary([cpu for cpu, _ in values]),
+            "images_per_second": summary([rate for _, rate in values]),
+        }
+        for name, values in found.items()
+    }
+    result["bare decoder"] = {"images_per_second": summary(rates)}
+    return result
+
+
+RESUME = """
+import json, sys, time
+from bigan.data.stream import ShardStream
+from bigan.world import World
+folder, images_seen = sys.argv[1], int(sys.argv[2])
+began = time.perf_counter()
+with ShardStream(folder, seed=0, world=World(), batch=64, images_seen=images_seen) as stream:
+    next(stream)
+    print(time.perf_counter() - began)
+"""
+
+MEMORY = """
+import itertools, os, sys
+from pathlib import Path
+from bigan.data.settings import Fetch
+from bigan.data.stream import ShardStream
+from bigan.world import World
+folder, num = sys.argv[1], int(sys.argv[2])
+def resident():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+before = resident()
+with ShardStream(folder, seed=0, world=World(), batch=64, fetch=Fetch(threads=2)) as stream:
+    for _ in itertools.islice(stream, num // 10 // 64):
+        pass
+    warm = resident()
+    for _ in itertools.islice(stream, num * 9 // 10 // 64):
+        pass
+    print(before, warm, resident())
+"""
+
+
+def many_shards(folder: Path, num_shards: int, each: int = 64) -> int:
+    """Pack `num_shards` shards of small random images; returns the number of images."""
+    num = num_shards * each
+    pixels = np.random.default_rng(0).integers(0, 256, (num, 8, 8, 3), dtype=np.uint8)
+    source = sources.Source(
+        name="noise", transform="none", identity="noise", resolution=8, channels=3,
+        classes=("all",), keys=tuple(f"{i:07d}" for i in range(num)), labels=(0,) * num,
+        splits=("train",) * num, read=lambda i: pixels[i],
+    )  # fmt: skip
+    pack_source(source, folder, shard_size=each)
+    return num
+
+
+def measure(code: str, *arguments: object) -> list[float]:
+    """The numbers a fresh process prints."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [float(word) for word in printed.split()]
+
+
+def run(quick: bool) -> dict[str, object]:
+    runs = 2 if quick else 5
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        sizes = {
+            size: compare(root / f"{size}", size, num // (4 if quick else 1), runs)
+            for size, num in ((32, 12_800), (256, 2_560))
+        }
+        num = many_shards(root / "many", 100 if quick else 1000)
+        resume = [measure(RESUME, root / "many", num * 9 // 10)[0] for _ in range(runs)]
+        images = 20_000 if quick else 200_000
+        before, warm, after = measure(MEMORY, root / "32" / "tars", images)
+    return {
+        "benchmark": "input_pipeline",
+        "date": date.today().isoformat(),
+        "runs": runs,
+        "batch": BATCH,
+        "cores": WORKERS,
+        "processor": processor(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "torchvision", "webdataset", "pillow")},
+            "simplejpeg": version("simplejpeg"),
+        },
+        "sizes": sizes,
+        "resume": {
+            "shards": num // 64,
+            "images": num,
+            "first_batch_seconds": summary(resume),
+        },
+        "memory": {
+            "images": images,
+            "mib_before": before,
+            "mib_after_a_tenth": warm,
+            "mib_at_the_end": after,
+        },
+    }
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "?")
+
+
+# --- what it comes to -----------------------------------------------------------------------------
+
+
+def targets(result: dict) -> list[tuple[str, float, str, float, bool]]:
+    """(what, measured, relation, bound, met) of every target in issue 3."""
+
+    def cpu(size: int, name: str) -> float:
+        return result["sizes"][size][name]["cpu_us_per_image"]["median"]
+
+    def best(size: int, start: str) -> float:
+        """The cheaper of the two numbers of workers."""
+        return min(cpu(size, name) for name in result["sizes"][size] if name.startswith(start))
+
+    rows = []
+    for other in ("WebDataset README", "ImageFolder"):
+        for size, name, bound in (
+            (32, "bigan exact, JPEG", 10.0),
+            (256, "bigan exact, JPEG", 3.0),
+            (32, "bigan exact, raw uint8", 40.0),
+        ):
+            ratio = best(size, other) / cpu(size, name)
+            what = f"{size} px: {other} / {name}"
+            rows.append((what, ratio, ">=", bound, ratio >= bound))
+    sizes = result["sizes"][256]
+    share = (
+        sizes["bigan exact, JPEG"]["images_per_second"]["median"]
+        / sizes["bare decoder"]["images_per_second"]["median"]
+    )
+    rows.append(("256 px: share of the bare decoder's rate", share, ">=", 0.9, share >= 0.9))
+    seconds = result["resume"]["first_batch_seconds"]["median"]
+    shards = result["resume"]["shards"]
+    what = f"seconds to the first batch at 90 % of {shards:,} shards"
+    rows.append((what, seconds, "<", 2.0, seconds < 2))
+    memory = result["memory"]
+    growth = memory["mib_at_the_end"] - memory["mib_after_a_tenth"]
+    what = f"MiB more after {memory['images']:,} images than after a tenth"
+    rows.append((what, growth, "<", 16.0, growth < 16))
+    return rows
+
+
+def as_table(result: dict) -> str:
+    lines = [
+        f"{result['processor']}, {result['cores']} cores, {result['runs']} runs, medians "
+        "(lowest to highest)",
+        "",
+    ]
+    for size, rows in result["sizes"].items():
+        lines += [f"{size} px", f"  {'pipeline':<44}{'CPU us/image':>24}{'images/s':>12}"]
+        for name, row in rows.items():
+            spread = ""
+            if "cpu_us_per_image" in row:
+                cpu = row["cpu_us_per_image"]
+                spread = f"{cpu['median']:.1f} ({cpu['lowest']:.1f} to {cpu['highest']:.1f})"
+            lines.append(f"  {name:<44}{spread:>24}{row['images_per_second']['median']:>12,.0f}")
+        lines.append("")
+    lines.append(f"{'target':<62}{'measured':>10}{'bound':>12}")
+    for what, value, relation, bound, met in targets(result):
+        verdict = "met" if met else "MISSED"
+        lines.append(f"{what:<62}{value:>10.2f}{relation:>5} {bound:<6g} {verdict}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer images and runs")
+    parser.add_argument("--out", type=Path, help="write the measurements to this JSON file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    result = run(arguments.quick)
+    print(as_table(result))
+    if arguments.out:
+        result["targets"] = [
+            {"what": what, "measured": value, "bound": f"{relation} {bound}", "met": met}
+            for what, value, relation, bound, met in targets(result)
+        ]
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if all(met for *_, met in targets(result)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Shards behind a URL, read front to back through WebDataset's `gopen`, and always verified.
+
+A transfer that breaks off, or a command that fails with exit code 0, looks like a short file; so
+every download is compared with the size and sha256 of the manifest before anyone sees it, and
+tried again if it differs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, TypeVar
+
+from bigan.data import DataError
+
+T = TypeVar("T")
+
+CHUNK_BYTES = 2**20
+WAITS_SECONDS = (0.5, 2.0, 8.0)  # between the tries of a download
+_PROGRAMS = {"http": "curl", "https": "curl", "ftps": "curl", "sftp": "curl", "scp": "curl",
+             "s3": "aws", "gs": "gsutil"}  # fmt: skip
+
+
+def is_remote(path: str) -> bool:
+    """Whether `path` is a URL and not a place in the file system."""
+    return "://" in path or path.startswith("pipe:")
+
+
+def join(base: str, name: str) -> str:
+    """The URL of file `name` in the folder `base`."""
+    return f"{base.rstrip('/')}/{name}"
+
+
+def check_url(url: str, allow_pipe: bool) -> None:
+    """Raise `DataError` for a URL that cannot be read here, or that would run a command."""
+    if url.startswith("pipe:"):
+        if not allow_pipe:
+            raise DataError(
+                f"{url}: runs a shell command; if you trust it, set data.allow_pipe=true"
+            )
+        return
+    if os.environ.get("GOPEN_REWRITE") and not allow_pipe:
+        raise DataError(
+            f"{url}: the variable GOPEN_REWRITE could turn it into a shell command; unset it, or "
+            "set data.allow_pipe=true"
+        )
+    scheme = url.partition("://")[0]
+    if scheme not in {*_PROGRAMS, "hf", "ais", "file"}:
+        raise DataError(f"{url}: unknown kind of URL; use https://, s3:// or a folder")
+    program = _PROGRAMS.get(scheme)
+    if program and not shutil.which(program):
+        raise DataError(f"{url}: reading {scheme}:// needs the program {program!r}; install it")
+
+
+@contextlib.contextmanager
+def open_url(url: str, allow_pipe: bool) -> Iterator[IO[bytes]]:
+    """The bytes behind `url`, front to back; raises OSError if the transfer fails."""
+    import webdataset  # takes seconds to import; local runs never need it
+    from webdataset.gopen import Pipe  # the module's name is shadowed by its function
+
+    check_url(url, allow_pipe)
+    if url.startswith("s3://"):  # the one scheme gopen 1.0.2 does not know
+        command = ["aws", "s3", "cp", "--only-show-errors", url, "-"]
+        stream = Pipe(command, mode="rb", bufsize=CHUNK_BYTES)
+    else:
+        stream = webdataset.gopen(url, "rb", bufsize=CHUNK_BYTES)
+    try:
+        yield stream
+    finally:
+        process = getattr(stream, "proc", None)
+        if process is not None and process.poll() is None:
+            process.kill()  # the reader has seen enough, or is being stopped
+        with contextlib.suppress(OSError):
+            stream.close()
+
+
+def read(url: str, *, size: int | None, sha256: str | None, allow_pipe: bool) -> bytes:
+    """All bytes behind `url`, verified; raises `DataError` after several tries."""
+
+    def attempt() -> bytes:
+        with open_url(url, allow_pipe) as stream:
+            data = b"".join(_pieces(stream, size))
+        _compare(len(data), size, hashlib.sha256(data).hexdigest(), sha256)
+        return data
+
+    return _persistently(url, attempt)
+
+
+def download(url: str, file: Path, *, size: int, sha256: str, allow_pipe: bool) -> None:
+    """Bring what is behind `url` to `file`, whole and verified or not at all."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+
+    def attempt() -> None:
+        digest, num = hashlib.sha256(), 0
+        with open_url(url, allow_pipe) as stream, temporary.open("wb") as out:
+            for piece in _pieces(stream, size):
+                digest.update(piece)
+                num += len(piece)
+                out.write(piece)
+            out.flush()
+            os.fsync(out.fileno())
+        _compare(num, size, digest.hexdigest(), sha256)
+        temporary.replace(file)
+
+    try:
+        _persistently(url, attempt)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _pieces(stream: IO[bytes], size: int | None) -> Iterator[bytes]:
+    """The stream in pieces; one byte more than `size` is enough to know that it is too long."""
+    num = 0
+    while size is None or num <= size:
+        piece = stream.read(CHUNK_BYTES)
+        if not piece:
+            if hasattr(stream, "wait_for_child"):  # a short file may be a command that failed
+                stream.wait_for_child()
+            return
+        num += len(piece)
+        yield piece
+
+
+def _compare(num: int, size: int | None, digest: str, sha256: str | None) -> None:
+    if size is not None and num != size:
+        raise OSError(f"{num:,} bytes arrived, the manifest says {size:,}")
+    if sha256 is not None and digest != sha256:
+        raise OSError("its sha256 is not that of the manifest")
+
+
+def _persistently(url: str, attempt: Callable[[], T]) -> T:
+    """`attempt`, several times if it fails: networks do."""
+    for wait in (*WAITS_SECONDS, None):
+        try:
+            return attempt()
+        except OSError as error:
+            if wait is None or "exit 22" in str(error):  # curl's code for 404 and the like
+                reason = " ".join(str(error).split())[:200]
+                raise DataError(f"{url}: cannot be read, also when tried again: {reason}") from None
+        time.sleep(wait)
+    raise AssertionError("unreachable")

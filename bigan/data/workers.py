@@ -1,0 +1,104 @@
+"""Decoding in worker processes, for launch-bound steps that threads of the same process slow down.
+
+The order is that of the threads: the main process says which samples come next. Workers are those
+of PyTorch's DataLoader, which end with their parent however it dies; they are spawned, not forked,
+because the parent holds CUDA and threads.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from bigan.data import DataError
+from bigan.data.cache import NodeCache
+from bigan.data.device import Reading, Transfer
+from bigan.data.fetch import BadSample, Decoder, fill_labels
+from bigan.data.local import LocalShards
+from bigan.data.settings import Fetch
+from bigan.data.shards import Manifest
+
+Indices = NDArray[np.int64]
+
+
+class _Rows(Dataset[object]):
+    """(positions, samples) -> (pixels uint8 [m, H, W, C], replaced samples), or an error."""
+
+    def __init__(self, manifest: Manifest, split: str, fetch: Fetch) -> None:
+        self._manifest = manifest
+        self._split = split
+        self._fetch = fetch
+        self._decoder: Decoder | None = None  # opened in the worker
+
+    def __getitem__(
+        self, place: tuple[Indices, Indices]
+    ) -> tuple[torch.Tensor, list[BadSample]] | DataError:
+        positions, samples = place
+        pixels = torch.empty((len(samples), *self._manifest.image_shape), dtype=torch.uint8)
+        try:
+            if self._decoder is None:
+                self._decoder = self._open()
+            return pixels, self._decoder.read(positions, samples, pixels.numpy())
+        except DataError as error:  # raised, it would come back with a traceback in its message
+            return error
+
+    def _open(self) -> Decoder:
+        manifest, fetch = self._manifest, self._fetch
+        cache = None
+        if manifest.remote is not None and fetch.cache is not None:
+            cache = NodeCache(fetch.cache, manifest.remote, fetch.cache_bytes, fetch.allow_pipe)
+        shards = LocalShards(manifest, self._split, cache)
+        return Decoder(shards, threading.Event(), fetch.on_bad)
+
+
+class _Places:
+    """The sampler: hands out (positions, samples), and notes the positions for the consumer."""
+
+    def __init__(self, micro_batches: Iterator[tuple[Indices, Indices]]) -> None:
+        self._micro_batches = micro_batches
+        self.handed_out: collections.deque[tuple[Indices, Indices]] = collections.deque()
+
+    def __iter__(self) -> Iterator[tuple[Indices, Indices]]:
+        for place in self._micro_batches:
+            self.handed_out.append(place)
+            yield place
+
+
+def in_processes(
+    manifest: Manifest,
+    split: str,
+    micro_batches: Iterator[tuple[Indices, Indices]],
+    fetch: Fetch,
+    transfer: Transfer,
+) -> Reading:
+    """Fill host buffers in order from `fetch.threads` worker processes."""
+    places = _Places(micro_batches)
+    index = manifest.load_index(split)
+    loader: DataLoader[object] = DataLoader(
+        _Rows(manifest, split, fetch),
+        batch_size=None,
+        sampler=places,
+        num_workers=fetch.threads,
+        prefetch_factor=-(-fetch.prefetch // fetch.threads),
+        collate_fn=_as_it_is,
+        multiprocessing_context="spawn",
+    )
+    for answer in loader:
+        positions, samples = places.handed_out.popleft()
+        if isinstance(answer, DataError):
+            raise answer
+        pixels, bad = answer
+        host = transfer.take(len(samples))
+        host.real.copy_(pixels)
+        fill_labels(host.labels.numpy(), index, positions, samples, bad)
+        yield positions, host, bad
+
+
+def _as_it_is(answer: object) -> object:
+    return answer
