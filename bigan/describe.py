@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bigan import models, phases
+from bigan import augment, models, phases
 from bigan.recipe import RunConfig, accumulation_steps
 
 Description = dict[str, Any]
@@ -94,13 +94,24 @@ def _kept_for_backward(
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         z = torch.empty(micro_batch, model.z_dim)
         labels = torch.zeros(micro_batch, dtype=torch.int64)
+        columns, strength = augment.num_columns(config.augment), torch.empty(())
+        draws = torch.empty(micro_batch, columns) if columns else None
         batch: tuple
         if isinstance(phase, phases.DiscriminatorPhase):
             shape = (micro_batch, model.resolution, model.resolution, model.image_channels)
             real = torch.empty(shape, dtype=torch.uint8)
-            batch = phases.DiscriminatorBatch(real, labels, z, labels, mix=torch.empty(micro_batch))
+            batch = phases.DiscriminatorBatch(
+                real,
+                labels,
+                z,
+                labels,
+                mix=torch.empty(micro_batch),
+                augment_real=draws,
+                augment_fake=draws,
+                strength=strength,
+            )
         else:
-            batch = phases.GeneratorBatch(z, labels)
+            batch = phases.GeneratorBatch(z, labels, draws, strength)
         other.requires_grad_(False)
         phase.requires_grad_(True)
         phase(other, batch, phase.variant(0))

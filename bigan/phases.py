@@ -12,12 +12,13 @@ hands each process its slice.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bigan import rng
+from bigan import augment, rng
 from bigan.layers.init import orthogonal_penalty
 from bigan.losses import LOSSES
 from bigan.penalties import PENALTIES
@@ -35,11 +36,16 @@ class DiscriminatorBatch(NamedTuple):
     fake_labels: Tensor  # int64 [m]
     mirror: Tensor | None = None  # bool [m]
     mix: Tensor | None = None  # float32 [m] in [0, 1), for WGAN-GP
+    augment_real: Tensor | None = None  # float32 [m, K], see `augment.draws`
+    augment_fake: Tensor | None = None
+    strength: Tensor | None = None  # float32 [], ADA's p
 
 
 class GeneratorBatch(NamedTuple):
     z: Tensor  # float32 [m, z_dim]
     fake_labels: Tensor  # int64 [m]
+    augment_fake: Tensor | None = None  # float32 [m, K]
+    strength: Tensor | None = None  # float32 [], ADA's p
 
 
 def as_images(real: Tensor, mirror: Tensor | None) -> Tensor:
@@ -48,6 +54,16 @@ def as_images(real: Tensor, mirror: Tensor | None) -> Tensor:
     if mirror is not None:
         images = torch.where(mirror.view(-1, 1, 1, 1), images.flip(3), images)
     return images
+
+
+def augmented(
+    config: RunConfig, images: Tensor, draws: Tensor | None, strength: Tensor | None
+) -> Tensor:
+    """The images [m, C, H, W] as the discriminator is to see them, in float32 unless untouched."""
+    if draws is None:
+        return images
+    seen = augment.apply(config.augment, images.float(), draws, strength)
+    return seen.contiguous(memory_format=torch.channels_last)
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -83,6 +99,10 @@ class DiscriminatorPhase(nn.Module):
             draws["mirror"] = rng.uniform(seed, "d/mirror", images_seen, (num,)) < 0.5
         if any(penalty.name == "wgan_gp" for penalty in self.config.penalties):
             draws["mix"] = rng.uniform(seed, "d/mix", images_seen, (num,))
+        for name in ("real", "fake"):
+            of = augment.draws(self.config.augment, seed, f"d/augment/{name}", images_seen, num)
+            if of is not None:
+                draws[f"augment_{name}"] = of
         return draws
 
     def variant(self, images_seen: int) -> tuple[bool, ...]:
@@ -94,11 +114,16 @@ class DiscriminatorPhase(nn.Module):
         self, generator: nn.Module, batch: DiscriminatorBatch, variant: tuple[bool, ...]
     ) -> tuple[Tensor, Scalars]:
         real = as_images(batch.real, batch.mirror)
+        with autocast(self.config.precision, real.device), torch.no_grad():
+            fake = generator(batch.z, batch.fake_labels)
+        shown = [  # outside autocast: positions and colors are computed in float32
+            augmented(self.config, real, batch.augment_real, batch.strength),
+            augmented(self.config, fake, batch.augment_fake, batch.strength),
+        ]
         with autocast(self.config.precision, real.device):
-            with torch.no_grad():
-                fake = generator(batch.z, batch.fake_labels)
             logits = self.network(
-                torch.cat([real.to(fake.dtype), fake]), torch.cat([batch.labels, batch.fake_labels])
+                torch.cat([images.to(fake.dtype) for images in shown]),
+                torch.cat([batch.labels, batch.fake_labels]),
             )
         logits_real, logits_fake = logits.float().chunk(2)
         loss = LOSSES[self.config.loss].discriminator(logits_real, logits_fake)
@@ -107,14 +132,38 @@ class DiscriminatorPhase(nn.Module):
             "logits_real": logits_real.detach().mean(),
             "logits_fake": logits_fake.detach().mean(),
         }
+        if augment.adapts(self.config.augment):
+            scalars["sign_real"] = logits_real.detach().sign().mean()
         for penalty, is_due in zip(self.config.penalties, variant, strict=True):
             if is_due:
                 value = PENALTIES[penalty.name](
-                    self.network, real, batch.labels, fake.float(), batch.fake_labels, batch.mix
+                    self.penalised(penalty.name, batch),
+                    real,
+                    batch.labels,
+                    fake.float(),
+                    batch.fake_labels,
+                    batch.mix,
                 )
                 loss = loss + penalty.weight * penalty.every * value
                 scalars[penalty.name] = value.detach()
         return loss, scalars
+
+    def penalised(
+        self, penalty: str, batch: DiscriminatorBatch
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """What a penalty differentiates: the network of images before their augmentation.
+
+        With the same draws as in the loss; WGAN-GP's mixtures are augmented as their real images.
+        """
+        draws = batch.augment_fake if penalty == "r2" else batch.augment_real
+        if draws is None:
+            return self.network
+
+        def network(images: Tensor, labels: Tensor) -> Tensor:
+            seen = augmented(self.config, images, draws, batch.strength)
+            return self.network(seen, labels)
+
+        return network
 
 
 class GeneratorPhase(nn.Module):
@@ -135,10 +184,12 @@ class GeneratorPhase(nn.Module):
     def draws(self, images_seen: int, num: int) -> dict[str, Tensor]:
         """Counter-based inputs of a generator step taken after `images_seen` images."""
         seed = self.config.train.seed
-        return {
+        draws = {
             "z": rng.normal(seed, "g/z", images_seen, (num, self.config.model.z_dim)),
             "fake_labels": rng.labels(seed, "g/labels", images_seen, num, self.class_counts),
         }
+        of = augment.draws(self.config.augment, seed, "g/augment", images_seen, num)
+        return draws if of is None else draws | {"augment_fake": of}
 
     def variant(self, images_seen: int) -> tuple[bool, ...]:
         """The generator has no lazy terms."""
@@ -149,7 +200,9 @@ class GeneratorPhase(nn.Module):
     ) -> tuple[Tensor, Scalars]:
         with autocast(self.config.precision, batch.z.device):
             fake = self.network(batch.z, batch.fake_labels)
-            logits_fake = discriminator(fake, batch.fake_labels)
+        shown = augmented(self.config, fake, batch.augment_fake, batch.strength)
+        with autocast(self.config.precision, batch.z.device):
+            logits_fake = discriminator(shown.to(fake.dtype), batch.fake_labels)
         loss = LOSSES[self.config.loss].generator(logits_fake.float())
         scalars = {"loss_g": loss.detach()}
         if self.config.train.orthogonal_weight > 0:

@@ -11,23 +11,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from bigan.augment import AugmentConfig, NoAugment
 from bigan.config import ConfigError, Frozen
+from bigan.data.settings import DataConfig
 from bigan.data.shards import Manifest
 from bigan.models import ModelConfig
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
-
-
-class DataConfig(Frozen):
-    """Where the images come from: a folder written by `bigan pack`."""
-
-    path: Path
-    split: str = "train"
-    mirror: bool = False  # random horizontal flips; wrong for digits and text
-    threads: Positive = 2  # decoding threads per process
-    prefetch: Positive = 3  # batches read ahead per process
-    block: Positive = 65_536  # images shuffled together; the order depends on it
 
 
 class PenaltyConfig(Frozen):
@@ -102,6 +93,7 @@ class RunConfig(Frozen):
     precision: Literal["fp32", "bf16"] = "fp32"
     data: DataConfig
     model: ModelConfig
+    augment: AugmentConfig = NoAugment()  # of what the discriminator sees, real and fake alike
     loss: Literal["hinge", "non_saturating", "least_squares", "wasserstein"] = "hinge"
     penalties: tuple[PenaltyConfig, ...] = ()
     optimizer: OptimizerConfig

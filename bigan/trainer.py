@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 from bigan import checkpoint, pictures, run_folder, snapshot
 from bigan.checkpoint import Progress
-from bigan.data.shards import Manifest
+from bigan.data import resampled
+from bigan.data.dataset import open_manifest
+from bigan.data.resampled import ResampledStream
 from bigan.data.stream import Batch, ShardStream
 from bigan.engine import Echo, Engine, disconnect
 from bigan.errors import RunError, UserError
@@ -17,15 +20,29 @@ from bigan.schedules import due
 from bigan.stop import StopFlag
 from bigan.tracking import Status, Tracker
 from bigan.training import GRID_COLUMNS, Training
-from bigan.world import World, barrier, broadcast, on_main, together
+from bigan.world import World, barrier, broadcast, gather, on_main, together
+
+NAMED_BAD_IMAGES = 10  # at most, of those found in one tick
 
 OnTick = Callable[[Progress, dict[str, float]], None]
 
 
-def check_data(config: RunConfig) -> Manifest:
-    """The manifest of the training images; raises `UserError` if they do not fit the model."""
-    manifest = Manifest.load(config.data.path)
-    manifest.shards(config.data.split)
+@dataclass(frozen=True)
+class Images:
+    """What training must know of its images: number of each class by name, and their identity."""
+
+    classes: dict[str, int]
+    fingerprint: str
+
+
+def check_data(config: RunConfig) -> Images:
+    """Look at the training images; raises `UserError` if they do not fit the model."""
+    if config.data.mode == "resampled":  # no manifest: nothing is known but where they are
+        resampled.expand(config.data.path, config.data.allow_pipe)
+        classes = {str(label): 1 for label in range(config.model.num_classes)}
+        return Images(classes, f"resampled/{config.data.path}")
+    manifest = open_manifest(config.data.path, config.data)
+    counts = manifest.class_counts(config.data.split)
     wrong = [
         f"{what} {found} but model.{key} = {wanted}"
         for what, key, wanted, found in misfits(config.model, manifest)
@@ -35,7 +52,7 @@ def check_data(config: RunConfig) -> Manifest:
             f"{config.data.path}: the images have {'; '.join(wrong)}; change the config or pack "
             "the images again (`bigan pack --help`)"
         )
-    return manifest
+    return Images(dict(zip(manifest.classes, counts, strict=True)), manifest.fingerprint)
 
 
 def save_picture(training: Training, tracker: Tracker | None) -> None:
@@ -89,12 +106,11 @@ def train(config: RunConfig, echo: Echo, on_tick: OnTick) -> int:
 def _train(config: RunConfig, engine: Engine, on_tick: OnTick) -> int:
     world, echo = engine.world, engine.echo
     accumulation_steps(config.train, world.size)
-    manifest = on_main(world, lambda: check_data(config))
+    images = on_main(world, lambda: check_data(config))
     resume_from = on_main(world, lambda: run_folder.check(config))
-    counts = manifest.class_counts(config.data.split)
-    training = Training(config, engine, dict(zip(manifest.classes, counts, strict=True)))
+    training = Training(config, engine, images.classes)
     progress, total = training.progress, config.train.total_images
-    training.progress.data_fingerprint = manifest.fingerprint
+    training.progress.data_fingerprint = images.fingerprint
     if resume_from:
         together(world, lambda: training.resume(resume_from))
         progress = training.progress
@@ -134,6 +150,8 @@ def remarks(training: Training) -> list[str]:
     train = training.config.train
     joined, step = train.batch // training.accumulation, train.batch * train.num_d_steps
     said = []
+    if training.config.data.mode == "resampled":
+        said.append(resampled.NOTE)
     if joined != train.batch:
         said.append(
             f"BatchNorm sees {joined} images at a time (micro_batch x processes), not train.batch"
@@ -144,9 +162,21 @@ def remarks(training: Training) -> list[str]:
     return said
 
 
-def open_stream(training: Training) -> ShardStream:
+def open_stream(training: Training) -> ShardStream | ResampledStream:
     """The images from `images_seen` on; each rank looks at the files it will read."""
-    config = training.config
+    config, model = training.config, training.config.model
+    if config.data.mode == "resampled":
+        return ResampledStream(
+            config.data.path,
+            shape=(model.resolution, model.resolution, model.image_channels),
+            num_classes=model.num_classes,
+            seed=config.train.seed,
+            world=training.world,
+            batch=config.train.batch,
+            accumulation=training.accumulation,
+            images_seen=training.progress.images_seen,
+            fetch=config.data,
+        )
     return ShardStream(
         config.data.path,
         config.data.split,
@@ -155,10 +185,20 @@ def open_stream(training: Training) -> ShardStream:
         batch=config.train.batch,
         accumulation=training.accumulation,
         images_seen=training.progress.images_seen,
-        threads=config.data.threads,
-        prefetch=config.data.prefetch,
         block=config.data.block,
+        fetch=config.data,
     )
+
+
+def count_bad(training: Training) -> None:
+    """Count and name the images that had to be replaced since the last tick, over all ranks."""
+    if training.config.data.on_bad == "stop":
+        return
+    found = [bad for part in gather(training.world, training.bad) for bad in part]
+    training.bad.clear()
+    training.progress.bad_images += len(found)
+    for bad in sorted(found, key=lambda bad: bad.position)[:NAMED_BAD_IMAGES]:
+        training.engine.echo(f"passed over {bad}; the next sample took its place")
 
 
 def agree_on_data(world: World, fingerprint: str) -> None:
@@ -199,9 +239,12 @@ def loop(
             )
             if agreed["halted_at"] >= 0:
                 on_main(world, partial(give_up, training, int(agreed["halted_at"]), means))
+            count_bad(training)
             now = time.monotonic()
             progress.seconds += now - began
             report = {f"train/{name}": value for name, value in means.items()}
+            if training.config.data.on_bad == "skip":
+                report["train/bad_images"] = progress.bad_images
             report["train/images_per_second"] = (seen - counted) / max(now - began, 1e-9)
             if tracker:
                 tracker.log(seen, report | {"train/attempt": progress.attempt})

@@ -7,15 +7,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from bigan import checkpoint, ema, models, phases, rng
+from bigan import augment, checkpoint, ema, models, phases, rng
 from bigan.checkpoint import Progress
+from bigan.data.fetch import BadSample
 from bigan.data.stream import Batch
 from bigan.engine import Engine, Prepared, adam
 from bigan.layers.batchnorm import collecting_statistics, set_process_group
 from bigan.layers.spectral import power_iteration
 from bigan.recipe import AdamConfig, RunConfig, accumulation_steps
-from bigan.schedules import warmup
+from bigan.schedules import due, warmup
 from bigan.stats import Statistics
 from bigan.world import sum_over_ranks
 
@@ -45,7 +47,15 @@ class Training:
         self.average = ema.averaged_copy(self.generator)
         set_process_group(self.generator, engine.process_group)
         set_process_group(self.average, engine.process_group)
-        self.networks = {"g": self.generator, "d": self.discriminator, "ema": self.average}
+        self.networks: dict[str, nn.Module] = {
+            "g": self.generator,
+            "d": self.discriminator,
+            "ema": self.average,
+        }
+        self.strength: torch.Tensor | None = None  # of the augmentation, if it has one
+        self.adaptive: augment.AdaptiveStrength | None = None
+        if isinstance(config.augment, augment.ada.Config):
+            self._set_strength(config.augment)
         self.optimizers = {
             "g": adam(self.generator, config.optimizer.g),
             "d": adam(self.discriminator, config.optimizer.d),
@@ -56,7 +66,17 @@ class Training:
             config, self.generator, self.discriminator, self.class_counts
         )
         self.prepared: dict[str, Prepared] = {}
+        self.bad: list[BadSample] = []  # replaced on this rank since the last tick
         self.statistics = Statistics(self.world)
+
+    def _set_strength(self, config: augment.ada.Config) -> None:
+        start = config.initial if config.fixed is None else config.fixed
+        self.strength = torch.tensor(start, device=self.world.device)
+        if config.fixed is None:
+            self.adaptive = augment.AdaptiveStrength(
+                self.strength, config.target, config.rampup_images
+            )
+            self.networks["augment"] = self.adaptive  # part of the state, as they are
 
     def resume(self, folder: Path) -> None:
         """Take up the state of a checkpoint; raises `CheckpointError` if it is not of this run."""
@@ -100,9 +120,22 @@ class Training:
             phase.variant(images_seen),
             images_seen,
         )
-        self.statistics.add(scalars)
         if phase.uses_data:
             self.progress.images_seen += self.config.train.batch
+            if self.adaptive is not None:
+                self._adapt(self.adaptive, images_seen, scalars)
+        self.statistics.add(scalars)
+
+    def _adapt(
+        self, adaptive: augment.AdaptiveStrength, before: int, scalars: dict[str, torch.Tensor]
+    ) -> None:
+        """After a discriminator step: steer the augmentation, on the device."""
+        config = self.config.augment
+        assert isinstance(config, augment.ada.Config)
+        scalars["augment_p"] = adaptive.p.clone()  # the one of this step
+        adaptive.observe(scalars["sign_real"], self.config.train.batch, self.world)
+        if due(before, self.progress.images_seen, config.images_between(self.config.train.batch)):
+            adaptive.adapt()
 
     def _micro_batches(self, phase: phases.Phase, stream: Iterator[Batch]) -> list[tuple]:
         """This rank's slices of the global micro-batches that make one optimiser step."""
@@ -116,8 +149,11 @@ class Training:
             mine = {k: t[start + share.start : start + share.stop] for k, t in draws.items()}
             if phase.uses_data:
                 images = next(stream)
+                self.bad += images.bad
                 mine |= {"real": images.real, "labels": images.labels}
             on_device = {k: t.to(self.world.device, non_blocking=True) for k, t in mine.items()}
+            if self.strength is not None:
+                on_device["strength"] = self.strength
             batches.append(phase.batch_type(**on_device))
         return batches
 

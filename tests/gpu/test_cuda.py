@@ -43,8 +43,9 @@ def test_inductor_agrees_with_eager(recipe: Recipe, penalty: str) -> None:
         assert compiled[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
-def test_a_step_never_waits_for_the_device(recipe: Recipe) -> None:
-    config = recipe(R1, "train.batch=40", "train.micro_batch=20")
+@pytest.mark.parametrize("augment", ["none", "diffaugment", "ada"])
+def test_a_step_never_waits_for_the_device(recipe: Recipe, augment: str) -> None:
+    config = recipe(R1, "train.batch=40", "train.micro_batch=20", f"augment={{name: {augment}}}")
     training, _, _ = steps(config, 2)  # compiled, allocated
     with ShardStream(
         config.data.path, seed=0, world=training.world, batch=40, accumulation=2

@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"errors"},
     {"config", "world", "rng", "files"},
     {"layers", "data"},
-    {"models", "losses", "penalties", "schedules", "stats", "stop", "journal"},
+    {"models", "losses", "penalties", "augment", "schedules", "stats", "stop", "journal"},
     {"recipe"},
     {"ema", "snapshot", "mlflow_run", "curves"},
     {"tracking", "pictures"},

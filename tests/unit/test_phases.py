@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from parts import make
 
-from bigan import phases
+from bigan import augment, checkpoint, phases
 from bigan.layers.init import orthogonal_penalty
 from bigan.layers.spectral import spectral_layers
 from bigan.losses import LOSSES
+from bigan.penalties import PENALTIES
 from bigan.recipe import RunConfig
+from bigan.trainer import train
 
 Recipe = Callable[..., RunConfig]
 
@@ -126,3 +129,126 @@ def test_grid_shows_the_same_latents_each_time_one_row_per_class(recipe: Recipe)
     with stream:
         training.step(stream)
     assert not torch.equal(grid, training.sample_grid())
+
+
+AUGMENT = ["{name: diffaugment}", "{name: ada, fixed: 0.7}"]
+
+
+@pytest.mark.parametrize("kind", AUGMENT)
+def test_discriminator_sees_all_images_augmented(recipe: Recipe, kind: str) -> None:
+    """Real ones, fake ones and the generator's, each with draws of their own."""
+    training, stream = make(recipe(f"augment={kind}", "loss=wasserstein"))
+    config = training.config.augment
+
+    def judge(images: torch.Tensor, draws: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen = augment.apply(config, images, draws, training.strength)
+        assert not torch.equal(seen, images)
+        return training.discriminator(seen, labels).mean()
+
+    with stream, torch.no_grad():
+        (batch,) = training._micro_batches(training.phases["d"], stream)
+        _, scalars = training.phases["d"](training.generator, batch, ())
+        real = judge(phases.as_images(batch.real, None), batch.augment_real, batch.labels)
+        fake = training.generator(batch.z, batch.fake_labels)
+        fake = judge(fake, batch.augment_fake, batch.fake_labels)
+        (last,) = training._micro_batches(training.phases["g"], stream)
+        _, of_g = training.phases["g"](training.discriminator, last, ())
+        again = training.generator(last.z, last.fake_labels)
+        again = judge(again, last.augment_fake, last.fake_labels)
+    assert scalars["logits_real"].item() == pytest.approx(real.item(), rel=1e-4)
+    assert scalars["logits_fake"].item() == pytest.approx(fake.item(), rel=1e-4)
+    assert of_g["loss_g"].item() == pytest.approx(-again.item(), rel=1e-4)
+    draws = (batch.augment_real, batch.augment_fake, last.augment_fake)
+    assert not any(torch.equal(a, b) for a, b in zip(draws, draws[1:] + draws[:1], strict=True))
+
+
+@pytest.mark.parametrize("kind", AUGMENT)
+@pytest.mark.parametrize("name", PENALTIES)
+def test_penalties_differentiate_by_the_images_before_augmentation(
+    recipe: Recipe, name: str, kind: str
+) -> None:
+    penalties = f"penalties=[{{name: {name}, weight: 1.0}}]"
+    training, stream = make(recipe(f"augment={kind}", penalties))
+    with stream:
+        (batch,) = training._micro_batches(training.phases["d"], stream)
+    _, scalars = training.phases["d"](training.generator, batch, (True,))
+    draws = batch.augment_fake if name == "r2" else batch.augment_real
+
+    def network(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen = augment.apply(training.config.augment, images, draws, training.strength)
+        return training.discriminator(seen, labels)
+
+    real, fake = phases.as_images(batch.real, None), training.generator(batch.z, batch.fake_labels)
+    rest = (real, batch.labels, fake.detach(), batch.fake_labels, batch.mix)
+    expected = PENALTIES[name](network, *rest).item()
+    assert scalars[name].item() == pytest.approx(expected, rel=1e-4)
+    unaugmented = PENALTIES[name](training.discriminator, *rest).item()
+    assert expected != pytest.approx(unaugmented, rel=1e-3)
+
+
+def test_strength_zero_trains_as_without_augmentation(recipe: Recipe) -> None:
+    """Bit by bit, R1 included: nothing but the augmentation itself comes in."""
+    states = []
+    for kind in ("{name: none}", "{name: ada, fixed: 0.0}"):
+        training, stream = make(recipe(f"augment={kind}", "penalties=[{name: r1, weight: 1.0}]"))
+        with stream:
+            for _ in range(2):
+                training.step(stream)
+        states.append(training.generator.state_dict() | training.discriminator.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize(("certainty", "expected"), [(100.0, 0.66), (-100.0, 0.34)])
+def test_strength_grows_while_the_discriminator_is_sure_of_real_images(
+    recipe: Recipe, certainty: float, expected: float
+) -> None:
+    """Two adaptations in four steps of 2 x 40 images, each by 160 / 2000."""
+    ada = "augment={name: ada, initial: 0.5, rampup_images: 2000, every_images: 160}"
+    training, stream = make(recipe(ada, "train.num_d_steps=2"))
+    with torch.no_grad():
+        training.discriminator.get_parameter("linear.bias").fill_(certainty)
+    with stream:
+        for _ in range(4):
+            training.step(stream)
+    means, _ = training.statistics.collect()
+    assert means["sign_real"] == (1 if certainty > 0 else -1)
+    assert training.networks["augment"].p.item() == pytest.approx(expected)
+
+
+def test_fixed_strength_keeps_no_state_and_reports_nothing(recipe: Recipe) -> None:
+    training, stream = make(recipe("augment={name: ada, fixed: 0.25}"))
+    with stream:
+        training.step(stream)
+    means, _ = training.statistics.collect()
+    assert not {"sign_real", "augment_p"} & set(means)
+    assert set(training.networks) == {"g", "d", "ema"}
+    assert training.strength is not None
+    assert training.strength.item() == 0.25
+
+
+def test_adaptive_strength_resumes_bitwise_within_an_interval(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    """The strength and the signs counted so far are part of a checkpoint."""
+    ada = "augment={name: ada, initial: 0.3, rampup_images: 1000, every_images: 120}"
+    reports: dict[str, list[dict[str, float]]] = {}
+    for run, lengths in (("whole", (400,)), ("parts", (200, 400))):
+        for total in lengths:
+            extra = (f"run_dir={tmp_path / run}", f"train.total_images={total}")
+            config = recipe(ada, "train.tick_images=40", *extra)
+            seen = reports.setdefault(run, [])
+            assert train(config, lambda _: None, lambda _, r, seen=seen: seen.append(r)) == 0
+    strengths = [[r["train/augment_p"] for r in reports[run]] for run in ("whole", "parts")]
+    assert strengths[0] == strengths[1]
+    steps = torch.tensor(strengths[0]).diff()
+    assert steps.abs().max().item() == pytest.approx(0.12)
+    assert [i for i, step in enumerate(steps.tolist()) if step] == [2, 5, 8]
+    for run in ("whole", "parts"):
+        assert all(-1 <= r["train/sign_real"] <= 1 for r in reports[run])
+    names = "networks.safetensors", "optimizers.safetensors"
+    whole, parts = (checkpoint.latest(tmp_path / run) for run in ("whole", "parts"))
+    assert whole is not None
+    assert parts is not None
+    for name in names:
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+    assert b"augment.signs" in (whole / names[0]).read_bytes()

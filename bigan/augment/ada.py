@@ -1,0 +1,249 @@
+"""ADA's augmentations (Karras et al. 2020, "Training Generative Adversarial Networks with Limited
+Data", appendix B), written from the paper.
+
+    b  pixel blitting     x-flip, rotation by quarter turns, shift by up to 1/8 in whole pixels
+    g  general geometry   isotropic scale, rotation, anisotropic scale, rotation, fractional shift
+    c  color              brightness, contrast, luma flip, hue rotation, saturation
+
+Each transformation of each image happens with probability p (the strength), independently; with
+p = 0 images pass bit by bit. What lies beyond an edge is reflected. Positions are in pixels from
+the image's centre, (y, x), angles in radians.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from bigan import rng
+from bigan.augment.sampling import bilinear, integers, reflect, take
+from bigan.config import Frozen
+
+# The first 13 columns decide what is done, the others how; the last 7 are standard normal.
+GATES = (
+    "flip", "quarter", "blit_shift",
+    "scale", "rotate_first", "stretch", "rotate_last", "shift",
+    "brightness", "contrast", "luma", "hue", "saturation",
+)  # fmt: skip
+UNIFORM = ("flip", "quarter", "blit_y", "blit_x", "angle_first", "angle_last", "luma", "hue")
+NORMAL = ("scale", "stretch", "shift_y", "shift_x", "brightness", "contrast", "saturation")
+COLUMNS = tuple(f"{name}?" for name in GATES) + UNIFORM + tuple(f"{n}~" for n in NORMAL)
+
+# Low-pass of the orthogonal wavelet sym6 (Daubechies 1992, "least asymmetric"); sum sqrt(2).
+SYM6 = (
+    0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
+    0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
+    -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148,
+)  # fmt: skip
+# The filter's centre of mass: how far the fine pixels lie from the coarse ones (see `double`).
+CENTER = sum(k * h for k, h in enumerate(SYM6)) / sum(SYM6)
+PAD = 3  # reflected pixels, so that the filter is complete wherever the image is read
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Config(Frozen):
+    name: Literal["ada"]
+    pipeline: Literal["b", "g", "c", "bg", "bc", "gc", "bgc"] = "bgc"
+    target: Annotated[float, Field(gt=0, lt=1)] = 0.6  # of r_t, the mean sign of D on real images
+    rampup_images: Annotated[int, Field(gt=0)] = 500_000  # p goes from 0 to 1 over no fewer images
+    # p is adapted each time this many images have been seen; null: 4 discriminator steps.
+    every_images: Annotated[int, Field(gt=0)] | None = None
+    initial: Probability = 0.0
+    fixed: Probability | None = None  # this strength throughout, no adaptation
+
+    def images_between(self, batch: int) -> int:
+        """Images between two adaptations."""
+        return self.every_images or 4 * batch
+
+    @model_validator(mode="after")
+    def _one_strength(self) -> Config:
+        if self.fixed is not None and self.initial:
+            raise ValueError("fixed and initial exclude each other: a fixed strength never changes")
+        return self
+
+
+def draws(seed: int, stream: str, images_seen: int, num: int) -> Tensor:
+    """float32 [num, K]: uniform columns, then standard normal ones, whatever the pipeline."""
+    uniform = (num, len(COLUMNS) - len(NORMAL))
+    return torch.cat(
+        [
+            rng.uniform(seed, f"{stream}/uniform", images_seen, uniform),
+            rng.normal(seed, f"{stream}/normal", images_seen, (num, len(NORMAL))),
+        ],
+        dim=1,
+    )
+
+
+def apply(images: Tensor, draws: Tensor, strength: Tensor, pipeline: str) -> Tensor:
+    """Augmented square images [m, C, R, R], R at least 4; float32 or float64.
+
+    `draws` [m, K] from `draws`, `strength` the probability p, 0-d, on the same device.
+    """
+    d = dict(zip(COLUMNS, draws.unbind(1), strict=True))
+    augmented = images
+    blit = blit_of(d, strength, images.shape[-1], enabled="b" in pipeline)
+    if "b" in pipeline:
+        augmented = exact_blit(images, *blit)
+    if "g" in pipeline:
+        matrix, shift, moved = geometry_of(d, strength, images.shape[-1])
+        resampled = resample(images, matrix, shift, *blit)
+        augmented = torch.where(moved.view(-1, 1, 1, 1), resampled, augmented)
+    if "c" in pipeline:
+        augmented = color(augmented, d, strength)
+    return augmented
+
+
+def chosen(d: dict[str, Tensor], gate: str, p: Tensor, value: Tensor, neutral: float) -> Tensor:
+    """`value` [m] for the images whose gate opens (probability p), else what changes nothing."""
+    return torch.where(d[f"{gate}?"] < p, value, neutral)
+
+
+def blit_of(
+    d: dict[str, Tensor], p: Tensor, size: int, enabled: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sine and cosine of the quarter turn, -1 or 1 for the flip, shift [m, 2] in whole pixels).
+
+    The first is [m, 2]. All values are exact: they permute pixels.
+    """
+    p = p if enabled else torch.zeros_like(p)
+    turns = integers(chosen(d, "quarter", p, d["quarter"], 0.0), 4)
+    sine = (turns == 1).to(p.dtype) - (turns == 3).to(p.dtype)
+    cosine = (turns == 0).to(p.dtype) - (turns == 2).to(p.dtype)
+    flip = chosen(d, "flip", p, 1.0 - 2.0 * integers(d["flip"], 2), 1.0)
+    shift = torch.stack([(d[name] * 2 - 1) * (size / 8) for name in ("blit_y", "blit_x")], 1)
+    shift = torch.where((d["blit_shift?"] < p)[:, None], shift.round(), 0.0)
+    return torch.stack([sine, cosine], 1), flip, shift
+
+
+def exact_blit(images: Tensor, turn: Tensor, flip: Tensor, shift: Tensor) -> Tensor:
+    """Flip, quarter turn and shift without interpolation, each image its own.
+
+    Source of the pixel at (y, x): the turn and flip undone of (y, x) - shift, as in `resample`.
+    """
+    size = images.shape[-1]
+    sine, cosine = turn.unbind(1)
+    sideways = cosine == 0  # then rows of the source run along columns of the result
+    images = torch.where(sideways.view(-1, 1, 1, 1), images.transpose(2, 3), images)
+    signs = torch.where(sideways, flip * sine, cosine), torch.where(sideways, -sine, flip * cosine)
+    middle = (size - 1) / 2
+    places = torch.arange(size, device=images.device) - middle
+    sources = [
+        reflect((sign[:, None] * (places - along[:, None]) + middle).round().long(), size)
+        for sign, along in zip(signs, shift.unbind(1), strict=True)
+    ]
+    return take(images, *sources)
+
+
+def geometry_of(d: dict[str, Tensor], p: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(inverse matrix [m, 2, 2] on (x, y), shift [m, 2] as (y, x) in pixels, moved bool [m]).
+
+    Inverse, because each pixel of the result asks where it comes from:
+    scale^-1 rotate_first^-1 stretch^-1 rotate_last^-1. A rotation happens if either of the two
+    does, so each has probability 1 - sqrt(1 - p).
+    """
+    p_rotate = 1 - (1 - p).sqrt()
+    scale = chosen(d, "scale", p, torch.exp2(0.2 * d["scale~"]), 1.0)
+    stretch = chosen(d, "stretch", p, torch.exp2(0.2 * d["stretch~"]), 1.0)
+    first = chosen(d, "rotate_first", p_rotate, (d["angle_first"] * 2 - 1) * math.pi, 0.0)
+    last = chosen(d, "rotate_last", p_rotate, (d["angle_last"] * 2 - 1) * math.pi, 0.0)
+    shift = torch.stack([d["shift_y~"], d["shift_x~"]], 1) * (size / 8)
+    shift = torch.where((d["shift?"] < p)[:, None], shift, 0.0)
+    s1, c1, s2, c2 = first.sin(), first.cos(), last.sin(), last.cos()
+    wide, high = 1 / (scale * stretch), stretch / scale
+    entries = [
+        c1 * c2 * wide - s1 * s2 * high, c1 * s2 * wide + s1 * c2 * high,
+        -s1 * c2 * wide - c1 * s2 * high, c1 * c2 * high - s1 * s2 * wide,
+    ]  # fmt: skip
+    opened = [d[f"{name}?"] < p for name in ("scale", "stretch", "shift")]
+    opened += [d[f"{name}?"] < p_rotate for name in ("rotate_first", "rotate_last")]
+    moved = torch.stack(opened).any(0)
+    return torch.stack(entries, 1).view(-1, 2, 2), shift, moved
+
+
+def resample(
+    images: Tensor, matrix: Tensor, shift: Tensor, turn: Tensor, blit_flip: Tensor, blit: Tensor
+) -> Tensor:
+    """All geometry, blitting included, as one resampling of [m, C, R, R].
+
+    Read bilinearly from twice the resolution and written at twice the resolution, with the same
+    wavelet low-pass up and down (up is the adjoint of down). The wavelet is orthogonal, so what is
+    moved by nothing or by half pixels loses nothing.
+    """
+    size = images.shape[-1]
+    middle = (size - 1) / 2
+    fine = torch.arange(2 * size + len(SYM6) - 2, device=images.device, dtype=shift.dtype)
+    places = (fine - CENTER) / 2 - middle  # of the fine pixels of the result
+    y, x = (
+        (places - along[:, None]).unsqueeze(axis)
+        for axis, along in ((2, shift[:, 0]), (1, shift[:, 1]))
+    )
+    m = matrix[..., None, None]
+    x, y = m[:, 0, 0] * x + m[:, 0, 1] * y, m[:, 1, 0] * x + m[:, 1, 1] * y
+    y, x = y - blit[:, 0, None, None], x - blit[:, 1, None, None]
+    sine, cosine = turn[:, 0, None, None], turn[:, 1, None, None]
+    x, y = blit_flip[:, None, None] * (cosine * x + sine * y), cosine * y - sine * x
+    y, x = (2 * (reflect(source + middle, size) + PAD) + CENTER for source in (y, x))
+    return halve(bilinear(double(_padded(images)), y, x))
+
+
+def double(images: Tensor) -> Tensor:
+    """[m, C, H, W] -> [m, C, 2H + 10, 2W + 10]; fine pixel j lies at (j - CENTER) / 2."""
+    # Even and odd fine pixels apart, then interleaved: several times as fast as conv_transpose2d.
+    phases = (_taps(images) * math.sqrt(2)).flip(0).view(-1, 2).T.flip(0)
+    flat = images.flatten(0, 1)[:, None]
+    flat = F.conv2d(flat, phases[:, None, :, None], padding=(5, 0)).transpose(1, 2)
+    flat = flat.flatten(1, 2)[:, None]
+    flat = F.conv2d(flat, phases[:, None, None, :], padding=(0, 5)).permute(0, 2, 3, 1)
+    return flat.flatten(2).unflatten(0, images.shape[:2])
+
+
+def halve(images: Tensor) -> Tensor:
+    """[m, C, 2H + 10, 2W + 10] -> [m, C, H, W]: `double` undone, and its adjoint up to scale."""
+    taps = _taps(images) / math.sqrt(2)
+    flat = images.flatten(0, 1)[:, None]
+    flat = F.conv2d(flat, taps.view(1, 1, -1, 1), stride=(2, 1))
+    flat = F.conv2d(flat, taps.view(1, 1, 1, -1), stride=(1, 2))
+    return flat.view(*images.shape[:2], *flat.shape[2:])
+
+
+def color(images: Tensor, d: dict[str, Tensor], p: Tensor) -> Tensor:
+    """All color transformations as one affine map of the channels (1 or 3).
+
+    With v the grey axis they are: x + b, then times c, then 1 - 2 v v^T (luma flip), rotation about
+    v (hue), and stretching what is orthogonal to v (saturation). The last four commute; together
+    they keep the grey part up to a sign and turn and stretch the rest.
+    """
+    brightness = chosen(d, "brightness", p, 0.2 * d["brightness~"], 0.0).view(-1, 1, 1, 1)
+    contrast = chosen(d, "contrast", p, torch.exp2(0.5 * d["contrast~"]), 1.0)
+    luma = contrast * chosen(d, "luma", p, 1.0 - 2.0 * integers(d["luma"], 2), 1.0)
+    luma = luma.view(-1, 1, 1, 1)
+    images = images + brightness
+    if images.shape[1] == 1:  # grey has neither hue nor saturation
+        return luma * images
+    angle = chosen(d, "hue", p, (d["hue"] * 2 - 1) * math.pi, 0.0)
+    chroma = contrast * chosen(d, "saturation", p, torch.exp2(d["saturation~"]), 1.0)
+    along = (chroma * angle.cos()).view(-1, 1, 1, 1)
+    across = (chroma * angle.sin() / math.sqrt(3)).view(-1, 1, 1, 1)
+    turned = images.roll(1, 1) - images.roll(-1, 1)  # (1, 1, 1) x images, the cross product
+    return along * images + (luma - along) * images.mean(1, keepdim=True) + across * turned
+
+
+def _taps(like: Tensor) -> Tensor:
+    # Filled on the device: a tensor made from a list would be copied there, and waited for.
+    return torch.stack([torch.full((), h, dtype=like.dtype, device=like.device) for h in SYM6])
+
+
+def _padded(images: Tensor) -> Tensor:
+    """`PAD` reflected pixels on each side (F.pad's gradient is not deterministic on CUDA)."""
+    for axis in (2, 3):
+        size = images.shape[axis]
+        before = images.narrow(axis, 1, PAD).flip(axis)
+        after = images.narrow(axis, size - 1 - PAD, PAD).flip(axis)
+        images = torch.cat([before, images, after], axis)
+    return images
