@@ -246,6 +246,8 @@ def loop(
             if training.config.data.on_bad == "skip":
                 report["train/bad_images"] = progress.bad_images
             report["train/images_per_second"] = (seen - counted) / max(now - began, 1e-9)
+            report["train/data_wait"] = training.data_seconds / max(now - began, 1e-9)  # 0 to 1
+            training.data_seconds = 0.0
             if tracker:
                 tracker.log(seen, report | {"train/attempt": progress.attempt})
                 on_tick(progress, report)

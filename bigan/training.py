@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -67,6 +68,7 @@ class Training:
         )
         self.prepared: dict[str, Prepared] = {}
         self.bad: list[BadSample] = []  # replaced on this rank since the last tick
+        self.data_seconds = 0.0  # spent waiting for images since the last tick
         self.statistics = Statistics(self.world)
 
     def _set_strength(self, config: augment.ada.Config) -> None:
@@ -148,7 +150,9 @@ class Training:
             start = index * each
             mine = {k: t[start + share.start : start + share.stop] for k, t in draws.items()}
             if phase.uses_data:
+                began = time.monotonic()
                 images = next(stream)
+                self.data_seconds += time.monotonic() - began
                 self.bad += images.bad
                 mine |= {"real": images.real, "labels": images.labels}
             on_device = {k: t.to(self.world.device, non_blocking=True) for k, t in mine.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,21 @@ CHUNK_BYTES = 2**20
 WAITS_SECONDS = (0.5, 2.0, 8.0)  # between the tries of a download
 _PROGRAMS = {"http": "curl", "https": "curl", "ftps": "curl", "sftp": "curl", "scp": "curl",
              "s3": "aws", "gs": "gsutil"}  # fmt: skip
+
+# gopen knows no s3://, and its curl waits for ever for a server that has fallen silent.
+_CURL = ["curl", "--fail", "--silent", "--location", "--globoff", "--retry", "5",
+         "--connect-timeout", "30", "--speed-limit", "1", "--speed-time", "60"]  # fmt: skip
+_CURL_CODES = {
+    6: " (no such host)",
+    7: " (no connection)",
+    22: " (the server says no: 404 or the like)",
+    28: " (timed out)",
+}
+_COMMANDS = {
+    "http": _CURL,
+    "https": _CURL,
+    "s3": ["aws", "s3", "cp", "--only-show-errors"],
+}
 
 
 def is_remote(path: str) -> bool:
@@ -64,9 +80,9 @@ def open_url(url: str, allow_pipe: bool) -> Iterator[IO[bytes]]:
     from webdataset.gopen import Pipe  # the module's name is shadowed by its function
 
     check_url(url, allow_pipe)
-    if url.startswith("s3://"):  # the one scheme gopen 1.0.2 does not know
-        command = ["aws", "s3", "cp", "--only-show-errors", url, "-"]
-        stream = Pipe(command, mode="rb", bufsize=CHUNK_BYTES)
+    command = _COMMANDS.get(url.partition("://")[0])
+    if command is not None:
+        stream = Pipe([*command, url, *(["-"] if command[0] == "aws" else [])], mode="rb")
     else:
         stream = webdataset.gopen(url, "rb", bufsize=CHUNK_BYTES)
     try:
@@ -79,16 +95,23 @@ def open_url(url: str, allow_pipe: bool) -> Iterator[IO[bytes]]:
             stream.close()
 
 
-def read(url: str, *, size: int | None, sha256: str | None, allow_pipe: bool) -> bytes:
-    """All bytes behind `url`, verified; raises `DataError` after several tries."""
+def read(
+    url: str,
+    *,
+    size: int | None,
+    sha256: str | None,
+    allow_pipe: bool,
+    stopped: Callable[[], bool] = lambda: False,
+) -> bytes:
+    """All bytes behind `url`, verified; raises `DataError` after several tries, or once stopped."""
 
     def attempt() -> bytes:
         with open_url(url, allow_pipe) as stream:
-            data = b"".join(_pieces(stream, size))
+            data = b"".join(_pieces(stream, size, stopped))
         _compare(len(data), size, hashlib.sha256(data).hexdigest(), sha256)
         return data
 
-    return _persistently(url, attempt)
+    return _persistently(url, attempt, stopped)
 
 
 def download(url: str, file: Path, *, size: int, sha256: str, allow_pipe: bool) -> None:
@@ -113,10 +136,12 @@ def download(url: str, file: Path, *, size: int, sha256: str, allow_pipe: bool) 
         temporary.unlink(missing_ok=True)
 
 
-def _pieces(stream: IO[bytes], size: int | None) -> Iterator[bytes]:
+def _pieces(
+    stream: IO[bytes], size: int | None, stopped: Callable[[], bool] = lambda: False
+) -> Iterator[bytes]:
     """The stream in pieces; one byte more than `size` is enough to know that it is too long."""
     num = 0
-    while size is None or num <= size:
+    while (size is None or num <= size) and not stopped():
         piece = stream.read(CHUNK_BYTES)
         if not piece:
             if hasattr(stream, "wait_for_child"):  # a short file may be a command that failed
@@ -133,14 +158,26 @@ def _compare(num: int, size: int | None, digest: str, sha256: str | None) -> Non
         raise OSError("its sha256 is not that of the manifest")
 
 
-def _persistently(url: str, attempt: Callable[[], T]) -> T:
+def _persistently(
+    url: str, attempt: Callable[[], T], stopped: Callable[[], bool] = lambda: False
+) -> T:
     """`attempt`, several times if it fails: networks do."""
     for wait in (*WAITS_SECONDS, None):
         try:
             return attempt()
         except OSError as error:
-            if wait is None or "exit 22" in str(error):  # curl's code for 404 and the like
-                reason = " ".join(str(error).split())[:200]
-                raise DataError(f"{url}: cannot be read, also when tried again: {reason}") from None
+            permanent = "exit 22" in str(error)  # a 404 does not go away
+            if wait is None or permanent or stopped():
+                raise DataError(f"{url}: cannot be read: {_reason(error)}") from None
         time.sleep(wait)
     raise AssertionError("unreachable")
+
+
+def _reason(error: OSError) -> str:
+    """What WebDataset's Pipe, or the system, says, in a few words."""
+    text = " ".join(str(error).split())
+    code = re.search(r"exit (-?\d+)", text)
+    if code is None:
+        return text[:200]
+    meaning = _CURL_CODES.get(int(code[1]), "") if "'curl'" in text else ""
+    return f"the command ended with exit {code[1]}{meaning}"

@@ -151,6 +151,7 @@ class Streamed:
             size=shard.filesize,
             sha256=shard.sha256,
             allow_pipe=self._allow_pipe,
+            stopped=self._stop.is_set,
         )
 
 
