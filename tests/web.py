@@ -12,13 +12,18 @@ from pathlib import Path
 
 
 class Web:
-    """`url` serves `folder`. `cut[name] = n`: the next n answers for that file end half way."""
+    """`url` serves `folder`. `cut[name] = n`: the next n answers for that file end half way.
+
+    `silent` names a file of which half is sent, and then nothing, as long as anybody waits.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.url = ""
         self.requests: collections.Counter[str] = collections.Counter()
         self.cut: collections.Counter[str] = collections.Counter()
+        self.silent = ""
+        self.over = threading.Event()
 
 
 @contextlib.contextmanager
@@ -33,6 +38,7 @@ def serving(folder: Path) -> Iterator[Web]:
     try:
         yield web
     finally:
+        web.over.set()
         server.shutdown()
         server.server_close()
 
@@ -56,6 +62,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             content = content[: len(content) // 2]
         self.end_headers()
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            if name == self.web.silent:
+                self.wfile.write(content[: len(content) // 2])
+                self.wfile.flush()
+                self.web.over.wait()
             self.wfile.write(content)
 
     def log_message(self, *arguments: object) -> None:

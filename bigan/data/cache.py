@@ -23,12 +23,16 @@ from bigan import files
 from bigan.data import DataError, remote
 from bigan.data.shards import Shard
 
+POLL_SECONDS = 0.05  # between two tries for a lock
+
 
 class NodeCache:
     """Cached copies of the shards below the URL `base`, in `folder`.
 
-    `limit_bytes` bounds what the finished shards take together (shards being downloaded come on
-    top, one per connection); None means no bound. Safe to use from several threads and processes.
+    `limit_bytes` bounds what the finished shards take together; shards being downloaded come on
+    top, one per connection, and evicted ones that a process still has open (`LocalShards` keeps no
+    more than fit half of the limit). None means no bound. Safe to use from several threads and
+    processes.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class NodeCache:
         self.limit_bytes = limit_bytes
         self.allow_pipe = allow_pipe
         self.num_downloads = 0
+        self.transfers = remote.Transfers()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -62,18 +67,20 @@ class NodeCache:
         if file.exists():
             return
         try:
-            with _locked(self.folder / f"{shard.sha256}.lock"):
-                if file.exists():  # another process was faster
-                    return
-                self._make_room(shard.filesize)
-                remote.download(
-                    remote.join(self.base, shard.url),
-                    file,
-                    size=shard.filesize,
-                    sha256=shard.sha256,
-                    allow_pipe=self.allow_pipe,
-                )
-                self.num_downloads += 1
+            lock = self.folder / f"{shard.sha256}.lock"
+            with _locked(lock, self.transfers.stopped):
+                if not file.exists():  # else another process was faster
+                    self._make_room(shard.filesize)
+                    remote.download(
+                        remote.join(self.base, shard.url),
+                        file,
+                        size=shard.filesize,
+                        sha256=shard.sha256,
+                        allow_pipe=self.allow_pipe,
+                        transfers=self.transfers,
+                    )
+                    self.num_downloads += 1
+                lock.unlink(missing_ok=True)  # at worst somebody downloads it once more
         except OSError as error:
             raise DataError(f"{self.folder}: cannot be written: {error.strerror}") from None
 
@@ -84,7 +91,8 @@ class NodeCache:
         """Delete the shards used longest ago until `needed` more bytes are below the limit."""
         if self.limit_bytes is None:
             return
-        with _locked(self.folder / "eviction.lock"):  # two evictors would delete too much
+        # Two evictors at a time would delete too much.
+        with _locked(self.folder / "eviction.lock", self.transfers.stopped):
             found = []
             for path in self.folder.glob("*.tar"):
                 with contextlib.suppress(FileNotFoundError):
@@ -168,8 +176,13 @@ class ReadAhead:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, stopped: threading.Event) -> Iterator[None]:
     """Hold the file lock `path`; it is released with the process, whatever ends it."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while True:  # not one long wait: who holds it may be waiting for a silent server
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            if stopped.wait(POLL_SECONDS):
+                raise DataError(f"{path}: given up, the stream was closed")
         yield

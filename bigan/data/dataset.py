@@ -45,13 +45,7 @@ def _remote(base: str, fetch: Fetch) -> Manifest:
     )
     name = hashlib.sha256(base.encode()).hexdigest()[:16] + hashlib.sha256(text).hexdigest()[:16]
     folder = (fetch.cache or _user_cache()) / "manifests" / name
-    try:
-        (folder / "index").mkdir(parents=True, exist_ok=True)
-        files.write_atomic(folder / MANIFEST, text)
-    except OSError as error:
-        raise DataError(
-            f"{folder}: cannot keep the index of {base}: {error.strerror}; set data.cache"
-        ) from None
+    _keep(folder / MANIFEST, text, base)
     try:
         manifest = Manifest.read(folder)
     except DataError as error:
@@ -62,8 +56,18 @@ def _remote(base: str, fetch: Fetch) -> Manifest:
         data = remote.read(
             remote.join(base, file), size=None, sha256=sha256, allow_pipe=fetch.allow_pipe
         )
-        files.write_atomic(folder / file, data)
+        _keep(folder / file, data, base)
     return manifest.model_copy(update={"remote": base})
+
+
+def _keep(file: Path, content: bytes, base: str) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomic(file, content)
+    except OSError as error:
+        raise DataError(
+            f"{file}: cannot keep the index of {base}: {error.strerror}; set data.cache"
+        ) from None
 
 
 def _has(file: Path, sha256: str) -> bool:

@@ -216,6 +216,11 @@ def make_fetcher(manifest: Manifest, split: str, blocks: Blocks, fetch: Fetch) -
     is compared with its checksums, everything remote whenever it arrives.
     """
     mode, stop = resolve_mode(manifest, fetch), threading.Event()
+    if fetch.backend == "processes" and mode != "exact":
+        raise DataError(
+            f"data.backend=processes reads shards on a disk, but data.mode is {mode} here; give "
+            "data.cache=FOLDER, or use data.backend=threads"
+        )
     on_disk = manifest.remote is None or fetch.cache is not None
     if mode == "exact" and not on_disk:
         raise DataError(

@@ -63,6 +63,11 @@ class LocalShards:
         self._ahead = ahead
         self._open: collections.OrderedDict[int, _OpenFile] = collections.OrderedDict()
         self._lock = threading.Lock()
+        self._max_open = MAX_OPEN_SHARDS
+        if cache is not None and cache.limit_bytes is not None:
+            # An evicted shard takes space as long as it is open here.
+            largest = max(shard.filesize for shard in self.shards)
+            self._max_open = max(1, min(MAX_OPEN_SHARDS, cache.limit_bytes // largest // 2))
 
     def images(self, positions: Indices, samples: Indices) -> Iterator[bytes]:
         """The encoded bytes of `samples`, which the run reads at `positions`."""
@@ -106,6 +111,8 @@ class LocalShards:
         return data, self._name(shard), tario.member_name(header)
 
     def close(self) -> None:
+        if self._cache is not None:
+            self._cache.transfers.stop()
         if self._ahead is not None:
             self._ahead.close()
         with self._lock:
@@ -141,7 +148,7 @@ class LocalShards:
         with self._lock:
             if shard not in self._open:
                 self._open[shard] = _OpenFile(self._descriptor(shard))
-                if len(self._open) > MAX_OPEN_SHARDS:
+                if len(self._open) > self._max_open:
                     self._open.popitem(last=False)
             return self._open[shard]
 

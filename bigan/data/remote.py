@@ -12,34 +12,59 @@ import hashlib
 import os
 import re
 import shutil
+import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
+from bigan import files
 from bigan.data import DataError
 
 T = TypeVar("T")
 
 CHUNK_BYTES = 2**20
-WAITS_SECONDS = (0.5, 2.0, 8.0)  # between the tries of a download
+WAITS_SECONDS = (0.5, 2.0, 8.0, 20.0)  # between the tries of a download
 _PROGRAMS = {"http": "curl", "https": "curl", "ftps": "curl", "sftp": "curl", "scp": "curl",
              "s3": "aws", "gs": "gsutil"}  # fmt: skip
 
 # gopen knows no s3://, and its curl waits for ever for a server that has fallen silent.
-_CURL = ["curl", "--fail", "--silent", "--location", "--globoff", "--retry", "5",
-         "--connect-timeout", "30", "--speed-limit", "1", "--speed-time", "60"]  # fmt: skip
-_CURL_CODES = {
-    6: " (no such host)",
-    7: " (no connection)",
-    22: " (the server says no: 404 or the like)",
-    28: " (timed out)",
-}
+_CURL = ["curl", "--fail", "--silent", "--show-error", "--location", "--globoff",
+         "--connect-timeout", "20", "--speed-limit", "1", "--speed-time", "20"]  # fmt: skip
 _COMMANDS = {
     "http": _CURL,
     "https": _CURL,
     "s3": ["aws", "s3", "cp", "--only-show-errors"],
 }
+
+
+class Transfers:
+    """The downloads of one stream, so that they end with it, also when a server says nothing."""
+
+    def __init__(self) -> None:
+        self.stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._processes: set[subprocess.Popen[bytes]] = set()
+
+    def stop(self) -> None:
+        """End what is under way; whatever begins afterwards ends at once."""
+        with self._lock:
+            self.stopped.set()
+            for process in self._processes:
+                process.kill()
+
+    @contextlib.contextmanager
+    def running(self, process: subprocess.Popen[bytes]) -> Iterator[None]:
+        with self._lock:
+            self._processes.add(process)
+            if self.stopped.is_set():
+                process.kill()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._processes.discard(process)
 
 
 def is_remote(path: str) -> bool:
@@ -74,25 +99,34 @@ def check_url(url: str, allow_pipe: bool) -> None:
 
 
 @contextlib.contextmanager
-def open_url(url: str, allow_pipe: bool) -> Iterator[IO[bytes]]:
+def open_url(url: str, allow_pipe: bool, transfers: Transfers | None = None) -> Iterator[IO[bytes]]:
     """The bytes behind `url`, front to back; raises OSError if the transfer fails."""
     import webdataset  # takes seconds to import; local runs never need it
     from webdataset.gopen import Pipe  # the module's name is shadowed by its function
 
     check_url(url, allow_pipe)
     command = _COMMANDS.get(url.partition("://")[0])
+    stream: Any
     if command is not None:
-        stream = Pipe([*command, url, *(["-"] if command[0] == "aws" else [])], mode="rb")
+        whole = [*command, url, *(["-"] if command[0] == "aws" else [])]
+        stream = Pipe(whole, mode="rb", stderr=subprocess.PIPE)
     else:
         stream = webdataset.gopen(url, "rb", bufsize=CHUNK_BYTES)
+    process = getattr(stream, "proc", None)
     try:
-        yield stream
+        with (transfers or Transfers()).running(process) if process else contextlib.nullcontext():
+            yield stream
+    except OSError as error:
+        said = process.stderr.read() if process and process.stderr else b""
+        lines = said.decode(errors="replace").strip().splitlines()
+        raise OSError(lines[-1] if lines else _in_few_words(error)) from error
     finally:
-        process = getattr(stream, "proc", None)
         if process is not None and process.poll() is None:
             process.kill()  # the reader has seen enough, or is being stopped
         with contextlib.suppress(OSError):
             stream.close()
+        if process is not None and process.stderr:
+            process.stderr.close()
 
 
 def read(
@@ -101,26 +135,36 @@ def read(
     size: int | None,
     sha256: str | None,
     allow_pipe: bool,
-    stopped: Callable[[], bool] = lambda: False,
+    transfers: Transfers | None = None,
 ) -> bytes:
     """All bytes behind `url`, verified; raises `DataError` after several tries, or once stopped."""
+    transfers = transfers or Transfers()
 
     def attempt() -> bytes:
-        with open_url(url, allow_pipe) as stream:
-            data = b"".join(_pieces(stream, size, stopped))
+        with open_url(url, allow_pipe, transfers) as stream:
+            data = b"".join(_pieces(stream, size))
         _compare(len(data), size, hashlib.sha256(data).hexdigest(), sha256)
         return data
 
-    return _persistently(url, attempt, stopped)
+    return _persistently(url, attempt, transfers)
 
 
-def download(url: str, file: Path, *, size: int, sha256: str, allow_pipe: bool) -> None:
+def download(
+    url: str,
+    file: Path,
+    *,
+    size: int,
+    sha256: str,
+    allow_pipe: bool,
+    transfers: Transfers | None = None,
+) -> None:
     """Bring what is behind `url` to `file`, whole and verified or not at all."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+    transfers = transfers or Transfers()
+    temporary = files.temporary_name(file)
 
     def attempt() -> None:
         digest, num = hashlib.sha256(), 0
-        with open_url(url, allow_pipe) as stream, temporary.open("wb") as out:
+        with open_url(url, allow_pipe, transfers) as stream, temporary.open("wb") as out:
             for piece in _pieces(stream, size):
                 digest.update(piece)
                 num += len(piece)
@@ -131,17 +175,15 @@ def download(url: str, file: Path, *, size: int, sha256: str, allow_pipe: bool) 
         temporary.replace(file)
 
     try:
-        _persistently(url, attempt)
+        _persistently(url, attempt, transfers)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _pieces(
-    stream: IO[bytes], size: int | None, stopped: Callable[[], bool] = lambda: False
-) -> Iterator[bytes]:
+def _pieces(stream: Any, size: int | None) -> Iterator[bytes]:
     """The stream in pieces; one byte more than `size` is enough to know that it is too long."""
     num = 0
-    while (size is None or num <= size) and not stopped():
+    while size is None or num <= size:
         piece = stream.read(CHUNK_BYTES)
         if not piece:
             if hasattr(stream, "wait_for_child"):  # a short file may be a command that failed
@@ -158,26 +200,26 @@ def _compare(num: int, size: int | None, digest: str, sha256: str | None) -> Non
         raise OSError("its sha256 is not that of the manifest")
 
 
-def _persistently(
-    url: str, attempt: Callable[[], T], stopped: Callable[[], bool] = lambda: False
-) -> T:
+def _persistently(url: str, attempt: Callable[[], T], transfers: Transfers) -> T:
     """`attempt`, several times if it fails: networks do."""
+    began = time.monotonic()
     for wait in (*WAITS_SECONDS, None):
         try:
             return attempt()
         except OSError as error:
-            permanent = "exit 22" in str(error)  # a 404 does not go away
-            if wait is None or permanent or stopped():
-                raise DataError(f"{url}: cannot be read: {_reason(error)}") from None
-        time.sleep(wait)
+            permanent = re.search(r"error: 4(?!08|29)\d\d", str(error))  # a 404 does not go away
+            if wait is None or permanent or transfers.stopped.is_set():
+                tried = "" if permanent else f", tried for {time.monotonic() - began:.0f} s"
+                raise DataError(
+                    f"{url}: cannot be read ({_in_few_words(error)}{tried}); see that the address "
+                    "is right and serves what was packed; the same command then goes on"
+                ) from None
+        transfers.stopped.wait(wait)
     raise AssertionError("unreachable")
 
 
-def _reason(error: OSError) -> str:
-    """What WebDataset's Pipe, or the system, says, in a few words."""
+def _in_few_words(error: OSError) -> str:
+    """What the system or a command said; WebDataset's Pipe would quote the whole command."""
     text = " ".join(str(error).split())
     code = re.search(r"exit (-?\d+)", text)
-    if code is None:
-        return text[:200]
-    meaning = _CURL_CODES.get(int(code[1]), "") if "'curl'" in text else ""
-    return f"the command ended with exit {code[1]}{meaning}"
+    return f"the command ended with code {code[1]}" if code else text[:200]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import itertools
+import json
 import random
 import threading
 from collections.abc import Iterator
@@ -27,13 +28,14 @@ from bigan.data.convert import square
 from bigan.data.decode import BadImageError, Pixels
 from bigan.data.device import HostBatch, Reading, Transfer, transfer_to
 from bigan.data.fetch import MAX_REPLACEMENTS, BadSample
+from bigan.data.foreign import IMAGES, JSON_LABELS
 from bigan.data.plan import rank_positions
 from bigan.data.settings import Fetch
 from bigan.data.stream import Batch, delivered
 from bigan.world import World
 
 SHUFFLE = 1_000  # samples held for shuffling; shards are read front to back
-SUFFIXES = ("jpg", "jpeg", "png", "webp", "npy", "ppm", "bmp", "gif", "tif", "tiff")
+MAX_BARREN = 20  # shards without a sample in a row, at least: then there are none
 
 NOTE = (
     "data.mode=resampled: shards are drawn with replacement; that each image is seen once per "
@@ -173,16 +175,18 @@ class ResampledStream:
 
     def _decode(self, sample: dict[str, Any]) -> tuple[Pixels, int] | str:
         """(pixels, label), or why there are none."""
-        image = next((sample[suffix] for suffix in SUFFIXES if suffix in sample), None)
-        label = sample.get("cls", b"0" if self._num_classes == 1 else None)
         if "__damaged__" in sample:
             return str(sample["__damaged__"])
-        if image is None or label is None:
-            return "has no image" if image is None else "has no label (.cls)"
-        if not label.strip().isdigit() or int(label) >= self._num_classes:
-            return f"its label is not a number below {self._num_classes}"
+        image = next((sample[suffix] for suffix in IMAGES if suffix in sample), None)
+        if image is None:
+            return "has no image"
+        label = label_of(sample)
+        if label is None and self._num_classes == 1:
+            label = 0
+        if not isinstance(label, int) or not 0 <= label < self._num_classes:
+            return f"has no label, or none below {self._num_classes}"
         try:
-            return square(image, self._shape[0], self._shape[2], "lanczos", False), int(label)
+            return square(image, self._shape[0], self._shape[2], "lanczos", False), label
         except BadImageError as error:
             return str(error)
 
@@ -196,18 +200,36 @@ class ResampledStream:
     def _in_shards(self) -> Iterator[dict[str, Any]]:
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
+        barren, damaged = 0, set()
         while not self._stop.is_set():
+            if barren >= max(MAX_BARREN, 2 * len(self._urls)):
+                raise DataError(f"{self._urls[0]} and {barren} more shards hold no sample")
+            barren += 1
             url = self._urls[int(self._draws.bit_generator.random_raw() % len(self._urls))]
             try:
                 with _opened(url, self._fetch.allow_pipe) as stream:
                     members = tar_file_expander([{"url": url, "stream": stream}])
                     for sample in group_by_keys(members):
+                        barren = 0
                         yield sample
                         if self._stop.is_set():
                             return
             except Exception as error:  # tarfile and gopen raise many kinds
-                reason = " ".join(str(error).split())[:200]
-                yield {"__url__": url, "__key__": "(the tar)", "__damaged__": reason}
+                if url not in damaged:  # named once; what stands before the damage is used
+                    damaged.add(url)
+                    reason = f"the tar cannot be read to its end ({type(error).__name__})"
+                    yield {"__url__": url, "__key__": "(the tar)", "__damaged__": reason}
+
+
+def label_of(sample: dict[str, Any]) -> int | None:
+    """The whole number in a sample's `.cls`, or under "label" or the like in its `.json`."""
+    try:
+        if "cls" in sample:
+            return int(sample["cls"])
+        found = json.loads(sample.get("json", b"{}"))
+        return next((int(found[name]) for name in JSON_LABELS if name in found), None)
+    except (ValueError, TypeError, RecursionError):
+        return None
 
 
 def _opened(url: str, allow_pipe: bool) -> Any:

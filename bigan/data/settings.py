@@ -33,7 +33,7 @@ class Fetch(Frozen):
 
     @model_validator(mode="after")
     def _combinations(self) -> Fetch:
-        if self.backend == "processes" and self.mode in ("stream", "resampled"):
+        if self.backend == "processes" and self.mode not in ("auto", "exact"):
             raise ValueError(f"backend: processes cannot be used with mode: {self.mode}")
         return self
 

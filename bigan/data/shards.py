@@ -93,7 +93,9 @@ class Manifest(Frozen):
     plan: str  # hash of what was packed and how
     fingerprint: str  # hash of the content; equal fingerprints mean equal samples
     index: dict[str, str]  # file name -> sha256
+    records: dict[str, str] = Field(default_factory=dict)  # plan.json, index/*.json -> sha256
     shardlist: tuple[Shard, ...]
+    checksum: str = ""  # hash of all of the above
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -266,6 +268,8 @@ class Manifest(Frozen):
             consistent = len(histogram) == self.num_classes and min(histogram) >= 0
             if not consistent or sum(histogram) != shard.nsamples or shard.nsamples <= 0:
                 raise DataError(f"{file}: impossible counts for {shard.url}; pack the data again")
+        if self.checksum and self.checksum != _checksum(self):
+            raise DataError(f"{file}: was edited or is damaged (checksum); pack the data again")
         if self.fingerprint != content_fingerprint(self):
             raise DataError(f"{file}: was edited (its fingerprint is wrong); pack the data again")
 
@@ -328,6 +332,7 @@ def write(
         folder=folder, fingerprint="", index=index, shardlist=tuple(shards), **facts
     )
     manifest = manifest.model_copy(update={"fingerprint": content_fingerprint(manifest)})
+    manifest = manifest.model_copy(update={"checksum": _checksum(manifest)})
     files.write_atomic(folder / MANIFEST, manifest.dump())
     return Manifest.load(folder)
 
@@ -343,8 +348,16 @@ def content_fingerprint(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def _checksum(manifest: Manifest) -> str:
+    content = manifest.model_dump(mode="json", by_alias=True, exclude={"checksum"})
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
 def _check_hash(file: Path, expected: str) -> None:
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
     if found != expected:
         raise DataError(f"{file}: damaged (sha256 differs); delete it and pack the data again")

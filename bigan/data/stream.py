@@ -94,7 +94,7 @@ class ShardStream:
                 f"data: block {block} must be positive, images_seen {images_seen} not negative"
             )
         self.manifest = open_manifest(data, fetch)
-        if fetch.cache_bytes is not None:
+        if fetch.cache_bytes is not None and self.manifest.remote is not None:
             _check_cache(self.manifest, split, block, fetch.cache_bytes)
         sizes = [shard.nsamples for shard in self.manifest.shards(split)]
         inputs = (
@@ -266,5 +266,6 @@ def _in_threads(
             yield positions, host, bad
     finally:
         fetcher.stop.set()
+        fetcher.close()  # ends downloads that threads are waiting for
         executor.shutdown(wait=True, cancel_futures=True)
-        fetcher.close()
+        fetcher.close()  # what they opened meanwhile

@@ -47,6 +47,7 @@ class Streamed:
         self._block_of: dict[int, int] = {}  # position -> block
         self._error: Exception | None = None
         self._connections = connections
+        self._transfers = remote.Transfers()
         self._thread = threading.Thread(
             target=self._load_all, args=(iter(blocks),), name="bigan-stream", daemon=True
         )
@@ -75,6 +76,7 @@ class Streamed:
 
     def close(self) -> None:
         self._stop.set()
+        self._transfers.stop()
         with self._changed:
             self._changed.notify_all()
             started = self._started
@@ -151,7 +153,7 @@ class Streamed:
             size=shard.filesize,
             sha256=shard.sha256,
             allow_pipe=self._allow_pipe,
-            stopped=self._stop.is_set,
+            transfers=self._transfers,
         )
 
 

@@ -179,7 +179,7 @@ def test_resampled_bad_samples(tars: Path) -> None:
     assert sum(len(b.bad) for b in batches) > 0
     assert {bad.member for b in batches for bad in b.bad} == {"a"}
     add(tars, "y.tar", {"a.jpg": jpeg(1), "a.cls": b"5"})
-    with pytest.raises(DataError, match="not a number below 5"):
+    with pytest.raises(DataError, match="none below 5"):
         resample(str(tars / "y.tar"), 1)
 
 
@@ -190,3 +190,24 @@ def test_resampled_missing_and_forbidden_shards(tars: Path) -> None:
         resample(f"pipe:cat {tars}/set-0000.tar", 1)
     allowed = Fetch(allow_pipe=True)
     assert len(resample(f"pipe:cat {tars}/set-0000.tar", 2, fetch=allowed)) == 2
+
+
+def test_resampled_shards_without_samples_do_not_hang(tmp_path: Path) -> None:
+    tmp_path.joinpath("empty").mkdir()
+    add(tmp_path / "empty", "x.tar", {})
+    with pytest.raises(DataError, match="hold no sample"):
+        resample(str(tmp_path / "empty" / "x.tar"), 1)
+
+
+def test_resampled_reads_labels_of_json_and_names_a_cut_tar_once(tars: Path) -> None:
+    members = {f"{i}.{kind}": x for i in range(9) for kind, x in sample_with_json(i).items()}
+    add(tars, "x.tar", members)
+    cut = (tars / "x.tar").read_bytes().index(b"3.jpg\0") + 512 + 100  # inside that image
+    (tars / "x.tar").write_bytes((tars / "x.tar").read_bytes()[:cut])
+    batches = resample(str(tars / "x.tar"), 20, fetch=Fetch(on_bad="skip"))
+    assert set(numbers(batches)) == {int(x) for b in batches for x in b.labels} <= set(range(3))
+    assert [bad.member for b in batches for bad in b.bad].count("(the tar)") == 1
+
+
+def sample_with_json(number: int) -> dict[str, bytes]:
+    return {"jpg": jpeg(number), "json": b'{"label": %d}' % number}
