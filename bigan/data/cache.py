@@ -68,7 +68,7 @@ class NodeCache:
             return
         try:
             lock = self.folder / f"{shard.sha256}.lock"
-            with _locked(lock, self.transfers.stopped):
+            with _locked(lock, self.transfers.stopped, remove=True):
                 if not file.exists():  # else another process was faster
                     self._make_room(shard.filesize)
                     remote.download(
@@ -80,7 +80,6 @@ class NodeCache:
                         transfers=self.transfers,
                     )
                     self.num_downloads += 1
-                lock.unlink(missing_ok=True)  # at worst somebody downloads it once more
         except OSError as error:
             raise DataError(f"{self.folder}: cannot be written: {error.strerror}") from None
 
@@ -102,6 +101,7 @@ class NodeCache:
             for _, size, path in sorted(found):
                 if total + needed <= self.limit_bytes:
                     return
+                if remove:
                 path.unlink(missing_ok=True)
                 total -= size
             files.remove_leftovers(self.folder, shared=True)
@@ -176,8 +176,13 @@ class ReadAhead:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, stopped: threading.Event) -> Iterator[None]:
-    """Hold the file lock `path`; it is released with the process, whatever ends it."""
+def _locked(path: Path, stopped: threading.Event, remove: bool = False) -> Iterator[None]:
+    """Hold the file lock `path`; it is released with the process, whatever ends it.
+
+    With `remove` the file is deleted afterwards. Somebody who waits for it then locks a file
+    without a name, and somebody else a new one: at worst a shard is downloaded twice, to the same
+    bytes.
+    """
     with path.open("w") as file:
         while True:  # not one long wait: who holds it may be waiting for a silent server
             with contextlib.suppress(BlockingIOError):
@@ -185,4 +190,7 @@ def _locked(path: Path, stopped: threading.Event) -> Iterator[None]:
                 break
             if stopped.wait(POLL_SECONDS):
                 raise DataError(f"{path}: given up, the stream was closed")
-        yield
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
