@@ -59,6 +59,8 @@ def pack_command(arguments: argparse.Namespace) -> int:
             f"{manifest.folder}: {counts} images, {manifest.resolution} px, "
             f"{manifest.channels} channel(s), {manifest.num_classes} classes"
         )
+    if packed.passed_over:
+        print(f"{packed.passed_over:,} other files were passed over: no images by their suffix")
     if packed.bad:
         print(f"{len(packed.bad):,} unusable images were left out: {destination / BAD}")
     return 0

@@ -6,8 +6,8 @@ From originals to shards (`bigan pack`)
     archives.py     CIFAR and MNIST as published; digits.py: the built-in digits
     foreign.py      other people's WebDatasets; iterables.py: Python objects
     convert.py      any picture -> a uint8 square
-    pack.py         the work, resumable; pack_plan.py: what goes where; pack_shard.py: one shard;
-                    pack_manifest.py: the last step
+    pack.py         the work, resumable; pack_claim.py: whose folder it is; pack_plan.py: what goes
+                    where; pack_shard.py: one shard; pack_manifest.py: the last step
 
 Shards on disk
     shards.py       manifest and index; tario.py: tars, read strictly; decode.py: one member

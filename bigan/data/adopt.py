@@ -19,11 +19,15 @@ import simplejpeg
 from PIL import Image
 
 from bigan.data import DataError, shards
-from bigan.data.decode import ENCODINGS
-from bigan.data.foreign import Sample, list_samples
+from bigan.data.convert import npy
+from bigan.data.decode import ENCODINGS, first_line
+from bigan.data.foreign import ADOPTED, Sample, list_samples
+from bigan.data.listing import has_too_many_classes
 from bigan.data.shards import COLUMNS, Manifest, Shard
 
-_SUFFIXES = {"jpeg": "jpg"} | {encoding: encoding for encoding in ENCODINGS}
+_SUFFIXES = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg"} | {
+    encoding: encoding for encoding in ENCODINGS
+}
 
 
 def adopt(folder: Path) -> Manifest:
@@ -34,7 +38,15 @@ def adopt(folder: Path) -> Manifest:
     of one class. The same tars always give the same manifest, so several processes may do this at
     once.
     """
-    files = sorted(p for p in folder.glob("*.tar") if not p.name.startswith("."))
+    try:
+        files = sorted(p for p in folder.glob("*.tar") if not p.name.startswith("."))
+        return _adopt(folder, files)
+    except OSError as error:
+        place = error.filename if isinstance(error.filename, str) else folder
+        raise DataError(f"{place}: cannot be read: {error.strerror or first_line(error)}") from None
+
+
+def _adopt(folder: Path, files: list[Path]) -> Manifest:
     found = [_read(file, folder) for file in files]
     labelled = {sample.label is not None for _, samples in found for sample in samples}
     if labelled == {True, False}:
@@ -56,6 +68,9 @@ def adopt(folder: Path) -> Manifest:
     if height != width:
         raise _unfit(folder, f"images are {width}x{height}, not square")
     num_classes = 1 + max((s.label or 0 for _, samples in found for s in samples), default=0)
+    num_images = sum(len(samples) for _, samples in found)
+    if has_too_many_classes(num_classes, num_images):
+        raise _unfit(folder, f"label {num_classes - 1} makes too many classes")
     return _write(folder, files, found, num_classes, height, channels, encoder)
 
 
@@ -105,12 +120,13 @@ def _write(
             classes=tuple(str(label) for label in range(num_classes)),
             encoder=encoder,
             transform="as-found-v1",
-            plan="adopted",
+            plan=ADOPTED,
         )
     except OSError as error:
         raise DataError(
-            f"{folder}: its index cannot be written beside the shards ({error.strerror}); make the "
-            "folder writable once, or `bigan pack` it to another place"
+            f"{folder}: its index cannot be written beside the shards "
+            f"({error.strerror or error}); make the folder writable once, or `bigan pack` it to "
+            "another place"
         ) from None
 
 
@@ -124,7 +140,7 @@ def _read(file: Path, folder: Path) -> tuple[str, list[Sample]]:
             samples, bad = list_samples(data, file.name)
             sha256 = hashlib.sha256(data).hexdigest()
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        raise _unfit(folder, f"{file.name} cannot be read ({error})") from None
+        raise _unfit(folder, f"{file.name} cannot be read ({_reason(error)})") from None
     if bad:
         raise _unfit(folder, f"{bad[0][0]}: {bad[0][1]}")
     if not samples:
@@ -143,7 +159,7 @@ def _shapes(
             try:
                 shapes.append((_shape(stream.read(sample.size), encoder), sample))
             except Exception as error:  # decoders raise a dozen kinds for damaged files
-                reason = f"{file.name}/{sample.key} is damaged ({error})"
+                reason = f"{file.name}/{sample.key} is damaged ({_reason(error)})"
                 raise _unfit(folder, reason) from None
     return shapes
 
@@ -153,10 +169,14 @@ def _shape(data: bytes, encoder: str) -> tuple[int, int, int]:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         return height, width, 3  # the decoder makes colour of grey
     if encoder == "npy":
-        shape = np.load(io.BytesIO(data), allow_pickle=False).shape
+        shape = npy(data).shape
         return shape if len(shape) == 3 else (0, 0, 0)
     with Image.open(io.BytesIO(data), formats=[encoder.upper()]) as image:
         return image.height, image.width, {"L": 1, "RGB": 3}.get(image.mode, 0)
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or first_line(error)
 
 
 def _size(shape: tuple[int, int, int]) -> str:

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigan.data import DataError
-from bigan.data.decode import Pixels
-from bigan.data.listing import MAX_BYTES, Listing, first_line
+from bigan.data.decode import Pixels, first_line
+from bigan.data.listing import MAX_BYTES, Listing
 
 IDX_LIMIT = 2**33  # bytes; a file that claims more is damaged
 
@@ -66,9 +66,16 @@ CIFAR = (
 def find_cifar(root: Path) -> tuple[Path, _Cifar] | None:
     """The folder of CIFAR batches that `root` is or holds, if any.
 
-    Raises `DataError` if it holds both kinds.
+    CIFAR-100's files have everyday names ("train", "test", "meta"), so a folder of another name
+    must hold all of them. Raises `DataError` if it holds both kinds.
     """
-    found = [(root, kind) for kind in CIFAR if any((root / f).is_file() for f in kind.files)]
+    found = [
+        (root, kind)
+        for kind in CIFAR
+        if (any if root.resolve().name == kind.folder else all)(
+            (root / name).is_file() for name in kind.files
+        )
+    ]
     found += [(root / kind.folder, kind) for kind in CIFAR if (root / kind.folder).is_dir()]
     if len(found) > 1:
         names = " and ".join(folder.name for folder, _ in found)

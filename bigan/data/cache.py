@@ -101,7 +101,6 @@ class NodeCache:
             for _, size, path in sorted(found):
                 if total + needed <= self.limit_bytes:
                     return
-                if remove:
                 path.unlink(missing_ok=True)
                 total -= size
             files.remove_leftovers(self.folder, shared=True)
@@ -193,4 +192,5 @@ def _locked(path: Path, stopped: threading.Event, remove: bool = False) -> Itera
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            if remove:
+                path.unlink(missing_ok=True)

@@ -13,15 +13,15 @@ from typing import Any, Literal
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from bigan.data.decode import BadImageError, Pixels
-from bigan.data.listing import first_line
+from bigan.data.decode import BadImageError, Pixels, first_line
 
 Resize = Literal["lanczos", "area"]
 
 SUFFIXES = (
-    ".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
+    ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".npy", ".pgm", ".png", ".ppm", ".tif",
+    ".tiff", ".webp",
 )  # fmt: skip
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # EPS would run a program
 MAX_PIXELS = 2**27  # a larger picture is taken for a decompression bomb
@@ -59,15 +59,16 @@ def square(
 def picture(data: bytes) -> Image.Image:
     """Decode BMP, GIF, JPEG, PNG, PPM, TIFF, WebP or .npy bytes; the mode is "L" or "RGB".
 
-    JPEG is decoded by simplejpeg in strict mode, which gives PIL's pixels but raises on bit rot
-    where PIL shows a wrong picture; CMYK and YCCK, which it lacks, through PIL. Of an animation
-    the first frame is taken. Raises `BadImageError` for anything damaged, cut off, of more than
-    `MAX_PIXELS` (before decoding it) or of another kind.
+    JPEG is decoded by simplejpeg in strict mode, which gives PIL's pixels but raises on damage
+    to the structure where PIL shows a wrong picture; CMYK and YCCK, which it lacks, through PIL. Of
+    an animation the first frame is taken. Raises `BadImageError` for what is cut off, of damaged
+    structure, of more than `MAX_PIXELS` (before decoding it) or of another kind. A flipped bit in a
+    file without checksums (JPEG, BMP) is often just another picture: no decoder can see it.
     """
     if not data:
         raise BadImageError("is empty (0 bytes)")
     if data.startswith(np.lib.format.MAGIC_PREFIX):
-        return plain(_npy(data))
+        return plain(npy(data))
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header only
             _check_size(image.width, image.height)
@@ -82,6 +83,8 @@ def picture(data: bytes) -> Image.Image:
             return plain(image)
     except BadImageError:
         raise
+    except UnidentifiedImageError as error:
+        raise BadImageError("is no known kind of image") from error
     except Exception as error:  # PIL raises a dozen kinds for damaged files
         raise BadImageError(f"cannot be read as an image ({first_line(error)})") from error
 
@@ -138,8 +141,11 @@ def to_square(
     return np.asarray(fitted).reshape(resolution, resolution, channels)
 
 
-def _npy(data: bytes) -> Pixels:
-    """The array of a .npy file; its size is checked against the header before it is made."""
+def npy(data: bytes) -> Pixels:
+    """The uint8 [H, W], [H, W, 1] or [H, W, 3] array of a .npy file; `BadImageError` otherwise.
+
+    Its size is checked against the header before it is made.
+    """
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)

@@ -22,7 +22,7 @@ from bigan.data import DataError
 from bigan.data.contact import COLUMNS, MIN_LINES, ROWS, Row, contact_sheet
 from bigan.data.decode import BadImageError, Pixels, decode_into
 from bigan.data.plan import permutation
-from bigan.data.shard_scan import Scan
+from bigan.data.shard_scan import Scan, mapped
 from bigan.data.shards import Manifest, Shard
 from bigan.data.tario import walk_tar
 
@@ -103,8 +103,9 @@ def _recorded(manifest: Manifest, shard: Shard) -> dict[int, str]:
 def _members(manifest: Manifest, shard: Shard) -> dict[int, str]:
     found = {}
     try:
-        for member in walk_tar((manifest.folder / shard.url).read_bytes(), shard.url):
-            found[member.offset] = f"{shard.url}: {member.name}"
+        with mapped(manifest.folder / shard.url) as data:
+            for member in walk_tar(data, shard.url):
+                found[member.offset] = f"{shard.url}: {member.name}"
     except (OSError, DataError):
         pass  # a problem reported elsewhere; what follows is called by its position
     return found

@@ -24,7 +24,10 @@ from bigan.data.listing import MAX_BYTES, MAX_CLASSES, Listing, listing_hash, re
 from bigan.data.shards import MANIFEST, PLAN, Manifest
 from bigan.data.tario import Member, walk_tar
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "npy", "ppm", "pgm", "bmp", "gif", "tif", "tiff")
+IMAGES = (
+    "jpg", "jpeg", "jpe", "jfif", "png", "webp", "npy", "ppm", "pgm", "bmp", "gif", "tif", "tiff",
+)  # fmt: skip
+ADOPTED = "adopted"  # the manifest's `plan` of tars that were only indexed
 JSON_LABELS = ("label", "cls", "class")
 MAX_SHARDS = 1_000_000  # of a brace pattern
 
@@ -159,10 +162,13 @@ def tars(files: Sequence[Path], name: str) -> Listing:
         raise DataError(f"{twice}: two shards have this name; rename one")
     found: list[tuple[int, str, Sample]] = []  # (shard, key, sample)
     bad: list[tuple[str, str]] = []
+    times: list[tuple[str, int]] = []
     for number, file in enumerate(files):
         shard = file.name.removesuffix(".tar")
         with file.open("rb") as stream:
-            if not os.fstat(stream.fileno()).st_size:
+            status = os.fstat(stream.fileno())
+            times.append((shard, status.st_mtime_ns))
+            if not status.st_size:
                 bad.append((shard, "is empty (0 bytes)"))
                 continue
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -190,6 +196,7 @@ def tars(files: Sequence[Path], name: str) -> Listing:
         labels=labels,
         original=original,
         bad=tuple(bad),
+        stamp=listing_hash(times),
     )
 
 
@@ -202,8 +209,11 @@ def is_packed(folder: Path) -> bool:
 def packed(folder: Path) -> Listing:
     """A folder that bigan packed: its splits and class names, and its size unless asked otherwise.
 
-    Raises `DataError` if it was not packed to the end (`Manifest.load`).
+    Tars that bigan only indexed (`adopt`) are taken as they were before that: the index must not
+    change keys and splits. Raises `DataError` if it was not packed to the end (`Manifest.load`).
     """
+    if Manifest.read(folder).plan == ADOPTED:
+        return tars(tar_files(folder), folder.resolve().name)
     manifest = Manifest.load(folder)
     files: list[Path] = []
     rows: list[tuple[int, int, int]] = []  # (file, offset, size)
@@ -232,6 +242,7 @@ def packed(folder: Path) -> Listing:
         resolution=manifest.resolution,
         channels=manifest.channels,
         transform=manifest.transform,
+        has_all_splits=True,
     )
 
 

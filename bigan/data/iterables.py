@@ -16,8 +16,8 @@ from PIL import Image
 
 from bigan.data import DataError
 from bigan.data.convert import picture, plain
-from bigan.data.decode import BadImageError, Pixels
-from bigan.data.listing import Listing, first_line, number_labels, read_at
+from bigan.data.decode import BadImageError, Pixels, first_line
+from bigan.data.listing import Listing, number_labels, read_at
 
 Shrink = Callable[[Image.Image, int], Pixels]  # (image, resolution) -> uint8 [R, R, C]
 

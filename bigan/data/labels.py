@@ -11,13 +11,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bigan.data import DataError
 from bigan.data.convert import SUFFIXES
-from bigan.data.listing import SPLIT_FOLDERS, first_line, number_labels, unsafe
+from bigan.data.decode import first_line
+from bigan.data.listing import SPLIT_FOLDERS, number_labels, unsafe
 
 LABEL_FILES = ("labels.csv", "dataset.json")
 FILE_COLUMNS = ("file", "filename", "path", "image", "name", "id")
@@ -114,10 +115,7 @@ def by_label_file(keys: Sequence[str], entries: Entries | None, file: str) -> La
     """
     if entries is None:
         return Labelled(("all",), [0] * len(keys))
-    position = {key: i for i, key in enumerate(keys)}
-    by_stem: dict[str, list[int]] = {}
-    for i, key in enumerate(keys):
-        by_stem.setdefault(key.rpartition(".")[0], []).append(i)
+    find = _finder(keys)
     written: list[Any] = [None] * len(keys)
     bad: list[tuple[str, str]] = []
     conflicts: set[int] = set()
@@ -125,8 +123,7 @@ def by_label_file(keys: Sequence[str], entries: Entries | None, file: str) -> La
         if unsafe(name):
             bad.append((name, f"leads out of the folder (listed in {file})"))
             continue
-        key = "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
-        candidates = [position[key]] if key in position else by_stem.get(key, [])
+        candidates = find(name)
         if len(candidates) != 1:
             bad.append((name, f"is listed in {file} but missing"))
             continue
@@ -146,14 +143,32 @@ def by_label_file(keys: Sequence[str], entries: Entries | None, file: str) -> La
     return Labelled(classes, labels, tuple(bad))
 
 
-def read_label_file(name: str, content: bytes, where: str) -> Entries | None:
+def _finder(keys: Sequence[str]) -> Callable[[str], list[int]]:
+    """A function from a name in a label file to the numbers of the keys it may mean."""
+    position = {key: i for i, key in enumerate(keys)}
+    by_stem: dict[str, list[int]] = {}
+    for i, key in enumerate(keys):
+        by_stem.setdefault(key.rpartition(".")[0], []).append(i)
+
+    def find(name: str) -> list[int]:
+        parts = name.replace("\\", "/").split("/")
+        key = "/".join(part for part in parts if part not in ("", "."))
+        return [position[key]] if key in position else by_stem.get(key, [])
+
+    return find
+
+
+def read_label_file(
+    name: str, content: bytes, where: str, keys: Sequence[str] = ()
+) -> Entries | None:
     """The entries of labels.csv or dataset.json; None if it says that there are no labels.
 
-    Raises `DataError` naming `where` if it cannot be understood.
+    `keys` tell a header of unknown words from an entry. Raises `DataError` naming `where` if it
+    cannot be understood.
     """
     try:
         text = content.decode("utf-8-sig")
-        return _csv(text, where) if name.endswith(".csv") else _json(text, where)
+        return _csv(text, where, keys) if name.endswith(".csv") else _json(text, where)
     except UnicodeDecodeError:
         raise DataError(f"{where}: is not UTF-8 text; save it as UTF-8") from None
     except (csv.Error, ValueError, RecursionError) as error:
@@ -162,8 +177,8 @@ def read_label_file(name: str, content: bytes, where: str) -> Entries | None:
         ) from None
 
 
-def _csv(text: str, where: str) -> Entries:
-    """A header with a file and a label column, or two columns without one."""
+def _csv(text: str, where: str, keys: Sequence[str]) -> Entries:
+    """A header with a file and a label column, or two columns with any header or none."""
     rows = csv.reader(io.StringIO(text, newline=""))
     first = next((row for row in rows if any(cell.strip() for cell in row)), None)
     if first is None:
@@ -173,6 +188,11 @@ def _csv(text: str, where: str) -> Entries:
     label = next((header.index(name) for name in LABEL_COLUMNS if name in header), None)
     entries: Entries = []
     if file is None or label is None:
+        separator = next((mark for mark in (";", "\t") if mark in first[0]), None)
+        if len(first) == 1 and separator:
+            raise DataError(
+                f"{where}: its columns are separated by {separator!r}; separate them by commas"
+            )
         if len(first) != 2:
             raise DataError(
                 f"{where}: has no header with a file column ({', '.join(FILE_COLUMNS)}) and a "
@@ -180,12 +200,17 @@ def _csv(text: str, where: str) -> Entries:
             )
         file, label = 0, 1
         entries.append((first[0].strip(), first[1].strip()))
+    start = len(entries)
     for row in rows:
         if not any(cell.strip() for cell in row):
             continue
         if len(row) <= max(file, label):
             raise DataError(f"{where}: line {rows.line_num} has too few columns; repair it")
         entries.append((row[file].strip(), row[label].strip()))
+    if start and len(entries) > 1:
+        find = _finder(keys)
+        if not find(entries[0][0]) and find(entries[1][0]):
+            del entries[0]  # a header in words of its own: "image_id,breed"
     return entries
 
 

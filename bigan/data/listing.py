@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigan.data.decode import BadImageError, Pixels
+from bigan.data.decode import BadImageError, Pixels, first_line
 
 Bad = tuple[tuple[str, str], ...]  # (name, reason) of what cannot be used
 
@@ -41,7 +41,9 @@ class Source:
     under the same one. `identity` is a hash of the originals as far as they are known without
     decoding: another identity means another data set. `keys` are the originals' names, each
     once; `splits` are "train", "val" or "test"; `bad` holds (name, reason) of what was found
-    unusable while listing and is not among the images.
+    unusable while listing and is not among the images. `stamp` is a hash of the times at which the
+    originals' files were changed ("": unknown, or `identity` knows their content), `passed_over`
+    the number of files that are no images by their suffix.
     """
 
     name: str
@@ -55,6 +57,8 @@ class Source:
     splits: tuple[str, ...]
     read: Callable[[int], Pixels]
     bad: Bad = ()
+    stamp: str = ""
+    passed_over: int = 0
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -70,7 +74,8 @@ class Listing:
     """Images as they were found: original i has keys[i], labels[i] and content original(i).
 
     `original(i)` returns a file's bytes or an array (uint8 HW or HWC), is thread-safe and raises
-    `BadImageError` or `OSError`. `official` holds each image's split if the source has its own.
+    `BadImageError` or `OSError`. `official` holds each image's split if the source has its own;
+    with `has_all_splits`, a missing test split is missing on purpose.
     `resolution` is the one to take if none is asked for (None: one must be given), `transform`
     what had been done to the originals before ("": nothing).
     """
@@ -86,6 +91,9 @@ class Listing:
     resolution: int | None = None
     channels: int = 3
     transform: str = ""
+    has_all_splits: bool = False
+    stamp: str = ""
+    passed_over: int = 0
 
 
 def unit_hash(key: str) -> float:
@@ -160,7 +168,7 @@ def _label(label: Any) -> tuple[str] | str:
             raise TypeError
         return (str(operator.index(label)),)
     except TypeError:
-        return f"label {label!r:.40} is neither a whole number nor a class name"
+        return f"label {first_line(repr(label)):.40} is neither a whole number nor a class name"
 
 
 def _class_number(text: str) -> int | str:
@@ -181,6 +189,16 @@ def listing_hash(entries: Iterable[tuple[str | int, ...]], *more: bytes) -> str:
     return total.hexdigest()
 
 
+def has_too_many_classes(num_classes: int, num_images: int) -> bool:
+    """Whether class numbers must be a mistake (ids, years): nearly all classes would be empty."""
+    return num_classes > 1000 + 10 * num_images
+
+
+def is_hidden(part: str) -> bool:
+    """Whether a part of a path is hidden: it starts with a single dot."""
+    return part.startswith(".") and not part.startswith("..")
+
+
 def unsafe(name: str) -> bool:
     """Whether a name from a file leads, or could lead, out of the folder or archive it names."""
     parts = re.split(r"[/\\]", name)
@@ -197,9 +215,3 @@ def read_at(file: Path, offset: int, size: int) -> bytes:
     if len(data) != size:
         raise BadImageError("is cut off")
     return data
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line: the reason in an error of ours."""
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

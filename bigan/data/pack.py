@@ -24,6 +24,7 @@ from typing import Any, Literal
 from bigan import files
 from bigan.data import DataError, sources
 from bigan.data.decode import Encoding
+from bigan.data.pack_claim import claim, keep_apart, plan_text, refuse_file, release
 from bigan.data.pack_manifest import collect, write_manifest
 from bigan.data.pack_plan import Plan, make_plan
 from bigan.data.pack_shard import (
@@ -51,11 +52,13 @@ class Packed:
     manifests: one for each level of a pyramid, smallest first; else one. Empty unless `complete`.
     bad: (name, reason) of originals that were left out: of this call's shards, if not complete.
     complete: False while other parts are still missing.
+    passed_over: how many files of the source are no images by their suffix.
     """
 
     manifests: tuple[Manifest, ...]
     bad: tuple[Bad, ...]
     complete: bool
+    passed_over: int = 0
 
 
 def pack(
@@ -86,8 +89,8 @@ def pack(
     """
     destination = Path(destination)
     if isinstance(spec, str | Path) and spec != "digits":
-        _keep_apart(Path(spec), destination)
-    _refuse_file(destination)
+        keep_apart(Path(spec), destination)
+    refuse_file(destination)
     scratch = files.temporary_name(destination / "spool")
     try:
         if not isinstance(spec, str | Path):  # is spooled there, as it may not be readable twice
@@ -156,18 +159,20 @@ def pack_source(
     index, count = (0, 1) if part is None else part
     if not 0 <= index <= count or count < 1:
         raise DataError(f"part {index}/{count}: must be 0/n ... n-1/n, or 1/n ... n/n")
-    if (jobs is not None and jobs < 1) or max_bad < 0:
-        raise DataError(f"jobs {jobs}: must be positive; max_bad {max_bad}: not negative")
+    if jobs is not None and jobs < 1:
+        raise DataError(f"jobs {jobs}: must be positive")
+    if max_bad < 0:
+        raise DataError(f"max_bad {max_bad}: must not be negative")
     numbers = range(index % count, len(plan.names), count)
     try:
-        manifests = _claim(destination, plan)
+        manifests = claim(destination, plan)
         if manifests:
             bad = _left_out(destination, plan, manifests[0]) if manifests[0].num_bad else []
             _refuse(bad, max_bad, plan, destination)
             if progress:
                 total = sum(len(plan.members[number]) for number in numbers)
                 progress(total, total)
-            return Packed(manifests, tuple(bad), complete=True)
+            return Packed(manifests, tuple(bad), True, source.passed_over)
         bad = _write_shards(destination, plan, numbers, max_bad, jobs or _cores(), progress)
         return _finish(destination, plan, bad, max_bad)
     except OSError as error:
@@ -193,7 +198,7 @@ def _write_shards(
         folder = destination / level.folder
         (folder / "index").mkdir(parents=True, exist_ok=True)
         if not (folder / PLAN).is_file():
-            files.write_atomic(folder / PLAN, _plan_text(plan))
+            files.write_atomic(folder / PLAN, plan_text(plan))
     bad, missing = _listed_bad(plan), []
     for number in numbers:
         name = plan.names[number]
@@ -263,7 +268,7 @@ def _finish(destination: Path, plan: Plan, bad: list[Bad], max_bad: int) -> Pack
     for level in plan.levels:
         contents = collect(destination / level.folder, plan)
         if contents is None:
-            return Packed((), tuple(bad), complete=False)
+            return Packed((), tuple(bad), False, plan.source.passed_over)
         levels.append(contents)
     bad = _listed_bad(plan) + levels[0].bad
     _refuse(bad, max_bad, plan, destination)
@@ -289,7 +294,8 @@ def _finish(destination: Path, plan: Plan, bad: list[Bad], max_bad: int) -> Pack
             "resolutions": [level.resolution for level in plan.levels],
         }
         files.write_atomic(destination / PYRAMID, json.dumps(content, indent=1) + "\n")
-    return Packed(manifests, tuple(bad), complete=True)
+    release(destination)
+    return Packed(manifests, tuple(bad), True, plan.source.passed_over)
 
 
 # --- unusable originals -------------------------------------------------------------------------
@@ -324,71 +330,5 @@ def _refuse(bad: list[Bad], max_bad: int, plan: Plan, destination: Path, patienc
     raise DataError(
         f"{'at least ' if patience else ''}{len(bad)} of {total} images cannot be used (at most "
         f"--max-bad {max_bad}): {first}; all are listed in {destination / BAD}; repair or remove "
-        f"them, or leave them out with --max-bad {len(bad)}"
+        f"them, delete {destination} and pack again, or leave them out with --max-bad {len(bad)}"
     )
-
-
-# --- the destination ----------------------------------------------------------------------------
-
-
-def _plan_text(plan: Plan) -> str:
-    return json.dumps(plan.description, indent=1) + "\n"
-
-
-def _claim(destination: Path, plan: Plan) -> tuple[Manifest, ...]:
-    """Note the plan in `destination`, or check that it is the one noted there.
-
-    Returns the manifests if everything is finished. Several processes may claim at once.
-    """
-    _refuse_file(destination)
-    note = destination / PLAN
-    if not note.is_file():
-        destination.mkdir(parents=True, exist_ok=True)
-        stranger = next((p for p in destination.iterdir() if not p.match(".*.tmp")), None)
-        # Another process may have begun meanwhile: the note is the first thing it writes.
-        if stranger is not None and not note.is_file():
-            raise DataError(
-                f"{destination}: is not empty ({stranger.name}) and was not packed by bigan; "
-                "choose an empty or new folder"
-            )
-        files.create_atomic(note, _plan_text(plan))
-    try:
-        theirs = json.loads(note.read_text(encoding="utf-8"))
-    except ValueError:
-        theirs = None
-    if not isinstance(theirs, dict):
-        raise DataError(f"{note}: cannot be read; choose another folder or delete this one")
-    mine = plan.description
-    manifests = _manifests(destination, plan)
-    if manifests:  # whichever versions have packed it, it is whole; early ones noted less
-        theirs = {"channels": manifests[-1].channels, **theirs, "software": mine["software"]}
-    changed = [key for key in mine if theirs.get(key) != mine[key]]
-    if changed:
-        key = changed[0]
-        raise DataError(
-            f"{destination}: already holds another pack ({key} is {theirs.get(key)!r} there, "
-            f"{mine[key]!r} here); choose another folder or delete it"
-        )
-    return manifests
-
-
-def _manifests(destination: Path, plan: Plan) -> tuple[Manifest, ...]:
-    """The manifests of all levels if everything is finished."""
-    if plan.levels[0].folder and not (destination / PYRAMID).is_file():
-        return ()
-    try:
-        return tuple(Manifest.load(destination / level.folder) for level in plan.levels)
-    except DataError:  # not finished, or a shard was deleted
-        return ()
-
-
-def _refuse_file(destination: Path) -> None:
-    if destination.exists() and not destination.is_dir():
-        raise DataError(f"{destination}: is a file; give a new folder to pack into")
-
-
-def _keep_apart(source: Path, destination: Path) -> None:
-    """The packed folder must not become a class of its own source."""
-    inner, outer = destination.resolve(), source.resolve()
-    if source.is_dir() and (inner == outer or outer in inner.parents):
-        raise DataError(f"{destination}: lies inside the images of {source}; pack to another place")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import numpy as np
 
 from bigan.data import shards
 from bigan.data.pack_plan import Level, Plan
-from bigan.data.pack_shard import Bad, finished
-from bigan.data.shards import COLUMNS, Manifest, Shard
+from bigan.data.pack_shard import Bad, finished, record_file
+from bigan.data.shards import COLUMNS, PLAN, Manifest, Shard
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def write_manifest(
     """Write the index files of a level, then its manifest."""
     source = plan.source
     factor = source.resolution // level.resolution
+    noted = [folder / PLAN, *(record_file(folder, name) for name in plan.names)]
     return shards.write(
         folder,
         contents.shards,
@@ -77,4 +79,8 @@ def write_manifest(
         samples_per_shard=plan.shard_size,
         num_bad=num_bad,
         plan=plan.id,
+        records={
+            file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in noted
+        },
     )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from bigan.config import Frozen
 from bigan.data import DataError, tario
-from bigan.data.decode import BadImageError, Pixels, encode
+from bigan.data.decode import BadImageError, Pixels, encode, first_line
 from bigan.data.pack_plan import Plan
 
 Bad = tuple[str, str]  # (name of the original, what is wrong with it)
@@ -72,12 +72,12 @@ def encoded_image(plan: Plan, i: int) -> Encoded:
     except (DataError, MemoryError):
         raise
     except BadImageError as error:
-        return printable(str(error))
+        return printable(first_line(error))
     except Exception as error:  # PIL raises a dozen kinds for damaged files
         if isinstance(error, OSError) and error.errno is not None:
             name = printable(source.keys[i])
             raise DataError(f"{source.name}: {name} cannot be read: {error.strerror}") from error
-        return f"{type(error).__name__}: {printable(str(error))}"
+        return f"{type(error).__name__}: {printable(first_line(error))}"
     return tuple(
         encode(level_pixels, level.encoder, plan.quality)
         for level_pixels, level in zip(halvings(pixels, len(plan.levels)), plan.levels, strict=True)

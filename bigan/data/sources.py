@@ -23,7 +23,7 @@ from bigan.data.convert import MAX_PIXELS, TRANSFORMS, Resize, square, to_square
 from bigan.data.decode import BadImageError, Pixels
 from bigan.data.digits import digits
 from bigan.data.iterables import iterable
-from bigan.data.listing import Listing, Source, assign_splits
+from bigan.data.listing import Listing, Source, assign_splits, has_too_many_classes
 
 __all__ = ["Source", "digits", "open_source"]
 
@@ -46,8 +46,9 @@ def open_source(
     square iterables; `channels` defaults to 3, but to 1 for digits and MNIST and to its own for a
     packed folder. Smaller images are refused when read unless `allow_upscale`. About
     `test_fraction` and `val_fraction` of the images become the "test" and "val" splits, by the
-    hash of their keys; official splits are kept (`listing.assign_splits`). An iterable is spooled
-    to the file `scratch`, or to "pixels.raw" in it if it is a folder.
+    hash of their keys; official splits are kept (`listing.assign_splits`), and from a packed folder
+    no test split is cut. An iterable is spooled to the file `scratch`, or to "pixels.raw" in it if
+    it is a folder.
 
     Raises `DataError`, one line, for a source that cannot be used as a whole; single images that
     cannot be are in `Source.bad` or raise `BadImageError` when read.
@@ -79,9 +80,7 @@ def open_source(
     if not listing.keys:
         first = f"; the first problem is {': '.join(listing.bad[0])}" if listing.bad else ""
         raise DataError(f"{where}: holds no usable image{first}")
-    for name in listing.classes:
-        if not name.isprintable():  # control characters, or bytes that are no UTF-8
-            raise DataError(f"{where}: class {name!r} has an unreadable name; rename it")
+    _check_classes(listing, where)
     size = resolution or listing.resolution
     if size is None:
         raise DataError(f"{where}: give the size of the images to make, e.g. --resolution 64")
@@ -91,6 +90,7 @@ def open_source(
         same = (size, depth) == (listing.resolution, listing.channels)
         transform = listing.transform if same else f"{listing.transform}+{transform}"
     original = listing.original
+    cut = 0.0 if listing.has_all_splits else test_fraction
 
     def read(i: int) -> Pixels:
         try:
@@ -107,9 +107,11 @@ def open_source(
         classes=listing.classes,
         keys=listing.keys,
         labels=listing.labels,
-        splits=assign_splits(listing.keys, listing.official, val_fraction, test_fraction),
+        splits=assign_splits(listing.keys, listing.official, val_fraction, cut),
         read=read,
         bad=listing.bad,
+        stamp=listing.stamp,
+        passed_over=listing.passed_over,
     )
 
 
@@ -156,6 +158,21 @@ def _find_in_folder(path: Path) -> Listing:
     if shards and not trees.has_images(path):
         return foreign.tars(shards, path.resolve().name)
     return trees.folder(path)
+
+
+def _check_classes(listing: Listing, where: str) -> None:
+    classes, largest = listing.classes, max(listing.labels)
+    for name in classes:
+        if not name.isprintable():  # control characters, or bytes that are no UTF-8
+            raise DataError(f"{where}: class {name!r} has an unreadable name; rename it")
+    # Named classes are meant, used or not; numbered ones exist because of the largest label.
+    numbered = classes[largest] == str(largest)
+    if numbered and has_too_many_classes(len(classes), len(listing.keys)):
+        key = listing.keys[listing.labels.index(largest)]
+        raise DataError(
+            f"{where}: {key} has label {largest}, which makes {len(classes)} classes of "
+            f"{len(listing.keys)} images; number the classes 0, 1, 2, ..."
+        )
 
 
 def _check_options(

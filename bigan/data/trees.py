@@ -1,8 +1,8 @@
 """Folders and zip archives of image files.
 
 Both are listed the same way: the paths of the images, sorted; classes from the top-level folders
-or from a label file at the root (see `labels`); hidden entries and other kinds of file are passed
-over. Only listed files are ever opened, whatever a label file says.
+or from a label file at the root (see `labels`); hidden entries are passed over, and so are other
+kinds of file, which are counted. Only listed files are ever opened, whatever a label file says.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bigan.data import DataError
-from bigan.data.decode import BadImageError
+from bigan.data.decode import BadImageError, first_line
 from bigan.data.labels import (
     LABEL_FILES,
     Labelled,
@@ -26,9 +27,20 @@ from bigan.data.labels import (
     official_splits,
     read_label_file,
 )
-from bigan.data.listing import MAX_BYTES, Listing, first_line, listing_hash, unsafe
+from bigan.data.listing import MAX_BYTES, Listing, is_hidden, listing_hash, unsafe
 
 _TOO_LARGE = f"is larger than {MAX_BYTES} bytes"
+
+
+@dataclass
+class _Found:
+    """What lies in a folder or zip, by path relative to it."""
+
+    images: dict[str, tuple[int, ...]] = field(default_factory=dict)  # size (and checksum)
+    folders: set[str] = field(default_factory=set)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    times: list[tuple[str, int]] = field(default_factory=list)  # when changed, in nanoseconds
+    passed_over: int = 0  # files that are no images by their suffix
 
 
 def folder(root: Path) -> Listing:
@@ -37,7 +49,7 @@ def folder(root: Path) -> Listing:
     Symbolic links are followed (a class folder may be one), but never in circles. Raises
     `DataError` if there are no images, the layout is ambiguous or the label file unreadable.
     """
-    sizes, folders, bad = _walk(root)
+    found = _walk(root)
     present = [name for name in LABEL_FILES if (root / name).is_file()]
 
     def original(key: str) -> bytes:
@@ -46,9 +58,7 @@ def folder(root: Path) -> Listing:
     return _listing(
         root,
         root.resolve().name,
-        {key: (size,) for key, size in sizes.items()},
-        folders,
-        bad,
+        found,
         {name: (root / name).read_bytes() for name in present},
         original,
     )
@@ -56,7 +66,7 @@ def folder(root: Path) -> Listing:
 
 def has_images(root: Path) -> bool:
     """Whether `folder` would find an image."""
-    return bool(_walk(root, first=True)[0])
+    return bool(_walk(root, first=True).images)
 
 
 def zip_archive(file: Path) -> Listing:
@@ -67,20 +77,19 @@ def zip_archive(file: Path) -> Listing:
     """
     try:
         with zipfile.ZipFile(file) as archive:
-            infos = archive.infolist()
-            wrap = _wrapping([info.filename.replace("\\", "/") for info in infos])
-            members, folders, bad = _members(infos, wrap, file.stat().st_size)
+            status = file.stat()
+            found, members = _members(archive.infolist(), status.st_size)
+            found.times.append((file.name, status.st_mtime_ns))
             label_files = {n: archive.read(members.pop(n)) for n in LABEL_FILES if n in members}
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, ValueError) as error:
         raise DataError(
             f"{file}: is not a whole zip archive ({first_line(error)}); copy it again"
         ) from None
+    found.images = {key: (info.file_size, info.CRC) for key, info in members.items()}
     return _listing(
         file,
         file.stem,
-        {key: (info.file_size, info.CRC) for key, info in members.items()},
-        folders,
-        bad,
+        found,
         label_files,
         lambda key: _read_member(file, members[key]),
     )
@@ -89,25 +98,23 @@ def zip_archive(file: Path) -> Listing:
 def _listing(
     where: Path,
     name: str,
-    found: dict[str, tuple[int, ...]],
-    folders: Collection[str],
-    bad: list[tuple[str, str]],
+    found: _Found,
     label_files: dict[str, bytes],
     original: Callable[[str], bytes],
 ) -> Listing:
-    """The common part; `found` maps every image's path to its size (and checksum)."""
-    keys = sorted(found, key=lambda key: key.split("/"))
+    """The common part."""
+    keys = sorted(found.images, key=lambda key: key.split("/"))
     if len(label_files) > 1:
         raise DataError(f"{where}: holds both {' and '.join(label_files)}; remove one of them")
     if label_files:
         (label_file, content), *_ = label_files.items()
-        entries = read_label_file(label_file, content, f"{where}/{label_file}")
+        entries = read_label_file(label_file, content, f"{where}/{label_file}", keys)
         labelled = by_label_file(keys, entries, label_file)
-    elif not keys and bad:
+    elif not keys and found.bad:
         labelled = Labelled(("all",), [])
     else:
-        labelled = by_folder(keys, folders, str(where))
-    official = official_splits(keys, folders)
+        labelled = by_folder(keys, found.folders, str(where))
+    official = official_splits(keys, found.folders)
     good = [i for i, label in enumerate(labelled.labels) if isinstance(label, int)]
     unlabelled = [
         (keys[i], label) for i, label in enumerate(labelled.labels) if isinstance(label, str)
@@ -115,51 +122,55 @@ def _listing(
     kept = tuple(keys[i] for i in good)
     return Listing(
         name=name,
-        identity=listing_hash(((key, *found[key]) for key in keys), *label_files.values()),
+        identity=listing_hash(((key, *found.images[key]) for key in keys), *label_files.values()),
         classes=labelled.classes,
         keys=kept,
         labels=tuple(label for label in labelled.labels if isinstance(label, int)),
         original=lambda i: original(kept[i]),
         official=None if official is None else tuple(official[i] for i in good),
-        bad=(*bad, *labelled.bad, *unlabelled),
+        bad=(*found.bad, *labelled.bad, *unlabelled),
+        stamp=listing_hash(sorted(found.times)),
+        passed_over=found.passed_over,
     )
 
 
-def _walk(
-    root: Path, first: bool = False
-) -> tuple[dict[str, int], list[str], list[tuple[str, str]]]:
-    """(size of every image, folders, bad) below `root`, as paths relative to it."""
-    sizes: dict[str, int] = {}
-    folders: list[str] = []
-    bad: list[tuple[str, str]] = []
+def _walk(root: Path, first: bool = False) -> _Found:
+    """What lies below `root`; with `first`, not beyond the first image."""
+    found = _Found()
     start = root.stat()
     pending = [("", frozenset({(start.st_dev, start.st_ino)}))]
     while pending:
         parent, above = pending.pop()
         with os.scandir(root / parent) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if is_hidden(entry.name):
                     continue
                 key = f"{parent}/{entry.name}" if parent else entry.name
                 try:
                     status = entry.stat()  # of what a link points to
                 except OSError as error:
                     if is_suffix_known(key):
-                        bad.append((key, f"cannot be read: {error.strerror}"))
+                        found.bad.append((key, f"cannot be read: {error.strerror}"))
+                    else:
+                        found.passed_over += 1
                     continue
                 if stat.S_ISDIR(status.st_mode):
                     place = (status.st_dev, status.st_ino)
                     if place not in above:  # a link back up would never end
-                        folders.append(key)
+                        found.folders.add(key)
                         pending.append((key, above | {place}))
                 elif stat.S_ISREG(status.st_mode) and is_suffix_known(key):
                     if status.st_size > MAX_BYTES:
-                        bad.append((key, _TOO_LARGE))
+                        found.bad.append((key, _TOO_LARGE))
                         continue
-                    sizes[key] = status.st_size
+                    found.images[key] = (status.st_size,)
+                    found.times.append((key, status.st_mtime_ns))
                     if first:
-                        return sizes, folders, bad
-    return sizes, folders, sorted(bad)
+                        return found
+                elif key not in LABEL_FILES:
+                    found.passed_over += 1
+    found.bad.sort()
+    return found
 
 
 def _wrapping(names: list[str]) -> str:
@@ -175,30 +186,39 @@ def _wrapping(names: list[str]) -> str:
 
 
 def _hidden(name: str) -> bool:
-    parts = name.rstrip("/").split("/")
-    return any(part == "__MACOSX" or (part.startswith(".") and part != "..") for part in parts)
+    return any(part == "__MACOSX" or is_hidden(part) for part in name.split("/"))
+
+
+def _name(info: zipfile.ZipInfo) -> str:
+    """The path of a member with "/" and without "./"."""
+    return "/".join(part for part in info.filename.replace("\\", "/").split("/") if part != ".")
 
 
 def _members(
-    infos: list[zipfile.ZipInfo], wrap: str, archive_size: int
-) -> tuple[dict[str, zipfile.ZipInfo], set[str], list[tuple[str, str]]]:
-    """(images and label files by key, folders, bad)."""
+    infos: list[zipfile.ZipInfo], archive_size: int
+) -> tuple[_Found, dict[str, zipfile.ZipInfo]]:
+    """What lies in the archive (but for `images`); its images and label files by key."""
+    wrap = _wrapping([_name(info) for info in infos])
     members: dict[str, zipfile.ZipInfo] = {}
-    folders: set[str] = set()
-    bad: list[tuple[str, str]] = []
+    found = _Found()
+    bad = found.bad
     for info in infos:
-        name = info.filename.replace("\\", "/")
-        if _hidden(name):
+        name = _name(info)
+        if (not name and info.filename) or _hidden(name):  # not name: the root, "./"
             continue
         if unsafe(name):
             bad.append((info.filename, "leads out of the archive"))
             continue
         if not name.startswith(wrap):  # a read-me beside the wrapping folder
+            found.passed_over += not name.endswith("/")
             continue
         key = name.removeprefix(wrap)
         parts = key.split("/")
-        folders |= {"/".join(parts[:depth]) for depth in range(1, len(parts))}
-        if key.endswith("/") or not (is_suffix_known(key) or key in LABEL_FILES):
+        found.folders |= {"/".join(parts[:depth]) for depth in range(1, len(parts))}
+        if not key or key.endswith("/"):
+            continue
+        if not (is_suffix_known(key) or key in LABEL_FILES):
+            found.passed_over += 1
             continue
         if key in members:
             bad.append((key, "appears twice"))
@@ -212,7 +232,8 @@ def _members(
             bad.append((key, "is cut off"))
         else:
             members[key] = info
-    return members, folders - {""}, bad
+    found.folders.discard("")
+    return found, members
 
 
 def _read_member(file: Path, info: zipfile.ZipInfo) -> bytes:

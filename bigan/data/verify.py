@@ -1,17 +1,16 @@
 """`bigan verify`: is a packed folder what its manifest says? Every problem is found in one go.
 
-Checked are the manifest, which shards are there, sizes and sha256 of shards and index files, every
+Checked are the manifest, which files are there, sizes and sha256 of shards and index files, every
 tar header and the end of each tar, every label and position against the index, counts, and that
-every image decodes to its shape (shard_scan.py). Shards are checked in threads, each with one
-shard in memory. What the images themselves look like is the subject of findings.py.
+every image decodes to its shape (shard_scan.py). Shards are checked in threads and mapped, so that
+memory does not depend on their size. What the images look like is the subject of findings.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,14 +25,29 @@ from bigan import config as configs
 from bigan.config import ConfigError
 from bigan.data import DataError
 from bigan.data.findings import Note, findings
-from bigan.data.shard_scan import Columns, Problem, Scan, scan_shard
-from bigan.data.shards import COLUMNS, MANIFEST, PYRAMID, Manifest, Shard, index_name
+from bigan.data.shard_scan import (
+    Problem,
+    Scan,
+    check_hashes,
+    check_records,
+    is_adopted,
+    mapped,
+    read_index,
+    scan_shard,
+)
+from bigan.data.shards import MANIFEST, PLAN, PYRAMID, Manifest, Shard
 from bigan.data.tario import walk_tar
 
 MAX_LINES = 100  # of problems, and of notes, in a text; as_dict() has them all
 MAX_RESOLUTION = 2**14  # pixels; a damaged manifest must not make us allocate more
 LEFTOVER_SECONDS = 3600  # a younger temporary may belong to a pack that is running
-REPAIR = "delete what is damaged and run the same `bigan pack` again: it writes what is missing"
+REPAIR = (
+    f"delete what is damaged and the {MANIFEST} beside it, and run the same `bigan pack` again: "
+    f"it writes what is missing (for a damaged {PLAN}: into a new folder)"
+)
+GET_AGAIN = (
+    f"get the damaged shards again, then delete {MANIFEST} and index/ so that they are indexed anew"
+)
 
 Progress = Callable[[int, int], None]
 
@@ -48,6 +62,7 @@ class Report:
     problems: tuple[Problem, ...]
     notes: tuple[Note, ...] = ()
     contact_sheet: Path | None = None
+    advice: str = REPAIR  # for the case that there are problems
 
     @property
     def ok(self) -> bool:
@@ -59,7 +74,7 @@ class Report:
         verdict = "ok" if self.ok else _count(len(self.problems), "problem")
         lines = [f"{self.folder}: {verdict} ({shards}, {images} decoded)"]
         lines += _first([f"  {problem.where}: {problem.what}" for problem in self.problems])
-        lines += [] if self.ok else [REPAIR]
+        lines += [] if self.ok else [self.advice]
         lines += _first([f"note: {note.what}" for note in self.notes])
         lines += [f"contact sheet: {self.contact_sheet}"] if self.contact_sheet else []
         return "\n".join(map(_printable, lines))
@@ -89,7 +104,8 @@ def verify(
 
     `deep` also looks at the pixels (duplicates, constant images, class balance, statistics) and
     writes <folder>/contact_sheet.png; of a pyramid, at those of its largest level.
-    `jobs` threads (None: one per core, at most 16), each with one shard in memory.
+    `jobs` threads (None: one per core, at most 16) need the memory of an image each; in all there
+    are some 100 bytes for each sample.
     `progress(images done, images in all)` is called after each shard.
     Raises `DataError` only if the folder is no data set or was not packed to the end.
     """
@@ -104,7 +120,8 @@ def verify(
             if level.manifest is None:
                 problems += level.named(_walk_all(level.folder))
                 continue
-            index, wrong = _read_index(level.manifest, level.shards)
+            problems += level.named(check_records(level.manifest))
+            index, wrong = read_index(level.manifest, level.shards)
             problems += level.named(wrong)
             scan = partial(scan_shard, level.manifest, deep and level is levels[-1])
             for found in executor.map(scan, level.shards, [index.get(s.url) for s in level.shards]):
@@ -129,6 +146,7 @@ def verify(
         problems=tuple(problems),
         notes=tuple(notes),
         contact_sheet=sheet,
+        advice=GET_AGAIN if any(level.is_adopted for level in levels) else REPAIR,
     )
 
 
@@ -145,6 +163,13 @@ class _Level:
     shards: tuple[Shard, ...]
     scans: list[Scan] = field(default_factory=list)  # of `shards`
 
+    @property
+    def is_adopted(self) -> bool:
+        """Whether the shards are the user's originals; `bigan pack` leaves its plan beside its."""
+        if self.manifest is None:
+            return not (self.folder / PLAN).is_file()
+        return is_adopted(self.manifest)
+
     def named(self, problems: Iterable[Problem]) -> list[Problem]:
         """The same problems as seen from the folder of the pyramid."""
         start = f"{self.name}/" if self.name else ""
@@ -156,7 +181,7 @@ def _open(folder: Path) -> tuple[list[_Level], list[Problem]]:
     if (folder / MANIFEST).exists() or not (folder / PYRAMID).is_file():
         level, problems = _open_level("", folder)
         return [level], problems
-    names, problems = _level_names(folder)
+    content, names, problems = _read_pyramid(folder)
     levels = []
     for name in names:
         try:
@@ -166,21 +191,52 @@ def _open(folder: Path) -> tuple[list[_Level], list[Problem]]:
         else:
             levels.append(level)
             problems += level.named(wrong)
-    return levels, problems
+    return levels, problems + _check_pyramid(folder, content, names, levels)
 
 
-def _level_names(folder: Path) -> tuple[list[str], list[Problem]]:
+def _read_pyramid(folder: Path) -> tuple[dict[str, Any], list[str], list[Problem]]:
+    """(content of pyramid.json, names of the levels, problems)."""
     problems = []
+    content: dict[str, Any] = {}
     try:
-        names = json.loads((folder / PYRAMID).read_text(encoding="utf-8"))["levels"]
-        if not names or not all(isinstance(n, str) and Path(n).name == n for n in names):
+        content = json.loads((folder / PYRAMID).read_text(encoding="utf-8"))
+        names = content["levels"]
+        if not names or not all(isinstance(n, str) and re.fullmatch(r"r\d+", n) for n in names):
             raise ValueError("its levels are not names of folders")
     except (OSError, ValueError, KeyError, TypeError) as error:
+        content = {}
         names = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
         if not names:
             raise DataError(f"{folder / PYRAMID}: cannot be read: {error}") from None
         problems.append(Problem(PYRAMID, f"cannot be read: {error}"))
-    return names, problems
+    return content, names, problems
+
+
+def _check_pyramid(
+    folder: Path, content: dict[str, Any], names: list[str], levels: list[_Level]
+) -> list[Problem]:
+    """pyramid.json and the plan beside it against the levels; folders of levels it does not list.
+
+    A level that is listed but missing has been reported when it was opened.
+    """
+    problems = [
+        Problem(path.name, f"is not listed in {PYRAMID}: a level was removed from the list, or "
+                           "the folder is a stray one")
+        for path in sorted(folder.glob("r*"))
+        if re.fullmatch(r"r\d+", path.name) and path.is_dir() and path.name not in names
+    ]  # fmt: skip
+    manifests = [level.manifest for level in levels if level.manifest]
+    if not content or len(manifests) < len(names):
+        return problems
+    top = manifests[-1]
+    resolutions = [manifest.resolution for manifest in manifests]
+    expected = {"plan": top.plan, "name": top.name, "levels": names, "resolutions": resolutions}
+    wrong = [key for key in expected | content if content.get(key) != expected.get(key)]
+    if resolutions != sorted(set(resolutions)):
+        wrong.append("levels")
+    problems += [Problem(PYRAMID, f"its {key!r} is not that of the levels") for key in wrong]
+    plan = {name: top.records[name] for name in (PLAN,) if name in top.records}
+    return problems + check_hashes(folder, plan)
 
 
 def _open_level(name: str, folder: Path) -> tuple[_Level, list[Problem]]:
@@ -220,11 +276,9 @@ def _check_listing(level: _Level) -> list[Problem]:
     if level.manifest is None:
         return []
     listed = {shard.url for shard in level.shards}
-    return [
-        Problem(file.name, f"is not listed in {MANIFEST}: remove it from the folder")
-        for file in _tars(level.folder)
-        if file.name not in listed
-    ]
+    what = f"is not listed in {MANIFEST}: "
+    what += "delete that and index/" if level.is_adopted else "remove it from the folder"
+    return [Problem(file.name, what) for file in _tars(level.folder) if file.name not in listed]
 
 
 def _tars(folder: Path) -> list[Path]:
@@ -236,8 +290,9 @@ def _walk_all(folder: Path) -> list[Problem]:
     problems = []
     for file in _tars(folder):
         try:
-            for _ in walk_tar(file.read_bytes(), file.name):
-                pass
+            with mapped(file) as data:
+                for _ in walk_tar(data, file.name):
+                    pass
         except OSError as error:
             problems.append(Problem(file.name, f"cannot be read: {error.strerror}"))
         except DataError as error:
@@ -277,47 +332,6 @@ def _compare_levels(levels: list[_Level]) -> list[Problem]:
                 what = f"samples or labels differ from those in {top.name}"
                 problems.append(Problem(f"{level.name}/{name}", what))
     return problems
-
-
-def _read_index(
-    manifest: Manifest, shards: tuple[Shard, ...]
-) -> tuple[dict[str, Columns], list[Problem]]:
-    """The index of each of `shards` by its file name (none where damaged), and what is wrong."""
-    found: dict[str, Columns] = {}
-    problems: list[Problem] = []
-    for split in dict.fromkeys(shard.split for shard in shards):
-        members = [shard for shard in shards if shard.split == split]
-        ends = np.cumsum([shard.nsamples for shard in members]).tolist()
-        columns: Columns = {}
-        for column, dtype in COLUMNS.items():
-            name = index_name(split, column)
-            try:
-                data = (manifest.folder / name).read_bytes()
-                values = np.load(io.BytesIO(data), allow_pickle=False)
-            except FileNotFoundError:
-                problems.append(Problem(name, "index file is missing"))
-                continue
-            except Exception as error:  # NumPy raises many kinds; all mean the same here
-                problems.append(Problem(name, f"cannot be read: {error}"))
-                continue
-            if hashlib.sha256(data).hexdigest() != manifest.index.get(name):
-                what = f"sha256 differs from the one in {MANIFEST}: its content was changed"
-                problems.append(Problem(name, what))
-            if values.dtype != dtype or values.shape != (ends[-1],):
-                what = f"holds {values.dtype} {list(values.shape)}, expected "
-                problems.append(Problem(name, f"{what}{np.dtype(dtype)} [{ends[-1]}]"))
-                continue
-            columns[column] = values
-        if "shard" in columns:
-            expected = np.repeat(np.arange(len(members)), [s.nsamples for s in members])
-            if not np.array_equal(columns.pop("shard"), expected):
-                what = f"assigns samples to other shards than {MANIFEST}"
-                problems.append(Problem(index_name(split, "shard"), what))
-        if {"offset", "size", "label"} <= columns.keys():
-            for shard, end in zip(members, ends, strict=True):
-                rows = slice(end - shard.nsamples, end)
-                found[shard.url] = {name: values[rows] for name, values in columns.items()}
-    return found, problems
 
 
 # --- text ---------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from bigan.data import DataError, archives
 from bigan.data.sources import open_source
@@ -179,6 +180,18 @@ def test_two_data_sets_in_one_folder(tmp_path: Path) -> None:
     cifar(tmp_path / "cifar-100-python", hundred=True)
     with pytest.raises(DataError, match="several data sets"):
         open_source(tmp_path)
+
+
+def test_everyday_names_are_no_cifar(tmp_path: Path) -> None:
+    """Lists called "train" and "test" beside photos; all three names together are CIFAR-100."""
+    (tmp_path / "cats").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "cats" / "1.png")
+    for name in ("train", "test"):
+        (tmp_path / name).write_text("cats/1.png\n")
+    source = open_source(tmp_path, resolution=8)
+    assert (source.keys, source.passed_over) == (("cats/1.png",), 2)
+    images = cifar(tmp_path, hundred=True)
+    assert len(open_source(tmp_path)) == len(images)
 
 
 def test_damaged_and_foreign_gzip_archives(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from bigan.data import convert
 from bigan.data.convert import square, to_square
-from bigan.data.decode import BadImageError
+from bigan.data.decode import BadImageError, first_line
 
 SIZE = (8, 8)
 RNG = np.random.default_rng(0)
@@ -196,7 +196,7 @@ def test_enlarging_is_asked_for() -> None:
     assert square(small, 32, allow_upscale=True).shape == (32, 32, 3)
 
 
-def test_bit_rot_in_jpeg_is_refused() -> None:
+def test_damaged_structure_of_a_jpeg_is_refused() -> None:
     """PIL shows these files without a word."""
     data = bytearray(coded(smooth(200, 200), "JPEG", quality=90))
     middle = len(data) * 2 // 3
@@ -230,9 +230,15 @@ def test_what_is_no_picture() -> None:
         b"<html>not found</html>",
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n",
     ):  # PostScript is not even recognised, let alone run
-        with pytest.raises(BadImageError, match="cannot identify") as error:
+        with pytest.raises(BadImageError, match=r"^is no known kind of image$"):
             square(data, 8)
-        assert "\n" not in str(error.value)
+
+
+def test_reasons_are_the_same_in_every_process() -> None:
+    assert first_line(ValueError("<io.BytesIO object at 0x7f12ab> is bad\nmore")) == (
+        "<io.BytesIO object> is bad"
+    )
+    assert first_line(ValueError()) == "ValueError"
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])

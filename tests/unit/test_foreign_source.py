@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import os
 import tarfile
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ import webdataset
 from PIL import Image
 
 from bigan.data import DataError
+from bigan.data.adopt import adopt
 from bigan.data.foreign import Sample, list_samples
 from bigan.data.pack import pack_source
 from bigan.data.shards import Manifest
@@ -26,6 +29,12 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
 def png(number: int) -> bytes:
     file = io.BytesIO()
     Image.fromarray(PIXELS[number]).save(file, "PNG")
+    return file.getvalue()
+
+
+def jpeg(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(PIXELS[number]).save(file, "JPEG")
     return file.getvalue()
 
 
@@ -257,6 +266,50 @@ def test_packed_folder_keeps_splits_names_and_pixels(tmp_path: Path) -> None:
     smaller = open_source(tmp_path / "packed", resolution=4, channels=3, resize="area")
     assert smaller.read(0).shape == (4, 4, 3)
     assert smaller.transform == f"{packed.transform}+center-area-v1"
+
+
+def test_packed_folder_without_test_split_gets_none(tmp_path: Path) -> None:
+    source = dataclasses.replace(digits(8), splits=("train",) * 1797)
+    pack_source(source, tmp_path / "packed")
+    assert set(open_source(tmp_path / "packed", test_fraction=0.5).splits) == {"train"}
+
+
+def test_indexing_tars_changes_neither_keys_nor_splits(tmp_path: Path) -> None:
+    root = shards(tmp_path / "s", cls=lambda i: i % 3)
+    before = open_source(root, resolution=8, val_fraction=0.2, test_fraction=0.2)
+    assert before.stamp
+    adopt(root)
+    after = open_source(root, resolution=8, val_fraction=0.2, test_fraction=0.2)
+    for field in dataclasses.fields(before):
+        if field.name != "read":
+            assert getattr(before, field.name) == getattr(after, field.name)
+    os.utime(root / "00002.tar", ns=(1, 1))
+    touched = open_source(root, resolution=8)
+    assert (touched.identity, touched.stamp != before.stamp) == (before.identity, True)
+
+
+def test_tars_that_cannot_be_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, and no advice to run code from the file."""
+    file = io.BytesIO()
+    np.save(file, np.asarray([{}], object))
+    for content in (file.getvalue(), b"damaged" * 20):
+        (tmp_path / "0.tar").write_bytes(tar(("1.npy", content)))
+        with pytest.raises(DataError) as error:
+            adopt(tmp_path)
+        one_line(error, "0.tar/1 is damaged")
+        assert "pickle" not in str(error.value)
+    (tmp_path / "0.tar").write_bytes(tar(("1.png", png(0)), ("1.cls", b"900000")))
+    with pytest.raises(DataError, match="label 900000 makes too many classes"):
+        adopt(tmp_path)
+    (tmp_path / "0.tar").write_bytes(tar(("1.jfif", jpeg(0)), ("1.cls", b"0")))
+    assert adopt(tmp_path).encoder == "jpg"
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "some\nfile")
+
+    monkeypatch.setattr("bigan.data.adopt._shapes", refuse)
+    with pytest.raises(DataError, match="cannot be read: Permission denied"):
+        adopt(tmp_path)
 
 
 def test_unfinished_pack_is_no_source(tmp_path: Path) -> None:

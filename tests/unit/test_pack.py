@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -224,6 +226,31 @@ def test_large_images_become_png(tmp_path: Path) -> None:
     assert only(pack_source(drawn(12, resolution=128), tmp_path / "e")).encoder == "npy"
 
 
+def test_records_are_in_the_manifest(tmp_path: Path) -> None:
+    """Also that of a shard without a usable image."""
+    lost = pack_plan.make_plan(drawn(50), shard_size=10).members[1]
+    packed = pack_source(drawn(50, bad=lost), tmp_path, shard_size=10, max_bad=10, pyramid=4)
+    for manifest in packed.manifests:
+        noted = [manifest.folder / "plan.json", *manifest.folder.glob("index/*.json")]
+        assert len(noted) == 7
+        assert manifest.records == {
+            file.relative_to(manifest.folder).as_posix(): hashlib.sha256(
+                file.read_bytes()
+            ).hexdigest()
+            for file in noted
+        }
+
+
+def test_index_that_cannot_be_read(tmp_path: Path) -> None:
+    manifest = only(pack_source(drawn(50), tmp_path))
+    file = tmp_path / next(iter(manifest.index))
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(DataError) as error:
+        manifest.verify_index()
+    one_line(error, f"{file}: cannot be read: Is a directory")
+
+
 # --- again --------------------------------------------------------------------------------------
 
 
@@ -302,7 +329,7 @@ def test_bad_images_are_all_named(photos: Path, tmp_path: Path) -> None:
     one_line(
         error, "2 of 60 images", "--max-bad 0", "class1/image.31.jpg: ", "class0/image.10.jpg: "
     )
-    one_line(error, "bad.txt", "--max-bad 2")
+    one_line(error, "bad.txt", f"delete {tmp_path / 'd'} and pack again", "--max-bad 2")
     assert not (tmp_path / "d" / "manifest.json").exists()
     listed = (tmp_path / "d" / "bad.txt").read_text().splitlines()
     assert {line.split("\t")[0] for line in listed} == {
@@ -310,6 +337,32 @@ def test_bad_images_are_all_named(photos: Path, tmp_path: Path) -> None:
         "class0/image.10.jpg",
     }
     assert only(pack(root, tmp_path / "d", resolution=8, max_bad=2)).num_bad == 2
+
+
+def test_originals_removed_since_the_pack_was_begun(photos: Path, tmp_path: Path) -> None:
+    """The way out is named; the same images in other splits are another matter."""
+    root, target = shutil.copytree(photos, tmp_path / "root"), tmp_path / "d"
+    empty = root / "class1" / "image.31.jpg"
+    empty.write_bytes(b"")
+    with pytest.raises(DataError, match="1 of 60"):
+        pack(root, target, resolution=8, shard_size=20)
+    with pytest.raises(DataError) as error:
+        pack(root, target, resolution=8, shard_size=20, test_fraction=0.2)
+    one_line(error, "already holds another pack (the same images in other splits or classes)")
+    empty.unlink()
+    for size in (20, None):
+        with pytest.raises(DataError) as error:
+            pack(root, target, resolution=8, shard_size=size)
+        one_line(error, "begun with other source files", f"delete {target} and run the same")
+    shutil.rmtree(target)
+    (root / "notes.txt").write_text("not an image")
+    packed = pack(root, target, resolution=8, shard_size=20)
+    assert packed.complete
+    assert packed.passed_over == 1
+    assert pack(root, target, resolution=8, shard_size=20).passed_over == 1  # complete
+    (root / "class0" / "image.00.jpg").unlink()
+    with pytest.raises(DataError, match=r"already holds another pack \(identity"):
+        pack(root, target, resolution=8, shard_size=20)
 
 
 def test_max_bad(tmp_path: Path) -> None:
@@ -461,8 +514,8 @@ def test_refusals_leave_everything_as_it_was(digits: Path, photos: Path, tmp_pat
         ("digits", tmp_path / "d", {"shard_size": 0}, "shard size 0"),
         ("digits", tmp_path / "d", {"part": (5, 4)}, "part 5/4"),
         ("digits", tmp_path / "d", {"part": (0, 0)}, "part 0/0"),
-        ("digits", tmp_path / "d", {"jobs": 0}, "jobs 0"),
-        ("digits", tmp_path / "d", {"max_bad": -1}, "max_bad -1"),
+        ("digits", tmp_path / "d", {"jobs": 0}, "jobs 0: must be positive"),
+        ("digits", tmp_path / "d", {"max_bad": -1}, "max_bad -1: must not be negative"),
         ("digits", tmp_path / "file" / "below", {}, "below"),
     ]:
         with pytest.raises(DataError) as error:

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,20 +24,21 @@ from PIL import Image
 from bigan import files
 from bigan.data import DataError
 from bigan.data.pack import Packed, pack
+from bigan.data.pack_claim import STAMP
 from bigan.data.shards import Manifest
 
 Part = tuple[int, int]
 
 
 def make_photos(root: Path, num: int, size: int) -> Path:
-    """`num` JPEG files in two classes, one of them cut off."""
+    """`num` JPEG files in two classes, one of them an error page of a web server."""
     draws = np.random.default_rng(0)
     for i in range(num):
         file = root / f"class{i % 2}" / f"{i:05d}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
         pixels = draws.integers(0, 256, (size // 8, size // 8, 3), np.uint8)
         Image.fromarray(pixels).resize((size + i % 7, size)).save(file)
-    file.write_bytes(file.read_bytes()[:1000])
+    file.write_bytes(b"<html>404 Not Found</html>")
     return root
 
 
@@ -145,8 +147,8 @@ def test_killed_at_every_kind_of_write(photos: Path, tmp_path: Path) -> None:
     whole = pack(photos, tmp_path / "undisturbed", resolution=8, shard_size=32, max_bad=1)
     shards = len(whole.manifests[0].shardlist)
     target = tmp_path / "killed"
-    # Writes: the plan, tar and record of each shard, bad.txt, 8 index columns, the manifest.
-    moments = [(1, 0, 0), (4, 1, 1), (4, 3, 2), (2 * shards - 3, shards, shards)]
+    # Writes: plan, stamp, tar and record of each shard, bad.txt, 8 index columns, the manifest.
+    moments = [(1, 0, 0), (5, 1, 1), (4, 3, 2), (2 * shards - 3, shards, shards)]
     for writes, tars, records in [*moments, (1, shards, shards), (3, shards, shards)]:
         killed_pack(photos, target, writes)
         assert len(list(target.glob("[a-z]*.tar"))) == tars
@@ -158,6 +160,41 @@ def test_killed_at_every_kind_of_write(photos: Path, tmp_path: Path) -> None:
     pack(photos, target, resolution=8, shard_size=32, max_bad=1)
     assert tree(target) == tree(tmp_path / "undisturbed")
     assert (target / "train-000000.tar").stat().st_mtime_ns == kept
+
+
+def test_source_changed_since_the_pack_was_begun(tmp_path: Path) -> None:
+    """Other pixels of the same size must not be mixed with those of before."""
+
+    def photos(red: int) -> None:
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        for i in range(80):
+            Image.new("RGB", (8, 8), (red, i, i)).save(tmp_path / "photos" / f"{i}.bmp")
+
+    def run(spec: Path, **options: object) -> Packed:
+        return pack(spec, tmp_path / "d", resolution=8, shard_size=20, **options)  # type: ignore[arg-type]
+
+    photos(1)
+    copy = shutil.copytree(tmp_path / "photos", tmp_path / "copy" / "photos")  # keeps the times
+    assert not run(tmp_path / "photos", part=(0, 2)).complete
+    assert not run(copy, part=(0, 2)).complete
+    photos(2)
+    with pytest.raises(DataError) as error:
+        run(tmp_path / "photos")
+    assert str(error.value) == (
+        f"{tmp_path / 'd'}: the source's files were changed since this pack was begun; delete "
+        f"{tmp_path / 'd'} and pack again"
+    )
+    # The stamp is no part of the result; a finished set is what it is.
+    assert run(copy).complete
+    for file in copy.iterdir():
+        os.utime(file, ns=(1, 1))
+    pack(copy, tmp_path / "other", resolution=8, shard_size=20)
+    assert tree(tmp_path / "d") == tree(tmp_path / "other")
+    assert run(tmp_path / "photos").complete
+    # Killed just before the end: what remains is cleared away.
+    (tmp_path / "d" / STAMP).write_text("begun")
+    assert run(copy).complete
+    assert tree(tmp_path / "d") == tree(tmp_path / "other")
 
 
 @pytest.mark.parametrize("damage", ["tar gone", "tar cut", "record gone", "record cut", "other"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import threading
 import tracemalloc
@@ -173,6 +174,7 @@ CSV = "file,label\nx/1.png,cat\n2.png,dog\n3.png,cat\n"
         CSV,
         "\ufeff" + CSV.replace("\n", "\r\n"),
         CSV.removeprefix("file,label\n"),
+        CSV.replace("file,label\n", "image_id,breed\n"),
         "id,Path,Target\n7,x/1.png,cat\n8, 2.png ,dog\n\n9,./3.png,cat\n",
         'class,name\ncat,"x/1"\ndog,2\ncat,x\\..\\3.png\ncat,3\n',
     ],
@@ -239,6 +241,13 @@ def test_entries_and_images_that_do_not_fit(root: Path, tmp_path: Path) -> None:
         ("labels.csv", b"a,b,c\n1.png,2,3\n", "no header"),
         ("labels.csv", b"file,x,label\n1.png,2\n", "line 2 has too few columns"),
         ("labels.csv", b"1.png,\xff\n", "not UTF-8"),
+        ("labels.csv", b"file;label\n1.png;2\n", "separated by ';'; separate them by commas"),
+        ("labels.csv", b"1.png\tdog\n", "separated by '\\t'; separate them by commas"),
+        (
+            "labels.csv",
+            b"1.png,900000\n",
+            "1.png has label 900000, which makes 900001 classes of 1",
+        ),
         ("labels.csv", b"other.png,a\n", "holds no usable image"),
         ("dataset.json", b"{", "cannot be read"),
         ("dataset.json", b"[" * 100_000, "cannot be read"),
@@ -290,6 +299,43 @@ def test_damaged_file_is_a_bad_image(root: Path) -> None:
     (root / "1.png").unlink()
     with pytest.raises(BadImageError, match="No such file"):
         source.read(0)
+
+
+def test_other_kinds_of_file_are_counted(root: Path) -> None:
+    """An image of an unknown kind must not vanish without a word; hidden files may."""
+    write(root, "a/1.png", "a/2.jpg", "b/..dots..png", "b/.hidden.png", ".git/x.png")
+    (root / "a" / "2.jpg").rename(root / "a" / "2.JFIF")
+    shutil.copy(root / "a" / "2.JFIF", root / "b" / "3.jpe")
+    for name in ("README.txt", "a/4.heic", "a/labels.csv", "b/.DS_Store", "b/..heic"):
+        (root / name).write_bytes(b"?")
+    (root / "labels.csv").write_text("a/1,x\na/2,x\nb/..dots.,y\nb/3,y\n")
+    (root / "gone.txt").symlink_to(root / "nowhere")
+    folder = open_source(root, resolution=8)
+    assert folder.keys == ("a/1.png", "a/2.JFIF", "b/..dots..png", "b/3.jpe")
+    assert (folder.passed_over, folder.bad) == (5, ())
+    (root / "gone.txt").unlink()
+    with zipfile.ZipFile(root.with_suffix(".zip"), "w") as file:
+        for path in (path for path in root.rglob("*") if path.is_file()):  # `write` drops the "./"
+            file.writestr(f"./wrap/{path.relative_to(root)}", path.read_bytes())
+    archive = open_source(root.with_suffix(".zip"), resolution=8)
+    assert (archive.keys, archive.passed_over, archive.bad) == (folder.keys, 4, ())
+    with zipfile.ZipFile(root.with_suffix(".zip"), "a") as file:
+        file.writestr("./", b"")
+        file.writestr("read-me.txt", b"?")
+    archive = open_source(root.with_suffix(".zip"), resolution=8)
+    assert (archive.keys, archive.passed_over, archive.bad) == (folder.keys, 5, ())
+
+
+def test_stamp_knows_when_files_were_changed(root: Path) -> None:
+    write(root, "a/1.png", "b/2.png")
+    before = both(root)
+    assert [source.stamp for source in both(root)[:1]] == [before[0].stamp]
+    os.utime(root / "b" / "2.png", ns=(1, 1))
+    os.utime(root.with_suffix(".zip"), ns=(1, 1))
+    after = [open_source(spec, resolution=8) for spec in (root, root.with_suffix(".zip"))]
+    for old, new in zip(before, after, strict=True):
+        assert old.identity == new.identity
+        assert "" != old.stamp != new.stamp
 
 
 def test_zip_without_wrapping_folder_and_strangers(root: Path) -> None:

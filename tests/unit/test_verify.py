@@ -6,7 +6,9 @@ import hashlib
 import io
 import json
 import os
+import tarfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 from PIL import Image
 
 from bigan.data import DataError, tario
+from bigan.data.adopt import adopt
 from bigan.data.decode import Encoding, encode
 from bigan.data.pack import pack
 from bigan.data.shards import COLUMNS, Manifest, Shard, content_fingerprint, index_name
@@ -315,8 +318,6 @@ def test_shards_whose_members_are_not_what_the_index_says(pngs: Path) -> None:
 
 
 def test_members_that_make_no_sample(pngs: Path) -> None:
-    import tarfile
-
     image = encode(picture(0), "png")
     with tarfile.open(pngs / "test-000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for name, data in (
@@ -429,6 +430,186 @@ def test_a_manifest_that_is_none(pngs: Path, text: str) -> None:
     assert len(report.problems) == 2
 
 
+# --- every file of a packed set -----------------------------------------------------------------
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """What `bigan pack` itself writes, of 12 images; one more cannot be used."""
+    for number in range(12):
+        file = tmp_path / "photos" / CLASSES[number % 3] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(number)).save(file)
+    (tmp_path / "photos" / "cat" / "bad.png").write_bytes(b"no image")
+    folder = tmp_path / "packed"
+    pack(tmp_path / "photos", folder, resolution=8, shard_size=8, test_fraction=0, max_bad=1)
+    return folder
+
+
+def check_flips(folder: Path, files: list[Path], step: int) -> None:
+    """Each single flipped byte must be found, unless the JSON still means the same."""
+    assert verify(folder).ok, verify(folder).as_text()
+    for file in files:
+        whole = file.read_bytes()
+        for position in range(0, len(whole), step):
+            flip(file, position)
+            try:
+                report = verify(folder, jobs=1)
+            except DataError:
+                report = None
+            where = file.relative_to(folder).as_posix()
+            assert report is None or not report.ok, f"byte {position} of {where}"
+            file.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("plan.json", 17), ("manifest.json", 17), ("index/*.json", 23), ("index/*.npy", 13)],
+)
+def test_a_flipped_byte_in_any_file_beside_the_shards(packed: Path, name: str, step: int) -> None:
+    files = sorted(packed.glob(name))
+    assert files
+    check_flips(packed, files, step)
+
+
+def test_the_files_that_hold_no_image_are_all_listed(packed: Path) -> None:
+    listed = Manifest.read(packed)
+    assert listed.index.keys() | listed.records.keys() == {
+        file.relative_to(packed).as_posix()
+        for file in [packed / "plan.json", *packed.glob("index/*")]
+    }
+
+
+def test_missing_and_extra_files_of_the_index(packed: Path) -> None:
+    (packed / "plan.json").unlink()
+    (packed / "index" / "train-000000.json").rename(packed / "index" / "train-000007.json")
+    (packed / "index" / "val.size.npy").write_bytes(b"")
+    (packed / "index" / ".train-000000.json.7.tmp").write_bytes(b"")
+    (packed / "index" / "train-000001.json").unlink()
+    (packed / "index" / "train-000001.json").mkdir()
+    assert sorted(found(verify(packed))) == [
+        "index/train-000000.json: is missing",
+        "index/train-000001.json: cannot be read: Is a directory",
+        "index/train-000007.json: is not listed in manifest.json: remove it",
+        "index/val.size.npy: is not listed in manifest.json: remove it",
+        "plan.json: is missing",
+    ]
+
+
+def test_records_are_not_looked_up_outside_the_folder(packed: Path) -> None:
+    edit(packed, lambda m: m["records"].update({"../photos/cat/bad.png": "0"}))
+    report = verify(packed)
+    assert has(report, "manifest.json: was edited or is damaged (checksum)")
+    assert has(report, "manifest.json: lists '../photos/cat/bad.png', which leads out")
+    assert len(report.problems) == 2
+
+
+def test_an_edited_name_is_found_and_the_search_goes_on(packed: Path) -> None:
+    edit(packed, lambda m: m.update(name="x" + m["name"]))
+    flip(packed / "train-000001.tar", 20)
+    report = verify(packed)
+    assert has(report, "manifest.json: was edited or is damaged (checksum)")
+    assert has(report, "train-000001.tar: damaged tar header")
+
+
+def test_the_advice_repairs_what_can_be_damaged(packed: Path) -> None:
+    before = {file: sha256(file) for file in packed.rglob("*") if file.is_file()}
+    for file in (packed / "index" / "train-000000.json", packed / "train-000001.tar"):
+        flip(file, 50)
+        assert "and the manifest.json beside it" in verify(packed).as_text()
+        file.unlink()
+        (packed / "manifest.json").unlink()
+        options = {"resolution": 8, "shard_size": 8, "test_fraction": 0, "max_bad": 1}
+        pack(packed.parent / "photos", packed, **options)
+        assert verify(packed).ok
+    assert before == {file: sha256(file) for file in packed.rglob("*") if file.is_file()}
+
+
+# --- shards of somebody else ---------------------------------------------------------------------
+
+
+def foreign(folder: Path, kind: str) -> Path:
+    """Two tars of six images each, indexed where they are, in the manner that `kind` says."""
+    folder.mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / f"part-{shard}.tar", "w") as tar:
+            for number in range(6):
+                image = encode(picture(6 * shard + number), "jpg")
+                key, label = f"{number:04d}", number % 3
+                members = {
+                    "jpeg+cls": {"jpeg": image, "cls": b"%d" % label},
+                    "jpg+json": {"jpg": image, "json": json.dumps({"label": label}).encode()},
+                    "unlabelled": {"jpg": image, "txt": b"a cat"},
+                    "dotted folder": {"jpg": image, "cls": b"%d" % label},
+                }[kind]
+                for suffix, data in members.items():
+                    start = "v1.0/" if kind == "dotted folder" else ""
+                    info = tarfile.TarInfo(f"{start}{key}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    adopt(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["jpeg+cls", "jpg+json", "unlabelled", "dotted folder"])
+def test_shards_that_bigan_only_indexed(tmp_path: Path, kind: str) -> None:
+    folder = foreign(tmp_path / "found", kind)
+    (folder / "index" / "mine.txt").write_text("the folder is the user's")
+    report = verify(folder, deep=True)
+    assert report.ok, report.as_text()
+    assert (report.num_shards, report.num_images) == (2, 12)
+    assert report.contact_sheet is not None
+    whole = (folder / "manifest.json").read_text()
+    for mark in ("plan", "transform"):  # a damaged manifest does not hide what the shards are
+        edit(folder, lambda m, mark=mark: m.update({mark: "x"}))
+        assert {problem.where for problem in verify(folder).problems} == {"manifest.json"}
+        (folder / "manifest.json").write_text(whole)
+
+
+def test_damage_to_shards_that_bigan_only_indexed(tmp_path: Path) -> None:
+    folder = foreign(tmp_path / "found", "jpeg+cls")
+    file = folder / "part-0.tar"
+    damaged = member(file, "0002.jpeg")
+    flip(file, damaged.offset + 1)  # no JPEG any more
+    later = member(file, "0004.jpeg")
+    flip(file, later.offset - 512)  # its header
+    flip(folder / "part-1.tar", member(folder / "part-1.tar", "0001.cls").offset, 2)  # 1 to 3
+    (folder / "new.tar").write_bytes(b"")
+    report = verify(folder)
+    assert has(report, "new.tar: is not listed in manifest.json: delete that and index/")
+    assert has(report, "part-0.tar: sha256 differs")
+    assert has(report, "part-0.tar: member 0002.jpeg: does not decode")
+    assert has(report, f"part-0.tar: damaged tar header at byte {later.offset - 512}")
+    assert has(report, "part-1.tar: sha256 differs")
+    assert has(report, "part-1.tar: member 0001.jpeg: has label 3, but there are 3 classes")
+    assert len(report.problems) == 6, report.as_text()
+    assert report.num_images == 11
+    advice = report.as_text().splitlines()[-1]
+    assert advice.startswith("get the damaged shards again, then delete manifest.json and index/")
+    (folder / "manifest.json").write_text("{")
+    assert verify(folder).as_text().splitlines()[-1] == advice, "they are originals in any case"
+
+
+def test_a_lost_label_of_shards_that_bigan_only_indexed(tmp_path: Path) -> None:
+    folder = foreign(tmp_path / "found", "jpg+json")
+    file = folder / "part-0.tar"
+    file.write_bytes(file.read_bytes().replace(b'"label"', b'"lable"', 1))
+    report = verify(folder)
+    assert has(report, "part-0.tar: member 0000.jpg: has no label")
+    assert len(report.problems) == 2
+
+
+def test_memory_does_not_grow_with_the_size_of_a_shard(tmp_path: Path) -> None:
+    noise = [(f"{n:09d}", encode(picture(n, 512), "npy"), 0) for n in range(32)]
+    folder = write(tmp_path / "a", {"train-000000.tar": noise}, "npy", 512)  # 24 MiB
+    tracemalloc.start()
+    try:
+        assert verify(folder, jobs=1).ok
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
 # --- the report ---------------------------------------------------------------------------------
 
 
@@ -498,7 +679,13 @@ def pyramid(tmp_path: Path) -> Path:
     folder = tmp_path / "pyramid"
     for resolution in (4, 8):
         write(folder / f"r{resolution:04d}", samples("npy", resolution), "npy", resolution)
-    (folder / "pyramid.json").write_text(json.dumps({"levels": ["r0004", "r0008"]}))
+    content = {
+        "plan": "0" * 32,
+        "name": "animals",
+        "levels": ["r0004", "r0008"],
+        "resolutions": [4, 8],
+    }
+    (folder / "pyramid.json").write_text(json.dumps(content))
     return folder
 
 
@@ -537,7 +724,14 @@ def test_levels_with_other_labels_or_samples(pyramid: Path) -> None:
 def test_a_missing_level_and_a_damaged_list(pyramid: Path) -> None:
     (pyramid / "r0004" / "manifest.json").unlink()
     assert found(verify(pyramid)) == ["r0004: is no data set (no manifest.json); run `bigan pack`"]
-    for text in ("{", '{"levels": ["../x"]}', '{"levels": []}', "[]", '{"levels": 3}'):
+    for text in (
+        "{",
+        '{"levels": ["../x"]}',
+        '{"levels": [".."]}',
+        '{"levels": []}',
+        "[]",
+        '{"levels": 3}',
+    ):
         (pyramid / "pyramid.json").write_text(text)
         report = verify(pyramid)
         assert has(report, "pyramid.json: cannot be read")
@@ -545,6 +739,34 @@ def test_a_missing_level_and_a_damaged_list(pyramid: Path) -> None:
     (pyramid / "r0008" / "manifest.json").unlink()
     with pytest.raises(DataError, match=r"pyramid\.json: cannot be read"):
         verify(pyramid)
+
+
+def test_a_level_that_was_dropped_from_the_list(pyramid: Path) -> None:
+    content = json.loads((pyramid / "pyramid.json").read_text())
+    (pyramid / "rest").mkdir()  # not a level by its name
+    for change in ({"levels": ["r0004"], "resolutions": [4]}, {"levels": ["r0004"]}):
+        (pyramid / "pyramid.json").write_text(json.dumps(content | change))
+        report = verify(pyramid)
+        assert has(report, "r0008: is not listed in pyramid.json")
+        assert not has(report, "rest")
+    assert has(report, "pyramid.json: its 'resolutions' is not that of the levels")
+    (pyramid / "pyramid.json").write_text(json.dumps(content | {"levels": ["r0008", "r0004"]}))
+    assert has(verify(pyramid), "pyramid.json: its 'resolutions' is not that of the levels")
+    change = {"levels": ["r0004", "r0008", "r0016"], "resolutions": [4, 8, 16]}
+    (pyramid / "pyramid.json").write_text(json.dumps(content | change))
+    assert found(verify(pyramid)) == ["r0016: no such data folder; make it with `bigan pack`"]
+
+
+def test_every_flipped_byte_of_pyramid_json(pyramid: Path) -> None:
+    check_flips(pyramid, [pyramid / "pyramid.json"], step=1)
+
+
+def test_the_plan_beside_pyramid_json(packed: Path) -> None:
+    folder = packed.parent / "pyramid"
+    pack("digits", folder, resolution=8, shard_size=900, pyramid=4, encoding="npy")
+    assert verify(folder).ok, verify(folder).as_text()
+    flip(folder / "plan.json", 40)
+    assert [problem.where for problem in verify(folder).problems] == ["plan.json"]
 
 
 # --- a deep look --------------------------------------------------------------------------------
