@@ -46,6 +46,7 @@ class NodeCache:
         self.transfers = remote.Transfers()
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            files.remove_leftovers(folder, shared=True)  # half downloads of killed processes
         except OSError as error:
             raise DataError(f"{folder}: cannot be the data.cache: {error.strerror}") from None
 
@@ -103,7 +104,6 @@ class NodeCache:
                     return
                 path.unlink(missing_ok=True)
                 total -= size
-            files.remove_leftovers(self.folder, shared=True)
 
 
 class ReadAhead:

@@ -215,9 +215,11 @@ class ResampledStream:
                         if self._stop.is_set():
                             return
             except Exception as error:  # tarfile and gopen raise many kinds
+                reason = f"the tar cannot be read to its end ({type(error).__name__})"
+                if self._fetch.on_bad == "stop":
+                    raise DataError(f"{url}: {reason}; data.on_bad=skip uses the rest") from None
                 if url not in damaged:  # named once; what stands before the damage is used
                     damaged.add(url)
-                    reason = f"the tar cannot be read to its end ({type(error).__name__})"
                     yield {"__url__": url, "__key__": "(the tar)", "__damaged__": reason}
 
 

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from commands import run_bigan
 from web import serving
 
-from bigan import checkpoint, snapshot
+from bigan import checkpoint, snapshot, trainer
+from bigan.data import DataError
 from bigan.data import fetch as fetching
 from bigan.data.plan import Order
+from bigan.data.settings import Fetch
 from bigan.data.shards import Manifest
+from bigan.data.stream import Batch, ShardStream
+from bigan.errors import UserError
 from bigan.recipe import RunConfig
 from bigan.trainer import train
+from bigan.world import World
 
 Recipe = Callable[..., RunConfig]
 
@@ -108,3 +115,71 @@ def test_one_line_for_what_cannot_be_used(tmp_path: Path) -> None:
         assert part in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_only_the_first_bad_images_of_a_tick_are_named() -> None:
+    said: list[str] = []
+    bad = [fetching.BadSample(p, "x.tar", f"{p}.npy", "no image") for p in reversed(range(12))]
+    training = SimpleNamespace(
+        config=SimpleNamespace(data=Fetch(on_bad="skip")),
+        world=World(),
+        bad=bad,
+        progress=SimpleNamespace(bad_images=1),
+        engine=SimpleNamespace(echo=said.append),
+    )
+    trainer.count_bad(training)  # type: ignore[arg-type]
+    assert [line.split()[5] for line in said] == [f"{p}.npy:" for p in range(10)]
+    assert training.progress.bad_images == 13
+    assert training.bad == []
+
+
+def test_data_wait_is_that_of_its_tick(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    really, delays = ShardStream.__next__, [0.4, 0.4]
+
+    def slow_at_first(stream: ShardStream) -> Batch:
+        time.sleep(delays.pop() if delays else 0)
+        return really(stream)
+
+    monkeypatch.setattr(ShardStream, "__next__", slow_at_first)
+    waited: list[float] = []
+    before = 0
+
+    def on_tick(progress: checkpoint.Progress, report: dict[str, float]) -> None:
+        nonlocal before
+        seconds = (progress.images_seen - before) / report["train/images_per_second"]
+        waited.append(report["train/data_wait"] * seconds)
+        before = progress.images_seen
+
+    assert train(recipe("train.total_images=240"), lambda _: None, on_tick) == 0
+    assert waited[0] >= 0.8
+    assert all(seconds < 0.4 for seconds in waited[1:])
+
+
+@pytest.mark.parametrize("mode", ["exact", "resampled"])
+def test_streams_are_opened_as_the_recipe_says(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    config = recipe(f"data.mode={mode}", "data.split=val", "data.block=77", "train.seed=5")
+    for name in ("ShardStream", "ResampledStream"):
+        monkeypatch.setattr(trainer, name, lambda *args, **settings: (args, settings))
+    progress = SimpleNamespace(images_seen=80)
+    training = SimpleNamespace(config=config, world=World(), accumulation=2, progress=progress)
+    args, settings = trainer.open_stream(training)  # type: ignore[arg-type, misc]
+    want: dict[str, object] = {
+        "seed": 5, "world": World(), "batch": 40, "accumulation": 2, "images_seen": 80,
+        "fetch": config.data,
+    }  # fmt: skip
+    if mode == "resampled":
+        assert args == (config.data.path,)
+        assert settings == {**want, "shape": (16, 16, 1), "num_classes": 10}
+    else:
+        assert args == (config.data.path, "val")
+        assert settings == {**want, "block": 77}
+
+
+def test_images_are_checked_before_training(recipe: Recipe, digits: Path) -> None:
+    with pytest.raises(UserError, match="change the config or pack"):
+        trainer.check_data(recipe("model.num_classes=11"))
+    missing = recipe(f"data.path={digits}/x-{{0..3}}.tar", "data.mode=resampled")
+    with pytest.raises(DataError, match="no such shard"):
+        trainer.check_data(missing)

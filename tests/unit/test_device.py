@@ -16,8 +16,10 @@ class Event:
     def __init__(self) -> None:
         self.complete = False
         self.waited = 0
+        self.recorded = 0
 
-    def record(self, stream: object) -> None: ...
+    def record(self, stream: object) -> None:
+        self.recorded += 1
 
     def query(self) -> bool:
         return self.complete
@@ -68,3 +70,32 @@ def test_other_sizes_get_other_buffers(to_cuda: devices.ToCuda) -> None:
     big = to_cuda.take(4)
     assert big.real.shape == (4, 2, 2, 3)
     assert to_cuda.take(2) is small
+
+
+def test_a_batch_arrives_after_its_copy(
+    to_cuda: devices.ToCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stream:
+        def __init__(self) -> None:
+            self.waited: list[object] = []
+
+        def wait_event(self, event: object) -> None:
+            self.waited.append(event)
+
+    current, users = Stream(), []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, user: users.append(user))
+    sent = to_cuda.send(to_cuda.take(4))
+    event = sent.event  # type: ignore[attr-defined]
+    assert event.recorded == 1
+    sent.arrive()
+    assert current.waited == [event]
+    assert users == [current, current]  # images and labels
+
+
+def test_few_free_buffers_are_kept_on_a_cpu() -> None:
+    to_cpu = devices.ToCpu((2, 2, 3))
+    batches = [to_cpu.take(4) for _ in range(20)]
+    assert not to_cpu._free
+    batches.clear()
+    assert len(to_cpu._free) == devices.MAX_FREE

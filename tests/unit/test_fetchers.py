@@ -9,21 +9,24 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from web import Web, serving
 
-from bigan.data import DataError, cache, local, remote
+from bigan.data import DataError, cache, local, remote, workers
 from bigan.data import fetch as fetching
+from bigan.data.dataset import open_manifest
 from bigan.data.pack import pack
 from bigan.data.plan import Order, grouped
 from bigan.data.settings import DataConfig, Fetch
 from bigan.data.shards import Manifest
 from bigan.data.stream import Batch, ShardStream, sequential
+from bigan.data.streamed import Streamed
 from bigan.world import World
 
 BLOCK = 400
@@ -90,6 +93,11 @@ def test_evaluation_reads_a_url_once(digits: Path, web: Web) -> None:
     assert max(n for name, n in web.requests.items() if name.endswith(".tar")) == 1
 
 
+def test_evaluation_needs_a_batch(digits: Path) -> None:
+    with pytest.raises(DataError, match="must be positive"):
+        sequential(digits, "test", World(), 0)
+
+
 def test_groups_end_with_the_blocks() -> None:
     order = Order([10, 7, 9], 0, 10)
     ends = list(itertools.islice(order.block_ends(30), 6))
@@ -107,8 +115,11 @@ def test_groups_end_with_the_blocks() -> None:
 def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="processes cannot be used"):
         Fetch(mode="stream", backend="processes")
+    with pytest.raises(ValueError, match="processes cannot be used"):
+        Fetch(mode="resampled", backend="processes")
     assert DataConfig(path="data/digits/").path == "data/digits"
     assert DataConfig(path="s3://bucket/x/").path == "s3://bucket/x/"
+    assert DataConfig(path="pipe:cat a//b").path == "pipe:cat a//b"
 
 
 # --- streaming and caching ------------------------------------------------------------------------
@@ -121,7 +132,7 @@ def test_stream_holds_two_blocks_at_most(digits: Path) -> None:
         held = []
         for _ in itertools.islice(stream, 60):
             source = stream._fetcher._source  # type: ignore[attr-defined]
-            held.append(len(source._ready))
+            held.append(max(len(source._ready), len(source._block_of)))
     assert 0 < max(held) <= 2 * 300  # a block is of whole shards, 100 samples each
 
 
@@ -169,6 +180,7 @@ def test_other_bytes_than_the_manifest_says(digits: Path, tmp_path: Path, web: W
 def test_no_data_set_at_the_url(web: Web) -> None:
     with pytest.raises(DataError, match=r"nowhere/manifest\.json: cannot be read.*error: 404"):
         take(f"{web.url}/nowhere")
+    assert web.requests["nowhere/manifest.json"] == 1  # it will not appear by asking again
     with pytest.raises(DataError, match="unknown kind of URL"):
         take("gopher://host/data")
 
@@ -208,6 +220,8 @@ def test_small_cache_evicts_and_loses_nothing(digits: Path, web: Web, tmp_path: 
     assert sum(n for name, n in web.requests.items() if name.endswith(".tar")) > 13
     with pytest.raises(DataError, match="cannot hold two blocks"):
         take(web.url, fetch=Fetch(cache=tmp_path / "cache", cache_bytes=max(sizes)))
+    everything = Fetch(cache=tmp_path / "cache", cache_bytes=sum(sizes))
+    take(web.url, 1, fetch=everything, block=65_536)
 
 
 def test_evicted_shards_do_not_stay_open(digits: Path, web: Web, tmp_path: Path) -> None:
@@ -279,11 +293,31 @@ def damaged(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tu
     shards = manifest.shards("train")
     sample = int(Order([s.nsamples for s in shards], 0, BLOCK).samples(100, 101)[0])
     file = folder / shards[int(index.shard[sample])].url
-    content = bytearray(file.read_bytes())
-    content[int(index.offset[sample])] ^= 0xFF
-    file.write_bytes(bytes(content))
+    flip(file, int(index.offset[sample]))
     monkeypatch.setattr(fetching, "CHECKSUM_BYTES", 0)
     return folder, sample
+
+
+def flip(file: Path, byte: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[byte] ^= 0xFF
+    file.write_bytes(bytes(content))
+
+
+def test_after_the_last_sample_comes_the_first(digits: Path, damaged: tuple[Path, int]) -> None:
+    folder, _ = damaged
+    manifest = Manifest.load(folder)
+    flip(folder / manifest.shards("train")[-1].url, int(manifest.load_index("train").offset[-1]))
+    *_, end = sequential(folder, "train", World(), 500, Fetch(on_bad="skip"))
+    first = next(iter(sequential(digits, "train", World(), 1)))
+    assert torch.equal(end.real[-1:], first.real)
+    assert end.labels[-1] == first.labels[0]
+    assert (end.bad[-1].position, end.bad[-1].replacement) == (1296, 0)
+
+
+def test_a_damaged_shard_is_not_streamed(damaged: tuple[Path, int]) -> None:
+    with pytest.raises(DataError, match="damaged"):
+        take(damaged[0], fetch=Fetch(mode="stream", on_bad="skip"))
 
 
 @pytest.mark.parametrize("how", [{}, {"mode": "resident"}, {"backend": "processes"}])
@@ -353,3 +387,170 @@ def test_read_errors_are_not_skipped(digits: Path, tmp_path: Path) -> None:
             os.truncate(shard, 1000)
         with pytest.raises(DataError, match="ends before byte"):
             list(itertools.islice(stream, 30))
+
+
+# --- the parts ------------------------------------------------------------------------------------
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    """Wait for what a thread does; False if it has not happened after two seconds."""
+    deadline = time.monotonic() + 2
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_read_ahead_stays_one_block_ahead() -> None:
+    class Cache:
+        fetched: ClassVar[list[str]] = []
+
+        def fetch(self, shard: str) -> None:
+            self.fetched.append(shard)
+            if shard == "b":  # left to whoever needs it; the next ones come all the same
+                raise DataError("no such shard")
+
+    numbers = np.arange(40)
+    blocks = [(numbers[i : i + 10], numbers[i : i + 10]) for i in range(0, 40, 10)]
+    ahead = cache.ReadAhead(Cache(), "abcd", numbers // 10, iter(blocks), 1)  # type: ignore[arg-type]
+    try:
+        for position, shards in [(0, "ab"), (9, "ab"), (10, "abc"), (5, "abc"), (20, "abcd")]:
+            ahead.reached(position)
+            assert until(lambda: "".join(Cache.fetched) == shards)  # noqa: B023
+            time.sleep(0.02)
+            assert "".join(Cache.fetched) == shards
+    finally:
+        ahead.close()
+
+
+def test_cache_evicts_what_was_used_longest_ago(digits: Path, web: Web, tmp_path: Path) -> None:
+    shards = Manifest.load(digits).shards("train")[:6]
+    limit = 5 * max(shard.filesize for shard in shards)
+    leftover = tmp_path / "cache" / ".x.tar.killed.tmp"
+    leftover.parent.mkdir()
+    leftover.write_text("half a shard")
+    os.utime(leftover, (1, 1))
+    node = cache.NodeCache(tmp_path / "cache", web.url, limit)
+    files = [tmp_path / "cache" / f"{shard.sha256}.tar" for shard in shards]
+    for age, (shard, file) in enumerate(zip(shards[:5], files, strict=False)):
+        os.close(node.open(shard))
+        os.utime(file, (age + 1, age + 1))
+    os.close(node.open(shards[0]))
+    os.close(node.open(shards[5]))
+    assert [file.exists() for file in files] == [True, False, True, True, True, True]
+    assert not leftover.exists()
+
+
+def test_cache_in_an_impossible_place(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot be the data\.cache"):
+        cache.NodeCache(tmp_path / "file" / "cache", "http://host/data")
+
+
+def test_a_damaged_copy_of_the_index_is_replaced(digits: Path, web: Web, tmp_path: Path) -> None:
+    fetch = Fetch(cache=tmp_path / "cache")
+    take(web.url, 1, fetch=fetch)
+    assert not (tmp_path / "user-cache").exists()
+    copies = list((tmp_path / "cache").glob("manifests/*/index/*"))
+    assert copies
+    for copy in copies:
+        copy.write_bytes(b"damaged")
+    assert same(take(digits, 1), take(web.url, 1, fetch=fetch))
+
+
+@pytest.mark.parametrize("mode", ["exact", "stream"])
+def test_a_damaged_index_stops_every_mode(digits: Path, tmp_path: Path, mode: str) -> None:
+    shutil.copytree(digits, tmp_path / "d")
+    (file,) = (tmp_path / "d" / "index").glob("train*label*")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    with pytest.raises(DataError, match="label"):
+        take(tmp_path / "d", 1, fetch=Fetch(mode=mode))  # type: ignore[arg-type]
+
+
+def test_members_are_the_same_from_disk_and_stream(digits: Path) -> None:
+    manifest = Manifest.load(digits)
+    exact = local.LocalShards(manifest, "train")
+    streamed = Streamed(manifest, "train", iter(()), threading.Event(), 1, False)
+    for sample in (0, 101, 1296):
+        assert streamed.member(sample) == exact.member(sample)
+
+
+def test_raw_reads_are_whole_or_not_at_all(digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits, tmp_path / "d")
+    shards = local.LocalShards(Manifest.load(tmp_path / "d"), "train")
+    out, numbers = np.zeros((6, 8, 8, 1), np.uint8), np.arange(6)
+    assert shards.read_raw(numbers, numbers, out, lambda: True) == []
+    assert not out.any()  # stopped before the first one
+    end = int(shards.index.offset[5] + shards.index.size[5])
+    os.truncate(tmp_path / "d" / "train-000000.tar", end - 1)
+    assert shards.read_raw(numbers, numbers, out, lambda: False) == [5]
+    shards.close()
+
+
+def test_worker_processes_use_the_cache(digits: Path, web: Web, tmp_path: Path) -> None:
+    fetch = Fetch(mode="exact", backend="processes", cache=tmp_path / "cache")
+    rows = workers._Rows(open_manifest(web.url, fetch), "train", fetch)
+    answer = rows[np.arange(48), np.arange(48)]
+    assert isinstance(answer, tuple)
+    (want,) = itertools.islice(sequential(digits, "train", World(), 48), 1)
+    assert torch.equal(answer[0], want.real)
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
+
+
+def test_worker_processes_stop_naming_shard_and_member(
+    damaged: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def here(rows: workers._Rows, sampler: workers._Places, **_: object) -> Iterator[object]:
+        return (rows[place] for place in sampler)
+
+    monkeypatch.setattr(workers, "DataLoader", here)  # in this process: quick
+    with pytest.raises(DataError, match=rf"bad sample {damaged[1]:09d}\.npy") as error:
+        take(damaged[0], fetch=Fetch(backend="processes"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_dropped_stream_of_a_url_ends_its_threads(web: Web, tmp_path: Path) -> None:
+    for fetch in (Fetch(), Fetch(cache=tmp_path / "cache")):
+        settings: dict = {"seed": 0, "world": World(), "batch": 48, "block": 100}
+        stream = ShardStream(web.url, "train", fetch=fetch, **settings)
+        next(stream)
+        del stream
+        gc.collect()
+        assert not data_threads()
+
+
+def test_a_failed_resident_split_ends_its_threads(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise fetching.BadImageError("not today")
+
+    monkeypatch.setattr(fetching, "decode_into", refuse)
+    monkeypatch.setattr(fetching, "RESIDENT_CHUNK", 1)  # blocks of 64: the third one waits
+    with pytest.raises(DataError, match="not today"):
+        take(web.url, 1, fetch=Fetch(mode="resident"))
+    assert not data_threads()
+
+
+def test_a_command_that_goes_on_is_ended() -> None:
+    began = time.monotonic()
+    with remote.open_url("pipe:echo x; exec sleep 20", True) as stream:
+        assert stream.read(2) == b"x\n"
+    assert time.monotonic() - began < 10
+
+
+def test_buckets_need_their_programs(
+    digits: Path, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(DataError, match="needs the program 'aws'"):
+        take("s3://bucket/data", 1)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    aws = tmp_path / "bin" / "aws"  # stands in for `aws s3 cp --only-show-errors URL -`
+    aws.parent.mkdir()
+    aws.write_text(f'#!/bin/sh\n[ "$5" = - ] && exec cat "{digits}/${{4#s3://bucket/data/}}"\n')
+    aws.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{aws.parent}:{os.environ['PATH']}")
+    assert same(take(digits, 3), take("s3://bucket/data", 3))

@@ -113,6 +113,33 @@ def test_other_unfit_folders(tars: Path, tmp_path: Path) -> None:
         ShardStream(str(tars / "set-{0000..0001}.tar"), seed=0, world=World(), batch=10)
 
 
+def test_folders_without_a_usable_kind_of_image(tmp_path: Path) -> None:
+    for kind, mode, part in [("gif", "L", "of kinds gif"), ("png", "RGBA", "8-bit grey or RGB")]:
+        folder, file = tmp_path / kind, io.BytesIO()
+        folder.mkdir()
+        Image.new(mode, (SIZE, SIZE)).save(file, kind)
+        add(folder, "x.tar", {f"a.{kind}": file.getvalue(), "a.cls": b"0"})
+        with pytest.raises(DataError, match=part):
+            ShardStream(folder, seed=0, world=World(), batch=1)
+
+
+def test_packed_folders_are_never_indexed_anew(tmp_path: Path) -> None:
+    pack("digits", tmp_path / "digits", resolution=8)
+    manifest = tmp_path / "digits" / MANIFEST
+    before = manifest.read_bytes()
+    ShardStream(tmp_path / "digits", seed=0, world=World(), batch=10).close()
+    assert manifest.read_bytes() == before
+    manifest.unlink()
+    with pytest.raises(DataError):
+        ShardStream(tmp_path / "digits", seed=0, world=World(), batch=10)
+    assert not manifest.exists()
+
+
+def test_hidden_files_are_no_shards(tars: Path) -> None:
+    (tars / "._set-0000.tar").write_bytes(b"what a Mac leaves beside a file")
+    assert numbers(list(sequential(tars, "train", World(), 60))) == [i % 30 for i in range(60)]
+
+
 def test_grey_pictures_in_a_colour_set(tars: Path) -> None:
     add(tars, "x.tar", {"a.jpg": jpeg(29, mode="L"), "a.cls": b"1"})
     batches = list(sequential(tars, "train", World(), 16))
@@ -162,6 +189,10 @@ def test_resampled_draws_shards_at_random(tars: Path) -> None:
     again, other = resample(pattern, 3), resample(pattern, 3, world=World(1, 2))
     assert numbers(again) == numbers(batches[:3])
     assert numbers(other) != numbers(batches[:3])[:30]
+    resumed = resample(pattern, 3, images_seen=60)
+    assert numbers(resumed) != numbers(again)  # not the first images once more
+    assert [int(b.positions[0]) for b in resumed] == [60, 80, 100]
+    assert [len(b.labels) for b in resample(pattern, 4, accumulation=2)] == [10] * 4
 
 
 def test_resampled_reads_urls_and_resizes(tars: Path) -> None:
@@ -211,3 +242,21 @@ def test_resampled_reads_labels_of_json_and_names_a_cut_tar_once(tars: Path) -> 
 
 def sample_with_json(number: int) -> dict[str, bytes]:
     return {"jpg": jpeg(number), "json": b'{"label": %d}' % number}
+
+
+def test_resampled_images_of_one_class_need_no_label(tars: Path) -> None:
+    add(tars, "x.tar", {"a.jpg": jpeg(1)})
+    (batch,) = resample(str(tars / "x.tar"), 1, num_classes=1)
+    assert batch.labels.tolist() == [0] * 20
+    with pytest.raises(DataError, match="has no label"):
+        resample(str(tars / "x.tar"), 1)
+
+
+def test_resampled_shards_without_a_good_image_stop(tars: Path) -> None:
+    add(tars, "x.tar", {"a.jpg": jpeg(1)[:200], "a.cls": b"1"})
+    with pytest.raises(DataError, match="bad sample a"):
+        resample(str(tars / "x.tar"), 1, fetch=Fetch(on_bad="skip"))
+    cut = tars / "set-0000.tar"
+    cut.write_bytes(cut.read_bytes()[:9000])
+    with pytest.raises(DataError, match=r"set-0000\.tar: the tar cannot be read to its end"):
+        resample(str(cut), 1)  # at once, not when the shuffle buffer gives it out

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
-from bigan.data.plan import ORDER_VERSION, Order, permutation, rank_positions, rank_range
+from bigan.data.plan import (
+    ORDER_VERSION,
+    Order,
+    grouped,
+    permutation,
+    rank_positions,
+    rank_range,
+)
 from bigan.world import World
 
 UNEVEN = [7, 1, 13, 5, 0, 9, 2, 11]  # 48 samples
@@ -136,3 +145,22 @@ def test_rank_ranges_are_one_pass_in_order(num: int) -> None:
         parts = [rank_range(num, World(r, size)) for r in range(size)]
         assert [i for part in parts for i in part] == list(range(num))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_block_ends_come_after_the_start() -> None:
+    order = Order(UNEVEN, 0, 10)
+    ends = list(itertools.islice(order.block_ends(0), 20))
+    assert 48 in ends
+    assert ends == sorted(set(ends))
+    for number, end in enumerate(ends[:10]):  # from an end on, and from just before it
+        assert list(itertools.islice(order.block_ends(end), 5)) == ends[number + 1 : number + 6]
+        assert next(order.block_ends(end - 1)) == end
+
+
+def test_groups_lose_no_part() -> None:
+    numbers = np.arange(10)
+    parts = [(numbers[:4], numbers[:4]), (numbers[4:], numbers[4:])]
+    groups = grouped(parts, iter([4, 6, 100]))
+    assert [positions.tolist() for positions, _ in groups] == [
+        [0, 1, 2, 3], [4, 5], [6, 7, 8, 9],
+    ]  # fmt: skip
