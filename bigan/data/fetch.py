@@ -243,7 +243,7 @@ def make_fetcher(manifest: Manifest, split: str, blocks: Blocks, fetch: Fetch) -
         source = _cached(manifest, split, blocks, fetch)
     decoder = Decoder(source, stop, fetch.on_bad)
     if mode == "resident":
-        return Resident(decoder, fetch.threads, fetch.resident_bytes)
+        return Resident(decoder, fetch.num_threads(manifest.resolution), fetch.resident_bytes)
     return decoder
 
 

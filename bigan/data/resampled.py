@@ -125,13 +125,13 @@ class ResampledStream:
         self.close()
 
     def _reading(self, places: Iterator[np.ndarray], transfer: Transfer) -> Reading:
-        """One thread reads the tars and `fetch.threads` decode, `prefetch` batches ahead."""
+        """One thread reads the tars and `fetch.num_threads` decode, `prefetch` batches ahead."""
         samples = self._samples()
         waiting: collections.deque[tuple[np.ndarray, HostBatch, Future[list[BadSample]]]]
         waiting = collections.deque()
         with (
             ThreadPoolExecutor(1, "bigan-tar") as reader,
-            ThreadPoolExecutor(self._fetch.threads, "bigan-data") as decoders,
+            ThreadPoolExecutor(self._fetch.num_threads(self._shape[0]), "bigan-data") as decoders,
         ):
             try:
                 for positions in places:

@@ -9,6 +9,8 @@ from pydantic import Field, field_validator, model_validator
 
 from bigan.config import Frozen
 
+SMALL_RESOLUTION = 64  # pixels
+
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -22,7 +24,9 @@ class Fetch(Frozen):
     # resampled: foreign shards without a manifest, drawn with replacement; guarantees nothing
     mode: Literal["auto", "exact", "resident", "stream", "resampled"] = "auto"
     backend: Literal["threads", "processes"] = "threads"
-    threads: Positive = 2  # decoding threads (or processes) of each training process
+    # Decoding threads (or processes) of each training process. None: 2, or 1 for images of up to
+    # 64 px, which are decoded so quickly that threads mostly wait for each other's Python.
+    threads: Positive | None = None
     prefetch: Positive = 3  # batches read ahead per process
     on_bad: Literal["stop", "skip"] = "stop"  # skip: the next sample takes the place of a bad one
     allow_pipe: bool = False  # let `pipe:` URLs run shell commands
@@ -36,6 +40,10 @@ class Fetch(Frozen):
         if self.backend == "processes" and self.mode not in ("auto", "exact"):
             raise ValueError(f"backend: processes cannot be used with mode: {self.mode}")
         return self
+
+    def num_threads(self, resolution: int) -> int:
+        """`threads`, or what suits images of this size."""
+        return self.threads or (1 if resolution <= SMALL_RESOLUTION else 2)
 
 
 class DataConfig(Fetch):

@@ -238,8 +238,9 @@ def _in_threads(
     fetch: Fetch,
     transfer: Transfer,
 ) -> Reading:
-    """Fill host buffers in order, `fetch.prefetch` of them at a time, in `fetch.threads`."""
-    executor = ThreadPoolExecutor(fetch.threads, thread_name_prefix="bigan-data")
+    """Fill host buffers in order, `fetch.prefetch` of them at a time, in `fetch.num_threads`."""
+    threads = fetch.num_threads(fetcher.manifest.resolution)
+    executor = ThreadPoolExecutor(threads, thread_name_prefix="bigan-data")
     waiting: collections.deque[tuple[Indices, HostBatch, Future[list[BadSample]]]]
     waiting = collections.deque()
 

@@ -77,15 +77,16 @@ def in_processes(
     fetch: Fetch,
     transfer: Transfer,
 ) -> Reading:
-    """Fill host buffers in order from `fetch.threads` worker processes."""
+    """Fill host buffers in order from `fetch.num_threads` worker processes."""
     places = _Places(micro_batches)
     index = manifest.load_index(split)
+    num_workers = fetch.num_threads(manifest.resolution)
     loader: DataLoader[object] = DataLoader(
         _Rows(manifest, split, fetch),
         batch_size=None,
         sampler=places,
-        num_workers=fetch.threads,
-        prefetch_factor=-(-fetch.prefetch // fetch.threads),
+        num_workers=num_workers,
+        prefetch_factor=-(-fetch.prefetch // num_workers),
         collate_fn=_as_it_is,
         multiprocessing_context="spawn",
     )
