@@ -27,30 +27,21 @@ CONFIG_HELP = "a recipe, for example configs/digits.yaml"
 OVERRIDE_HELP = "settings to change, for example train.seed=1 (bigan describe CONFIG lists all)"
 
 
+PACK_OPTIONS = (
+    "resolution", "channels", "resize", "allow_upscale", "val_fraction", "test_fraction",
+    "encoding", "quality", "seed", "shard_size", "max_bad", "pyramid", "part", "jobs",
+)  # fmt: skip
+
+
 def pack_command(arguments: argparse.Namespace) -> int:
     from bigan.data.pack import BAD, pack
 
     destination = arguments.destination
+    options = {name: getattr(arguments, name) for name in PACK_OPTIONS}
+    if options["encoding"] == "jpeg":
+        options["encoding"] = "jpg"
     with _image_bar(f"packing {destination}") as progress:
-        packed = pack(
-            arguments.source,
-            destination,
-            resolution=arguments.resolution,
-            channels=arguments.channels,
-            resize=arguments.resize,
-            allow_upscale=arguments.allow_upscale,
-            val_fraction=arguments.val_fraction,
-            test_fraction=arguments.test_fraction,
-            encoding="jpg" if arguments.encoding == "jpeg" else arguments.encoding,
-            quality=arguments.quality,
-            seed=arguments.seed,
-            shard_size=arguments.shard_size,
-            max_bad=arguments.max_bad,
-            pyramid=arguments.pyramid,
-            part=arguments.part,
-            jobs=arguments.jobs,
-            progress=progress,
-        )
+        packed = pack(arguments.source, destination, progress=progress, **options)
     if not packed.complete:
         print(f"{destination}: this part is done; the last part to finish writes the manifest")
     for manifest in packed.manifests:
