@@ -31,7 +31,7 @@ from bigan.data.fetch import MAX_REPLACEMENTS, BadSample
 from bigan.data.foreign import IMAGES, JSON_LABELS
 from bigan.data.plan import rank_positions
 from bigan.data.settings import Fetch
-from bigan.data.stream import Batch, delivered
+from bigan.data.stream import Endless, delivered
 from bigan.world import World
 
 SHUFFLE = 1_000  # samples held for shuffling; shards are read front to back
@@ -60,7 +60,7 @@ def expand(pattern: str, allow_pipe: bool) -> tuple[str, ...]:
     return urls
 
 
-class ResampledStream:
+class ResampledStream(Endless):
     """`ShardStream` for foreign shards: the same batches and methods, none of its guarantees.
 
     Images are centre-cropped and resized to `shape` [H, W, C] on the fly. A sample needs an image
@@ -90,7 +90,7 @@ class ResampledStream:
         self._draws = rng.numpy_generator(seed, f"resampled/{world.rank}", images_seen)
         self._stop = threading.Event()
         inputs = f"{self._urls}/{seed}/{batch}/{accumulation}/{images_seen}/{world.size}"
-        self._fingerprint = hashlib.sha256(inputs.encode()).hexdigest()[:32]
+        self.fingerprint = hashlib.sha256(inputs.encode()).hexdigest()[:32]
 
         def places() -> Iterator[np.ndarray]:
             for start in itertools.count(images_seen, batch):
@@ -99,30 +99,9 @@ class ResampledStream:
         transfer = transfer_to(world.device, shape, self._fetch.prefetch)
         self._batches = delivered(self._reading(places(), transfer), transfer)
 
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the inputs; ranks whose fingerprints differ must not train."""
-        return self._fingerprint
-
-    def __iter__(self) -> ResampledStream:
-        return self
-
-    def __next__(self) -> Batch:
-        try:
-            return next(self._batches)
-        except StopIteration:
-            raise RuntimeError("the stream is closed or has failed before") from None
-
     def close(self) -> None:
-        """Stop the threads; may be called twice."""
         self._stop.set()
-        self._batches.close()
-
-    def __enter__(self) -> ResampledStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        super().close()
 
     def _reading(self, places: Iterator[np.ndarray], transfer: Transfer) -> Reading:
         """One thread reads the tars and `fetch.num_threads` decode, `prefetch` batches ahead."""

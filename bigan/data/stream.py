@@ -19,6 +19,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +55,37 @@ class Batch:
     bad: tuple[BadSample, ...] = ()
 
 
-class ShardStream:
+class Endless:
+    """What every training stream is: an endless iterator over batches, and a context manager.
+
+    `fingerprint` is a hash of all inputs of its order: ranks whose fingerprints differ must not
+    train together.
+    """
+
+    fingerprint: str
+    _batches: Generator[Batch, None, None]
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        try:
+            return next(self._batches)
+        except StopIteration:
+            raise RuntimeError("the stream is closed or has failed before") from None
+
+    def close(self) -> None:
+        """Stop the threads and close the shards; may be called twice."""
+        self._batches.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ShardStream(Endless):
     """This rank's endless stream of training micro-batches, from `images_seen` on.
 
     Every optimiser step reads `batch` consecutive positions of the global order, cut into
@@ -101,7 +132,7 @@ class ShardStream:
             f"{ORDER_VERSION}/{self.manifest.fingerprint}/{split}/{seed}/{block}/{batch}/"
             f"{accumulation}/{images_seen}/{world.size}"
         )
-        self._fingerprint = hashlib.sha256(inputs.encode()).hexdigest()[:32]
+        self.fingerprint = hashlib.sha256(inputs.encode()).hexdigest()[:32]
 
         def micro_batches() -> Iterator[tuple[Indices, Indices]]:
             order = Order(sizes, seed, block)  # one of its own for each reader
@@ -117,31 +148,10 @@ class ShardStream:
         self._transfer = transfer_to(world.device, self.manifest.image_shape, fetch.prefetch)
         self._batches = _ahead(self._fetcher, split, micro_batches(), fetch, self._transfer)
 
-    @property
-    def fingerprint(self) -> str:
-        """Hash of all inputs of the order: ranks whose fingerprints differ must not train."""
-        return self._fingerprint
-
-    def __iter__(self) -> ShardStream:
-        return self
-
-    def __next__(self) -> Batch:
-        try:
-            return next(self._batches)
-        except StopIteration:
-            raise RuntimeError("the stream is closed or has failed before") from None
-
     def close(self) -> None:
-        """Stop the threads and close the shards; may be called twice."""
         self._fetcher.stop.set()
-        self._batches.close()
+        super().close()
         self._fetcher.close()
-
-    def __enter__(self) -> ShardStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def sequential(
