@@ -24,6 +24,7 @@ from bigan.data.decode import ENCODINGS, first_line
 from bigan.data.foreign import ADOPTED, Sample, list_samples
 from bigan.data.listing import has_too_many_classes
 from bigan.data.shards import COLUMNS, Manifest, Shard
+from bigan.data.tario import tar_files
 
 _SUFFIXES = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg"} | {
     encoding: encoding for encoding in ENCODINGS
@@ -39,8 +40,7 @@ def adopt(folder: Path) -> Manifest:
     once.
     """
     try:
-        files = sorted(p for p in folder.glob("*.tar") if not p.name.startswith("."))
-        return _adopt(folder, files)
+        return _adopt(folder, tar_files(folder))
     except OSError as error:
         place = error.filename if isinstance(error.filename, str) else folder
         raise DataError(f"{place}: cannot be read: {error.strerror or first_line(error)}") from None

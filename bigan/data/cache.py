@@ -121,12 +121,15 @@ class ReadAhead:
         blocks: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]],
         connections: int,
     ) -> None:
+        self._cache = cache
+        self._shards = shards
+        self._shard_of = shard_of
+        self._blocks = blocks
+        self._connections = connections
         self._position = -1
         self._moved = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(
-            target=self._run, args=(cache, shards, shard_of, blocks, connections), daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._started = False
 
     def reached(self, position: int) -> None:
@@ -147,22 +150,15 @@ class ReadAhead:
         if started:
             self._thread.join()
 
-    def _run(
-        self,
-        cache: NodeCache,
-        shards: Sequence[Shard],
-        shard_of: NDArray[np.int32],
-        blocks: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]],
-        connections: int,
-    ) -> None:
+    def _run(self) -> None:
         def fetch(number: int) -> None:
             if not self._closed:
                 with contextlib.suppress(DataError):
-                    cache.fetch(shards[number])
+                    self._cache.fetch(self._shards[number])
 
         begun = -1  # go on once somebody has read as far as this
-        with ThreadPoolExecutor(connections, "bigan-cache") as executor:
-            for positions, samples in blocks:
+        with ThreadPoolExecutor(self._connections, "bigan-cache") as executor:
+            for positions, samples in self._blocks:
                 if not len(positions):
                     continue
                 with self._moved:
@@ -170,7 +166,7 @@ class ReadAhead:
                         self._moved.wait()
                 if self._closed:
                     return
-                list(executor.map(fetch, np.unique(shard_of[samples]).tolist()))
+                list(executor.map(fetch, np.unique(self._shard_of[samples]).tolist()))
                 begun = int(positions[0])
 
 

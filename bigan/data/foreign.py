@@ -19,7 +19,7 @@ from typing import Any
 
 import braceexpand
 
-from bigan.data import DataError
+from bigan.data import DataError, tario
 from bigan.data.listing import MAX_BYTES, MAX_CLASSES, Listing, listing_hash, read_at, unsafe
 from bigan.data.shards import MANIFEST, PLAN, Manifest
 from bigan.data.tario import Member, walk_tar
@@ -247,5 +247,5 @@ def packed(folder: Path) -> Listing:
 
 
 def tar_files(folder: Path) -> list[Path]:
-    """The tars directly in `folder`, sorted by name."""
-    return sorted(p for p in folder.glob("*.tar") if p.is_file() and not p.name.startswith("."))
+    """The tars directly in `folder` that are files, by name."""
+    return [path for path in tario.tar_files(folder) if path.is_file()]

@@ -64,7 +64,7 @@ class ResampledStream(Endless):
     """`ShardStream` for foreign shards: the same batches and methods, none of its guarantees.
 
     Images are centre-cropped and resized to `shape` [H, W, C] on the fly. A sample needs an image
-    and, with more than one class, a whole number below `num_classes` as its `.cls`. Raises
+    and, with more than one class, a whole number below `num_classes` as its label. Raises
     `DataError` on construction for shards that cannot be read here, while iterating for a bad
     sample or shard (`on_bad=stop`) or for too many in a row.
     """
@@ -86,7 +86,6 @@ class ResampledStream(Endless):
         self._urls = expand(pattern, self._fetch.allow_pipe)
         self._shape = shape
         self._num_classes = num_classes
-        self._seed = seed
         self._draws = rng.numpy_generator(seed, f"resampled/{world.rank}", images_seen)
         self._stop = threading.Event()
         inputs = f"{self._urls}/{seed}/{batch}/{accumulation}/{images_seen}/{world.size}"

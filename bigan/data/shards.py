@@ -34,6 +34,7 @@ from bigan import files
 from bigan.config import ConfigError, Frozen
 from bigan.data import DataError
 from bigan.data.decode import Encoding
+from bigan.data.tario import tar_files
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
@@ -275,7 +276,7 @@ class Manifest(Frozen):
 
     def _check_files(self) -> None:
         listed = {shard.url: shard for shard in self.shardlist}
-        present = {p.name: p for p in self.folder.glob("*.tar") if not p.name.startswith(".")}
+        present = {path.name: path for path in tar_files(self.folder)}
         for name, shard in listed.items():
             if name not in present:
                 raise DataError(f"{self.folder / name}: shard is missing; pack the data again")

@@ -207,7 +207,9 @@ def _ahead(
     by dropping it, stops the threads.
     """
     if fetch.backend == "processes":
-        reading = in_processes(fetcher.manifest, split, micro_batches, fetch, transfer)
+        reading = in_processes(
+            fetcher.manifest, split, fetcher.index, micro_batches, fetch, transfer
+        )
     else:
         reading = _in_threads(fetcher, micro_batches, fetch, transfer)
     return delivered(reading, transfer)

@@ -149,7 +149,7 @@ class Streamed:
         if self.manifest.remote is None:
             return _read_local(self.manifest, shard)
         return remote.read(
-            remote.join(self.manifest.remote, shard.url),
+            self.manifest.location(shard),
             size=shard.filesize,
             sha256=shard.sha256,
             allow_pipe=self._allow_pipe,

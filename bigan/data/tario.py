@@ -12,6 +12,7 @@ import io
 import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from bigan.data import DataError
 
@@ -29,6 +30,11 @@ def shard_bytes(samples: Iterable[tuple[str, bytes, int]], encoder: str) -> byte
         for key, image, label in samples:
             writer.write({"__key__": key, encoder: image, "cls": str(label).encode()})
     return file.getvalue()
+
+
+def tar_files(folder: Path) -> list[Path]:
+    """The tars directly in `folder`, by name; hidden ones are somebody's unfinished work."""
+    return sorted(p for p in folder.glob("*.tar") if not p.name.startswith("."))
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from bigan.data.shard_scan import (
     scan_shard,
 )
 from bigan.data.shards import MANIFEST, PLAN, PYRAMID, Manifest, Shard
-from bigan.data.tario import walk_tar
+from bigan.data.tario import tar_files, walk_tar
 
 MAX_LINES = 100  # of problems, and of notes, in a text; as_dict() has them all
 MAX_RESOLUTION = 2**14  # pixels; a damaged manifest must not make us allocate more
@@ -278,17 +278,13 @@ def _check_listing(level: _Level) -> list[Problem]:
     listed = {shard.url for shard in level.shards}
     what = f"is not listed in {MANIFEST}: "
     what += "delete that and index/" if level.is_adopted else "remove it from the folder"
-    return [Problem(file.name, what) for file in _tars(level.folder) if file.name not in listed]
-
-
-def _tars(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob("*.tar") if not file.name.startswith("."))
+    return [Problem(file.name, what) for file in tar_files(level.folder) if file.name not in listed]
 
 
 def _walk_all(folder: Path) -> list[Problem]:
     """Without a manifest only the tars themselves can be checked."""
     problems = []
-    for file in _tars(folder):
+    for file in tar_files(folder):
         try:
             with mapped(file) as data:
                 for _ in walk_tar(data, file.name):

@@ -22,7 +22,7 @@ from bigan.data.device import Reading, Transfer
 from bigan.data.fetch import BadSample, Decoder, fill_labels
 from bigan.data.local import LocalShards
 from bigan.data.settings import Fetch
-from bigan.data.shards import Manifest
+from bigan.data.shards import Index, Manifest
 
 Indices = NDArray[np.int64]
 
@@ -73,13 +73,13 @@ class _Places:
 def in_processes(
     manifest: Manifest,
     split: str,
+    index: Index,
     micro_batches: Iterator[tuple[Indices, Indices]],
     fetch: Fetch,
     transfer: Transfer,
 ) -> Reading:
     """Fill host buffers in order from `fetch.num_threads` worker processes."""
     places = _Places(micro_batches)
-    index = manifest.load_index(split)
     num_workers = fetch.num_threads(manifest.resolution)
     loader: DataLoader[object] = DataLoader(
         _Rows(manifest, split, fetch),
