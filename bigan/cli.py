@@ -10,22 +10,19 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bigan.arguments import CONFIG_HELP, OVERRIDE_HELP, count, fraction, part, positive
+from bigan.bench.command import add_benchmarks
 from bigan.errors import RunError, UserError
 from bigan.world import TOLD
 
 if TYPE_CHECKING:
     from bigan.recipe import RunConfig
-
-CONFIG_HELP = "a recipe, for example configs/digits.yaml"
-OVERRIDE_HELP = "settings to change, for example train.seed=1 (bigan describe CONFIG lists all)"
-
 
 PACK_OPTIONS = (
     "resolution", "channels", "resize", "allow_upscale", "val_fraction", "test_fraction",
@@ -91,23 +88,27 @@ def describe_command(arguments: argparse.Namespace) -> int:
 
 
 def train_command(arguments: argparse.Namespace) -> int:
-    config = _load(arguments)
-    from bigan.progress import ProgressBar
-    from bigan.trainer import train
+    from bigan.stop import StopFlag
 
-    bar = ProgressBar(config.train.total_images)
-    try:
-        code = train(config, bar.echo, bar.tick)
-    finally:
-        bar.close()
-    if code == 0 and os.environ.get("RANK", "0") == "0":
+    # From here on, before the slow imports: a signal is remembered, not lost.
+    with StopFlag() as stop:
+        config = _load(arguments)
+        from bigan.progress import ProgressBar
+        from bigan.trainer import train
+
+        bar = ProgressBar(config.train.total_images)
+        try:
+            code = train(config, bar.echo, bar.tick, stop)
+        finally:
+            bar.close()
+    if code == 0 and _is_rank_0():
         print(f"{config.run_dir}: samples/, timeline.png, curves.png, snapshots/", file=sys.stderr)
     return code
 
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
-    from bigan.engine import connect, disconnect
     from bigan.evaluation.watcher import evaluate
+    from bigan.launching import connect, disconnect
 
     _, world = connect(timeout_seconds=24 * 3600)  # a watcher's ranks wait for rank 0 to find work
     evaluate(
@@ -123,57 +124,11 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def bench_step_command(arguments: argparse.Namespace) -> int:
-    from bigan.bench import bench_step
-
-    result = bench_step(
-        arguments.config,
-        arguments.overrides,
-        arguments.runs,
-        lambda line: print(line, file=sys.stderr, flush=True),
-    )
-    print(json.dumps(result, indent=2))
-    return 0
-
-
 def _load(arguments: argparse.Namespace) -> RunConfig:
     from bigan import config as configs
     from bigan.recipe import RunConfig
 
     return configs.load(RunConfig, arguments.config, arguments.overrides)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
-
-
-def _part(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or not 0 <= int(match[1]) <= int(match[2]) or match[2] == "0":
-        raise argparse.ArgumentTypeError(f"{text!r} is not a part like 3/8")
-    return int(match[1]), int(match[2])
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction from 0 to below 1")
-    return value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -225,7 +180,7 @@ def parser() -> argparse.ArgumentParser:
         help="also report duplicates, constant images and class balance, and draw a contact sheet",
     )
     verify.add_argument("--json", action="store_true", help="print JSON")
-    verify.add_argument("--jobs", type=_count, help="threads (default: one per core)")
+    verify.add_argument("--jobs", type=count, help="threads (default: one per core)")
 
     describe = add(
         "describe",
@@ -235,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_recipe(describe)
     describe.add_argument("--json", action="store_true", help="print JSON")
-    describe.add_argument("--world-size", type=_count, default=1, help="processes (default 1)")
+    describe.add_argument("--world-size", type=count, default=1, help="processes (default 1)")
 
     train = add(
         "train",
@@ -260,23 +215,11 @@ def parser() -> argparse.ArgumentParser:
         help="other settings than the run's, for example evaluation.num_samples=10000",
     )
     evaluate.add_argument("--watch", action="store_true", help="wait for snapshots until the end")
-    evaluate.add_argument("--poll-seconds", type=_positive, default=1.0, help="between two looks")
+    evaluate.add_argument("--poll-seconds", type=positive, default=1.0, help="between two looks")
 
-    bench = add("bench", None, "measure speed and memory, as JSON", "See docs and benchmarks/.")
-    kinds = bench.add_subparsers(dest="kind", required=True, metavar="KIND")
-    step = kinds.add_parser(
-        "step",
-        help="training step: eager and compiled, with and without R1",
-        description="Measure the training step side by side: eager and compiled, with and "
-        "without R1. Prints JSON: images/s, ms per phase, peak memory.",
-        parents=[common],
+    add_benchmarks(
+        add("bench", None, "measure speed and memory, as JSON", "See docs and benchmarks/."), common
     )
-    step.add_argument(
-        "config", type=Path, nargs="?", default=Path("configs/digits.yaml"), help=CONFIG_HELP
-    )
-    step.add_argument("overrides", nargs="*", metavar="a.b=value", help=OVERRIDE_HELP)
-    step.add_argument("--runs", type=int, default=7, help="timed runs, at least 5 (default 7)")
-    step.set_defaults(handler=bench_step_command)
     return top
 
 
@@ -303,7 +246,7 @@ def _add_pack_options(pack: argparse.ArgumentParser) -> None:
     images.add_argument("--channels", type=int, choices=(1, 3), help="1 makes grey images")
     images.add_argument(
         "--pyramid",
-        type=_count,
+        type=count,
         nargs="?",
         const=4,
         metavar="MIN",
@@ -333,18 +276,18 @@ def _add_pack_options(pack: argparse.ArgumentParser) -> None:
     splits = pack.add_argument_group("splits, by hash of the image's name")
     splits.add_argument(
         "--test-fraction",
-        type=_fraction,
+        type=fraction,
         default=0.1,
         help="held out for testing (default 0.1; sources with a test set of their own keep it)",
     )
     splits.add_argument(
-        "--val-fraction", type=_fraction, default=0.0, help="held out for validation (default 0)"
+        "--val-fraction", type=fraction, default=0.0, help="held out for validation (default 0)"
     )
     work = pack.add_argument_group("work")
-    work.add_argument("--jobs", type=_count, help="threads (default: one per core, at most 16)")
+    work.add_argument("--jobs", type=count, help="threads (default: one per core, at most 16)")
     work.add_argument(
         "--part",
-        type=_part,
+        type=part,
         metavar="I/N",
         help="pack every N-th shard only, for N processes or SLURM array tasks at a time",
     )
@@ -384,10 +327,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def _is_rank_0() -> bool:
+    """By what the launcher says, or `srun` where there is none."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 def _said_by_rank_0(error: Exception) -> bool:
     """Whether another process prints the same line: one problem, one line."""
     told = TOLD in getattr(error, "__notes__", [])
-    everywhere = getattr(error, "everywhere", False) and os.environ.get("RANK", "0") != "0"
+    everywhere = getattr(error, "everywhere", False) and not _is_rank_0()
     return told or everywhere
 
 

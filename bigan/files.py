@@ -74,13 +74,13 @@ def complete_folder(folder: Path) -> Iterator[Path]:
         yield temporary
         for path in temporary.rglob("*"):
             if path.is_file():
-                _sync(path)
+                sync(path)
         (temporary / COMPLETE).write_text("")
-        _sync(temporary)
+        sync(temporary)
         if folder.exists():  # an incomplete one, or the same state saved again
             folder.replace(former)  # at once: a folder being deleted must not look complete
         temporary.replace(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(former, ignore_errors=True)
@@ -143,7 +143,8 @@ def _place() -> str:
     return hashlib.blake2b(f"{socket.gethostname()} {numbers}".encode(), digest_size=4).hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or the entries of a folder, on disk before going on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

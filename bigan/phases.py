@@ -12,6 +12,7 @@ hands each process its slice.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -67,10 +68,10 @@ def augmented(
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """bfloat16 autocast if the recipe asks for it; the meta device has none and needs none."""
+    """Autocast if the recipe asks for it; the meta device has none and needs none."""
     if precision == "fp32" or device.type == "meta":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
 class DiscriminatorPhase(nn.Module):
@@ -109,6 +110,12 @@ class DiscriminatorPhase(nn.Module):
         """Which penalties are due at the step that begins at `images_seen` (lazy ones rest)."""
         step = images_seen // self.config.train.batch
         return tuple(step % penalty.every == 0 for penalty in self.config.penalties)
+
+    def variants(self) -> list[tuple[bool, ...]]:
+        """Every combination of penalties that a step of this run may have, each once."""
+        batch = self.config.train.batch
+        period = math.lcm(*(penalty.every for penalty in self.config.penalties))
+        return list(dict.fromkeys(self.variant(step * batch) for step in range(period)))
 
     def forward(
         self, generator: nn.Module, batch: DiscriminatorBatch, variant: tuple[bool, ...]
@@ -194,6 +201,9 @@ class GeneratorPhase(nn.Module):
     def variant(self, images_seen: int) -> tuple[bool, ...]:
         """The generator has no lazy terms."""
         return ()
+
+    def variants(self) -> list[tuple[bool, ...]]:
+        return [()]
 
     def forward(
         self, discriminator: nn.Module, batch: GeneratorBatch, variant: tuple[bool, ...]

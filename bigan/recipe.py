@@ -18,6 +18,9 @@ from bigan.data.shards import Manifest
 from bigan.models import ModelConfig
 
 Positive = Annotated[int, Field(gt=0)]
+EngineName = Literal[
+    "auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero1_offload", "zero2_offload", "zero3"
+]
 NonNegative = Annotated[float, Field(ge=0)]
 
 
@@ -61,9 +64,12 @@ class TrainConfig(Frozen):
     tick_images: Positive = 1_000  # statistics leave the device, progress is shown
     checkpoint_images: Positive = 10_000  # complete state, for resuming
     checkpoint_keep: Positive = 2  # newest checkpoints kept
+    checkpoint_milestone_images: Positive | None = None  # one per so many is kept for good
     snapshot_images: Positive = 10_000  # averaged generator, for evaluation and use
     standing_batches: Positive = 16  # batches behind a snapshot's BatchNorm statistics
-    collective_timeout_seconds: Positive = 600  # a lost process is noticed after this
+    replica_check_images: Positive = 50_000  # whether all processes still hold the same weights
+    lost_after_seconds: Positive = 60  # a process that has not been heard of is lost: the run stops
+    collective_timeout_seconds: Positive = 600  # of one exchange between living processes
 
 
 class EvaluationConfig(Frozen):
@@ -88,9 +94,10 @@ class RunConfig(Frozen):
     """A complete run. `run_dir` is where everything it makes is found again."""
 
     run_dir: Path
-    engine: Literal["auto", "single", "ddp"] = "auto"
+    # auto: what the launch file says. zero3 is known in order to be refused.
+    engine: EngineName = "auto"
     compile: Literal["auto", "inductor", "aot_eager", "eager"] = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forwards; weights are float32
     data: DataConfig
     model: ModelConfig
     augment: AugmentConfig = NoAugment()  # of what the discriminator sees, real and fake alike

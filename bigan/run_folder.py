@@ -3,6 +3,7 @@
 runs/<name>/config.yaml  environment.json  metrics.jsonl  mlflow.json  curves.png  timeline.png
             checkpoints/<images_seen>/  snapshots/<images_seen>/  samples/<images_seen>.png
             evaluation/  DONE (written last, when all images have been seen)
+            REQUEUE (stopped before its end)  STOP (made by a user: stop at the next boundary)
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 from pathlib import Path
 
-from bigan import checkpoint, files
+from bigan import checkpoint, files, stop
 from bigan import config as configs
 from bigan.config import ConfigError
 from bigan.recipe import RunConfig
@@ -40,7 +41,10 @@ FREE = (
     "train.tick_images",
     "train.checkpoint_images",
     "train.checkpoint_keep",
+    "train.checkpoint_milestone_images",
     "train.snapshot_images",
+    "train.replica_check_images",
+    "train.lost_after_seconds",
     "train.collective_timeout_seconds",
     "evaluation",
     "tracking",
@@ -89,6 +93,7 @@ def prepare(config: RunConfig) -> None:
     record = json.dumps(environment(), indent=2, sort_keys=True) + "\n"
     files.write_atomic(folder / "environment.json", record)
     (folder / DONE).unlink(missing_ok=True)
+    stop.clear(folder)
 
 
 def finish(config: RunConfig, images_seen: int) -> None:

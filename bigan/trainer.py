@@ -2,108 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
-from bigan import checkpoint, pictures, run_folder, snapshot
+from bigan import checkpoint, run_folder
 from bigan.checkpoint import Progress
 from bigan.data import resampled
-from bigan.data.dataset import open_manifest
-from bigan.data.resampled import ResampledStream
-from bigan.data.stream import Batch, ShardStream
-from bigan.engine import Echo, Engine, disconnect
-from bigan.errors import RunError, UserError
-from bigan.recipe import RunConfig, accumulation_steps, misfits
+from bigan.data.stream import Batch
+from bigan.engine import Echo, Engine
+from bigan.errors import RunError
+from bigan.heartbeat import Heartbeat, is_communication_error
+from bigan.inputs import agree_on_data, check_data, count_bad, open_stream
+from bigan.launching import disconnect
+from bigan.outputs import Outputs
+from bigan.recipe import RunConfig, accumulation_steps
+from bigan.replicas import SlowRanks, check_replicas
 from bigan.schedules import due
-from bigan.stop import StopFlag
+from bigan.stop import StopFlag, asked, write_requeue
 from bigan.tracking import Status, Tracker
-from bigan.training import GRID_COLUMNS, Training
-from bigan.world import World, barrier, broadcast, gather, on_main, together
+from bigan.training import Training
+from bigan.world import barrier, largest, on_main, together
 
-NAMED_BAD_IMAGES = 10  # at most, of those found in one tick
+STOP_CHECK_SECONDS = 2.0  # at most, between two looks at the stop flags of all ranks
 
 OnTick = Callable[[Progress, dict[str, float]], None]
 
 
-@dataclass(frozen=True)
-class Images:
-    """What training must know of its images: number of each class by name, and their identity."""
-
-    classes: dict[str, int]
-    fingerprint: str
-
-
-def check_data(config: RunConfig) -> Images:
-    """Look at the training images; raises `UserError` if they do not fit the model."""
-    if config.data.mode == "resampled":  # no manifest: nothing is known but where they are
-        resampled.expand(config.data.path, config.data.allow_pipe)
-        classes = {str(label): 1 for label in range(config.model.num_classes)}
-        return Images(classes, f"resampled/{config.data.path}")
-    manifest = open_manifest(config.data.path, config.data)
-    counts = manifest.class_counts(config.data.split)
-    wrong = [
-        f"{what} {found} but model.{key} = {wanted}"
-        for what, key, wanted, found in misfits(config.model, manifest)
-    ]
-    if wrong:
-        raise UserError(
-            f"{config.data.path}: the images have {'; '.join(wrong)}; change the config or pack "
-            "the images again (`bigan pack --help`)"
-        )
-    return Images(dict(zip(manifest.classes, counts, strict=True)), manifest.fingerprint)
-
-
-def save_picture(training: Training, tracker: Tracker | None) -> None:
-    """The sample grid of this moment, as a file and in the tracker; on rank 0."""
-    seen = training.progress.images_seen
-    path = training.config.run_dir / "samples" / f"{seen}.png"
-    rows = [training.class_names[label] for label in training.grid_labels()]
-    pictures.save_grid(path, training.sample_grid(), columns=GRID_COLUMNS, row_labels=rows)
-    if tracker:
-        tracker.picture(seen, "samples", path)
-
-
-def save_snapshot(training: Training, tracker: Tracker | None) -> None:
-    """Snapshot, sample grid and curves; every rank takes part in the statistics."""
-    training.collect_standing_statistics()
-
-    def write() -> None:
-        seen = training.progress.images_seen
-        checkpoint.require_finite(seen, training.networks)
-        save_picture(training, tracker)
-        snapshot.write(training.config.run_dir, seen, training.average, training.config)
-        pictures.curves(training.config.run_dir, training.config.run_dir / "curves.png")
-
-    on_main(training.world, write)
-
-
-def save_checkpoint(training: Training) -> None:
-    """Complete state, then prune; rank 0 writes and the others wait for its verdict."""
-
-    def write() -> None:
-        run_dir = training.config.run_dir
-        checkpoint.save(run_dir, training.progress, training.networks, training.optimizers)
-        checkpoint.prune(run_dir, training.config.train.checkpoint_keep)
-
-    on_main(training.world, write)
-
-
-def train(config: RunConfig, echo: Echo, on_tick: OnTick) -> int:
+def train(config: RunConfig, echo: Echo, on_tick: OnTick, stop: StopFlag | None = None) -> int:
     """Train, or go on training, the run of `config.run_dir`; returns 0, or 128 + the stop signal.
 
-    `echo` prints a line and `on_tick` shows progress; both are called on rank 0 only. Raises
-    `UserError` before anything is written if the input is unusable, `RunError` if the run must
-    stop (a non-finite loss).
+    `echo` prints a line and `on_tick` shows progress; both are called on rank 0 only. `stop` is
+    entered already if signals are to be heeded from before this call on. Raises `UserError` before
+    anything is written if the input is unusable, `RunError` if the run must stop (a non-finite
+    loss, a lost process, replicas that differ).
     """
     engine = Engine(config, echo)
-    code = _train(config, engine, on_tick)
-    disconnect(engine.world)
+    with contextlib.ExitStack() as stack:
+        stop = stop or stack.enter_context(StopFlag())
+        beat = stack.enter_context(Heartbeat(engine.world, config.train.lost_after_seconds))
+        try:
+            code = _train(config, engine, on_tick, stop)
+        except Exception as error:
+            if engine.world.size > 1 and is_communication_error(error):
+                raise beat.lost(error) from error
+            raise
+        disconnect(engine.world)
     return code
 
 
-def _train(config: RunConfig, engine: Engine, on_tick: OnTick) -> int:
+def _train(config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag) -> int:
     world, echo = engine.world, engine.echo
     accumulation_steps(config.train, world.size)
     images = on_main(world, lambda: check_data(config))
@@ -112,7 +62,7 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick) -> int:
     progress, total = training.progress, config.train.total_images
     training.progress.data_fingerprint = images.fingerprint
     if resume_from:
-        together(world, lambda: training.resume(resume_from))
+        training.resume(resume_from)
         progress = training.progress
         echo(f"resuming {config.run_dir} at images_seen = {progress.images_seen}")
         if progress.images_seen >= total:
@@ -123,6 +73,7 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick) -> int:
         agree_on_data(world, stream.fingerprint)
         on_main(world, lambda: run_folder.prepare(config))
         tracker = Tracker(config.run_dir, config.tracking, role="train") if world.is_main else None
+        outputs = Outputs(training, tracker)
         status: Status = "FAILED"
         try:
             if tracker:
@@ -130,7 +81,11 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick) -> int:
             for remark in remarks(training):
                 echo(remark)
             training.prepare()
-            code = loop(training, stream, tracker, on_tick)
+            if world.is_main:
+                stop.before_leaving = lambda number: write_requeue(
+                    config.run_dir, number, progress.images_seen
+                )
+            code = Loop(training, outputs, tracker, on_tick, stop).run(stream)
             status = "KILLED" if code else "FINISHED"
         finally:
             patience = 60.0 if status == "FINISHED" else 10.0  # a stopped run has a grace time
@@ -142,6 +97,7 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick) -> int:
                 f"stopped by signal {code - 128} at images_seen = {progress.images_seen}; "
                 "the same command goes on from there"
             )
+        training.close()
     return code
 
 
@@ -162,124 +118,136 @@ def remarks(training: Training) -> list[str]:
     return said
 
 
-def open_stream(training: Training) -> ShardStream | ResampledStream:
-    """The images from `images_seen` on; each rank looks at the files it will read."""
-    config, model = training.config, training.config.model
-    if config.data.mode == "resampled":
-        return ResampledStream(
-            config.data.path,
-            shape=(model.resolution, model.resolution, model.image_channels),
-            num_classes=model.num_classes,
-            seed=config.train.seed,
-            world=training.world,
-            batch=config.train.batch,
-            accumulation=training.accumulation,
-            images_seen=training.progress.images_seen,
-            fetch=config.data,
-        )
-    return ShardStream(
-        config.data.path,
-        config.data.split,
-        seed=config.train.seed,
-        world=training.world,
-        batch=config.train.batch,
-        accumulation=training.accumulation,
-        images_seen=training.progress.images_seen,
-        block=config.data.block,
-        fetch=config.data,
-    )
+class Loop:
+    """Steps, and at each tick what is due: numbers, pictures, saves, and whether to stop.
 
+    What the ranks must decide alike (to stop, to go on) is agreed at ticks, and at the points in
+    between that keep the answer to a signal within `STOP_CHECK_SECONDS`.
+    """
 
-def count_bad(training: Training) -> None:
-    """Count and name the images that had to be replaced since the last tick, over all ranks."""
-    if training.config.data.on_bad == "stop":
-        return
-    found = [bad for part in gather(training.world, training.bad) for bad in part]
-    training.bad.clear()
-    training.progress.bad_images += len(found)
-    for bad in sorted(found, key=lambda bad: bad.position)[:NAMED_BAD_IMAGES]:
-        training.engine.echo(f"passed over {bad}; the next sample took its place")
+    def __init__(
+        self,
+        training: Training,
+        outputs: Outputs,
+        tracker: Tracker | None,
+        on_tick: OnTick,
+        stop: StopFlag,
+    ) -> None:
+        self.training = training
+        self.config, self.world = training.config.train, training.world
+        self.outputs = outputs
+        self.tracker = tracker
+        self.on_tick = on_tick
+        self.stop = stop
+        self.slow_ranks = SlowRanks(training.world)
+        self.steps_between = self.steps_to_check = 1  # of looking at the stop flags
+        self.num_steps = 0  # since the last tick
+        self.began, self.counted = time.monotonic(), training.progress.images_seen
 
-
-def agree_on_data(world: World, fingerprint: str) -> None:
-    """Every rank must read the same order of the same files; raises `UserError` otherwise."""
-    expected = broadcast(world, fingerprint)
-
-    def compare() -> None:
-        if fingerprint != expected:
-            raise UserError(
-                f"rank {world.rank} sees another data set than rank 0 under the same path; give "
-                "all nodes the same shards"
-            )
-
-    together(world, compare)
-
-
-def loop(
-    training: Training, stream: Iterator[Batch], tracker: Tracker | None, on_tick: OnTick
-) -> int:
-    """Step until `total_images`; returns 0, or 128 + the signal that ended it early."""
-    config, world, progress = training.config.train, training.world, training.progress
-    if progress.images_seen == 0:
-        training.collect_standing_statistics()
-        on_main(world, lambda: save_picture(training, tracker))
-    began, counted = time.monotonic(), progress.images_seen
-    with StopFlag() as stop:
+    def run(self, stream: Iterator[Batch]) -> int:
+        """Until `total_images`; returns 0, or 128 + the signal that ended it early."""
+        training, config, progress = self.training, self.config, self.training.progress
+        if progress.images_seen == 0:
+            training.collect_standing_statistics()
+            self.outputs.picture()
+        self.began = time.monotonic()
         while progress.images_seen < config.total_images:
             before = progress.images_seen
             training.step(stream)
+            self.stop.alive()
+            self.num_steps += 1
             seen = progress.images_seen
             last = seen >= config.total_images
             at_snapshot = last or due(before, seen, config.snapshot_images)
             at_checkpoint = last or due(before, seen, config.checkpoint_images)
-            if not (at_snapshot or at_checkpoint or due(before, seen, config.tick_images)):
+            at_tick = at_snapshot or at_checkpoint or due(before, seen, config.tick_images)
+            if not at_tick and not self.stop_agreed():
                 continue
-            means, agreed = training.statistics.collect(
-                stop=stop.signal, halted_at=training.engine.halted_at()
-            )
-            if agreed["halted_at"] >= 0:
-                on_main(world, partial(give_up, training, int(agreed["halted_at"]), means))
-            count_bad(training)
-            now = time.monotonic()
-            progress.seconds += now - began
-            report = {f"train/{name}": value for name, value in means.items()}
-            if training.config.data.on_bad == "skip":
-                report["train/bad_images"] = progress.bad_images
-            report["train/images_per_second"] = (seen - counted) / max(now - began, 1e-9)
-            report["train/data_wait"] = training.data_seconds / max(now - began, 1e-9)  # 0 to 1
-            training.data_seconds = 0.0
-            if tracker:
-                tracker.log(seen, report | {"train/attempt": progress.attempt})
-                on_tick(progress, report)
+            stop = self.tick()
+            if stop:
+                self.stop.heed()
+            if at_checkpoint or due(before, seen, config.replica_check_images):
+                self.check_replicas()
             if at_snapshot:
-                save_snapshot(training, tracker)
-            if at_checkpoint or agreed["stop"]:
-                save_checkpoint(training)
-            if agreed["stop"] and not last:
-                return 128 + int(agreed["stop"])
-            began, counted = time.monotonic(), seen
-    on_main(world, lambda: finish(training, tracker))
-    barrier(world)
-    return 0
+                self.outputs.snapshot()
+            if at_checkpoint or stop:
+                self.outputs.checkpoint()
+            if stop and not last:
+                self.outputs.close()
+                on_main(self.world, partial(write_requeue, training.config.run_dir, stop, seen))
+                return 128 + stop
+            self.began, self.counted, self.num_steps = time.monotonic(), seen, 0
+        self.outputs.close()
+        on_main(self.world, self.outputs.finish)
+        barrier(self.world)
+        return 0
+
+    def tick(self) -> int:
+        """Take the numbers off the device, log and show them; returns the stop signal, or 0."""
+        training, progress = self.training, self.training.progress
+        engine, saver = training.engine, self.outputs.saver
+        waited = engine.waiting.collect()
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        means, agreed = training.statistics.collect(
+            stop=self.stop_signal(),
+            halted_at=engine.halted_at(),
+            saving=saver.poll(),
+            step_seconds=seconds / self.num_steps,
+        )
+        if agreed["halted_at"] >= 0:
+            saver.finish()  # what was sound is kept
+            on_main(self.world, partial(give_up, training, int(agreed["halted_at"]), means))
+        self.steps_between = max(1, int(STOP_CHECK_SECONDS / agreed["step_seconds"]))
+        self.steps_to_check = self.steps_between
+        saver.settle(not agreed["saving"])
+        count_bad(training)
+        progress.seconds += seconds
+        report = {f"train/{name}": value for name, value in means.items()}
+        if training.config.data.on_bad == "skip":
+            report["train/bad_images"] = progress.bad_images
+        report["train/images_per_second"] = (progress.images_seen - self.counted) / seconds
+        report["train/data_wait"] = training.data_seconds / seconds  # 0 to 1
+        ranks, remark = self.slow_ranks.report(
+            (seconds - waited) / self.num_steps, training.data_seconds / self.num_steps
+        )
+        training.data_seconds = 0.0
+        if remark:
+            engine.echo(remark)
+        if self.tracker:
+            attempt = {"train/attempt": progress.attempt}
+            self.tracker.log(progress.images_seen, report | ranks | attempt)
+            self.on_tick(progress, report)
+        return int(agreed["stop"])
+
+    def check_replicas(self) -> None:
+        """All ranks must hold the same weights before any of them is saved."""
+        training = self.training
+        try:
+            check_replicas(self.world, training.networks, training.progress.images_seen)
+        except RunError:
+            self.outputs.saver.finish()  # the former state, which was sound
+            raise
+
+    def stop_agreed(self) -> bool:
+        """Between two ticks, every couple of seconds: whether any rank has been asked to stop."""
+        self.steps_to_check -= 1
+        if self.steps_to_check > 0:
+            return False
+        self.steps_to_check = self.steps_between
+        return largest(self.world, self.stop_signal()) > 0
+
+    def stop_signal(self) -> int:
+        """This rank's stop signal, or 0; rank 0 also looks for the file STOP."""
+        if self.stop.signal == 0 and self.world.is_main and asked(self.training.config.run_dir):
+            return signal.SIGTERM
+        return self.stop.signal
 
 
 def finish_again(training: Training) -> None:
     """Finish a run whose last checkpoint was its last act, and deliver what the tracker missed."""
     tracker = Tracker(training.config.run_dir, training.config.tracking, role="train")
-    finish(training, tracker)
+    Outputs(training, tracker).finish()
     tracker.close("FINISHED")
-
-
-def finish(training: Training, tracker: Tracker | None) -> None:
-    """The pictures of the whole run, then its completion marker; on rank 0."""
-    run_dir = training.config.run_dir
-    grids = [path for path in (run_dir / "samples").glob("*.png") if path.stem.isdigit()]
-    grids.sort(key=lambda path: int(path.stem))
-    pictures.contact_sheet([(int(path.stem), path) for path in grids], run_dir / "timeline.png")
-    if tracker:
-        tracker.artifact(run_dir / "timeline.png")
-        tracker.artifact(run_dir / "curves.png")
-    run_folder.finish(training.config, training.progress.images_seen)
 
 
 def give_up(training: Training, images_seen: int, means: dict[str, float]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,16 +12,17 @@ import torch
 from torch import nn
 
 from bigan import augment, checkpoint, ema, models, phases, rng
-from bigan.checkpoint import Progress
+from bigan.checkpoint import Piece, Progress, Reader
 from bigan.data.fetch import BadSample
 from bigan.data.stream import Batch
-from bigan.engine import Engine, Prepared, adam
+from bigan.engine import Engine, Prepared
+from bigan.engine.loss_scale import LossScale
 from bigan.layers.batchnorm import collecting_statistics, set_process_group
 from bigan.layers.spectral import power_iteration
 from bigan.recipe import AdamConfig, RunConfig, accumulation_steps
 from bigan.schedules import due, warmup
 from bigan.stats import Statistics
-from bigan.world import sum_over_ranks
+from bigan.world import sum_over_ranks, together
 
 GRID_COLUMNS = 10
 GRID_ROWS = 16
@@ -44,7 +46,7 @@ class Training:
             weights = rng.torch_generator(config.train.seed, f"init/{name}")
             network.init_weights(weights)  # type: ignore[operator]
             network.to(self.world.device)
-            network.to(memory_format=torch.channels_last)
+            network.to(memory_format=engine.memory_format)
         self.average = ema.averaged_copy(self.generator)
         set_process_group(self.generator, engine.process_group)
         set_process_group(self.average, engine.process_group)
@@ -57,16 +59,17 @@ class Training:
         self.adaptive: augment.AdaptiveStrength | None = None
         if isinstance(config.augment, augment.ada.Config):
             self._set_strength(config.augment)
-        self.optimizers = {
-            "g": adam(self.generator, config.optimizer.g),
-            "d": adam(self.discriminator, config.optimizer.d),
-        }
         self.progress = Progress()
         self.accumulation = accumulation_steps(config.train, self.world.size)
         self.phases = phases.build_phases(
             config, self.generator, self.discriminator, self.class_counts
         )
+        self.scales: dict[str, LossScale] = {}
+        if config.precision == "fp16":
+            self.scales = {name: LossScale(self.world.device) for name in self.phases}
+            self.networks |= {f"scale_{name}": scale for name, scale in self.scales.items()}
         self.prepared: dict[str, Prepared] = {}
+        self._resumed: Reader | None = None
         self.bad: list[BadSample] = []  # replaced on this rank since the last tick
         self.data_seconds = 0.0  # spent waiting for images since the last tick
         self.statistics = Statistics(self.world)
@@ -81,22 +84,71 @@ class Training:
             self.networks["augment"] = self.adaptive  # part of the state, as they are
 
     def resume(self, folder: Path) -> None:
-        """Take up the state of a checkpoint; raises `CheckpointError` if it is not of this run."""
-        expected = self.progress.data_fingerprint
-        self.progress = checkpoint.load(folder, self.networks, self.optimizers)
-        self.progress.attempt += 1
-        if expected and self.progress.data_fingerprint != expected:
-            raise checkpoint.CheckpointError(
-                f"{folder}: was trained on other images than {self.config.data.path} holds now; "
-                "restore those, or use another run_dir"
-            )
+        """Take up the state of a checkpoint; every rank takes part.
+
+        Before `prepare`, which fills in the rest: what the optimisers hold. Raises
+        `CheckpointError` on all ranks if it is damaged or not of this run.
+        """
+
+        def look() -> tuple[Progress, Reader]:
+            progress, reader = checkpoint.read_progress(folder), Reader(folder)
+            checkpoint.check_fit(reader, self.networks, trained=tuple(self.phases))
+            expected = self.progress.data_fingerprint
+            if expected and progress.data_fingerprint != expected:
+                raise checkpoint.CheckpointError(
+                    f"{folder}: was trained on other images than {self.config.data.path} holds "
+                    "now; restore those, or use another run_dir"
+                )
+            return progress, reader
+
+        progress, reader = together(self.world, look)
+        reader.verify_together(self.world)  # or one rank alone would find it damaged, later
+        together(self.world, lambda: checkpoint.load_networks(reader, self.networks))
+        self.progress = replace(progress, attempt=progress.attempt + 1)
+        self._resumed = reader
 
     def prepare(self) -> None:
-        """Hand the phases to the engine; weights must be final by then."""
+        """Hand the phases to the engine; networks must be final by then."""
         self.prepared = {
-            name: self.engine.prepare(phase, self.optimizers[name])
+            name: self.engine.prepare(
+                phase,
+                getattr(self.config.optimizer, name),
+                accumulation=self.accumulation,
+                scale=self.scales.get(name),
+            )
             for name, phase in self.phases.items()
         }
+        for name, prepared in self.prepared.items():
+            if self._resumed is not None:
+                prepared.wrapped.load_moments(name, self._resumed.read_range)
+        for name, phase in self.phases.items():
+            batches = {variant: self._rehearsal(phase) for variant in phase.variants()}
+            self.engine.rehearse(self.prepared[name], self._other(name), batches)
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Adam]:
+        """Those of the networks in training, once prepared."""
+        return {n: self.prepared[n].optimizer for n in self.networks if n in self.prepared}
+
+    def _other(self, name: str) -> Prepared:
+        return self.prepared["g" if name == "d" else "d"]
+
+    def close(self) -> None:
+        """Let go of the engines; nothing can be trained afterwards."""
+        for prepared in self.prepared.values():
+            prepared.wrapped.close()
+
+    def pieces(self) -> Iterator[Piece]:
+        """This process's part of everything that a checkpoint holds."""
+        trained: set[int] = set()
+        for name, prepared in self.prepared.items():
+            trained |= {id(parameter) for parameter in self.networks[name].parameters()}
+            yield from prepared.wrapped.pieces(name)
+        for name, network in self.networks.items():
+            for key, tensor in network.state_dict(keep_vars=True).items():
+                if id(tensor) not in trained:
+                    key = f"networks/{name}.{key}"
+                    yield Piece(key, tuple(tensor.shape), 0, tensor.detach(), replicated=True)
 
     def step(self, stream: Iterator[Batch]) -> None:
         """One training step: every phase in order, then the average."""
@@ -104,20 +156,22 @@ class Training:
         for name in phases.order(self.config):
             self.phase_step(name, stream)
         now = self.progress.images_seen
-        ema.update(self.average, self.generator, self.config.ema, now, now - before)
+        with self.prepared["g"].wrapped.whole():
+            ema.update(self.average, self.generator, self.config.ema, now, now - before)
 
     def phase_step(self, name: str, stream: Iterator[Batch]) -> None:
         """One optimiser step of one phase; a phase that reads images moves `images_seen` on."""
         phase, images_seen = self.phases[name], self.progress.images_seen
-        power_iteration(self.generator)
-        power_iteration(self.discriminator)
+        for prepared in self.prepared.values():
+            with prepared.wrapped.whole():
+                power_iteration(prepared.phase.network)
         settings: AdamConfig = getattr(self.config.optimizer, name)
-        for group in self.optimizers[name].param_groups:
+        for group in self.prepared[name].optimizer.param_groups:
             share = warmup(images_seen, self.config.train.batch, settings.warmup_images)
             group["lr"] = settings.lr * share
         scalars = self.engine.step(
             self.prepared[name],
-            self.generator if name == "d" else self.discriminator,
+            self._other(name),
             self._micro_batches(phase, stream),
             phase.variant(images_seen),
             images_seen,
@@ -143,23 +197,40 @@ class Training:
         """This rank's slices of the global micro-batches that make one optimiser step."""
         num = self.config.train.batch
         draws = phase.draws(self.progress.images_seen, num)
-        each = num // self.accumulation
-        share = self.world.share(each)
         batches: list[tuple] = []
         for index in range(self.accumulation):
-            start = index * each
-            mine = {k: t[start + share.start : start + share.stop] for k, t in draws.items()}
+            mine = self._slice(draws, index)
             if phase.uses_data:
                 began = time.monotonic()
                 images = next(stream)
                 self.data_seconds += time.monotonic() - began
                 self.bad += images.bad
                 mine |= {"real": images.real, "labels": images.labels}
-            on_device = {k: t.to(self.world.device, non_blocking=True) for k, t in mine.items()}
-            if self.strength is not None:
-                on_device["strength"] = self.strength
-            batches.append(phase.batch_type(**on_device))
+            batches.append(self._batch(phase, mine))
         return batches
+
+    def _slice(self, draws: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
+        """This rank's part of the `index`-th micro-batch of the global draws."""
+        each = self.config.train.batch // self.accumulation
+        share = self.world.share(each)
+        start = index * each
+        return {k: t[start + share.start : start + share.stop] for k, t in draws.items()}
+
+    def _batch(self, phase: phases.Phase, tensors: dict[str, torch.Tensor]) -> tuple:
+        on_device = {k: t.to(self.world.device, non_blocking=True) for k, t in tensors.items()}
+        if self.strength is not None:
+            on_device["strength"] = self.strength
+        return phase.batch_type(**on_device)
+
+    def _rehearsal(self, phase: phases.Phase) -> tuple:
+        """A micro-batch as of a step, of grey images; it draws nothing from the stream."""
+        mine = self._slice(phase.draws(0, self.config.train.batch), 0)
+        if phase.uses_data:
+            model, num = self.config.model, len(mine["z"])
+            shape = (num, model.resolution, model.resolution, model.image_channels)
+            mine["real"] = torch.full(shape, 128, dtype=torch.uint8)
+            mine["labels"] = torch.zeros(num, dtype=torch.int64)
+        return self._batch(phase, mine)
 
     def collect_standing_statistics(self) -> None:
         """Accumulate the average's BatchNorm statistics over fresh latents; all ranks take part.

@@ -75,6 +75,21 @@ def gather(world: World, value: T) -> list[T]:
     return values
 
 
+def gather_numbers(world: World, values: Sequence[float]) -> list[list[float]]:
+    """Every rank's `values` (equally many on each), in order of rank, on every rank."""
+    if world.size == 1:
+        return [list(values)]
+    own = torch.tensor(values, dtype=torch.float64, device=world.device)
+    everyone = [torch.empty_like(own) for _ in range(world.size)]
+    dist.all_gather(everyone, own)
+    return torch.stack(everyone).tolist()
+
+
+def largest(world: World, value: float) -> float:
+    """The largest `value` of all ranks, on every rank."""
+    return max(row[0] for row in gather_numbers(world, [value]))
+
+
 def everyone(world: World, holds: bool) -> bool:
     """Whether `holds` is true on all ranks."""
     return all(gather(world, holds))

@@ -2,14 +2,21 @@
 
 The order is that of the threads: the main process says which samples come next. Workers are those
 of PyTorch's DataLoader, which end with their parent however it dies; they are spawned, not forked,
-because the parent holds CUDA and threads.
+because the parent holds CUDA and threads. Stop signals, which a scheduler sends to every process of
+a job, are for the parent alone: it says when its workers end.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
+import functools
+import os
+import signal
 import threading
+import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
 import numpy as np
 import torch
@@ -23,8 +30,13 @@ from bigan.data.fetch import BadSample, Decoder, fill_labels
 from bigan.data.local import LocalShards
 from bigan.data.settings import Fetch
 from bigan.data.shards import Index, Manifest
+from bigan.stop import SIGNALS
 
 Indices = NDArray[np.int64]
+
+# Blocked in the workers. Without sigtimedwait (macOS) they could not tell a parent that ends them.
+NOT_FOR_WORKERS = set(SIGNALS if hasattr(signal, "sigtimedwait") else ())
+PARENT_CHECK_SECONDS = 1.0
 
 
 class _Rows(Dataset[object]):
@@ -89,8 +101,11 @@ def in_processes(
         prefetch_factor=-(-fetch.prefetch // num_workers),
         collate_fn=_as_it_is,
         multiprocessing_context="spawn",
+        worker_init_fn=functools.partial(_listen_to, os.getpid()),
     )
-    for answer in loader:
+    with _signals_blocked():  # the workers inherit it, and so miss none while they start
+        answers = iter(loader)
+    for answer in answers:
         positions, samples = places.handed_out.popleft()
         if isinstance(answer, DataError):
             raise answer
@@ -103,3 +118,30 @@ def in_processes(
 
 def _as_it_is(answer: object) -> object:
     return answer
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_WORKERS)
+    try:
+        resource_tracker.ensure_running()  # when first started it unblocks some of them
+        signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_WORKERS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+def _listen_to(parent: int, _: int) -> None:
+    """In a worker: end with the parent, or at its SIGTERM, even in the middle of a read."""
+    threading.Thread(target=_follow, args=(parent,), name="parent", daemon=True).start()
+
+
+def _follow(parent: int) -> None:
+    while os.getppid() == parent:
+        if not NOT_FOR_WORKERS:
+            time.sleep(PARENT_CHECK_SECONDS)
+            continue
+        info = signal.sigtimedwait(NOT_FOR_WORKERS, PARENT_CHECK_SECONDS)
+        if info is not None and (info.si_signo, info.si_pid) == (signal.SIGTERM, parent):
+            break
+    os._exit(1)

@@ -3,20 +3,7 @@
 from pathlib import Path
 
 import pytest
-import yaml
 from commands import ROOT, SMOKE, environment, launch, run_bigan
-
-FILES = sorted((ROOT / "launch").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_launch_file_is_one_accelerate_reads(path: Path) -> None:
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    load_config_from_file(str(path))
-    content = yaml.safe_load(path.read_text())
-    assert content["distributed_type"] == "MULTI_GPU", "the CPU types start strangers"
-    assert content["use_cpu"] is False
 
 
 def test_accelerates_cpu_launcher_is_refused(digits: Path, tmp_path: Path) -> None:

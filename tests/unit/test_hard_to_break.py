@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from commands import SMOKE
+from safetensors.torch import load_file, save_file
 
 from bigan import checkpoint, files, snapshot
 from bigan.checkpoint import CheckpointError
@@ -75,11 +77,14 @@ def test_edited_progress_is_refused(recipe: Recipe, change: dict[str, object]) -
 
 def test_missing_optimizer_state_is_refused(recipe: Recipe) -> None:
     quiet(recipe("train.total_images=200"))
-    path = recipe().run_dir / "checkpoints" / "200" / "optimizers.safetensors"
-    from safetensors.torch import load_file, save_file
-
-    kept = {k: t for k, t in load_file(path).items() if not k.startswith("d.")}
+    folder = recipe().run_dir / "checkpoints" / "200"
+    path = folder / "part-00000-of-00001.safetensors"
+    kept = {k: t for k, t in load_file(path).items() if not k.startswith("optimizers/d.")}
     save_file(kept, path)
+    record = json.loads((folder / "progress.json").read_text())
+    content = path.read_bytes()
+    record["parts"] = [{"bytes": len(content), "crc32": zlib.crc32(content)}]
+    (folder / "progress.json").write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match="optimiser state of d"):
         quiet(recipe())
 

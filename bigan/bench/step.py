@@ -6,29 +6,20 @@ median and the spread reported. A process per variant gives each its own peak me
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
-import platform
-import resource
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from bigan import config as configs
 from bigan import phases
-from bigan.data.stream import Batch
+from bigan.bench.measuring import hardware, peak_memory, summary, synthetic_images, wait
 from bigan.engine import Echo, Engine
 from bigan.errors import UserError
 from bigan.recipe import PenaltyConfig, RunConfig
-from bigan.tracking import cpu_name
 from bigan.training import Training
 
 WARM_UP_STEPS = 3
@@ -93,7 +84,7 @@ def measure_step(text: str, runs: int) -> dict[str, Any]:
             for name in order:
                 start = time.perf_counter()
                 training.phase_step(name, source)
-                _wait(device)
+                wait(device)
                 times[name] += time.perf_counter() - start
         total = time.perf_counter() - began
         if record:
@@ -109,52 +100,10 @@ def measure_step(text: str, runs: int) -> dict[str, Any]:
     seconds = [steps(each, record=True) for _ in range(runs)]
     per_step = config.train.batch * config.train.num_d_steps
     return {
-        "images_per_second": _summary([per_step / s for s in seconds]),
-        "ms_per_phase": {name: _summary(values) for name, values in spent.items()},
+        "images_per_second": summary([per_step / s for s in seconds]),
+        "ms_per_phase": {name: summary(values) for name, values in spent.items()},
         "first_step_seconds": first,
-        "peak_memory_bytes": _peak_memory(device),
+        "peak_memory_bytes": peak_memory(device),
         "steps_per_run": each,
         "messages": messages,
     }
-
-
-def synthetic_images(config: RunConfig, accumulation: int, device: torch.device) -> Iterator[Batch]:
-    """An endless stream of one random micro-batch, already on the device."""
-    num, model = config.train.batch // accumulation, config.model
-    shape = (num, model.resolution, model.resolution, model.image_channels)
-    generator = torch.Generator().manual_seed(0)
-    real = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    labels = torch.randint(0, model.num_classes, (num,), generator=generator)
-    return itertools.repeat(Batch(real.to(device), labels.to(device), np.arange(num)))
-
-
-def hardware() -> dict[str, Any]:
-    """What the figures depend on."""
-    cuda = torch.cuda.is_available()
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if cuda else cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _summary(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-if __name__ == "__main__":  # one variant in a process of its own: `bench_step` starts it
-    sys.stdout.write(json.dumps(measure_step(sys.stdin.read(), int(sys.argv[1]))))

@@ -1,0 +1,46 @@
+"""What a command line may say: texts turned into values, or refused in one line by argparse."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+CONFIG_HELP = "a recipe, for example configs/digits.yaml"
+OVERRIDE_HELP = "settings to change, for example train.seed=1 (bigan describe CONFIG lists all)"
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def counts(text: str) -> list[int]:
+    return [count(part) for part in text.split(",")]
+
+
+def part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 0 <= int(match[1]) <= int(match[2]) or match[2] == "0":
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part like 3/8")
+    return int(match[1]), int(match[2])
+
+
+def fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction from 0 to below 1")
+    return value

@@ -1,0 +1,102 @@
+"""What one process holds of a tensor: all of it, or a contiguous range of its elements."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bigan.errors import RunError
+from bigan.world import World
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, start + data.numel()) of a flattened (row-major) tensor.
+
+    `data` is the whole tensor, in `shape` and any memory format, or a 1-D range; on any device.
+    `replicated`: every process has the same piece, and one of them writes it.
+    """
+
+    name: str  # "networks/g.linear.weight", "optimizers/g.linear.weight.exp_avg"
+    shape: tuple[int, ...]  # of the whole tensor
+    start: int
+    data: Tensor
+    replicated: bool
+
+    def __post_init__(self) -> None:
+        if self.is_whole:
+            return
+        stop = self.start + self.data.numel()
+        if self.data.dim() != 1 or self.start < 0 or stop > math.prod(self.shape):
+            raise ValueError(
+                f"{self.name}: data of shape {tuple(self.data.shape)} at element {self.start} is "
+                f"no range of a tensor of shape {self.shape}"
+            )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether `data` is the tensor itself."""
+        return self.start == 0 and tuple(self.data.shape) == tuple(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of `data`."""
+        return self.data.numel() * self.data.element_size()
+
+
+def share(pieces: Iterable[Piece], world: World) -> list[Piece]:
+    """The pieces that this process writes.
+
+    Those that every process holds are dealt out by size, the largest first, each to the process
+    with the least so far: a function of names, sizes and `world.size`, the same on all of them.
+    Empty ranges (FSDP2 has them where there are fewer rows than processes) are left out.
+    """
+    pieces = list(pieces)
+    mine = [p for p in pieces if not p.replicated and (p.is_whole or p.data.numel())]
+    loads = [(0, rank) for rank in range(world.size)]
+    common = [p for p in pieces if p.replicated]
+    for piece in sorted(common, key=lambda p: (-p.num_bytes, p.name, p.start)):
+        num_bytes, rank = loads[0]
+        heapq.heapreplace(loads, (num_bytes + piece.num_bytes, rank))
+        if rank == world.rank:
+            mine.append(piece)
+    return mine
+
+
+def require_finite(images_seen: int, networks: Mapping[str, nn.Module]) -> None:
+    """Raise `RunError` if a network holds a number that is not finite: it must not be saved."""
+    tensors = {
+        f"{name}.{key}": tensor
+        for name, network in networks.items()
+        for key, tensor in network.state_dict().items()
+    }
+    require_finite_tensors(images_seen, list(tensors), list(tensors.values()))
+
+
+@torch.no_grad()
+def require_finite_tensors(images_seen: int, names: Sequence[str], tensors: list[Tensor]) -> None:
+    """As `require_finite`; waits for the device once, whatever the number of tensors."""
+    groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor.is_floating_point() and tensor.numel():
+            groups.setdefault((tensor.device, tensor.dtype), {})[name] = tensor
+    # The extremes are not finite if one number is not, and take no memory to find.
+    found = [
+        torch.isfinite(torch.stack([e for t in group.values() for e in torch.aminmax(t)]))
+        for group in groups.values()
+    ]
+    names = [name for group in groups.values() for name in group]
+    device = next((flags.device for flags in found if flags.is_cuda), torch.device("cpu"))
+    flags = [flags.to(device, non_blocking=True) for flags in found]
+    together = torch.cat(flags).reshape(-1, 2).all(1).tolist() if flags else []
+    for name, finite in zip(names, together, strict=True):
+        if not finite:
+            raise RunError(
+                f"{name} is not finite at images_seen = {images_seen}; nothing is saved of this "
+                "state, earlier checkpoints are intact; try a lower learning rate"
+            )

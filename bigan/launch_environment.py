@@ -1,0 +1,247 @@
+"""What a launcher's environment says, as pure functions of it.
+
+Whether the launch can work at all, the place that `srun` gives a task, the engine that was asked
+for, and what of it is not used because the recipe decides.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bigan.errors import LaunchError
+
+REFUSED = {
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # the recipe's name: Accelerate's
+
+FIRST_PORT, NUM_PORTS = 20_000, 12_000  # below 32768, where Linux hands out ports of its own
+
+
+def check_launch(environment: Mapping[str, str]) -> None:
+    """Refuse launches that would train several strangers, or one process instead of several.
+
+    Raises `LaunchError`. `accelerate launch --cpu --num_processes 2` sets MASTER_ADDR, starts one
+    process and says nothing; under `srun` with several tasks it starts as many strangers.
+    """
+    for name, what in REFUSED.items():
+        if _is_true(environment, name):
+            raise LaunchError(
+                f"launch environment: {what} was asked for, which bigan cannot do; use one of the "
+                "files in launch/"
+            )
+    if "WORLD_SIZE" in environment or "ACCELERATE_MIXED_PRECISION" not in environment:
+        return
+    if "MASTER_ADDR" in environment:
+        raise LaunchError(
+            "launch environment: accelerate was asked for several processes but started one "
+            "(its --cpu launcher does that, and a file with distributed_type NO); use `accelerate "
+            "launch --config_file launch/cpu.yaml`, or --multi_gpu instead of --cpu"
+        )
+    if _num_tasks(environment) > 1:
+        raise LaunchError(
+            f"launch environment: srun started {_num_tasks(environment)} launchers of one process "
+            "each that do not know each other; use srun without `accelerate launch` (one task per "
+            "GPU), or one task per node with launch/cluster.yaml"
+        )
+
+
+def check_devices(environment: Mapping[str, str], num_devices: int) -> None:
+    """Refuse several processes on one GPU, as NCCL would less readably; raises `LaunchError`."""
+    here = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if here > num_devices:
+        raise LaunchError(
+            f"launch environment: {here} processes were started on {socket.gethostname()}, which "
+            f"has {num_devices} GPU(s); use --num_processes {num_devices} (times the machines)"
+        )
+
+
+def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a launcher would have set, for a task that `srun` started directly; else nothing.
+
+    Returns RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or {} when a launcher has
+    set them or there is one task. Rank 0 is on the first node of the step; an exported MASTER_ADDR
+    or MASTER_PORT is kept. Raises `LaunchError` if a SLURM variable is missing.
+    """
+    if "WORLD_SIZE" in environment or _num_tasks(environment) == 1:
+        return {}
+    try:
+        if environment.get("SLURM_STEP_NUM_NODES") == "1":
+            first = "127.0.0.1"  # a node's name need not resolve
+        else:
+            nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+            first = first_host(nodes)
+        job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
+        return {
+            "RANK": environment["SLURM_PROCID"],
+            "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_RANK": environment["SLURM_LOCALID"],
+            "MASTER_ADDR": environment.get("MASTER_ADDR") or first,
+            # Jobs and steps that share a node get ports of their own.
+            "MASTER_PORT": environment.get("MASTER_PORT")
+            or str(FIRST_PORT + (31 * job + step) % NUM_PORTS),
+        }
+    except KeyError as error:
+        raise LaunchError(
+            f"launch environment: srun started {_num_tasks(environment)} tasks but {error} is not "
+            "set; start them with `accelerate launch` instead"
+        ) from None
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a SLURM node list: n[01-03,7] -> n01; raises `LaunchError`."""
+    match = re.fullmatch(r"((?:[\w.-]|\[[\w,-]+\])+)(?:,.*)?", nodes)
+    if not match:
+        raise LaunchError(
+            f"launch environment: cannot read the node list {nodes!r}; export MASTER_ADDR, the "
+            "address of the first node, before srun"
+        )
+    return re.sub(r"\[([^,-]+)[^\]]*\]", r"\1", match[1])
+
+
+def asked_engine(environment: Mapping[str, str]) -> str | None:
+    """The engine that the launcher was told, None if it was told none; raises `LaunchError`.
+
+    FSDP means FSDP2 whatever `fsdp_version` says: version 1 shards flattened parameters, which
+    penalties cannot differentiate twice. Of a DeepSpeed JSON only the ZeRO stage and the
+    optimiser's offloading count.
+    """
+    if _is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
+        return _asked_zero(environment)
+    if not _is_true(environment, "ACCELERATE_USE_FSDP"):
+        return None
+    if _is_true(environment, "FSDP_OFFLOAD_PARAMS"):
+        raise LaunchError(
+            "launch environment: fsdp_offload_params is true, which bigan cannot do; set it to "
+            "false, or use launch/zero1-offload.yaml"
+        )
+    return "fsdp"
+
+
+def chosen_engine(setting: str, environment: Mapping[str, str], world_size: int) -> str:
+    """The engine's name: the recipe's `engine`, or for `auto` what the launch asks for.
+
+    `environment` is that of the start, before `connect`. Returns single, ddp, fsdp, zero1, zero2,
+    zero3, zero1_offload or zero2_offload. Raises `LaunchError` when recipe and launch contradict
+    each other; it may differ between nodes, so call it inside `world.together`.
+    """
+    asked = asked_engine(environment)
+    launched = world_size > 1 or "WORLD_SIZE" in environment
+    if setting == "auto":
+        name = asked or ("ddp" if world_size > 1 else "single")
+    else:
+        name = setting
+    if name == "single" and world_size > 1:
+        raise LaunchError(
+            f"engine = single, but {world_size} processes were started; use engine=auto"
+        )
+    if asked not in (None, name):
+        raise LaunchError(
+            f"engine = {name}, but the launcher was told {asked}; use engine=auto, or "
+            f"--config_file launch/{_launch_file(name)}.yaml"
+        )
+    if name == "ddp" and world_size == 1:
+        raise LaunchError(
+            "engine = ddp needs several processes: start it with `accelerate launch "
+            "--config_file launch/cpu.yaml -m bigan.train ...`"
+        )
+    if name != "single" and not launched:
+        raise LaunchError(
+            f"engine = {name} needs a launcher, for one process too: start it with `accelerate "
+            f"launch --config_file launch/{_launch_file(name)}.yaml -m bigan.train ...`"
+        )
+    return name
+
+
+def launch_remarks(environment: Mapping[str, str], precision: str, compiled: str) -> list[str]:
+    """What the launcher was told that is not done because the recipe decides it, a line each."""
+    told = [
+        ("mixed_precision", "ACCELERATE_MIXED_PRECISION", "no", "precision", precision),
+        ("dynamo_backend", "ACCELERATE_DYNAMO_BACKEND", "no", "compile", compiled),
+    ]
+    said = [
+        f"the launcher's {theirs} = {environment[name].lower()} is not used: the recipe decides, "
+        f"{ours} = {value}"
+        for theirs, name, nothing, ours, value in told
+        if environment.get(name, nothing).lower() not in (nothing, PRECISIONS.get(value))
+    ]
+    if _is_true(environment, "ACCELERATE_USE_FSDP") and environment.get("FSDP_VERSION") == "1":
+        said.append("the launcher's fsdp_version = 1 is not used: bigan shards with FSDP2")
+    if environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("1", "auto"):
+        said.append(
+            "the launcher's gradient_accumulation_steps is not used: the recipe decides, "
+            "train.batch / (processes x train.micro_batch)"
+        )
+    path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if _is_true(environment, "ACCELERATE_USE_DEEPSPEED") and path != "none":
+        said.append(
+            f"of {path} only the ZeRO stage and the optimiser's offloading are used: the recipe "
+            "decides the rest"
+        )
+    return said
+
+
+def _asked_zero(environment: Mapping[str, str]) -> str:
+    stage, offload, offload_parameters = (
+        environment.get(f"ACCELERATE_DEEPSPEED_{name}", default).lower()
+        for name, default in (
+            ("ZERO_STAGE", "2"),  # Accelerate's default
+            ("OFFLOAD_OPTIMIZER_DEVICE", "none"),
+            ("OFFLOAD_PARAM_DEVICE", "none"),
+        )
+    )
+    path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if path != "none":
+        zero = _deepspeed_json(Path(path)).get("zero_optimization") or {}
+        devices = {
+            key: str((zero.get(key) or {}).get("device", "none"))
+            for key in ("offload_optimizer", "offload_param")
+        }
+        told = str(zero.get("stage", 0))
+        stage = stage if told == "auto" else told
+        offload, offload_parameters = (
+            former if found == "auto" else found
+            for former, found in zip((offload, offload_parameters), devices.values(), strict=True)
+        )
+    if stage == "0" and offload == offload_parameters == "none":
+        return "ddp"  # stage 0 divides nothing
+    name = f"zero{stage}" if offload == "none" else f"zero{stage}_offload"
+    known = ("zero1", "zero2", "zero3", "zero1_offload", "zero2_offload")
+    if name not in known or offload not in ("none", "cpu") or offload_parameters != "none":
+        raise LaunchError(
+            f"launch environment: DeepSpeed was asked for ZeRO stage {stage} with the optimiser "
+            f"offloaded to {offload} and the parameters to {offload_parameters}; bigan knows "
+            "stages 1 to 3, and offloading of the optimiser to cpu with stages 1 and 2"
+        )
+    return name
+
+
+def _deepspeed_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LaunchError(f"{path}: cannot read the DeepSpeed config: {error.strerror}") from None
+    except ValueError as error:
+        raise LaunchError(f"{path}: the DeepSpeed config is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise LaunchError(f"{path}: the DeepSpeed config must be a JSON object")
+    return content
+
+
+def _launch_file(engine: str) -> str:
+    names = {"single": "gpu", "ddp": "node", "zero1_offload": "zero1-offload"}
+    return names.get(engine, engine if engine in ("fsdp", "zero1", "zero2") else "node")
+
+
+def _is_true(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "").lower() in ("true", "1")
+
+
+def _num_tasks(environment: Mapping[str, str]) -> int:
+    return int(environment.get("SLURM_STEP_NUM_TASKS", "1"))

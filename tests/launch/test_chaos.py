@@ -1,0 +1,177 @@
+"""Killed again and again, on changing numbers of processes, a run ends as if nothing had been."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import ROOT, SMOKE, environment, free_port
+from safetensors.torch import load_file
+
+from bigan import checkpoint, files
+
+
+class Life:
+    """One start of the command: its launcher, and its ranks."""
+
+    def __init__(self, world_size: int, records: Path, arguments: list[str]) -> None:
+        command = [sys.executable, "-m", "recording", str(records), str(SMOKE), *arguments]
+        if world_size > 1:
+            launcher = ["-m", "accelerate.commands.launch", "--config_file"]
+            launcher += [str(ROOT / "launch" / "cpu.yaml"), "--num_processes", str(world_size)]
+            launcher += ["--main_process_port", str(free_port()), "-m"]
+            command = [sys.executable, *launcher, *command[2:]]
+        self.world_size = world_size
+        self.process = subprocess.Popen(
+            command,
+            env=environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def ranks(self) -> list[int]:
+        """Process numbers of the training processes."""
+        if self.world_size == 1:
+            return [self.process.pid]
+        listed = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True
+        )
+        return [int(pid) for pid in listed.stdout.split()]
+
+    def kill_one(self, chance: random.Random) -> bool:
+        """SIGKILL to a rank; whether it was there to be killed."""
+        ranks = self.ranks()
+        if len(ranks) < self.world_size or self.process.poll() is not None:
+            return False
+        os.kill(chance.choice(ranks), signal.SIGKILL)
+        return True
+
+    def end(self) -> str:
+        """Wait until the launcher has ended what is left; returns what it said."""
+        try:
+            _, errors = self.process.communicate(timeout=60)
+        finally:
+            self.destroy()
+        return errors
+
+    def destroy(self) -> None:
+        for pid in [*self.ranks(), self.process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def train_under_fire(
+    sizes: list[int], run: Path, arguments: list[str], seed: int
+) -> tuple[list[int], Path]:
+    """One kill for each entry of `sizes`, then to the end; returns where each life began."""
+    chance, records = random.Random(seed), run.parent / f"{run.name}-records"
+    begins: list[int] = []
+    for size in [*sizes, sizes[-1]]:
+        newest = checkpoint.latest(run)
+        begins.append(int(newest.name) if newest else 0)
+        life = Life(size, records / str(len(begins) - 1), arguments)
+        try:
+            if len(begins) > len(sizes):
+                errors = life.end()
+                assert life.process.returncode == 0, errors[-3000:]
+                break
+            wait_for(life, run, begins[-1] + 80 * chance.choice([0, 1, 1, 2, 3]))
+            time.sleep(chance.uniform(0, 0.12))  # somewhere in a step, or in a save
+            assert life.kill_one(chance), life.end()[-3000:]
+            life.end()
+        finally:
+            life.destroy()
+    return begins, records
+
+
+def wait_for(life: Life, run: Path, images_seen: int) -> None:
+    """Until the ranks are there and the run has a checkpoint of `images_seen`, or a later one."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until and life.process.poll() is None:
+        newest = checkpoint.latest(run)
+        reached = newest is not None and int(newest.name) >= images_seen
+        if (reached or images_seen == 0) and len(life.ranks()) == life.world_size:
+            return
+        time.sleep(0.003)
+    raise AssertionError(f"no progress: {life.end()[-3000:]}")
+
+
+def check_samples(begins: list[int], records: Path, total: int) -> None:
+    """What counts of each life, up to where the next one began, is every sample exactly once."""
+    trained: list[int] = []
+    for life, (first, end) in enumerate(zip(begins, [*begins[1:], total], strict=True)):
+        read = [
+            position
+            for path in (records / str(life)).glob("*.jsonl")
+            for line in path.read_text().splitlines()
+            if line.endswith("]")  # a killed rank may have left half a line
+            for position in json.loads(line)
+        ]
+        trained += sorted(p for p in read if first <= p < end)
+    assert trained == list(range(total))
+
+
+def final_weights(run: Path, total: int) -> bytes:
+    return (run / "snapshots" / str(total) / "weights.safetensors").read_bytes()
+
+
+def settings(digits: Path, run: Path, total: int, *more: str) -> list[str]:
+    return [
+        f"data.path={digits}", f"run_dir={run}", f"train.total_images={total}",
+        "train.checkpoint_images=80", "train.snapshot_images=100000", "train.tick_images=400",
+        *more,
+    ]  # fmt: skip
+
+
+def undisturbed(size: int, run: Path, arguments: list[str]) -> None:
+    life = Life(size, run.parent / "undisturbed-records", arguments)
+    errors = life.end()
+    assert life.process.returncode == 0, errors[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("size", "kills"),
+    [(2, 3), pytest.param(3, 8, marks=pytest.mark.slow)],  # from 3 on, sums depend on DDP's buckets
+)
+def test_killed_on_a_constant_number_of_processes_the_bytes_are_the_same(
+    size: int, kills: int, digits: Path, tmp_path: Path
+) -> None:
+    total, batch = 2400, f"train.batch={20 * size}"
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    undisturbed(size, whole, settings(digits, whole, total, batch))
+    arguments = settings(digits, run, total, batch)
+    begins, records = train_under_fire([size] * kills, run, arguments, seed=1)
+    assert final_weights(whole, total) == final_weights(run, total)
+    check_samples(begins, records, total)
+    assert begins[-1] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_thirty_kills_on_two_one_and_two_processes(digits: Path, tmp_path: Path) -> None:
+    """It finishes, and no sample is lost or repeated, whoever read it."""
+    total, run = 12_000, tmp_path / "run"
+    sizes = [2] * 10 + [1] * 10 + [2] * 10
+    begins, records = train_under_fire(sizes, run, settings(digits, run, total), seed=0)
+    assert len(begins) == 31
+    assert begins == sorted(begins)
+    check_samples(begins, records, total)
+    progress = checkpoint.read_progress(run / "checkpoints" / str(total))
+    assert 25 <= progress.attempt <= 31  # a life may be killed before its first checkpoint
+    assert (run / "DONE").read_text() == f"{total}\n"
+    for name in ("checkpoints", "snapshots", "samples"):
+        assert not list((run / name).glob(".*")), "a later life cleans up"
+    assert load_file(run / "snapshots" / str(total) / "weights.safetensors")
+    assert files.numbered_folders(run / "checkpoints")

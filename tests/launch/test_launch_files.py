@@ -1,0 +1,143 @@
+"""Every launch file, through the real `accelerate launch`: what the program it starts is told."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import ROOT, environment, free_port
+
+from bigan.launch_environment import chosen_engine, launch_remarks
+
+FILES = sorted((ROOT / "launch").glob("*.yaml"))
+
+# file: (engine, machines, processes in all)
+EXPECTED = {
+    "cluster": ("ddp", 2, 16),
+    "cluster-c10d": ("ddp", 2, 16),
+    "cpu": ("ddp", 1, 2),
+    "fsdp": ("fsdp", 1, 2),
+    "gpu": ("single", 1, 1),
+    "node": ("ddp", 1, 8),
+    "zero1": ("zero1", 1, 2),
+    "zero1-offload": ("zero1_offload", 1, 2),
+    "zero2": ("zero2", 1, 2),
+}
+
+# What a launched program finds in its environment.
+PROBE = """
+import json, os, sys
+from pathlib import Path
+name = f"{os.environ.get('GROUP_RANK', 0)}-{os.environ.get('LOCAL_RANK', 0)}.json"
+Path(sys.argv[1], name).write_text(json.dumps(dict(os.environ)))
+"""
+
+# `accelerate launch` many times over, side by side, with its imports paid for once.
+LAUNCHES = """
+import json, multiprocessing, os, sys
+import accelerate.commands.launch as accelerate_launch
+import torch.distributed.run, deepspeed.launcher.runner
+
+def start(argv):
+    sys.argv = ["accelerate", *argv]
+    accelerate_launch.main()
+
+fork = multiprocessing.get_context("fork")
+processes = [fork.Process(target=start, args=(argv,)) for argv in json.loads(sys.argv[1])]
+for process in processes:
+    process.start()
+for process in processes:
+    process.join()
+sys.exit(any(process.exitcode for process in processes))
+"""
+
+
+def header_options(path: Path) -> list[str]:
+    """The options of the command in the comment on top, `--config_file` left out."""
+    lines = path.read_text().splitlines()
+    comment = " ".join(line[1:].strip(" \\") for line in lines if line.startswith("#"))
+    command = re.search(r"accelerate launch (.*?) -m bigan\.train (\S+)", comment)
+    assert command, f"{path.name} does not begin with its command"
+    words = command[1].split()
+    assert words[:2] == ["--config_file", f"launch/{path.name}"]
+    return words[2:]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, str]]]:
+    """Launch file -> the environments of all processes that it starts, by its own command."""
+    folder = tmp_path_factory.mktemp("launched")
+    (folder / "probe.py").write_text(PROBE)
+    commands = []
+    for path in FILES:
+        (folder / path.stem).mkdir()
+        options = header_options(path)
+        port = str(free_port())
+        values = {"FIRST_MACHINE": "127.0.0.1", "29500": port}
+        if "--main_process_port" not in options:
+            options += ["--main_process_port", port]
+        for rank in range(EXPECTED[path.stem][1]):
+            own = [{**values, "RANK": str(rank)}.get(word, word) for word in options]
+            commands.append(
+                [
+                    "--config_file",
+                    str(path),
+                    *own,
+                    str(folder / "probe.py"),
+                    str(folder / path.stem),
+                ]
+            )
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHES, json.dumps(commands)],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        path.stem: [json.loads(p.read_text()) for p in sorted((folder / path.stem).iterdir())]
+        for path in FILES
+    }
+
+
+def test_every_file_is_known_here() -> None:
+    assert {path.stem for path in FILES} == EXPECTED.keys()
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_file_starts_what_it_says(name: str, told: dict[str, list[dict[str, str]]]) -> None:
+    engine, num_machines, num_processes = EXPECTED[name]
+    processes = told[name]
+    assert len(processes) == num_processes
+    if num_processes == 1:
+        assert "WORLD_SIZE" not in processes[0]
+    else:
+        assert sorted(int(p["RANK"]) for p in processes) == list(range(num_processes))
+        assert {int(p["WORLD_SIZE"]) for p in processes} == {num_processes}
+        assert {int(p["LOCAL_WORLD_SIZE"]) for p in processes} == {num_processes // num_machines}
+        assert len({(p["MASTER_ADDR"], p["MASTER_PORT"]) for p in processes}) == 1
+        restarts = {int(p["TORCHELASTIC_MAX_RESTARTS"]) for p in processes}
+        assert restarts == {3 if name == "cluster-c10d" else 0}
+    for process in processes:
+        assert chosen_engine("auto", process, num_processes) == engine
+        assert chosen_engine(engine, process, num_processes) == engine
+        assert launch_remarks(process, "fp32", "auto") == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_accelerate_reads_the_file(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    content = load_config_from_file(str(path))
+    assert (content.num_machines, content.num_processes) == EXPECTED[path.stem][1:]
+    assert str(content.distributed_type.value) not in ("MULTI_CPU",), (
+        "the CPU types start strangers"
+    )
+    assert content.use_cpu is False

@@ -1,0 +1,19 @@
+"""The cluster, started once for all tests of this folder."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm.minislurm import Cluster, minislurm
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Two nodes, n1 and n2, of 4 CPUs; the path of a socket must be short."""
+    with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as folder:
+        Path(folder).chmod(0o755)  # munged refuses other folders
+        with minislurm(Path(folder)) as running:
+            yield running

@@ -1,0 +1,190 @@
+"""A real SLURM of two nodes on this host, in a private folder; starts in about a second.
+
+Nothing of it listens beyond 127.0.0.1, and no packaged service is used or needed: the daemons are
+children of the test. Debian and Ubuntu: apt-get install --no-install-recommends slurm-wlm
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from commands import environment, free_port
+
+INSTALL = "apt-get install -y --no-install-recommends slurm-wlm"
+NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "sinfo")
+NODES = ("n1", "n2")
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
+
+# cred_expire: the shortest, or each requeue waits two minutes. config_overrides: more CPUs than
+# there are. MinJobAge: what has ended stays visible to scontrol.
+CONFIG = """
+ClusterName=mini
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/munge/sock,cred_expire=5
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+StateSaveLocation={folder}/ctld
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SwitchType=switch/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+ReturnToService=2
+JobRequeue=1
+MinJobAge=3600
+KillWait=30
+SlurmdTimeout=10
+SlurmctldTimeout=30
+InactiveLimit=0
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=4000
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=4000
+PartitionName=debug Nodes=n[1-2] Default=YES MaxTime=60 DefaultTime=10 State=UP
+"""
+
+
+class Cluster:
+    """Its commands, run as a user would."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._environment = {
+            key: value
+            for key, value in environment().items()
+            if not key.startswith(("SBATCH_", "SRUN_", "PET_"))
+        }
+        self._environment |= {"SLURM_CONF": str(folder / "slurm.conf")}
+
+    def run(
+        self, *command: object, timeout: float = 60, extra: Mapping[str, str] | None = None
+    ) -> str:
+        """stdout of a command; raises AssertionError with its stderr if it fails."""
+        done = subprocess.run(
+            [str(part) for part in command],
+            env=self._environment | (extra or {}),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def submit(self, script: str, name: str = "job", options: tuple[str, ...] = ()) -> int:
+        """Number of the job of a batch script; it writes to `output(name)`, appending."""
+        path = self.folder / f"{name}.sbatch"
+        path.write_text(script)
+        output = f"--output={self.output(name)}"
+        said = self.run("sbatch", "--parsable", "--open-mode=append", output, *options, path)
+        return int(said.strip())
+
+    def output(self, name: str = "job") -> Path:
+        """What the job printed."""
+        return self.folder / f"{name}.out"
+
+    def state(self, job: int) -> str:
+        """RUNNING, COMPLETED, ..."""
+        said = self.run("scontrol", "show", "job", job)
+        return said.partition("JobState=")[2].split()[0]
+
+    def wait(self, job: int, timeout: float) -> str:
+        """The state in which a job ends within `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while (state := self.state(job)) not in ENDED:
+            assert time.monotonic() < deadline, f"job {job} is still {state}"
+            time.sleep(0.2)
+        return state
+
+
+@contextlib.contextmanager
+def minislurm(folder: Path) -> Iterator[Cluster]:
+    """Start a cluster in `folder` (short, for a socket's path, and empty), stop it at the end."""
+    sbin = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+    found = {name: shutil.which(name, path=sbin) for name in NEEDED}
+    missing = [name for name, path in found.items() if path is None]
+    assert not missing, f"SLURM's {', '.join(missing)} not found; install it: {INSTALL}"
+    host = socket.gethostname().partition(".")[0]
+    for name in ("munge", "log", "ctld", "spool-n1", "spool-n2"):
+        (folder / name).mkdir()
+        (folder / name).chmod(0o755)  # munged refuses more, and less
+    key = folder / "munge" / "key"
+    key.write_bytes(secrets.token_bytes(128))
+    key.chmod(0o600)
+    ports = [free_port() for _ in range(3)]
+    config = CONFIG.format(folder=folder, host=host, user=getpass.getuser(), ports=ports)
+    (folder / "slurm.conf").write_text(config)
+    # The one value that works with cgroup v1, v2 or none mounted; it touches nothing.
+    (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+    cluster = Cluster(folder)
+    files = {"key": "key-file", "sock": "socket", "pid": "pid-file", "seed": "seed-file"}
+    munge = [f"--{option}={folder / 'munge' / name}" for name, option in files.items()]
+    munge += [f"--log-file={folder / 'log' / 'munged.log'}"]
+    config_file = ["-f", str(folder / "slurm.conf")]
+    commands = [
+        [found["munged"], "-F", "--force", *munge],
+        [found["slurmctld"], "-D", "-c", *config_file],
+        *([found["slurmd"], "-D", *config_file, "-N", node] for node in NODES),
+    ]
+    daemons: list[subprocess.Popen[bytes]] = []
+    try:
+        for command in commands:
+            with (folder / "log" / "daemons.log").open("ab") as log:
+                daemon = subprocess.Popen(command, env=cluster._environment, stdout=log, stderr=log)
+            daemons.append(daemon)
+            if len(daemons) == 1:
+                _wait_for(folder / "munge" / "sock")
+        _wait_until_idle(cluster)
+        yield cluster
+    finally:
+        with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
+            cluster.run("scancel", "--full", "--signal=KILL", "--user", getpass.getuser())
+            cluster.run("scancel", "--user", getpass.getuser())
+        for daemon in reversed(daemons):
+            daemon.send_signal(signal.SIGTERM)
+        for daemon in daemons:
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 10
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} does not appear"
+        time.sleep(0.02)
+
+
+def _wait_until_idle(cluster: Cluster) -> None:
+    deadline, states = time.monotonic() + 30, ""
+    while states.split() != ["idle"] * len(NODES):
+        log = cluster.folder / "log"
+        assert time.monotonic() < deadline, f"the nodes are not idle but {states!r}; see {log}"
+        with contextlib.suppress(AssertionError):
+            states = cluster.run("sinfo", "-h", "-N", "-o", "%T")
+        time.sleep(0.1)
