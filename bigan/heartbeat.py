@@ -14,7 +14,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -116,9 +116,9 @@ class Watch:
         silent = {r: s for r, s in self.silence.items() if s >= least and not self._ended(r)}
         return Report(silent, failed)
 
-    def all_ended(self) -> bool:
-        """Whether nobody is left who would still read."""
-        return all(self._ended(rank) for rank in self._values.keys() - self.report().silent.keys())
+    def all_ended(self, but: Collection[int] = ()) -> bool:
+        """Whether everybody has left, the lost ones (`but`) aside."""
+        return all(rank in but or self._ended(rank) for rank in self._values)
 
     def _ended(self, rank: int) -> bool:
         value = self._values[rank]
@@ -197,6 +197,7 @@ class Heartbeat:
         self._over = False  # rank 0 has given the run up
         self._gone = False  # the store does not answer any more
         self._report = Report()  # of the last look
+        self._named = Report()  # what the explanation said
         self._num_looks = 0
         self._closed = threading.Event()
         self._wake = threading.Event()
@@ -257,7 +258,7 @@ class Heartbeat:
         deadline = time.monotonic() + EXPLAIN_BEATS * self.beat_seconds
         while time.monotonic() < deadline and not self._known():
             time.sleep(self.beat_seconds / 10)
-        known = self._known()
+        known = self._named = self._known()
         self._over = self.world.is_main  # those that still hang in the collective leave as well
         self._wake.set()
         if not known:
@@ -280,7 +281,7 @@ class Heartbeat:
         """Wait until the end has been said; rank 0, whose store it may be, until everyone's has."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self._gone:
-            if self._said and (not self.world.is_main or self._watch.all_ended()):
+            if self._said and (not self.world.is_main or self._watch.all_ended(self._named.silent)):
                 return
             self._wake.set()
             time.sleep(0.05)

@@ -134,9 +134,11 @@ class Training:
         return self.prepared["g" if name == "d" else "d"]
 
     def close(self) -> None:
-        """Let go of the engines; nothing can be trained afterwards."""
+        """Let go of the engines; `prepare` makes new ones, whose Adam begins anew."""
         for prepared in self.prepared.values():
             prepared.wrapped.close()
+        self.prepared.clear()
+        self._resumed = None
 
     def pieces(self) -> Iterator[Piece]:
         """This process's part of everything that a checkpoint holds."""
@@ -162,20 +164,21 @@ class Training:
     def phase_step(self, name: str, stream: Iterator[Batch]) -> None:
         """One optimiser step of one phase; a phase that reads images moves `images_seen` on."""
         phase, images_seen = self.phases[name], self.progress.images_seen
-        for prepared in self.prepared.values():
-            with prepared.wrapped.whole():
-                power_iteration(prepared.phase.network)
         settings: AdamConfig = getattr(self.config.optimizer, name)
         for group in self.prepared[name].optimizer.param_groups:
             share = warmup(images_seen, self.config.train.batch, settings.warmup_images)
             group["lr"] = settings.lr * share
-        scalars = self.engine.step(
-            self.prepared[name],
-            self._other(name),
-            self._micro_batches(phase, stream),
-            phase.variant(images_seen),
-            images_seen,
-        )
+        batches = self._micro_batches(phase, stream)
+        with self.prepared["g"].wrapped.whole(), self.prepared["d"].wrapped.whole():
+            power_iteration(self.generator)
+            power_iteration(self.discriminator)
+            scalars = self.engine.step(
+                self.prepared[name],
+                self._other(name),
+                batches,
+                phase.variant(images_seen),
+                images_seen,
+            )
         if phase.uses_data:
             self.progress.images_seen += self.config.train.batch
             if self.adaptive is not None:

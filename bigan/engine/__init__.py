@@ -236,9 +236,12 @@ class Engine:
         self._first_bad = torch.where(first, float(prepared.images_seen), self._first_bad)
         self._halt = torch.maximum(self._halt, halt)
         # What GradScaler does for fp16: the fused kernel leaves everything as it is if found_inf.
+        # Where Adam is offloaded, both belong on the host.
+        place = gradients[0].device if gradients else self.world.device
         optimizer = prepared.optimizer
-        optimizer.grad_scale = None if scale is None else scale.scale.clone()  # type: ignore[attr-defined]
-        optimizer.found_inf = torch.maximum(self._halt, overflow)  # type: ignore[attr-defined]
+        found_inf = torch.maximum(self._halt, overflow).to(place)
+        optimizer.grad_scale = None if scale is None else scale.scale.to(place, copy=True)  # type: ignore[attr-defined]
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         if scale is not None:
             scale.update(overflow)
             norm = torch.where(overflow > 0, 0.0, norm)

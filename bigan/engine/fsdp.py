@@ -165,7 +165,11 @@ class FullySharded:
                 state[moment] = found.reshape(values.shape).to(values.device, values.dtype)
 
     def close(self) -> None:
-        """FSDP2 holds nothing beside the module."""
+        """Give the network whole weights of its own again, so that another engine may take it."""
+        for module in self.phase.network.modules():
+            for key, parameter in module.named_parameters(recurse=False):
+                if isinstance(parameter, DTensor):
+                    module.register_parameter(key, nn.Parameter(parameter.full_tensor().detach()))
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

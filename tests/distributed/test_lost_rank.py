@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from commands import environment, free_port
 
-LOST_AFTER_SECONDS = 3.0
+LOST_AFTER_SECONDS = 4.0
 
 # Reads lines "WHAT FOLDER LOST_AFTER PORT" and forks, for each, the three processes of a launch
 # without a launcher: rank 0 holds the store. Importing torch once is what makes this file quick.

@@ -104,8 +104,10 @@ def train_cell(config: RunConfig, cell: str) -> tuple[dict[str, float], list[str
     """Three steps by the real trainer's parts; leaves checkpoints, returns losses and messages."""
     messages: list[str] = []
     build = build_growing if cell == "growth" else BUILD
+    engine = Engine(config, messages.append)
+    engine.memory_format = torch.contiguous_format  # as in the sharding engines: the same kernels
     with mock.patch.object(models, "build", build):
-        training = Training(config, Engine(config, messages.append), CLASSES)
+        training = Training(config, engine, CLASSES)
     training.prepare()
     saver = Saver(config.run_dir, training.world, keep=2, echo=print)
     with ShardStream(
