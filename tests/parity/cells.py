@@ -1,9 +1,9 @@
 """The cells of the parity table: what is trained for three steps, and how far two results differ.
 
 Run as a script under a launcher, this file is one rank of an engine: it trains every cell and
-leaves a checkpoint of each, which the test compares with the one-process eager reference.
+leaves checkpoints of each, which the test compares with the one-process eager reference.
 
-    cells.py DIGITS FOLDER ENGINE CELL...
+    cells.py DIGITS FOLDER ENGINE,... CELL,...
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CELLS: dict[str, list[str]] = {
     "r1 + accumulation": [R1, MICRO],
     "wgan-gp + accumulation": [WGAN_GP, MICRO],
     "two d steps": [R1, "train.num_d_steps=2"],
-    "attention, orthogonal": [
+    "attention + orthogonal": [
         "train.orthogonal_weight=0.01", "model.attention_resolutions=[8]", "ema.start_images=80",
     ],
     "ada + r1": [R1, "augment={name: ada, initial: 0.5, every_images: 40, rampup_images: 1000}"],
@@ -95,8 +95,8 @@ def build_growing(config: models.ModelConfig, device: str) -> tuple[nn.Module, n
 BUILD = models.build
 
 
-def recipe(digits: Path, run_dir: Path, *overrides: str) -> RunConfig:
-    where = [f"data.path={digits}", f"run_dir={run_dir}"]
+def recipe(digits: Path, place: Path, *overrides: str) -> RunConfig:
+    where = [f"data.path={digits}", f"run_dir={place}"]
     return configs.load(RunConfig, SMOKE, [*where, *COMMON, *overrides])
 
 
@@ -169,9 +169,9 @@ def difference(ours: Result, reference: Result) -> Difference:
 class Result:
     """Losses and the two checkpoints of a cell."""
 
-    def __init__(self, losses: dict[str, float], run_dir: Path) -> None:
+    def __init__(self, losses: dict[str, float], place: Path) -> None:
         self.losses = losses
-        self._folders = numbered_folders(run_dir / "checkpoints")
+        self._folders = numbered_folders(place / "checkpoints")
 
     def tensors(self, which: int) -> dict[str, Tensor]:
         """Of the first step of the engines (0), or of the last (-1)."""
@@ -179,19 +179,24 @@ class Result:
         return {name: reader.read(name).double() for name in reader.shapes()}
 
 
+def run_dir(folder: Path, engine: str, cell: str) -> Path:
+    return folder / engine / cell.replace(" ", "-")
+
+
 def main() -> None:
-    faulthandler.dump_traceback_later(280, exit=True)
+    faulthandler.dump_traceback_later(560, exit=True)
     torch.set_num_threads(1)
-    digits, folder, engine, *cells = sys.argv[1:]
-    losses: dict[str, Any] = {}
-    for cell in cells:
-        run_dir = Path(folder) / cell.replace(" ", "-")
-        overrides = [*CELLS[cell], f"engine={engine}", "compile=eager"]
-        config = recipe(Path(digits), run_dir, *overrides)
-        losses[cell], _ = train_cell(config, cell)
+    digits, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    losses: dict[str, dict[str, Any]] = {}
+    for engine in sys.argv[3].split(","):
+        losses[engine] = {}
+        for cell in sys.argv[4].split(","):
+            overrides = [*CELLS[cell], f"engine={engine}", "compile=eager"]
+            config = recipe(digits, run_dir(folder, engine, cell), *overrides)
+            losses[engine][cell], _ = train_cell(config, cell)
     last = Engine(config, print)
     if last.world.is_main:
-        (Path(folder) / "losses.json").write_text(json.dumps(losses))
+        (folder / "losses.json").write_text(json.dumps(losses))
     disconnect(last.world)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cells import CELLS, MICRO, Result, difference, recipe, train_cell
+from cells import CELLS, MICRO, Result, difference, recipe, run_dir, train_cell
 from commands import ROOT, environment, free_port
 
 BOUND = 1e-4  # float32, other orders of summation
@@ -26,43 +26,50 @@ def reference(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
     def of(cell: str) -> Result:
         if cell not in known:
-            run_dir = tmp_path_factory.mktemp("reference") / "run"
+            place = tmp_path_factory.mktemp("reference")
             # The joined micro-batch of two processes is one of twice the size.
             overrides = [o.replace(MICRO, "train.micro_batch=20") for o in CELLS[cell]]
-            config = recipe(digits, run_dir, *overrides, "engine=single", "compile=eager")
+            config = recipe(digits, place, *overrides, "engine=single", "compile=eager")
             losses, _ = train_cell(config, cell)
-            known[cell] = Result(losses, run_dir)
+            known[cell] = Result(losses, place)
         return known[cell]
 
     return of
 
 
-def run_engine(engine: str, digits: Path, folder: Path, cells: list[str]) -> dict[str, Result]:
-    """All cells in one launch of two processes."""
+@pytest.fixture(scope="module")
+def results(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Result]]:
+    """All cells of all engines, in one launch of two processes."""
+    folder = tmp_path_factory.mktemp("engines")
     script = Path(__file__).with_name("cells.py")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launcher += ["--master_port", str(free_port())]
     done = subprocess.run(
-        [*launcher, script, digits, folder, engine, *cells],
+        [*launcher, script, digits, folder, ",".join(ENGINES), ",".join(CELLS)],
         env=environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=290,
+        timeout=580,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     losses = json.loads((folder / "losses.json").read_text())
-    return {cell: Result(losses[cell], folder / cell.replace(" ", "-")) for cell in cells}
+    return {
+        engine: {
+            cell: Result(losses[engine][cell], run_dir(folder, engine, cell)) for cell in CELLS
+        }
+        for engine in ENGINES
+    }
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_agree_with_one(
-    engine: str, digits: Path, tmp_path: Path, reference: Callable[[str], Result]
+    engine: str, results: dict[str, dict[str, Result]], reference: Callable[[str], Result]
 ) -> None:
     """Losses, weights, averages, spectral norm's vectors and Adam's moments after three steps."""
-    results = run_engine(engine, digits, tmp_path, list(CELLS))
-    found = {cell: difference(result, reference(cell)) for cell, result in results.items()}
+    found = {cell: difference(result, reference(cell)) for cell, result in results[engine].items()}
     for cell, value in found.items():
         print(f"\n{engine:6} {cell:24} {value.state:.1e}  gradients {value.gradients:.1e}", end="")
     print()
