@@ -34,11 +34,28 @@ setup: $(VENV)/.complete  ## install everything into .venv from the lock file
 demo: setup  ## pack the built-in digits, train BigGAN on them, evaluate every snapshot
 	@PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh
 
-test: setup  ## run the tests (no GPU needed)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+# Some tests start a real SLURM and real network namespaces. Root on Debian or Ubuntu gets the
+# programs here; elsewhere the SLURM tests are left out, which is said.
+SYSTEM := slurmctld:slurm-wlm munged:munge ip:iproute2 unshare:util-linux ps:procps
+WITHOUT_SLURM = $(shell command -v slurmctld >/dev/null 2>&1 || [ -x /usr/sbin/slurmctld ] || echo 'and not slurm')
 
-test-all: setup  ## the long tests too
-	$(BIN)/python -m pytest -m "not gpu"
+.PHONY: system
+system:
+	@missing=$$(PATH="$$PATH:/usr/sbin:/sbin"; for pair in $(SYSTEM); do \
+		command -v $${pair%%:*} >/dev/null 2>&1 || echo $${pair##*:}; done); \
+	if [ -z "$$missing" ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
+		echo "installing for the tests:" $$missing; \
+		{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
+			apt-get -qq install -y --no-install-recommends $$missing; } >/dev/null 2>&1 \
+		|| echo "could not install" $$missing "(apt-get failed)"; \
+	else echo "not installed:" $$missing "(for the tests with a real SLURM, and of several machines)"; fi
+
+test: setup system  ## run the tests (no GPU needed)
+	$(BIN)/python -m pytest -m "not slow and not gpu $(WITHOUT_SLURM)"
+
+test-all: setup system  ## the long tests too
+	$(BIN)/python -m pytest -m "not gpu $(WITHOUT_SLURM)"
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ from bigan.files import write_atomic
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 STOP, REQUEUE = "STOP", "REQUEUE"
-ECHO_SECONDS = 1.0  # SLURM signals every process and the launcher forwards the same once more
+ECHO_SECONDS = 2.0  # SLURM signals every process and the launcher forwards the same once more
 LAST_WORDS_SECONDS = 5.0  # for a line and the marker, on file systems and pipes that may hang
 
 Say = Callable[[str], None]

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 from bigan import checkpoint, run_folder
 from bigan.checkpoint import Progress
@@ -49,7 +50,8 @@ def train(config: RunConfig, echo: Echo, on_tick: OnTick, stop: StopFlag | None 
             if engine.world.size > 1 and is_communication_error(error):
                 raise beat.lost(error) from error
             raise
-        disconnect(engine.world)
+    # Not before all have said goodbye: the store they beat in may end with rank 0's process group.
+    disconnect(engine.world)
     return code
 
 
@@ -82,9 +84,7 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag) -
                 echo(remark)
             training.prepare()
             if world.is_main:
-                stop.before_leaving = lambda number: write_requeue(
-                    config.run_dir, number, progress.images_seen
-                )
+                stop.before_leaving = lambda number: leave_marker(config.run_dir, number)
             code = Loop(training, outputs, tracker, on_tick, stop).run(stream)
             status = "KILLED" if code else "FINISHED"
         finally:
@@ -170,6 +170,7 @@ class Loop:
                 self.check_replicas()
             if at_snapshot:
                 self.outputs.snapshot()
+                self.stop.alive()
             if at_checkpoint or stop:
                 self.outputs.checkpoint()
             if stop and not last:
@@ -241,6 +242,12 @@ class Loop:
         if self.stop.signal == 0 and self.world.is_main and asked(self.training.config.run_dir):
             return signal.SIGTERM
         return self.stop.signal
+
+
+def leave_marker(run_dir: Path, number: int) -> None:
+    """Of a process that signal `number` ends without a save: the last checkpoint counts."""
+    newest = checkpoint.latest(run_dir)
+    write_requeue(run_dir, number, int(newest.name) if newest else 0)
 
 
 def finish_again(training: Training) -> None:

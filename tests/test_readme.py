@@ -47,6 +47,7 @@ PARTS = (
     "launch/cluster.yaml",
     "-m bigan.evaluate",
     "bigan bench step",
+    "bigan bench scaling",
     "mlflow ui",
 )
 

@@ -65,7 +65,7 @@ def require_able(name: str, config: RunConfig) -> None:
         return
     if config.penalties:
         raise LaunchError(
-            f"engine = zero3 cannot differentiate twice, which the penalty "
+            "engine = zero3 cannot differentiate twice (double backward), which the penalty "
             f"{config.penalties[0].name} needs: it has released the weights by then; use "
             "engine=fsdp, which divides the weights too, or engine=zero2"
         )
@@ -82,6 +82,7 @@ class Engine:
     """
 
     def __init__(self, config: RunConfig, echo: Echo) -> None:
+        require_able(config.engine, config)
         environment = dict(os.environ)
         self._accelerator, self.world = connect(config.train.collective_timeout_seconds)
         size = self.world.size

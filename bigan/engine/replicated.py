@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -24,7 +25,9 @@ class Replicated:
         self.optimizer = new_optimizer(phase.network.parameters())
         self._accelerator = accelerator
         phase.requires_grad_(True)  # DDP never reduces what is frozen when it is wrapped
-        self._module: nn.Module = accelerator.prepare_model(phase)
+        with warnings.catch_warnings():  # its newer name for broadcast_buffers is too new for us
+            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+            self._module: nn.Module = accelerator.prepare_model(phase)
 
     def __call__(self, other: nn.Module, batch: Batch, variant: tuple) -> tuple[Tensor, Scalars]:
         return self._module(other, batch, variant)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from commands import TEN_CLASSES
 
 from bigan import snapshot
+from bigan.checkpoint import Piece, Progress, Reader, Saver
 from bigan.data.stream import ShardStream
 from bigan.engine import Engine
 from bigan.recipe import RunConfig
@@ -85,3 +87,26 @@ def test_batches_arrive_whole_from_reused_buffers(recipe: Recipe) -> None:
             assert torch.equal(shown[0].cpu(), expected.real)
             assert torch.equal(shown[1].cpu(), expected.labels)
         assert stream._transfer._made <= config.data.prefetch + 4  # type: ignore[attr-defined]
+
+
+def test_copies_from_the_device_are_of_the_moment_of_the_call(tmp_path: Path) -> None:
+    """The next step is queued behind the copies; odd layouts and host tensors come along."""
+    weight = torch.arange(16.0 * 2**20, device="cuda").reshape(64, 64, 64, 64)
+    odd = weight.contiguous(memory_format=torch.channels_last)
+    step = torch.ones((), device="cuda")
+    expected, saver = weight.cpu(), Saver(tmp_path, World(device=weight.device))
+    pieces = [
+        Piece(name, tuple(tensor.shape), 0, tensor, replicated=True)
+        for name, tensor in (("x", weight), ("y", odd), ("z", step), ("host", torch.ones(3)))
+    ]
+    for seen in (40, 80):  # the second time into the same memory
+        saver.save(Progress(images_seen=seen), pieces)
+        weight += 1
+        odd += 1
+        step += 1
+        saver.finish()
+        reader = Reader(tmp_path / "checkpoints" / str(seen))
+        assert torch.equal(reader.read("x"), expected)
+        assert torch.equal(reader.read("y"), expected)
+        assert reader.read("z").item() == seen // 40
+        expected += 1

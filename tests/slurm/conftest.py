@@ -9,6 +9,14 @@ from pathlib import Path
 import pytest
 from slurm.minislurm import Cluster, minislurm
 
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.slurm)
+
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:

@@ -12,15 +12,88 @@ from parts import make
 
 from bigan import ema, phases
 from bigan.data.stream import ShardStream
-from bigan.engine import Engine, compiling
+from bigan.engine import Engine, compiling, loss_scale
 from bigan.engine.compiling import compile_backend
-from bigan.errors import RunError
+from bigan.engine.loss_scale import LossScale
+from bigan.errors import RunError, UserError
 from bigan.recipe import RunConfig
 from bigan.trainer import train
 from bigan.training import Training
 from bigan.world import World
 
 Recipe = Callable[..., RunConfig]
+
+
+@pytest.mark.parametrize(
+    ("penalties", "why"),
+    [("[{name: r1, weight: 1}]", "twice.*penalty r1.*engine=fsdp"), ("[]", "not supported.*fsdp")],
+)
+def test_zero3_is_refused_with_the_way_out(recipe: Recipe, penalties: str, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        Engine(recipe("engine=zero3", f"penalties={penalties}"), print)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_trains(recipe: Recipe, precision: str) -> None:
+    """The losses stay near those of float32; weights and moments are float32."""
+    losses = {}
+    for name in ("fp32", precision):
+        training, stream = make(recipe(f"precision={name}", "penalties=[{name: r1, weight: 1}]"))
+        with stream:
+            for _ in range(6):
+                training.step(stream)
+        losses[name], _ = training.statistics.collect()
+        assert training.engine.halted_at() == -1
+    for key in ("loss_d", "loss_g", "r1"):
+        assert losses[precision][key] == pytest.approx(losses["fp32"][key], rel=0.05, abs=0.05)
+    for optimizer in training.optimizers.values():
+        for state in optimizer.state.values():
+            assert state["exp_avg"].dtype == torch.float32
+            assert state["exp_avg"].abs().max() < 1000, "unscaled"
+
+
+def test_overflow_in_fp16_is_skipped_and_lowers_the_scale(recipe: Recipe) -> None:
+    """Scaled gradients beyond float32: no update, half the scale, and the run goes on."""
+    training, stream = make(recipe("precision=fp16"))
+    scale = training.scales["d"]
+    scale.scale.fill_(1e38)
+    before = [p.clone() for p in training.discriminator.parameters()]
+    with stream:
+        training.phase_step("d", stream)
+        assert scale.scale.item() == pytest.approx(0.5e38)
+        assert scale.good_steps.item() == 0
+        pairs = zip(before, training.discriminator.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+        assert training.engine.halted_at() == -1
+        scale.scale.fill_(1024.0)
+        training.phase_step("d", stream)
+    pairs = zip(before, training.discriminator.parameters(), strict=True)
+    assert not all(torch.equal(a, b) for a, b in pairs)
+    assert (scale.scale.item(), scale.good_steps.item()) == (1024.0, 1.0)
+    means, _ = training.statistics.collect()
+    assert means["grad_norm_d"] < 1e6, "skipped norms count as zero, the others are unscaled"
+
+
+def test_loss_scale_grows_after_good_steps_and_the_run_ends_at_the_smallest() -> None:
+    scale = LossScale(torch.device("cpu"))
+    scale.good_steps.fill_(loss_scale.GROWTH_STEPS - 1)
+    scale.update(torch.tensor(0.0))
+    assert (scale.scale.item(), scale.good_steps.item()) == (2 * loss_scale.INITIAL, 0)
+    for _ in range(40):
+        scale.update(torch.tensor(1.0))
+    assert scale.scale.item() == loss_scale.SMALLEST
+
+
+def test_fp16_ends_where_scaling_cannot_help(recipe: Recipe) -> None:
+    training, stream = make(recipe("precision=fp16"))
+    with (
+        stream,
+        mock.patch.object(
+            phases, "as_images", lambda real, _: real.permute(0, 3, 1, 2) * torch.nan
+        ),
+    ):
+        training.step(stream)
+    assert training.engine.halted_at() == 0
 
 
 def test_non_finite_step_changes_nothing(recipe: Recipe) -> None:

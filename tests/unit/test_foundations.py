@@ -2,8 +2,6 @@
 
 import ast
 import contextlib
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,6 @@ import torch
 
 from bigan import files, rng
 from bigan.stats import Statistics
-from bigan.stop import StopFlag
 from bigan.world import World, on_main
 
 ROOT = Path(__file__).parents[2]
@@ -153,12 +150,3 @@ def test_statistics_are_means_over_the_tick() -> None:
     assert means == {"loss": 3.0, "rare": 5.0}
     assert largest == {"stop": 15.0}
     assert statistics.collect(stop=0.0) == ({}, {"stop": 0.0})
-
-
-def test_stop_flag_remembers_the_first_signal_and_restores_handlers() -> None:
-    former = signal.getsignal(signal.SIGTERM)
-    with StopFlag() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGUSR2)
-        assert stop.signal == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) is former

@@ -200,28 +200,6 @@ def test_folder_that_is_none_and_parts_that_do_not_fit(tmp_path: Path) -> None:
     assert saver.failures == 2
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_copies_from_the_device_are_of_the_moment_of_the_call(tmp_path: Path) -> None:
-    """The next step is queued behind the copies; odd layouts and host tensors come along."""
-    weight = torch.arange(16.0 * 2**20, device="cuda").reshape(64, 64, 64, 64)
-    odd = weight.contiguous(memory_format=torch.channels_last)
-    step = torch.ones((), device="cuda")
-    expected, saver = weight.cpu(), Saver(tmp_path, World(device=weight.device))
-    pieces = [piece(weight), piece(odd, "y"), piece(step, "z"), piece(torch.ones(3), "host")]
-    for seen in (40, 80):  # the second time into the same memory
-        saver.save(Progress(images_seen=seen), pieces)
-        weight += 1
-        odd += 1
-        step += 1
-        saver.finish()
-        reader = Reader(tmp_path / "checkpoints" / str(seen))
-        assert torch.equal(reader.read("networks/x"), expected)
-        assert torch.equal(reader.read("y"), expected)
-        assert reader.read("z").item() == seen // 40
-        expected += 1
-
-
 RANKS = """
 import json, os, sys, time
 from contextlib import nullcontext
