@@ -21,5 +21,9 @@ class LaunchError(UserError):
     everywhere = True
 
 
+class PeerError(RuntimeError):
+    """A bug that one process ran into, told to all of them."""
+
+
 class RunError(Exception):
     """A run that had to stop (a non-finite loss, say), its last checkpoint intact. Exit code 1."""

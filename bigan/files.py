@@ -107,8 +107,11 @@ def remove_leftovers(parent: Path, name: str = "*", *, shared: bool = False) -> 
     """
     for path in parent.glob(f".{name}.*.tmp"):
         if not shared or _is_abandoned(path):
-            # Another process may be deleting the same.
-            shutil.rmtree(path, shared) if path.is_dir() else path.unlink(missing_ok=True)
+            # Another process may be deleting the same, or one that is dying still writing to it.
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _is_abandoned(path: Path) -> bool:

@@ -22,7 +22,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from bigan.errors import RunError
+from bigan.errors import PeerError, RunError
 from bigan.stop import leave, say
 from bigan.world import TOLD, World, gather, together
 
@@ -43,8 +43,10 @@ def is_communication_error(error: BaseException) -> bool:
     """Whether `error` is what a collective raises when another process has gone."""
     if isinstance(error, dist.DistError):
         return True
+    if isinstance(error, PeerError) or not isinstance(error, RuntimeError):
+        return False
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(sign in text for sign in SIGNS)
+    return any(sign in text for sign in SIGNS)
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,8 @@ def connect(timeout_seconds: int) -> tuple[Accelerator, World]:
     joined = from_slurm(os.environ)
     if joined:
         _require_known(joined["MASTER_ADDR"])
+        if torch.cuda.device_count() == 1:  # srun --gpus-per-task=1 shows each task its own
+            joined["LOCAL_RANK"] = "0"
         os.environ.update(joined)
     if torch.cuda.is_available():
         check_devices(os.environ, torch.cuda.device_count())

@@ -69,7 +69,7 @@ def augmented(
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Autocast if the recipe asks for it; the meta device has none and needs none."""
-    if precision == "fp32" or device.type == "meta":
+    if precision in ("fp32", "tf32") or device.type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 

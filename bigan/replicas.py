@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from bigan.errors import RunError
-from bigan.world import World, gather, gather_numbers
+from bigan.world import TOLD, World, gather, gather_numbers
 
+INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # by size in bytes
 SLOW_RATIO = 1.25  # own work per step, against the median of the others
+WAITING_SHARE = 0.1  # of its own work, from which on waiting for images is worth a word
 PATIENCE_TICKS = 3  # in a row, before a process is named: one tick may have been unlucky
 
 
@@ -30,8 +32,7 @@ def fingerprint(network: nn.Module) -> Tensor:
     for index, tensor in enumerate(network.state_dict().values()):
         if hasattr(tensor, "_local_tensor"):  # a DTensor: each process holds another part
             continue
-        bits = tensor.detach().reshape(-1)
-        bits = bits.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.element_size()])
+        bits = tensor.detach().view(INTEGERS[tensor.element_size()])
         part = bits.sum(dtype=torch.int64) * (2 * index + 1)
         total = part if total is None else total + part
     return torch.zeros((), dtype=torch.int64) if total is None else total
@@ -54,12 +55,15 @@ def check_replicas(world: World, networks: Mapping[str, nn.Module], images_seen:
     for rank, row in enumerate(everyone):
         names = [n for n, own, good in zip(networks, row, right, strict=True) if own != good]
         wrong += [f"rank {rank} ({', '.join(names)})"] if names else []
-    raise RunError(
+    problem = RunError(
         f"the processes no longer hold the same weights at images_seen = {images_seen}: "
         f"{', '.join(wrong)} {'differs' if len(wrong) == 1 else 'differ'} from the others; nothing "
         "is saved of this state; the same command goes on from the last checkpoint. Suspect the "
         "memory or the device of that process if it happens again"
     )
+    if not world.is_main:
+        problem.add_note(TOLD)  # rank 0 prints it, once
+    raise problem
 
 
 def slowest(seconds: Sequence[float]) -> tuple[int, float]:
@@ -74,8 +78,8 @@ class SlowRanks:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._suspect = -1
-        self._ticks = 0
+        self._suspect = -1  # nobody
+        self._ticks = 0  # in a row
 
     def report(self, step_seconds: float, data_seconds: float) -> tuple[dict[str, float], str]:
         """From this rank's own seconds per step (waiting for others left out), those of all.
@@ -90,11 +94,13 @@ class SlowRanks:
         rank, ratio = slowest(own)
         report = {f"rank/step_ms/{r}": 1000 * s for r, s in enumerate(own)}
         report |= {"rank/slowest": rank, "rank/slowest_ratio": ratio}
-        self._ticks = self._ticks + 1 if ratio > SLOW_RATIO and rank == self._suspect else 1
-        self._suspect = rank
-        if ratio <= SLOW_RATIO or self._ticks != PATIENCE_TICKS:
+        suspect = rank if ratio > SLOW_RATIO else -1
+        self._ticks = self._ticks + 1 if suspect == self._suspect else 1
+        self._suspect = suspect
+        if suspect < 0 or self._ticks != PATIENCE_TICKS:
             return report, ""
-        waits = f", {1000 * data[rank]:.0f} ms of them waiting for images" if data[rank] else ""
+        starved = data[rank] > WAITING_SHARE * own[rank]
+        waits = f", {1000 * data[rank]:.0f} ms of them waiting for images" if starved else ""
         typical = statistics.median(s for r, s in enumerate(own) if r != rank)
         return report, (
             f"rank {rank} is slow: {1000 * own[rank]:.0f} ms of its own work per step{waits}, the "

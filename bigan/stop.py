@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from bigan.files import write_atomic
@@ -24,6 +24,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 STOP, REQUEUE = "STOP", "REQUEUE"
 ECHO_SECONDS = 2.0  # SLURM signals every process and the launcher forwards the same once more
 LAST_WORDS_SECONDS = 5.0  # for a line and the marker, on file systems and pipes that may hang
+
+GRACE_SECONDS = 30.0  # from the first signal, or the last step, to the next one
 
 Say = Callable[[str], None]
 
@@ -58,7 +60,7 @@ class StopFlag:
 
     A second signal, `ECHO_SECONDS` or more after the first, leaves at once with 128 + its number.
     So does the first if within `grace_seconds` of it the loop neither comes back (`alive`) nor says
-    that it is saving (`heed`): it hangs, say on a silent server, and the last checkpoint counts.
+    that it is saving (`patient`): it hangs, say on a silent server, and the last checkpoint counts.
     `before_leaving(signal)` is called first, to leave a marker; it may be set later.
 
     Python runs a signal's handler between two bytecodes of the main thread, never while that thread
@@ -71,7 +73,7 @@ class StopFlag:
 
     def __init__(
         self,
-        grace_seconds: float = 30.0,
+        grace_seconds: float = GRACE_SECONDS,
         echo: Say = say,
         before_leaving: Callable[[int], None] | None = None,
     ) -> None:
@@ -82,15 +84,21 @@ class StopFlag:
         self._former: dict[int, object] = {}
         self._first = 0.0  # time of the first signal
         self._alive = 0.0  # time of the last step boundary
-        self._heeded = False
+        self._saving = False
 
     def alive(self) -> None:
         """The loop has reached a step boundary; call it at each."""
         self._alive = time.monotonic()
 
-    def heed(self) -> None:
-        """The loop stops now: saving may take longer than the grace time."""
-        self._heeded = True
+    @contextlib.contextmanager
+    def patient(self) -> Iterator[None]:
+        """Inside, the grace time does not run: saving may take longer."""
+        self._saving = True
+        try:
+            yield
+        finally:
+            self._alive = time.monotonic()
+            self._saving = False
 
     def __enter__(self) -> StopFlag:
         self._reader, self._writer = os.pipe()
@@ -142,8 +150,10 @@ class StopFlag:
 
     def _patience(self) -> float | None:
         """Seconds until the loop counts as hanging; None: it does not."""
-        if not self._first or self._heeded:
+        if not self._first:
             return None
+        if self._saving:
+            return 1.0  # and look again: it ends
         return max(0.0, max(self._first, self._alive) + self.grace_seconds - time.monotonic())
 
     def _leave(self, number: int, line: str, aloud: bool = True) -> None:

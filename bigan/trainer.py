@@ -18,11 +18,12 @@ from bigan.errors import RunError
 from bigan.heartbeat import Heartbeat, is_communication_error
 from bigan.inputs import agree_on_data, check_data, count_bad, open_stream
 from bigan.launching import disconnect
+from bigan.layers.batchnorm import normalisation_layers
 from bigan.outputs import Outputs
 from bigan.recipe import RunConfig, accumulation_steps
 from bigan.replicas import SlowRanks, check_replicas
 from bigan.schedules import due
-from bigan.stop import StopFlag, asked, write_requeue
+from bigan.stop import GRACE_SECONDS, StopFlag, asked, write_requeue
 from bigan.tracking import Status, Tracker
 from bigan.training import Training
 from bigan.world import barrier, largest, on_main, together
@@ -74,6 +75,8 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag) -
     with together(world, lambda: open_stream(training)) as stream:
         agree_on_data(world, stream.fingerprint)
         on_main(world, lambda: run_folder.prepare(config))
+        if world.is_main:
+            stop.before_leaving = lambda number: leave_marker(config.run_dir, number)
         tracker = Tracker(config.run_dir, config.tracking, role="train") if world.is_main else None
         outputs = Outputs(training, tracker)
         status: Status = "FAILED"
@@ -83,8 +86,6 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag) -
             for remark in remarks(training):
                 echo(remark)
             training.prepare()
-            if world.is_main:
-                stop.before_leaving = lambda number: leave_marker(config.run_dir, number)
             code = Loop(training, outputs, tracker, on_tick, stop).run(stream)
             status = "KILLED" if code else "FINISHED"
         finally:
@@ -111,6 +112,14 @@ def remarks(training: Training) -> list[str]:
     if joined != train.batch:
         said.append(
             f"BatchNorm sees {joined} images at a time (micro_batch x processes), not train.batch"
+        )
+    former = training.former_forward_images
+    if former not in (0, joined) and normalisation_layers(training.generator):
+        share, rest = divmod(former, training.world.size)
+        keep = f"train.micro_batch={share} keeps it" if not rest else "use fewer processes"
+        said.append(
+            f"BatchNorm saw {former} images at a time before, now {joined}: this is not the same "
+            f"training any more ({keep})"
         )
     if train.total_images % step:
         end = -(-train.total_images // step) * step
@@ -142,6 +151,7 @@ class Loop:
         self.slow_ranks = SlowRanks(training.world)
         self.steps_between = self.steps_to_check = 1  # of looking at the stop flags
         self.num_steps = 0  # since the last tick
+        self.save_seconds = 0.0  # for which the last save held up the training
         self.began, self.counted = time.monotonic(), training.progress.images_seen
 
     def run(self, stream: Iterator[Batch]) -> int:
@@ -160,28 +170,45 @@ class Loop:
             last = seen >= config.total_images
             at_snapshot = last or due(before, seen, config.snapshot_images)
             at_checkpoint = last or due(before, seen, config.checkpoint_images)
-            at_tick = at_snapshot or at_checkpoint or due(before, seen, config.tick_images)
+            at_check = at_checkpoint or due(before, seen, config.replica_check_images)
+            at_tick = at_snapshot or at_check or due(before, seen, config.tick_images)
             if not at_tick and not self.stop_agreed():
                 continue
             stop = self.tick()
-            if stop:
-                self.stop.heed()
-            if at_checkpoint or due(before, seen, config.replica_check_images):
+            if at_check or stop:
                 self.check_replicas()
-            if at_snapshot:
-                self.outputs.snapshot()
-                self.stop.alive()
-            if at_checkpoint or stop:
-                self.outputs.checkpoint()
-            if stop and not last:
-                self.outputs.close()
-                on_main(self.world, partial(write_requeue, training.config.run_dir, stop, seen))
-                return 128 + stop
+            with self.stop.patient():  # a save may take longer than the grace time
+                if at_snapshot:
+                    self.outputs.snapshot()
+                if at_checkpoint or stop:
+                    self.checkpoint()
+                if stop and not last:
+                    self.leave(stop)
+                    return 128 + stop
             self.began, self.counted, self.num_steps = time.monotonic(), seen, 0
-        self.outputs.close()
-        on_main(self.world, self.outputs.finish)
-        barrier(self.world)
+        with self.stop.patient():
+            self.outputs.close()
+            on_main(self.world, self.outputs.finish)
+            barrier(self.world)
         return 0
+
+    def checkpoint(self) -> None:
+        """Begin to save; what of it holds up the training is counted."""
+        began = time.monotonic()
+        self.outputs.checkpoint()
+        self.save_seconds = time.monotonic() - began
+
+    def leave(self, number: int) -> None:
+        """End this life with its state saved, and say so to the scheduler."""
+        run_dir, saver = self.training.config.run_dir, self.outputs.saver
+        saver.finish()
+
+        def mark() -> None:
+            if self.stop.signal or not asked(run_dir):  # a user's STOP is not to be requeued
+                leave_marker(run_dir, number)
+
+        on_main(self.world, mark)
+        self.outputs.close()
 
     def tick(self) -> int:
         """Take the numbers off the device, log and show them; returns the stop signal, or 0."""
@@ -200,6 +227,7 @@ class Loop:
             on_main(self.world, partial(give_up, training, int(agreed["halted_at"]), means))
         self.steps_between = max(1, int(STOP_CHECK_SECONDS / agreed["step_seconds"]))
         self.steps_to_check = self.steps_between
+        self.stop.grace_seconds = max(GRACE_SECONDS, 3 * agreed["step_seconds"])
         saver.settle(not agreed["saving"])
         count_bad(training)
         progress.seconds += seconds
@@ -208,6 +236,9 @@ class Loop:
             report["train/bad_images"] = progress.bad_images
         report["train/images_per_second"] = (progress.images_seen - self.counted) / seconds
         report["train/data_wait"] = training.data_seconds / seconds  # 0 to 1
+        if self.save_seconds:
+            report["train/save_stall_seconds"] = self.save_seconds
+            self.save_seconds = 0.0
         ranks, remark = self.slow_ranks.report(
             (seconds - waited) / self.num_steps, training.data_seconds / self.num_steps
         )
@@ -245,7 +276,7 @@ class Loop:
 
 
 def leave_marker(run_dir: Path, number: int) -> None:
-    """Of a process that signal `number` ends without a save: the last checkpoint counts."""
+    """REQUEUE of a life that signal `number` ends: the newest checkpoint counts."""
     newest = checkpoint.latest(run_dir)
     write_requeue(run_dir, number, int(newest.name) if newest else 0)
 
@@ -264,6 +295,6 @@ def give_up(training: Training, images_seen: int, means: dict[str, float]) -> No
     kept = f"the last checkpoint {newest} is intact" if newest else "there is no checkpoint yet"
     raise RunError(
         f"{', '.join(names) or 'a loss'} became non-finite at images_seen = {images_seen}; no "
-        f"update was made from that step on and {kept}; try a lower learning rate, "
-        "precision=fp32, or a penalty"
+        f"update was made from that step on and {kept}; with another "
+        "run_dir, try a lower learning rate, precision=fp32, or a penalty"
     )

@@ -61,6 +61,8 @@ class Training:
             self._set_strength(config.augment)
         self.progress = Progress()
         self.accumulation = accumulation_steps(config.train, self.world.size)
+        self.progress.forward_images = config.train.batch // self.accumulation
+        self.former_forward_images = 0  # of the life before this one; 0: there was none
         self.phases = phases.build_phases(
             config, self.generator, self.discriminator, self.class_counts
         )
@@ -104,7 +106,10 @@ class Training:
         progress, reader = together(self.world, look)
         reader.verify_together(self.world)  # or one rank alone would find it damaged, later
         together(self.world, lambda: checkpoint.load_networks(reader, self.networks))
-        self.progress = replace(progress, attempt=progress.attempt + 1)
+        self.former_forward_images = progress.forward_images
+        self.progress = replace(
+            progress, attempt=progress.attempt + 1, forward_images=self.progress.forward_images
+        )
         self._resumed = reader
 
     def prepare(self) -> None:
@@ -121,6 +126,7 @@ class Training:
         for name, prepared in self.prepared.items():
             if self._resumed is not None:
                 prepared.wrapped.load_moments(name, self._resumed.read_range)
+        self._resumed = None  # and its files are closed: it may be pruned from now on
         for name, phase in self.phases.items():
             batches = {variant: self._rehearsal(phase) for variant in phase.variants()}
             self.engine.rehearse(self.prepared[name], self._other(name), batches)
@@ -138,7 +144,6 @@ class Training:
         for prepared in self.prepared.values():
             prepared.wrapped.close()
         self.prepared.clear()
-        self._resumed = None
 
     def pieces(self) -> Iterator[Piece]:
         """This process's part of everything that a checkpoint holds."""

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from bigan.errors import RunError, UserError
+from bigan.errors import PeerError, RunError, UserError
 
 T = TypeVar("T")
 TOLD = "raised on rank 0"
@@ -99,7 +99,7 @@ def together(world: World, work: Callable[[], T]) -> T:
     """Run `work` (which holds no collective) on this rank, as every rank does, and compare notes.
 
     Returns this rank's result. If `work` raised anywhere, every rank raises the first failing
-    rank's error (`UserError`, `RunError`, else RuntimeError), so that none waits for ever.
+    rank's error (`UserError`, `RunError`, else `PeerError`), so that none waits for ever.
     """
     if world.size == 1:
         return work()
@@ -110,7 +110,7 @@ def together(world: World, work: Callable[[], T]) -> T:
     except (UserError, RunError) as error:
         own = error
     except Exception as error:
-        own = RuntimeError(f"rank {world.rank}: {type(error).__name__}: {error}")
+        own = PeerError(f"rank {world.rank}: {type(error).__name__}: {error}")
     _raise_first(world, gather(world, own))
     return result  # type: ignore[return-value]
 

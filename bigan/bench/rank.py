@@ -119,6 +119,8 @@ class Rank:
         for variant in self.variants().values():
             with variant(self.training):
                 self.steps(WARM_UP_STEPS)
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()  # the other points' processes are on the same device
         each = max(seconds / max(self.steps(self.period)["step"], 1e-9), MIN_STEPS)
         self.num_steps = broadcast(self.world, self.period * math.ceil(each / self.period))
 

@@ -12,12 +12,12 @@ from bigan.checkpoint.progress import PartSum, Progress, to_json
 from bigan.checkpoint.reader import Reader
 
 
-def draft_folder(run_dir: Path, progress: Progress) -> Path:
-    """Where the parts are written: the same on all processes without asking.
+def draft_folder(run_dir: Path, progress: Progress, token: str) -> Path:
+    """Where the parts are written: the same on all processes, another one in each life.
 
     A new life of the run deletes what a killed one left (`files.remove_leftovers`).
     """
-    return run_dir / "checkpoints" / f".{progress.images_seen}.{progress.attempt}.tmp"
+    return run_dir / "checkpoints" / f".{progress.images_seen}.{token}.tmp"
 
 
 def complete(

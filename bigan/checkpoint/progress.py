@@ -21,6 +21,7 @@ class Progress:
     attempt: int = 1  # lives of the run: 1 + number of resumes
     data_fingerprint: str = ""  # of the images trained on
     bad_images: int = 0  # did not decode; the next sample took their place (data.on_bad=skip)
+    forward_images: int = 0  # over all processes, of one forward: what BatchNorm sees; 0: unknown
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ makes the checkpoint complete. The thread calls no collective.
 from __future__ import annotations
 
 import errno
+import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterable
@@ -53,6 +54,8 @@ class Saver:
         echo: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.failures = 0
+        # A process of a former life that has not died yet must not write into this one's drafts.
+        self._token = broadcast(world, secrets.token_hex(4))
         self._run_dir, self._world = run_dir, world
         self._keep, self._milestone_images = keep, milestone_images
         self._echo = echo
@@ -133,7 +136,7 @@ class Saver:
 
     @property
     def _draft(self) -> Path:
-        return draft_folder(self._run_dir, self._progress)
+        return draft_folder(self._run_dir, self._progress, self._token)
 
     def _write(self) -> None:
         """This rank's part; in the thread."""

@@ -75,6 +75,15 @@ def require_able(name: str, config: RunConfig) -> None:
     )
 
 
+def set_float32(precision: str) -> None:
+    """Float32 products of CUDA as they are named, unless the recipe allows TF32.
+
+    Convolutions use TF32 by default: penalties would lose 13 bits, and engines would disagree.
+    """
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):  # type: ignore[attr-defined]
+        backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+
+
 class Engine:
     """Runs phases in the way that the launch and the recipe's `engine` ask for.
 
@@ -85,6 +94,7 @@ class Engine:
         require_able(config.engine, config)
         environment = dict(os.environ)
         self._accelerator, self.world = connect(config.train.collective_timeout_seconds)
+        set_float32(config.precision)
         size = self.world.size
         self.echo: Echo = echo if self.world.is_main else lambda _: None
         self.name = together(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
-from collections.abc import Callable
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from bigan.engine.wrapped import Batch
+from bigan.errors import RunError
 from bigan.phases import Phase
-from bigan.world import World, everyone
+from bigan.world import World
+
+OTHERS_SECONDS = 120.0  # within which the others fail, too, if they are going to
+_num_agreements = itertools.count()  # the same on all ranks: each asks as often as the others
 
 
 def compile_backend(choice: str, device: torch.device) -> tuple[str | None, str]:
@@ -29,7 +35,8 @@ def compile_now(
     """Compile a phase by running each variant once; returns (seconds, why it failed or "").
 
     Phases are pure and gradients are asked for without being accumulated, so this leaves no trace
-    and sets off no engine's hooks. If it fails on any process, the phase is eager on all.
+    and sets off no engine's hooks. If it fails, the phase is eager on all processes. Raises
+    `RunError` if it fails on this one while others wait for it inside the phase.
     """
     began = time.monotonic()
     why = ""
@@ -41,10 +48,32 @@ def compile_now(
     except Exception as error:
         lines = str(error).strip().splitlines()
         why = f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
-    if not everyone(world, not why):
+    if not everyone_compiled(world, why):
         phase._compiled_call_impl = None
         return 0.0, why or "on another process"
     return time.monotonic() - began, ""
 
 
-Rehearsal = Callable[[Phase], dict[tuple, Batch]]
+def everyone_compiled(world: World, why: str) -> bool:
+    """Whether `why`, what this process failed with, is empty on all.
+
+    Asked through the launch's store, not by a collective: while one process has failed, others may
+    wait for it in one of the phase's own (BatchNorm's), and would take the one for the other.
+    """
+    if world.size == 1:
+        return not why
+    store = dist.PrefixStore(
+        f"bigan compile {next(_num_agreements)}",
+        dist.distributed_c10d._get_default_store(),  # it has no public name
+    )
+    keys = [str(rank) for rank in range(world.size)]
+    store.set(keys[world.rank], why)
+    try:
+        if why:
+            store.wait(keys, timedelta(seconds=OTHERS_SECONDS))
+        return not any(store.get(key) for key in keys)  # those who compiled wait as for any other
+    except RuntimeError as error:
+        raise RunError(
+            f"rank {world.rank} cannot compile phase ({why or error}) while others can; mend that "
+            "node, or use compile=eager"
+        ) from None

@@ -68,6 +68,7 @@ def settings(stage: int, offload: bool, accumulation: int, bucket: int, pin: boo
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0,
         "steps_per_print": 1_000_000_000,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device in every step
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # the client's torch Adam: nothing is compiled,
         "zero_force_ds_cpu_optimizer": False,  # and its fused kernel can skip a step

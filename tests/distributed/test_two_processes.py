@@ -24,9 +24,13 @@ def losses(run: Path) -> dict[int, dict[str, float]]:
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        ("plain", []),
+        pytest.param("plain", [], marks=pytest.mark.slow),
         ("compiled", ["penalties=[{name: wgan_gp, weight: 1.0}]"]),
-        ("accumulate", ["train.micro_batch=10", "train.num_d_steps=2"]),
+        pytest.param(
+            "accumulate",
+            ["train.micro_batch=10", "train.num_d_steps=2"],
+            marks=pytest.mark.slow,  # tests/parity has three steps of it
+        ),
     ],
 )
 def test_same_losses_for_twenty_steps(

@@ -97,7 +97,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, s
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -16,6 +16,7 @@ from cells import CELLS, MICRO, Result, difference, recipe, run_dir, train_cell
 from commands import ROOT, environment, free_port
 
 BOUND = 1e-4  # float32, other orders of summation
+BOUNDS = {"bf16 + r1": 2e-2, "fp16 + r1": 5e-3}  # sums over a batch are rounded to 8 and 11 bits
 ENGINES = ("ddp", "zero1", "zero2", "fsdp")
 
 
@@ -74,7 +75,7 @@ def test_two_processes_agree_with_one(
         print(f"\n{engine:6} {cell:24} {value.state:.1e}  gradients {value.gradients:.1e}", end="")
     print()
     for cell, value in found.items():
-        assert max(value) < BOUND, cell
+        assert max(value) < BOUNDS.get(cell, BOUND), cell
 
 
 def test_the_comparison_sees_a_wrong_gradient(

@@ -13,7 +13,7 @@ import pytest
 from commands import run_bigan
 from web import serving
 
-from bigan import checkpoint, snapshot, trainer
+from bigan import checkpoint, inputs, snapshot
 from bigan.data import DataError
 from bigan.data import fetch as fetching
 from bigan.data.plan import Order
@@ -127,7 +127,7 @@ def test_only_the_first_bad_images_of_a_tick_are_named() -> None:
         progress=SimpleNamespace(bad_images=1),
         engine=SimpleNamespace(echo=said.append),
     )
-    trainer.count_bad(training)  # type: ignore[arg-type]
+    inputs.count_bad(training)  # type: ignore[arg-type]
     assert [line.split()[5] for line in said] == [f"{p}.npy:" for p in range(10)]
     assert training.progress.bad_images == 13
     assert training.bad == []
@@ -161,10 +161,10 @@ def test_streams_are_opened_as_the_recipe_says(
 ) -> None:
     config = recipe(f"data.mode={mode}", "data.split=val", "data.block=77", "train.seed=5")
     for name in ("ShardStream", "ResampledStream"):
-        monkeypatch.setattr(trainer, name, lambda *args, **settings: (args, settings))
+        monkeypatch.setattr(inputs, name, lambda *args, **settings: (args, settings))
     progress = SimpleNamespace(images_seen=80)
     training = SimpleNamespace(config=config, world=World(), accumulation=2, progress=progress)
-    args, settings = trainer.open_stream(training)  # type: ignore[arg-type, misc]
+    args, settings = inputs.open_stream(training)  # type: ignore[arg-type, misc]
     want: dict[str, object] = {
         "seed": 5, "world": World(), "batch": 40, "accumulation": 2, "images_seen": 80,
         "fetch": config.data,
@@ -179,7 +179,7 @@ def test_streams_are_opened_as_the_recipe_says(
 
 def test_images_are_checked_before_training(recipe: Recipe, digits: Path) -> None:
     with pytest.raises(UserError, match="change the config or pack"):
-        trainer.check_data(recipe("model.num_classes=11"))
+        inputs.check_data(recipe("model.num_classes=11"))
     missing = recipe(f"data.path={digits}/x-{{0..3}}.tar", "data.mode=resampled")
     with pytest.raises(DataError, match="no such shard"):
-        trainer.check_data(missing)
+        inputs.check_data(missing)

@@ -155,12 +155,26 @@ with StopFlag(grace_seconds=0.6) as stop:
     for _ in range(5):
         time.sleep(0.3)
         stop.alive()
-    stop.heed()
-    time.sleep(1)  # saving
+    with stop.patient():
+        time.sleep(1)  # saving
 print("saved")
 """
     code, output = script(code).finish()
     assert (code, output.splitlines()[-1]) == (0, "saved")
+
+
+def test_grace_time_runs_again_after_saving(script: Callable[..., Script]) -> None:
+    code = """
+with StopFlag(grace_seconds=0.5) as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    with stop.patient():
+        time.sleep(1)
+    print("saved", flush=True)
+    time.sleep(100)  # never comes
+"""
+    code, output = script(code).finish()
+    assert code == 143
+    assert output.splitlines()[1] == "saved"
 
 
 def test_hanging_marker_does_not_keep_the_process(script: Callable[..., Script]) -> None:
