@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from commands import TEN_CLASSES
+from commands import ROOT, SMOKE, TEN_CLASSES, launch
 
 from bigan import snapshot
 from bigan.checkpoint import Piece, Progress, Reader, Saver
@@ -59,7 +60,41 @@ def test_a_step_never_waits_for_the_device(recipe: Recipe, augment: str) -> None
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_step_in_half_precision_never_waits_for_the_device(
+    recipe: Recipe, precision: str
+) -> None:
+    training, _, _ = steps(recipe(R1, f"precision={precision}"), 2)
+    with ShardStream(training.config.data.path, seed=0, world=training.world, batch=40) as stream:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            training.step(stream)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("file", ["gpu", "fsdp", "zero1", "zero2", "zero1-offload"])
+def test_every_engine_trains_and_goes_on_alone_on_one_device(
+    file: str, digits: Path, tmp_path: Path
+) -> None:
+    """One process under each launch file; its losses are those of the plain engine."""
+    losses = {}
+    for name in dict.fromkeys(("gpu", file)):
+        run = tmp_path / name
+        for total in (200, 400):  # the second time it resumes
+            done = launch(
+                SMOKE, f"data.path={digits}", f"run_dir={run}", "train.tick_images=40", R1,
+                f"train.total_images={total}",
+                options=["--config_file", ROOT / "launch" / f"{name}.yaml", "--num_processes", "1"],
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-2000:]
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [line["train/loss_d"] for line in lines if "train/loss_d" in line]
+    assert len(losses[file]) == 10
+    assert losses[file] == pytest.approx(losses["gpu"], abs=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 def test_whole_run(recipe: Recipe, precision: str) -> None:
     config = recipe(f"precision={precision}", "compile=auto", R1)
     assert train(config, print, lambda *_: None) == 0
