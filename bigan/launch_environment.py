@@ -184,6 +184,13 @@ def launch_remarks(environment: Mapping[str, str], precision: str, compiled: str
             f"of {path} only the ZeRO stage and the optimiser's offloading are used: the recipe "
             "decides the rest"
         )
+    restarts = environment.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and environment.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        said.append(
+            f"max_restarts = {restarts}, but a restart may hang: torch's processes find the "
+            "addresses of the dead ones; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all "
+            "machines and use --rdzv_backend c10d"
+        )
     return said
 
 

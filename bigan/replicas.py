@@ -17,6 +17,7 @@ from bigan.errors import RunError
 from bigan.world import TOLD, World, gather, gather_numbers
 
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # by size in bytes
+NUM_LOGGED = 64  # ranks, each with a metric of its own
 SLOW_RATIO = 1.25  # own work per step, against the median of the others
 WAITING_SHARE = 0.1  # of its own work, from which on waiting for images is worth a word
 PATIENCE_TICKS = 3  # in a row, before a process is named: one tick may have been unlucky
@@ -92,7 +93,7 @@ class SlowRanks:
         everyone = gather_numbers(self._world, [step_seconds, data_seconds])
         own, data = ([row[i] for row in everyone] for i in (0, 1))
         rank, ratio = slowest(own)
-        report = {f"rank/step_ms/{r}": 1000 * s for r, s in enumerate(own)}
+        report = {f"rank/step_ms/{r}": 1000 * s for r, s in enumerate(own[:NUM_LOGGED])}
         report |= {"rank/slowest": rank, "rank/slowest_ratio": ratio}
         suspect = rank if ratio > SLOW_RATIO else -1
         self._ticks = self._ticks + 1 if suspect == self._suspect else 1

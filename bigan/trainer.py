@@ -214,7 +214,7 @@ class Loop:
         """Take the numbers off the device, log and show them; returns the stop signal, or 0."""
         training, progress = self.training, self.training.progress
         engine, saver = training.engine, self.outputs.saver
-        waited = engine.waiting.collect()
+        shared = sum(engine.waiting.collect())
         seconds = max(time.monotonic() - self.began, 1e-9)
         means, agreed = training.statistics.collect(
             stop=self.stop_signal(),
@@ -240,7 +240,7 @@ class Loop:
             report["train/save_stall_seconds"] = self.save_seconds
             self.save_seconds = 0.0
         ranks, remark = self.slow_ranks.report(
-            (seconds - waited) / self.num_steps, training.data_seconds / self.num_steps
+            (seconds - shared) / self.num_steps, training.data_seconds / self.num_steps
         )
         training.data_seconds = 0.0
         if remark:

@@ -162,7 +162,7 @@ class Rank:
             data, began = self.training.data_seconds, time.perf_counter()
             phase_step(name, stream)
             wait(self.world.device)
-            waited.append(self.engine.waiting.collect())
+            waited.append(self.engine.waiting.collect().waited)
             seconds = time.perf_counter() - began - waited[-1]
             work[name].append(seconds - (self.training.data_seconds - data))
 

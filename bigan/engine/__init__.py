@@ -192,7 +192,7 @@ class Engine:
         total: dict[str, Tensor] = {}
         finite = torch.ones((), dtype=torch.bool, device=self.world.device)
         self.waiting.here()
-        with self._on_stage(prepared, other):
+        with self._on_stage(prepared, other), contextlib.ExitStack() as exchange:
             wrapped.zero_grad()
             for index, batch in enumerate(batches):
                 with wrapped.micro_step(last=index == num - 1):
@@ -200,6 +200,7 @@ class Engine:
                     finite = torch.isfinite(loss.detach()) & finite
                     if index == num - 1:
                         self.waiting.here()
+                        exchange.enter_context(self.waiting.exchange())
                     scaled = loss if prepared.scale is None else loss * prepared.scale.scale
                     wrapped.backward(scaled / num)
                 for name, value in scalars.items():
@@ -241,7 +242,8 @@ class Engine:
             norm = norm / scale.scale
             halt = torch.maximum(halt, overflow * (scale.scale <= SMALLEST))
         verdict = torch.stack([halt, overflow])
-        self.waiting.reduce(verdict)  # all skip, or none
+        if self.world.size > 1:
+            dist.all_reduce(verdict, op=dist.ReduceOp.MAX)  # all skip, or none
         halt, overflow = verdict.unbind()
         first = (halt > 0) & (self._halt == 0)
         self._first_bad = torch.where(first, float(prepared.images_seen), self._first_bad)
