@@ -34,6 +34,7 @@ setup: $(VENV)/.complete  ## install everything into .venv from the lock file
 demo: setup  ## pack the built-in digits, train BigGAN on them, evaluate every snapshot
 	@PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh
 
+# Those in tests/unit run side by side; the others start processes that need both cores.
 # Some tests start a real SLURM and real network namespaces. Root on Debian or Ubuntu gets the
 # programs here; elsewhere the SLURM tests are left out, which is said.
 SYSTEM := slurmctld:slurm-wlm munged:munge ip:iproute2 unshare:util-linux ps:procps
@@ -52,7 +53,8 @@ system:
 	else echo "not installed:" $$missing "(for the tests with a real SLURM, and of several machines)"; fi
 
 test: setup system  ## run the tests (no GPU needed)
-	$(BIN)/python -m pytest -m "not slow and not gpu $(WITHOUT_SLURM)"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 tests/unit
+	$(BIN)/python -m pytest -m "not slow and not gpu $(WITHOUT_SLURM)" --ignore tests/unit
 
 test-all: setup system  ## the long tests too
 	$(BIN)/python -m pytest -m "not gpu $(WITHOUT_SLURM)"

@@ -57,6 +57,7 @@ def test_same_losses_for_twenty_steps(
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 2e-3
 
 
+@pytest.mark.slow  # tests/launch/test_chaos.py does it the hard way
 def test_resume_is_bitwise_on_two_processes(digits: Path, tmp_path: Path) -> None:
     """Stopped after a checkpoint and started again by the same command: the same bytes."""
     options = ["--config_file", LAUNCH]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +24,6 @@ FILES = {  # engine -> launch file; two processes, but for single
     "zero2": "zero2.yaml",
     "zero1_offload": "zero1-offload.yaml",
 }
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
-)
-
 Ran = Callable[..., Path]
 
 
@@ -64,11 +59,11 @@ def ran(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     [
         ("ddp", "fsdp"),
         ("ddp", "single"),
-        ("ddp", "fsdp", "single"),
-        pytest.param(("ddp", "zero1"), marks=needs_deepspeed),
+        ("ddp", "zero1"),
         *(
-            pytest.param(engines, marks=[pytest.mark.slow, needs_deepspeed])
+            pytest.param(engines, marks=pytest.mark.slow)
             for engines in (
+                ("ddp", "fsdp", "single"),
                 ("ddp", "zero2"),
                 ("ddp", "zero1_offload"),
                 ("ddp", "fsdp", "ddp"),

@@ -97,7 +97,9 @@ def test_aot_eager_is_bitwise_eager(
     assert difference == 0
 
 
-@pytest.mark.parametrize("kind", AUGMENT)
+@pytest.mark.parametrize(
+    "kind", ["ada", *(pytest.param(k, marks=pytest.mark.slow) for k in AUGMENT if k != "ada")]
+)
 def test_aot_eager_is_bitwise_eager_with_augmentation(
     recipe: Callable[..., RunConfig], reference: Callable[[RunConfig], State], kind: str
 ) -> None:
