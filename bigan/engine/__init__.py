@@ -80,8 +80,8 @@ def set_float32(precision: str) -> None:
 
     Convolutions use TF32 by default: penalties would lose 13 bits, and engines would disagree.
     """
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):  # type: ignore[attr-defined]
-        backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 class Engine:
