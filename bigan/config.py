@@ -12,7 +12,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -133,6 +133,15 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, An
             for found in differences(old.get(key), new.get(key), f"{prefix}{key}.")
         ]
     return [] if old == new else [(prefix.rstrip("."), old, new)]
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key path, value) for every leaf of a plain mapping, in order: ("train.seed", 0)."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _apply_override(data: dict[str, Any], override: str) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from bigan import augment, models, phases
+from bigan.config import leaves
 from bigan.recipe import RunConfig, accumulation_steps
 
 Description = dict[str, Any]
@@ -138,16 +139,4 @@ def as_text(description: Description) -> str:
         f"{gib['gradients']}, optimizer {gib['optimizer']}, activations {gib['activations']})",
         "values",
     ]
-    return "\n".join([*lines, *(f"  {key} = {value}" for key, value in _leaves(config))])
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    return [
-        leaf
-        for key, value in tree.items()
-        for leaf in (
-            _leaves(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else [(f"{prefix}{key}", value)]
-        )
-    ]
+    return "\n".join([*lines, *(f"  {key} = {value}" for key, value in leaves(config))])

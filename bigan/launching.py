@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from importlib import metadata
 from typing import Any
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from bigan.config import leaves
 from bigan.errors import LaunchError
 from bigan.launch_environment import (
     check_devices,
@@ -104,7 +105,7 @@ def disconnect(world: World) -> None:
 
 def program(config: Mapping[str, Any], engine: str) -> dict[str, str]:
     """What all ranks must have in common: versions, the engine and the resolved config's leaves."""
-    kept = {key: repr(value) for key, value in _leaves(config) if key not in MAY_DIFFER}
+    kept = {key: repr(value) for key, value in leaves(config) if key not in MAY_DIFFER}
     versions = {f"{name} version": _version(name) for name in PACKAGES}
     return {**versions, "the engine": engine, **kept}
 
@@ -168,14 +169,6 @@ def _require_known(host: str) -> None:
             f"launch environment: the name {host} of the first node does not resolve on "
             f"{socket.gethostname()}; export MASTER_ADDR, the first node's address, before srun"
         ) from None
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _version(package: str) -> str:

@@ -27,6 +27,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from bigan import files, journal
+from bigan.config import leaves
 
 _logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ RUN_FILE = "mlflow.json"
 
 _BATCH = 1_000  # MLflow's limit of metrics per log_batch
 _TEXTS = 100  # and of parameters and tags
+_CHARACTERS = 6_000  # and of the length of a parameter
 _BACKOFF_SECONDS = (1.0, 60.0)  # first and longest wait between two attempts
 _LAST_ATTEMPTS = 3  # failures in a row after which close() gives up
 _LAST_WAIT_SECONDS = 0.5
@@ -134,16 +136,6 @@ class _Terminate:
 _Item = _Metrics | _Replay | _Artifact | _Params | _Terminate
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = str(value)[:6000]  # MLflow's limit
-    return found
-
-
 # --- the queue --------------------------------------------------------------------------------
 
 
@@ -183,7 +175,7 @@ class Sender:
         self._put(_Artifact(path, folder))
 
     def params(self, values: Mapping[str, Any]) -> None:
-        self._put(_Params(_flat(values)))
+        self._put(_Params({key: str(value)[:_CHARACTERS] for key, value in leaves(values)}))
 
     def close(self, status: Status | None, timeout_seconds: float) -> str | None:
         """Deliver what is queued, end the run with `status` (the trainer's right only)."""

@@ -13,7 +13,7 @@ from bigan.checkpoint import Saver
 from bigan.errors import RunError
 from bigan.tracking import Tracker
 from bigan.training import GRID_COLUMNS, Training
-from bigan.world import TOLD, on_main
+from bigan.world import on_main, once
 
 
 class Outputs:
@@ -60,9 +60,7 @@ class Outputs:
         why = self.saver.verdict() or self._unwritten
         if why:
             problem = RunError(f"trained to the end of this life, but not all was kept: {why}")
-            if not self._training.world.is_main:
-                problem.add_note(TOLD)  # rank 0 prints it, once
-            raise problem
+            raise once(self._training.world, problem)
 
     def finish(self) -> None:
         """The pictures of the whole run, then its completion marker; on rank 0."""

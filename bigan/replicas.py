@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bigan.errors import RunError
-from bigan.world import TOLD, World, gather, gather_numbers
+from bigan.world import World, gather, gather_numbers, once
 
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # by size in bytes
 NUM_LOGGED = 64  # ranks, each with a metric of its own
@@ -62,9 +62,7 @@ def check_replicas(world: World, networks: Mapping[str, nn.Module], images_seen:
         "is saved of this state; the same command goes on from the last checkpoint. Suspect the "
         "memory or the device of that process if it happens again"
     )
-    if not world.is_main:
-        problem.add_note(TOLD)  # rank 0 prints it, once
-    raise problem
+    raise once(world, problem)
 
 
 def slowest(seconds: Sequence[float]) -> tuple[int, float]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from bigan.errors import PeerError, RunError, UserError
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 TOLD = "raised on rank 0"
 
 
@@ -125,9 +126,14 @@ def on_main(world: World, decide: Callable[[], T]) -> T:
     return broadcast(world, result)  # type: ignore[return-value]
 
 
+def once(world: World, error: E) -> E:
+    """`error`, for every rank to raise alike: noted so that rank 0 alone prints it."""
+    if not world.is_main:
+        error.add_note(TOLD)
+    return error
+
+
 def _raise_first(world: World, errors: Sequence[Exception | None]) -> None:
     for error in errors:
         if error is not None:
-            if not world.is_main:
-                error.add_note(TOLD)  # rank 0 prints it, once
-            raise error
+            raise once(world, error)

@@ -5,7 +5,6 @@ One launch runs all engines and cases: this file is also the program of its proc
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -21,19 +20,16 @@ from commands import ROOT, SMOKE, TEN_CLASSES, environment, free_port
 from torch import Tensor, nn
 
 from bigan import config as configs
-from bigan.data.stream import ShardStream
 from bigan.engine import Engine
 from bigan.engine.zero import load_deepspeed
 from bigan.errors import LaunchError
+from bigan.inputs import open_stream
 from bigan.launching import disconnect
 from bigan.recipe import RunConfig
 from bigan.training import Training
 from bigan.world import gather
 
 ENGINES = ("fsdp", "zero1")  # the others are in the slow test
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
-)
 R1 = "penalties=[{name: r1, weight: 10.0}]"
 # Three steps that move the weights, with an eps that does not blow up rounding: Adam would move a
 # weight whose gradient is 1e-8 as far as any other.
@@ -109,15 +105,7 @@ def begin(config: RunConfig, state: State | None = None) -> Training:
 
 def advance(training: Training, steps: int) -> State:
     """Train; returns the mean scalars."""
-    config = training.config
-    with ShardStream(
-        config.data.path,
-        seed=config.train.seed,
-        world=training.world,
-        batch=config.train.batch,
-        accumulation=training.accumulation,
-        images_seen=training.progress.images_seen,
-    ) as stream:
+    with open_stream(training) as stream:
         for _ in range(steps):
             training.step(stream)
     means, _ = training.statistics.collect()
@@ -259,14 +247,12 @@ def require_close(engine: str, case: str, found: State, wanted: State) -> None:
             assert value < (2e-2 if kind.endswith(("exp_avg", "exp_avg_sq")) else 2e-3), kind
 
 
-@needs_deepspeed
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("case", ["many"])  # tests/parity has the others
 def test_three_steps_are_those_of_ddp(results: Results, engine: str, case: str) -> None:
     require_close(engine, case, results[f"{engine}/{case}"], results[f"ddp/{case}"])
 
 
-@needs_deepspeed
 def test_three_steps_are_those_of_one_process(results: Results, digits: Path) -> None:
     overrides, _, here = TRAINED["many"]
     settings = [f"data.path={digits}", *COMMON, *overrides, *here, "engine=single"]
@@ -278,7 +264,6 @@ def test_three_steps_are_those_of_one_process(results: Results, digits: Path) ->
         require_close(f"{engine} to one", "continued", back, without_scalars(state))
 
 
-@needs_deepspeed
 @pytest.mark.parametrize("engine", ENGINES)
 def test_resume_is_bitwise(results: Results, engine: str) -> None:
     """A state after two steps, put together and taken up again, leads to the same third step."""
@@ -288,14 +273,12 @@ def test_resume_is_bitwise(results: Results, engine: str) -> None:
         assert torch.equal(tensor, wanted[key]), key
 
 
-@needs_deepspeed
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_state_of_ddp_is_taken_up(results: Results, engine: str) -> None:
     found, wanted = results[f"{engine}/adopted"], without_scalars(results["ddp/many"])
     require_close(engine, "adopted", found, wanted)
 
 
-@needs_deepspeed
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_bad_gradient_changes_nothing(results: Results, engine: str) -> None:
     """On one process only: no weight, no moment and no step counter moves, on none of them."""
@@ -307,7 +290,6 @@ def test_a_bad_gradient_changes_nothing(results: Results, engine: str) -> None:
             assert torch.equal(tensor, after[key]), key
 
 
-@needs_deepspeed
 @pytest.mark.slow
 def test_every_case_under_every_engine(digits: Path, tmp_path: Path) -> None:
     engines = [*ENGINES, "zero2", "zero1_offload", "zero2_offload"]

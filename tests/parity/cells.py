@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from bigan import config as configs
 from bigan import models
 from bigan.checkpoint import Reader, Saver
-from bigan.data.stream import ShardStream
 from bigan.engine import Engine
 from bigan.files import numbered_folders
+from bigan.inputs import open_stream
 from bigan.launching import disconnect
 from bigan.recipe import RunConfig
 from bigan.training import Training
@@ -115,13 +115,7 @@ def train_cell(config: RunConfig, cell: str) -> tuple[dict[str, float], list[str
         # At the edge, half the images per process (their mean: twice the gradient) overflow first.
         scale.scale.fill_(256)
     saver = Saver(config.run_dir, training.world, keep=2, echo=print)
-    with ShardStream(
-        config.data.path,
-        seed=config.train.seed,
-        world=training.world,
-        batch=config.train.batch,
-        accumulation=training.accumulation,
-    ) as stream:
+    with open_stream(training) as stream:
         for step in range(STEPS):
             if cell == "growth" and step == 1:  # new parameters, new engines, moments from zero
                 training.close()

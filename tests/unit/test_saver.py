@@ -167,6 +167,7 @@ def test_disk_that_fills_up(tmp_path: Path) -> None:
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)]
     if subprocess.run(command, capture_output=True, check=False).returncode:
+        # A right, not something to install; where it lacks, the test above has the same failures.
         pytest.skip("needs the right to mount a file system; full_disk stands in for it")
     try:
         said: list[str] = []
