@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bigan.layers.attention import SelfAttention
 from bigan.layers.batchnorm import BatchNorm2d, normalisation_layers
+from bigan.layers.equalised import Equalised
 from bigan.layers.precision import without_autocast
 from bigan.layers.spectral import SpectralNorm
 
@@ -25,12 +26,15 @@ def initialise(
     """Fill every parameter and buffer of the layers of `bigan.layers` and of nn.Embedding.
 
     `scheme` "orthogonal" is BigGAN's (Saxe et al. 2014) for convolutions, linear maps and
-    embeddings; "normal" is N(0, 0.02). Biases start at 0. Weights are drawn on the CPU: they
+    embeddings; "normal" is N(0, 0.02). Biases start at 0. Layers with an equalised learning rate
+    have first values of their own, whatever the scheme. Weights are drawn on the CPU: they
     depend on `generator` (a CPU generator) and the network's structure alone, not on its device.
     """
     for module in network.modules():
         if isinstance(module, SpectralNorm | nn.Embedding):
             module.weight.copy_(_draw(module.weight.shape, scheme, generator))
+        if isinstance(module, Equalised):
+            module.initialise(generator)
         if isinstance(module, SpectralNorm):
             v = torch.empty(module.v.shape).normal_(generator=generator)
             module.v.copy_(F.normalize(v, dim=0))

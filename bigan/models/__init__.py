@@ -13,13 +13,18 @@ device included, and filled afterwards.
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from bigan.models import biggan
+from bigan.models import biggan, biggan_deep, progan, r3gan, stylegan2
 
-ModelConfig = biggan.Config  # one `|` per family, with Field(discriminator="name") from the second
+ModelConfig = Annotated[
+    biggan.Config | biggan_deep.Config | progan.Config | stylegan2.Config | r3gan.Config,
+    Field(discriminator="name"),
+]
 
 
 def to_uint8(images: Tensor) -> Tensor:

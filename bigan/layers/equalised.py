@@ -1,0 +1,94 @@
+"""Equalised learning rate (Karras et al. 2018, arXiv:1710.10196, section 4.1).
+
+Weights are drawn from N(0, 1) and multiplied by He's constant in every forward rather than once at
+the start: Adam's steps, which do not depend on a gradient's size, then change every weight by the
+same share, whatever the layer's fan-in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Equalised(nn.Module):
+    """A stored `weight` used as `weight * scale`, and a bias used as `bias * lr_multiplier`.
+
+    scale = gain * lr_multiplier / sqrt(fan-in), all entries but the first dimension being the
+    fan-in. With `lr_multiplier` m the stored values are 1/m times as large, so that a step of the
+    optimiser changes what is used m times as much (StyleGAN's mapping network: 0.01). The used bias
+    begins at `first_bias`. Built with zeros: call `bigan.layers.init.initialise`.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        bias: bool = True,
+        gain: float = 1.0,
+        lr_multiplier: float = 1.0,
+        first_bias: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(tuple(shape)))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(shape[0])) if bias else None)
+        self.scale = gain * lr_multiplier / math.sqrt(math.prod(shape[1:]))
+        self.lr_multiplier = lr_multiplier
+        self.first_bias = first_bias
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Fill in the first values; drawn on the CPU, whatever the device of the layer."""
+        draws = torch.empty(self.weight.shape).normal_(generator=generator)
+        self.weight.copy_(draws / self.lr_multiplier)
+        if self.bias is not None:
+            self.bias.fill_(self.first_bias / self.lr_multiplier)
+
+    def used_weight(self) -> Tensor:
+        return self.weight * self.scale
+
+    def used_bias(self) -> Tensor | None:
+        if self.bias is None or self.lr_multiplier == 1:
+            return self.bias
+        return self.bias * self.lr_multiplier
+
+
+class EqualisedLinear(Equalised):
+    """[..., in] -> [..., out]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        gain: float = 1.0,
+        lr_multiplier: float = 1.0,
+        first_bias: float = 0.0,
+    ) -> None:
+        super().__init__((out_features, in_features), bias, gain, lr_multiplier, first_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.used_weight(), self.used_bias())
+
+
+class EqualisedConv2d(Equalised):
+    """[B, in, H, W] -> [B, out, H, W]: odd kernel, stride 1, zero padding that keeps the size."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        bias: bool = True,
+        gain: float = 1.0,
+    ) -> None:
+        super().__init__((out_channels, in_channels, kernel_size, kernel_size), bias, gain)
+        self.padding = kernel_size // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.used_weight(), self.used_bias(), padding=self.padding)

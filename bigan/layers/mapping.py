@@ -1,0 +1,128 @@
+"""StyleGAN's mapping network (Karras et al. 2019, arXiv:1812.04948) and its mean output.
+
+    w = f(z, label): both normalised to a root mean square of 1, joined, then fully connected layers
+
+The mean of w, about which samples are truncated, is a buffer that no forward writes: whoever trains
+calls `mean_latent` and `follow_latents` between two steps.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bigan.layers.equalised import EqualisedLinear
+from bigan.layers.pixelnorm import pixel_norm
+from bigan.layers.precision import at_least_float32, without_autocast
+
+
+def leaky_relu(x: Tensor, clamp: float | None = None) -> Tensor:
+    """Leaky ReLU of slope 0.2 times sqrt(2), which about keeps the mean square of its input.
+
+    `clamp` bounds the result's absolute value, so that float16 does not overflow.
+    """
+    x = F.leaky_relu(x, 0.2) * math.sqrt(2)
+    return x if clamp is None else x.clamp(-clamp, clamp)
+
+
+class LabelEmbedding(EqualisedLinear):
+    """Labels int64 [B] -> [B, dim]: the fully connected layer of a one-hot vector.
+
+    Its rows are scaled by 1 / sqrt(num_classes), as published: they are to be normalised.
+    """
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__(num_classes, dim)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        x = F.embedding(labels, self.used_weight().t())
+        return x if self.bias is None else x + self.bias
+
+
+class Mapping(nn.Module):
+    """z [B, z_dim], labels int64 [B] -> w [B, w_dim], in float32 at least.
+
+    With `num_classes` the label takes part. With z_dim = 0 it is alone and z is not read:
+    the discriminator's embedding of labels.
+    """
+
+    def __init__(
+        self,
+        z_dim: int,
+        w_dim: int,
+        num_layers: int,
+        lr_multiplier: float,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.z_dim = z_dim
+        self.embedding = LabelEmbedding(num_classes, w_dim) if num_classes else None
+        width = z_dim + (w_dim if num_classes else 0)
+        self.layers = nn.ModuleList(
+            EqualisedLinear(w_dim if i else width, w_dim, lr_multiplier=lr_multiplier)
+            for i in range(num_layers)
+        )
+
+    def forward(self, z: Tensor | None, labels: Tensor) -> Tensor:
+        parts = []
+        # In full precision, as published: the cost is nothing, and all of an image hangs on w.
+        with without_autocast(labels):
+            if z is not None and self.z_dim:
+                parts.append(pixel_norm(at_least_float32(z)))
+            if self.embedding is not None:
+                parts.append(pixel_norm(self.embedding(labels)))
+            x = torch.cat(parts, dim=1)
+            for layer in self.layers:
+                x = leaky_relu(layer(x))
+        return x
+
+
+class AveragedMapping(nn.Module):
+    """z [B, z_dim], labels int64 [B] -> ws [B, num_ws, w_dim]: w once per layer that uses it.
+
+    `truncation_psi` < 1 draws w towards its mean over z and labels (Karras et al. 2019,
+    appendix B).
+    """
+
+    w_average: Tensor
+
+    def __init__(self, network: Mapping, w_dim: int, num_ws: int, beta: float) -> None:
+        super().__init__()
+        self.network = network
+        self.num_ws = num_ws
+        self.beta = beta
+        self.register_buffer("w_average", torch.zeros(w_dim))
+
+    def forward(self, z: Tensor, labels: Tensor, truncation_psi: float = 1.0) -> Tensor:
+        w = self.network(z, labels)
+        if truncation_psi != 1:
+            w = torch.lerp(self.w_average, w, truncation_psi)
+        return w[:, None].expand(-1, self.num_ws, -1)
+
+
+def has_latent_average(network: nn.Module) -> bool:
+    """Whether `network` has a mean latent that must be kept up to date."""
+    return any(isinstance(module, AveragedMapping) for module in network.modules())
+
+
+@torch.no_grad()
+def mean_latent(generator: nn.Module, z: Tensor, labels: Tensor) -> Tensor:
+    """The mean of w [w_dim] over a batch; to be averaged over ranks before it is followed."""
+    return _averaged_mapping(generator).network(z, labels).mean(dim=0)
+
+
+@torch.no_grad()
+def follow_latents(generator: nn.Module, w_mean: Tensor) -> None:
+    """Move the generator's mean latent towards `w_mean` [w_dim], in place: once per step."""
+    mapping = _averaged_mapping(generator)
+    mapping.w_average.lerp_(w_mean.to(mapping.w_average), 1 - mapping.beta)
+
+
+def _averaged_mapping(generator: nn.Module) -> AveragedMapping:
+    for module in generator.modules():
+        if isinstance(module, AveragedMapping):
+            return module
+    raise ValueError(f"{type(generator).__name__} has no mean latent; see has_latent_average")

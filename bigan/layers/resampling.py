@@ -1,0 +1,42 @@
+"""Doubling and halving of images and feature maps, and the blends of a growing network.
+
+Source: Karras et al. 2018 (arXiv:1710.10196), figure 2. `alpha`, the share of the finer resolution,
+is a 0-d tensor on the images' device, never a Python number: its value must not become a constant
+of a compiled graph, which would be compiled anew at every step of a fade-in.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigan.layers.precision import at_least_float32
+
+
+def enlarge(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, C, 2H, 2W]: every pixel becomes 2 x 2 (nearest neighbour)."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def shrink(x: Tensor) -> Tensor:
+    """[B, C, H, W], H and W even -> [B, C, H/2, W/2]: the mean of every 2 x 2 pixels."""
+    return F.avg_pool2d(x, 2)
+
+
+def fade(coarse: Tensor, fine: Tensor, alpha: Tensor) -> Tensor:
+    """(1 - alpha) * coarse + alpha * fine, of one shape and type; exact at alpha 0 and 1.
+
+    Computed in float32 at least: in bfloat16 alpha itself would move in steps of 1/256.
+    """
+    wide = at_least_float32(fine)
+    return torch.lerp(at_least_float32(coarse), wide, alpha.to(wide.dtype)).to(fine.dtype)
+
+
+def coarsened(images: Tensor, alpha: Tensor) -> Tensor:
+    """Real images [B, C, R, R] as they are shown while resolution R fades in.
+
+    At alpha 0 they hold what R/2 can show, at alpha 1 they are untouched: as detailed, at any time,
+    as the images of the generator.
+    """
+    return fade(enlarge(shrink(images)), images, alpha)

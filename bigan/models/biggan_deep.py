@@ -1,0 +1,243 @@
+"""BigGAN-deep (Brock, Donahue & Simonyan 2019, arXiv:1809.11096, appendix B, tables 7 to 9).
+
+BigGAN with four times the depth and fewer parameters: two bottleneck blocks per resolution, whose
+shortcuts are the identity on all channels that both ends have. Each conditional BatchNorm receives
+all of z; the discriminator is the generator's mirror image. Parameter counts follow the published
+implementations to the unit.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from bigan.config import Frozen
+from bigan.layers import init
+from bigan.layers.attention import SelfAttention
+from bigan.layers.batchnorm import BatchNorm2d, ConditionalBatchNorm2d
+from bigan.layers.spectral import SNConv2d, SNEmbedding, SNLinear
+
+Positive = Annotated[int, Field(gt=0)]
+Epsilon = Annotated[float, Field(gt=0)]
+
+# Channels in units of `channels`: of the 4 x 4 map, then of the map at each doubling. The blocks of
+# both networks follow from them. Nothing is published for 16 px, and no agreed form for 32 px:
+# those two are ours, of constant width as BigGAN's for CIFAR.
+WIDTHS: dict[int, tuple[int, ...]] = {
+    16: (4, 4, 4),
+    32: (4, 4, 4, 4),
+    64: (16, 16, 8, 4, 2),
+    128: (16, 16, 8, 4, 2, 1),
+    256: (16, 16, 8, 8, 4, 2, 1),
+    512: (16, 16, 8, 8, 4, 2, 1, 1),
+}
+BOTTLENECK = 4  # a block's wider end has this many times the channels of its 3 x 3 convolutions
+
+
+class Config(Frozen):
+    """Everything that decides the shape and the initial values of both networks.
+
+    The epsilons are the paper's, raised to 1e-4 for low precision (appendix C, recalled from the
+    paper).
+    """
+
+    name: Literal["biggan_deep"]
+    resolution: Literal[16, 32, 64, 128, 256, 512]
+    num_classes: Positive
+    z_dim: Positive = 128  # never split: the first layer and every block receive all of z
+    image_channels: Literal[1, 3] = 3
+    channels: Positive = 128  # width multiplier "ch"
+    shared_dim: Positive = 128  # class embedding shared by the first layer and all BatchNorms
+    attention_resolutions: tuple[Positive, ...] = (64,)  # those a network does not reach: no effect
+    init: Literal["orthogonal", "normal"] = "orthogonal"  # normal: N(0, 0.02)
+    sn_eps: Epsilon = 1e-4
+    bn_eps: Epsilon = 1e-4
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels at 4 px, 8 px, ... up to the resolution of the images; the same in G and D."""
+        return tuple(self.channels * width for width in WIDTHS[self.resolution])
+
+    @field_validator("attention_resolutions")
+    @classmethod
+    def _reachable(cls, resolutions: tuple[int, ...]) -> tuple[int, ...]:
+        possible = [2**i for i in range(2, 10)]
+        for resolution in resolutions:
+            if resolution not in possible:
+                nearest = min(possible, key=lambda p: abs(p - resolution))
+                raise ValueError(
+                    f"{resolution} px occurs in no network, their maps are powers of two; "
+                    f"use {nearest}"
+                )
+        return resolutions
+
+    @model_validator(mode="after")
+    def _shapes(self) -> Config:
+        # The last width is never the wider end of a block.
+        units = min(WIDTHS[self.resolution][:-1])
+        if self.channels * units % BOTTLENECK:
+            multiple = BOTTLENECK // units  # of the units 1, 2 and 4, which all divide 4
+            nearest = max(multiple, round(self.channels / multiple) * multiple)
+            raise ValueError(
+                f"channels = {self.channels} gives blocks of {self.channels * units} channels at "
+                f"{self.resolution} px, and a bottleneck needs a multiple of {BOTTLENECK}; "
+                f"use channels={nearest}"
+            )
+        for i, width in enumerate(self.widths):
+            if 4 * 2**i in self.attention_resolutions and width % 8:
+                raise ValueError(
+                    f"attention_resolutions: {4 * 2**i} has {width} channels, and attention needs "
+                    "a multiple of 8; leave it out (attention_resolutions=[]) or use channels "
+                    "that are a multiple of 8"
+                )
+        return self
+
+
+class GeneratorBlock(nn.Module):
+    """x [B, in, H, W], cond [B, cond_dim] -> [B, out, H, W], or [B, out, 2H, 2W] with `upsample`.
+
+    out is at most in: the shortcut keeps the first channels and drops the others.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, cond_dim: int, upsample: bool, config: Config
+    ) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.upsample = upsample
+        hidden = in_channels // BOTTLENECK
+        eps = {"eps": config.bn_eps, "sn_eps": config.sn_eps}
+        self.bn1 = ConditionalBatchNorm2d(in_channels, cond_dim, **eps)
+        self.conv1 = SNConv2d(in_channels, hidden, 1, eps=config.sn_eps)
+        self.bn2 = ConditionalBatchNorm2d(hidden, cond_dim, **eps)
+        self.conv2 = SNConv2d(hidden, hidden, 3, eps=config.sn_eps)
+        self.bn3 = ConditionalBatchNorm2d(hidden, cond_dim, **eps)
+        self.conv3 = SNConv2d(hidden, hidden, 3, eps=config.sn_eps)
+        self.bn4 = ConditionalBatchNorm2d(hidden, cond_dim, **eps)
+        self.conv4 = SNConv2d(hidden, out_channels, 1, eps=config.sn_eps)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        h = self.conv1(F.relu(self.bn1(x, cond)))
+        h = F.relu(self.bn2(h, cond))
+        x = x[:, : self.out_channels]
+        if self.upsample:
+            h = F.interpolate(h, scale_factor=2.0, mode="nearest")
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        h = self.conv2(h)
+        h = self.conv3(F.relu(self.bn3(h, cond)))
+        return self.conv4(F.relu(self.bn4(h, cond))) + x
+
+
+class Generator(nn.Module):
+    """z [B, z_dim], labels int64 [B] -> images [B, C, R, R] in [-1, 1].
+
+    The shared class embedding joined with z makes a 4 x 4 map and conditions all blocks. At each
+    resolution the second of two blocks drops the surplus channels and doubles the map.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        widths, eps = config.widths, config.sn_eps
+        cond_dim = config.shared_dim + config.z_dim
+        # Deliberately not spectrally normalised (nor orthogonally regularised).
+        self.shared = nn.Embedding(config.num_classes, config.shared_dim)
+        self.first = SNLinear(cond_dim, 16 * widths[0], eps=eps)
+        self.blocks = nn.ModuleList()
+        self.attention = nn.ModuleDict()  # index of the block before it -> layer
+        resolution = 4
+        for before, after in pairwise(widths):
+            self.blocks.append(GeneratorBlock(before, before, cond_dim, False, config))
+            self.blocks.append(GeneratorBlock(before, after, cond_dim, True, config))
+            resolution *= 2
+            if resolution in config.attention_resolutions:
+                self.attention[str(len(self.blocks) - 1)] = SelfAttention(after, eps)
+        self.bn = BatchNorm2d(widths[-1], config.bn_eps)
+        self.to_image = SNConv2d(widths[-1], config.image_channels, 3, eps=eps)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill every parameter and buffer, from `generator` alone."""
+        init.initialise(self, self.config.init, generator)
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        cond = torch.cat([self.shared(labels), z], dim=1)
+        h = self.first(cond).unflatten(1, (-1, 4, 4))
+        for i, block in enumerate(self.blocks):
+            h = block(h, cond)
+            if str(i) in self.attention:
+                h = self.attention[str(i)](h)
+        return torch.tanh(self.to_image(F.relu(self.bn(h))))
+
+
+class DiscriminatorBlock(nn.Module):
+    """[B, in, H, W] -> [B, out, H, W], or [B, out, H/2, W/2] with `downsample`.
+
+    out is at least in: the shortcut keeps all channels and appends a 1 x 1 convolution of them.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, downsample: bool, eps: float) -> None:
+        super().__init__()
+        self.downsample = downsample
+        hidden = out_channels // BOTTLENECK
+        self.conv1 = SNConv2d(in_channels, hidden, 1, eps=eps)
+        self.conv2 = SNConv2d(hidden, hidden, 3, eps=eps)
+        self.conv3 = SNConv2d(hidden, hidden, 3, eps=eps)
+        self.conv4 = SNConv2d(hidden, out_channels, 1, eps=eps)
+        missing = out_channels - in_channels
+        self.shortcut = SNConv2d(in_channels, missing, 1, eps=eps) if missing else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Out of place: the shortcut needs x before the activation.
+        h = self.conv1(F.relu(x))
+        h = self.conv2(F.relu(h))
+        h = F.relu(self.conv3(F.relu(h)))
+        if self.downsample:
+            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+        if self.shortcut is not None:
+            x = torch.cat([x, self.shortcut(x)], dim=1)
+        return self.conv4(h) + x
+
+
+class Discriminator(nn.Module):
+    """images [B, C, R, R] in [-1, 1], labels int64 [B] -> logits [B], by projection.
+
+    A 3 x 3 convolution of the image, then at each resolution a block that halves the map and adds
+    channels, and one that keeps both. logit = w . h + b + embedding(label) . h with h the sum over
+    positions of the last features (Miyato & Koyama 2018, arXiv:1802.05637).
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        eps = config.sn_eps
+        widths = config.widths[::-1]
+        self.from_image = SNConv2d(config.image_channels, widths[0], 3, eps=eps)
+        self.blocks = nn.ModuleList()
+        self.attention = nn.ModuleDict()  # index of the block before it -> layer
+        resolution: int = config.resolution
+        for before, after in pairwise(widths):
+            self.blocks.append(DiscriminatorBlock(before, after, True, eps))
+            self.blocks.append(DiscriminatorBlock(after, after, False, eps))
+            resolution //= 2
+            if resolution in config.attention_resolutions:
+                self.attention[str(len(self.blocks) - 1)] = SelfAttention(after, eps)
+        self.linear = SNLinear(widths[-1], 1, eps=eps)
+        self.embedding = SNEmbedding(config.num_classes, widths[-1], eps=eps)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill every parameter and buffer, from `generator` alone."""
+        init.initialise(self, self.config.init, generator)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        h = self.from_image(images)
+        for i, block in enumerate(self.blocks):
+            h = block(h)
+            if str(i) in self.attention:
+                h = self.attention[str(i)](h)
+        h = F.relu(h).sum(dim=(2, 3))
+        return self.linear(h).squeeze(1) + (self.embedding(labels) * h).sum(dim=1)

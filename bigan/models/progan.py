@@ -1,0 +1,242 @@
+"""ProGAN (Karras et al. 2018, arXiv:1710.10196): a generator and discriminator that grow.
+
+Equalised learning rate everywhere; pixelwise normalisation in the generator, minibatch standard
+deviation in the discriminator. Widths and structure are those of the paper's table 2.
+
+Growth is done from outside. The networks of a stage are those of `Config(resolution=R,
+fading=...)`. Widths depend on the resolution of a layer alone, and layers are named by it
+(`blocks.8.conv1.weight`, `to_image.8.weight`): every parameter of the networks of R/2 is found in
+those of R, under its name and in its shape, but for the image layers, of which a fading network
+has the old and the new one and any other network only its own. To grow is to build the next stage
+(R/2 stable, R fading, R stable), to initialise it, to copy all *parameters* that both have, and to
+set `alpha`, which is a buffer of both networks and belongs to the schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from bigan.config import Frozen
+from bigan.layers import init
+from bigan.layers.equalised import Equalised, EqualisedConv2d, EqualisedLinear
+from bigan.layers.minibatch_stddev import MinibatchStdDev
+from bigan.layers.pixelnorm import pixel_norm
+from bigan.layers.resampling import enlarge, fade, shrink
+
+Positive = Annotated[int, Field(gt=0)]
+
+GAIN = math.sqrt(2)  # He's, for what an activation follows
+
+
+class Config(Frozen):
+    """Everything that decides the shape and the initial values of both networks of one stage."""
+
+    name: Literal["progan"]
+    resolution: Literal[4, 8, 16, 32, 64, 128, 256, 512, 1024]
+    fading: bool = False  # between resolution/2 and resolution, at the networks' `alpha`
+    num_classes: Positive
+    conditional: bool = False
+    z_dim: Positive = 512
+    image_channels: Literal[1, 3] = 3
+    base_channels: Positive = 8192  # layers at R px have base_channels / (R/2) channels, but
+    max_channels: Positive = 512  # not more than this
+    minibatch_group: Annotated[int, Field(ge=2)] = 4  # images compared by the discriminator
+
+    def channels_at(self, resolution: int) -> int:
+        """Channels of the maps at `resolution`; the published nf(stage) at 2**(stage + 1) px."""
+        return min(self.base_channels // (resolution // 2), self.max_channels)
+
+    @property
+    def resolutions(self) -> list[int]:
+        """4, 8, ..., resolution: one block of each network at each."""
+        return [2**i for i in range(2, self.resolution.bit_length())]
+
+    @property
+    def image_resolutions(self) -> list[int]:
+        """Those with a layer from features to images (or back), the coarser one first."""
+        return [self.resolution // 2, self.resolution] if self.fading else [self.resolution]
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        if self.fading and self.resolution == 4:
+            raise ValueError(
+                "fading: there is no network below 4 px to fade from; use fading=false, "
+                "or resolution=8"
+            )
+        if self.conditional and self.num_classes == 1:
+            raise ValueError(
+                "conditional: projection without labels: the data have num_classes = 1; "
+                "use conditional=false"
+            )
+        if self.channels_at(self.resolution) == 0:
+            raise ValueError(
+                f"base_channels = {self.base_channels} leaves no channel at {self.resolution} px; "
+                f"use base_channels={self.resolution // 2} or more"
+            )
+        return self
+
+
+def _activated(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, 0.2)
+
+
+class FirstBlock(nn.Module):
+    """Latents [B, in] -> [B, out, 4, 4]. The 16 positions of a channel share one bias."""
+
+    def __init__(self, in_features: int, out_channels: int) -> None:
+        super().__init__()
+        # In the paper a 4 x 4 convolution of the 1 x 1 map z; its fan-in counts 16 positions, of
+        # which 15 are padding: a quarter of the usual gain.
+        self.linear = EqualisedLinear(in_features, 16 * out_channels, bias=False, gain=GAIN / 4)
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.conv = EqualisedConv2d(out_channels, out_channels, 3, gain=GAIN)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.linear(z).unflatten(1, (-1, 4, 4)) + self.bias[:, None, None]
+        h = pixel_norm(_activated(h))
+        return pixel_norm(_activated(self.conv(h)))
+
+
+class GeneratorBlock(nn.Module):
+    """[B, in, H, W] -> [B, out, 2H, 2W]."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = EqualisedConv2d(in_channels, out_channels, 3, gain=GAIN)
+        self.conv2 = EqualisedConv2d(out_channels, out_channels, 3, gain=GAIN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = pixel_norm(_activated(self.conv1(enlarge(x))))
+        return pixel_norm(_activated(self.conv2(h)))
+
+
+class Generator(nn.Module):
+    """z [B, z_dim], labels int64 [B] -> images [B, C, R, R], nominally in [-1, 1].
+
+    The image layer is linear: nothing bounds the images. z is normalised to a root mean square of
+    1. With `conditional` the one-hot label is joined to it (published code does so before
+    normalising, which hardly differs: a label adds 1 to a squared norm of z_dim); without it
+    `labels` has no effect.
+    """
+
+    alpha: Tensor
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        in_features = config.z_dim + (config.num_classes if config.conditional else 0)
+        self.blocks = nn.ModuleDict({"4": FirstBlock(in_features, config.channels_at(4))})
+        for resolution in config.resolutions[1:]:
+            before, after = config.channels_at(resolution // 2), config.channels_at(resolution)
+            self.blocks[str(resolution)] = GeneratorBlock(before, after)
+        self.to_image = nn.ModuleDict()
+        for resolution in config.image_resolutions:
+            channels = config.channels_at(resolution)
+            self.to_image[str(resolution)] = EqualisedConv2d(channels, config.image_channels, 1)
+        self.register_buffer("alpha", torch.zeros(()))
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill every parameter from `generator` alone; alpha is 0 when fading, otherwise 1."""
+        init.initialise(self, "normal", generator)
+        for module in self.modules():
+            if isinstance(module, FirstBlock):
+                module.bias.zero_()
+        self.alpha.fill_(0.0 if self.config.fading else 1.0)
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        h = pixel_norm(z)
+        if self.config.conditional:
+            classes = torch.arange(self.config.num_classes, device=labels.device)
+            h = torch.cat([h, (labels[:, None] == classes).to(h.dtype)], dim=1)
+        for block in self.blocks.values():
+            below, h = h, block(h)
+        images: Tensor = self.to_image[str(self.config.resolution)](h)
+        if self.config.fading:
+            coarse = self.to_image[str(self.config.resolution // 2)](below)
+            images = fade(enlarge(coarse), images, self.alpha)
+        return images
+
+
+class DiscriminatorBlock(nn.Module):
+    """[B, in, H, W] -> [B, out, H/2, W/2]."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = EqualisedConv2d(in_channels, in_channels, 3, gain=GAIN)
+        self.conv2 = EqualisedConv2d(in_channels, out_channels, 3, gain=GAIN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return shrink(_activated(self.conv2(_activated(self.conv1(x)))))
+
+
+class LastBlock(nn.Module):
+    """[B, in, 4, 4] -> features [B, out]."""
+
+    def __init__(self, in_channels: int, out_features: int, minibatch_group: int) -> None:
+        super().__init__()
+        self.minibatch_stddev = MinibatchStdDev(minibatch_group)
+        self.conv = EqualisedConv2d(in_channels + 1, in_channels, 3, gain=GAIN)
+        self.linear = EqualisedLinear(16 * in_channels, out_features, gain=GAIN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = _activated(self.conv(self.minibatch_stddev(x)))
+        return _activated(self.linear(h.flatten(1)))
+
+
+class Discriminator(nn.Module):
+    """images [B, C, R, R], labels int64 [B] -> logits [B].
+
+    With `conditional` the logit is w . h + b + embedding(label) . h, h the last features. This
+    projection (Miyato & Koyama 2018, arXiv:1802.05637), with an equalised embedding, is ours: the
+    published code has the discriminator predict the class instead (AC-GAN).
+    """
+
+    alpha: Tensor
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.from_image = nn.ModuleDict()
+        for resolution in config.image_resolutions:
+            channels = config.channels_at(resolution)
+            self.from_image[str(resolution)] = EqualisedConv2d(
+                config.image_channels, channels, 1, gain=GAIN
+            )
+        self.blocks = nn.ModuleDict()
+        for resolution in reversed(config.resolutions[1:]):
+            before, after = config.channels_at(resolution), config.channels_at(resolution // 2)
+            self.blocks[str(resolution)] = DiscriminatorBlock(before, after)
+        features = config.channels_at(2)
+        self.blocks["4"] = LastBlock(config.channels_at(4), features, config.minibatch_group)
+        self.linear = EqualisedLinear(features, 1)
+        self.embedding = (
+            Equalised((config.num_classes, features), bias=False) if config.conditional else None
+        )
+        self.register_buffer("alpha", torch.zeros(()))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill every parameter from `generator` alone; alpha is 0 when fading, otherwise 1."""
+        init.initialise(self, "normal", generator)
+        self.alpha.fill_(0.0 if self.config.fading else 1.0)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        first, *others = self.blocks.values()
+        h = first(_activated(self.from_image[str(self.config.resolution)](images)))
+        if self.config.fading:
+            coarse = self.from_image[str(self.config.resolution // 2)](shrink(images))
+            h = fade(_activated(coarse), h, self.alpha)
+        for block in others:
+            h = block(h)
+        logits: Tensor = self.linear(h).squeeze(1)
+        if self.embedding is not None:
+            # Scaling the chosen rows instead of the table: the same numbers, less memory.
+            rows = F.embedding(labels, self.embedding.weight) * self.embedding.scale
+            logits = logits + (rows * h).sum(dim=1)
+        return logits

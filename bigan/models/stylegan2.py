@@ -1,0 +1,288 @@
+"""StyleGAN2 (Karras et al. 2020, arXiv:1912.04958): style-based generator, residual discriminator.
+
+A mapping network turns z into w; w modulates every convolution of a synthesis network whose image
+is the sum of contributions of all resolutions (skip generator). Equalised learning rate everywhere.
+Widths and parameter counts follow the published PyTorch implementation (with its conditional form,
+arXiv:2006.06676) to the unit.
+
+What is random in a published forward pass, per-pixel noise and mixed styles, is here a function of
+z (`bigan.layers.hashing`): the generator is a pure function of (z, labels).
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from bigan.config import Frozen
+from bigan.layers import hashing, init
+from bigan.layers.binomial import downsample, upsample
+from bigan.layers.blur import blur
+from bigan.layers.equalised import EqualisedConv2d, EqualisedLinear
+from bigan.layers.mapping import AveragedMapping, Mapping, leaky_relu
+from bigan.layers.minibatch_stddev import MinibatchStdDev
+from bigan.layers.modulated import ModulatedConv2d
+from bigan.layers.precision import at_least_float32, without_autocast
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+# Streams of `hashing`, all from one key per image; convolution i has stream NOISE + i.
+MIXED_LATENT, IS_MIXED, FIRST_MIXED, NOISE = range(4)
+
+
+class Config(Frozen):
+    """Everything that decides the shape and the values of both networks."""
+
+    name: Literal["stylegan2"]
+    resolution: Literal[4, 8, 16, 32, 64, 128, 256, 512, 1024]
+    num_classes: Positive
+    conditional: bool = False  # false: labels have no effect
+    z_dim: Positive = 512
+    w_dim: Positive = 512
+    image_channels: Literal[1, 3] = 3
+    channel_base: Positive = 32768  # layers at R px have channel_base / R channels, but
+    max_channels: Positive = 512  # not more than this
+    mapping_layers: Positive = 8
+    mapping_lr_multiplier: Annotated[float, Field(gt=0)] = 0.01
+    w_average_beta: Share = 0.995  # per step, of the mean latent about which samples are truncated
+    style_mixing: Share = 0.9  # share of the training images made from two latents
+    minibatch_group: Positive = 4  # images compared by the discriminator
+    activation_clamp: Annotated[float, Field(gt=0)] | None = None  # float16: 256
+
+    def channels_at(self, resolution: int) -> int:
+        """Channels of the maps at `resolution`."""
+        return min(self.channel_base // resolution, self.max_channels)
+
+    @property
+    def resolutions(self) -> list[int]:
+        """4, 8, ..., resolution: one block of the generator at each."""
+        return [2**i for i in range(2, self.resolution.bit_length())]
+
+    @property
+    def num_ws(self) -> int:
+        """Convolutions of the synthesis network and its last image layer: 18 at 1024 px."""
+        return 2 * len(self.resolutions)
+
+    @property
+    def embedded_classes(self) -> int | None:
+        """Classes that the networks know of."""
+        return self.num_classes if self.conditional else None
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        if self.conditional and self.num_classes == 1:
+            raise ValueError(
+                "conditional: there is nothing to condition on, the data have num_classes = 1; "
+                "use conditional=false"
+            )
+        if self.channels_at(self.resolution) == 0:
+            raise ValueError(
+                f"channel_base = {self.channel_base} leaves no channel at {self.resolution} px; "
+                f"use channel_base={self.resolution} or more"
+            )
+        return self
+
+
+class StyledConv(nn.Module):
+    """Modulated 3 x 3 convolution, noise, bias and activation.
+
+    x [B, in, H, W], w [B, w_dim], noise [B, 1, H', W'] -> [B, out, H', W'], doubled with `up`. The
+    strength of the noise is learned, one number per layer, and begins at 0.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, up: bool, config: Config) -> None:
+        super().__init__()
+        self.clamp = config.activation_clamp
+        self.conv = ModulatedConv2d(in_channels, out_channels, 3, config.w_dim, up=up)
+        self.noise_strength = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, w: Tensor, noise: Tensor) -> Tensor:
+        x = self.conv(x, w)
+        return leaky_relu(x + (noise * self.noise_strength).to(x.dtype), self.clamp)
+
+
+class Synthesis(nn.Module):
+    """ws [B, num_ws, w_dim], keys int64 [B] -> images [B, C, R, R], nominally in [-1, 1].
+
+    `keys` decide the noise. Convolution i takes ws[:, i]; the image layer behind it, of each
+    resolution, shares ws[:, i + 1] with the next convolution. Nothing bounds the images.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        before = config.channels_at(4)
+        self.first = nn.Parameter(torch.zeros(before, 4, 4))
+        self.convs = nn.ModuleList()
+        self.to_images = nn.ModuleList()
+        for resolution in config.resolutions:
+            channels = config.channels_at(resolution)
+            if resolution > 4:
+                self.convs.append(StyledConv(before, channels, up=True, config=config))
+            self.convs.append(StyledConv(channels, channels, up=False, config=config))
+            to_image = ModulatedConv2d(
+                channels, config.image_channels, 1, config.w_dim, demodulate=False
+            )
+            self.to_images.append(to_image)
+            before = channels
+
+    def forward(self, ws: Tensor, keys: Tensor) -> Tensor:
+        w = ws.unbind(dim=1)
+        x = self.first.expand(ws.shape[0], -1, -1, -1)
+        images: Tensor | None = None
+        for i, conv in enumerate(self.convs):
+            size = self.config.resolutions[(i + 1) // 2]
+            x = conv(x, w[i], hashing.normal_field(keys, NOISE + i, (1, size, size)))
+            if i % 2 == 0:  # the last convolution of its resolution
+                y = at_least_float32(self._clamped(self.to_images[i // 2](x, w[i + 1])))
+                images = y if images is None else upsample(images) + y
+        assert images is not None
+        return images
+
+    def _clamped(self, y: Tensor) -> Tensor:
+        clamp = self.config.activation_clamp
+        return y if clamp is None else y.clamp(-clamp, clamp)
+
+
+class Generator(nn.Module):
+    """z [B, z_dim], labels int64 [B] -> images [B, C, R, R], nominally in [-1, 1].
+
+    In training mode a share `style_mixing` of the images takes a second latent from a random layer
+    on (mixing regularisation, Karras et al. 2019, section 3.1). The key of an image, which decides
+    this and the noise, is a hash of its z unless `noise_key` int64 [B] in [0, 2^63) is given.
+    `truncation_psi` < 1 trades variety for quality, if the mean latent has been followed.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        network = Mapping(
+            config.z_dim,
+            config.w_dim,
+            config.mapping_layers,
+            config.mapping_lr_multiplier,
+            config.embedded_classes,
+        )
+        self.mapping = AveragedMapping(network, config.w_dim, config.num_ws, config.w_average_beta)
+        self.synthesis = Synthesis(config)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill every parameter and buffer, from `generator` alone."""
+        init.initialise(self, "normal", generator)  # all layers are equalised: no scheme applies
+        first = self.synthesis.first
+        first.copy_(torch.empty(first.shape).normal_(generator=generator))
+        for module in self.modules():
+            if isinstance(module, StyledConv):
+                module.noise_strength.zero_()
+        self.mapping.w_average.zero_()
+
+    def forward(
+        self,
+        z: Tensor,
+        labels: Tensor,
+        noise_key: Tensor | None = None,
+        truncation_psi: float = 1.0,
+    ) -> Tensor:
+        keys = hashing.keys(z) if noise_key is None else noise_key
+        return self.synthesis(self.latents(z, labels, keys, truncation_psi), keys)
+
+    def latents(
+        self, z: Tensor, labels: Tensor, keys: Tensor, truncation_psi: float = 1.0
+    ) -> Tensor:
+        """ws [B, num_ws, w_dim] as `synthesis` is to get them: mixed, in training mode."""
+        ws = self.mapping(z, labels, truncation_psi)
+        if not self.training or self.config.style_mixing == 0:
+            return ws
+        other = hashing.normal_field(keys, MIXED_LATENT, (self.config.z_dim,)).to(z.dtype)
+        # The other latent takes over at one of the layers 1 .. num_ws - 1, or never.
+        is_mixed = hashing.uniform(keys, IS_MIXED) < self.config.style_mixing
+        first = 1 + (hashing.uniform(keys, FIRST_MIXED) * (self.config.num_ws - 1)).floor()
+        layers = torch.arange(self.config.num_ws, device=ws.device)
+        is_other = is_mixed[:, None] & (layers >= first[:, None])
+        return torch.where(is_other[..., None], self.mapping(other, labels, truncation_psi), ws)
+
+
+class BlurredConv2d(EqualisedConv2d):
+    """[B, in, H, W] -> [B, out, H / 2, W / 2]: blur, then convolution of stride 2; H, W even."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = blur(x, padding=self.padding + 1)
+        return F.conv2d(x, self.used_weight(), self.used_bias(), stride=2)
+
+
+class DiscriminatorBlock(nn.Module):
+    """[B, in, H, W] -> [B, out, H / 2, W / 2]."""
+
+    def __init__(self, in_channels: int, out_channels: int, clamp: float | None) -> None:
+        super().__init__()
+        self.clamp = clamp
+        self.conv1 = EqualisedConv2d(in_channels, in_channels, 3)
+        self.conv2 = BlurredConv2d(in_channels, out_channels, 3)
+        self.shortcut = EqualisedConv2d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = leaky_relu(self.conv1(x), self.clamp)
+        h = leaky_relu(self.conv2(h), self.clamp)
+        # Two terms of about the same mean square, and not correlated: their sum keeps it.
+        return (h + self.shortcut(downsample(x))) * math.sqrt(0.5)
+
+
+class Discriminator(nn.Module):
+    """images [B, C, R, R], labels int64 [B] -> logits [B].
+
+    With `conditional` the last features are projected on the label's mapped embedding:
+    logit = features . mapping(label) / sqrt(their dimension).
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        channels = [config.channels_at(resolution) for resolution in config.resolutions[::-1]]
+        self.from_image = EqualisedConv2d(config.image_channels, channels[0], 1)
+        self.blocks = nn.ModuleList(
+            DiscriminatorBlock(before, after, config.activation_clamp)
+            for before, after in pairwise(channels)
+        )
+        last = channels[-1]
+        self.minibatch_stddev = MinibatchStdDev(config.minibatch_group)
+        self.conv = EqualisedConv2d(last + 1, last, 3)
+        self.linear = EqualisedLinear(16 * last, last)
+        self.output = EqualisedLinear(last, last if config.conditional else 1)
+        self.mapping = (
+            Mapping(
+                0,
+                last,
+                config.mapping_layers,
+                config.mapping_lr_multiplier,
+                config.embedded_classes,
+            )
+            if config.conditional
+            else None
+        )
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill every parameter, from `generator` alone."""
+        init.initialise(self, "normal", generator)  # all layers are equalised: no scheme applies
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        clamp = self.config.activation_clamp
+        h = leaky_relu(self.from_image(images), clamp)
+        for block in self.blocks:
+            h = block(h)
+        # The 4 x 4 head in float32, as published: next to no work, and logits to full precision.
+        with without_autocast(h):
+            h = self.minibatch_stddev(at_least_float32(h))
+            h = leaky_relu(self.conv(h), clamp)
+            h = leaky_relu(self.linear(h.flatten(1)))
+            h = self.output(h)
+            if self.mapping is None:
+                return h.squeeze(1)
+            return (h * self.mapping(None, labels)).sum(dim=1) / math.sqrt(h.shape[1])

@@ -1,0 +1,443 @@
+"""ProGAN: published parameter counts, formulas, growth from one stage to the next, compilation."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bigan import config as configs
+from bigan import models
+from bigan.models.progan import Config, Discriminator, Generator
+
+RESOLUTIONS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
+# Table 2 of the paper, at resolutions 4 to 1024.
+PUBLISHED_CHANNELS = (512, 512, 512, 512, 256, 128, 64, 32, 16)
+
+
+def make(**changes: object) -> Config:
+    """A published network of 4 px, if not said otherwise."""
+    values: dict[str, object] = {"name": "progan", "resolution": 4, "num_classes": 1}
+    return configs.validate(Config, values | changes, "test")
+
+
+def tiny(**changes: object) -> Config:
+    """8 px, with maps of 8, 6 (at 4 px) and 4 (at 8 px) channels and all options."""
+    values: dict[str, object] = {
+        "resolution": 8, "num_classes": 5, "conditional": True, "z_dim": 7, "image_channels": 1,
+        "base_channels": 16, "max_channels": 6,
+    }  # fmt: skip
+    return make(**(values | changes))
+
+
+def networks(config: Config, seed: int = 0) -> tuple[Generator, Discriminator]:
+    """Initialised, with biases that are not 0, so that a missing one is seen."""
+    generator, discriminator = models.build(config)
+    for number, network in enumerate((generator, discriminator)):
+        draw = torch.Generator().manual_seed(2 * seed + number)
+        network.init_weights(draw)
+        for parameter in network.parameters():
+            if parameter.ndim == 1:
+                parameter.data.normal_(generator=draw)
+    return generator, discriminator
+
+
+def batch(config: Config, num: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """(z, labels, images)"""
+    draw = torch.Generator().manual_seed(7)
+    size = (num, config.image_channels, config.resolution, config.resolution)
+    return (
+        torch.randn(num, config.z_dim, generator=draw),
+        torch.randint(config.num_classes, (num,), generator=draw),
+        torch.rand(size, generator=draw) * 2 - 1,
+    )
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- parameter counts and widths -----------------------------------------------------------------
+
+
+def num_parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def test_parameter_counts_are_the_published_ones() -> None:
+    """Karras et al.'s code prints 23,079,115 and 23,087,249 at 1024 px (recalled).
+
+    It holds the image layers of all resolutions at once; a stage of ours has one. The paper's
+    table 2, with one too, says 23.1M for both.
+    """
+    generator, discriminator = models.build(make(resolution=1024), "meta")
+    unused = PUBLISHED_CHANNELS[:-1]
+    assert num_parameters(generator) == 23_079_115 - sum(3 * n + 3 for n in unused) == 23_071_507
+    assert num_parameters(discriminator) == 23_087_249 - sum(4 * n for n in unused) == 23_077_137
+
+
+def expected_counts(
+    resolution: int, z_dim: int, colours: int, widths: dict[int, int], classes: int, fading: bool
+) -> tuple[int, int]:
+    """Layer by layer, from the paper's table; `widths` are by resolution, 2 px the last of D."""
+
+    def conv3(n_in: int, n_out: int) -> int:
+        return 3 * 3 * n_in * n_out + n_out
+
+    # z (and classes) -> 4 x 4, with a bias per channel.
+    generator = (z_dim + classes) * 16 * widths[4] + widths[4] + conv3(widths[4], widths[4])
+    discriminator = conv3(widths[4] + 1, widths[4])
+    discriminator += 16 * widths[4] * widths[2] + widths[2] + widths[2] + 1 + classes * widths[2]
+    r = 8
+    while r <= resolution:
+        generator += conv3(widths[r // 2], widths[r]) + conv3(widths[r], widths[r])
+        discriminator += conv3(widths[r], widths[r]) + conv3(widths[r], widths[r // 2])
+        r *= 2
+    for r in [resolution, resolution // 2] if fading else [resolution]:
+        generator += widths[r] * colours + colours
+        discriminator += widths[r] * colours + widths[r]
+    return generator, discriminator
+
+
+@pytest.mark.parametrize("fading", [False, True])
+@pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.parametrize("resolution", RESOLUTIONS)
+def test_every_stage_runs_on_the_meta_device(
+    resolution: int, conditional: bool, fading: bool
+) -> None:
+    fading = fading and resolution > 4
+    config = make(
+        resolution=resolution, fading=fading, conditional=conditional, num_classes=10, z_dim=128,
+        image_channels=1, base_channels=4096, max_channels=128,
+    )  # fmt: skip
+    generator, discriminator = models.build(config, "meta")
+    z = torch.empty(4, 128, device="meta")
+    labels = torch.empty(4, dtype=torch.int64, device="meta")
+    images = generator(z, labels)
+    assert images.shape == (4, 1, resolution, resolution)
+    assert discriminator(images, labels).shape == (4,)
+    # base 4096 and at most 128: what the paper uses for CIFAR.
+    widths = dict(zip((2, *RESOLUTIONS), (128,) * 6 + (64, 32, 16, 8), strict=True))
+    counts = expected_counts(resolution, 128, 1, widths, 10 * conditional, fading)
+    assert (num_parameters(generator), num_parameters(discriminator)) == counts
+
+
+def test_channels_of_each_resolution_are_the_published_ones() -> None:
+    generator, discriminator = models.build(make(resolution=1024), "meta")
+    found = [block.conv2.weight.shape[0] for name, block in generator.blocks.items() if name != "4"]
+    assert (generator.blocks["4"].conv.weight.shape[0], *found) == PUBLISHED_CHANNELS
+    entering = {
+        int(name): block.conv1.weight.shape[1]
+        for name, block in discriminator.blocks.items()
+        if name != "4"
+    }
+    assert entering == dict(zip(RESOLUTIONS[:0:-1], PUBLISHED_CHANNELS[:0:-1], strict=True))
+    assert discriminator.blocks["4"].conv.weight.shape == (512, 513, 3, 3)
+    # The last features are those of "2 px": with a high ceiling, twice as many as at 4 px.
+    _, discriminator = models.build(tiny(max_channels=100), "meta")
+    assert discriminator.blocks["4"].linear.weight.shape == (16, 16 * 8)
+
+
+# --- formulas ------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return x / (x.square().sum(1, keepdim=True) / x.shape[1] + 1e-8).sqrt()
+
+
+def lrelu(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, 0.2 * x)
+
+
+def up(x: Tensor) -> Tensor:
+    return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+def down(x: Tensor) -> Tensor:
+    return (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
+
+
+def conv(network: nn.Module, name: str, x: Tensor, gain: float = 2**0.5) -> Tensor:
+    """A convolution whose weights have the standard deviation gain / sqrt(fan-in)."""
+    state = network.state_dict()
+    weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
+    fan_in = weight.shape[1] * weight.shape[2] ** 2
+    return F.conv2d(x, weight * (gain / fan_in**0.5), bias, padding=weight.shape[2] // 2)
+
+
+@pytest.mark.parametrize("fading", [False, True])
+def test_generator_equals_its_formula(fading: bool) -> None:
+    config = tiny(fading=fading)
+    generator, _ = networks(config)
+    generator.alpha.fill_(0.3)  # without effect when not fading
+    z, labels, _ = batch(config)
+    one_hot = torch.eye(5)[labels]
+    first = generator.blocks["4"]
+    weight = first.linear.weight * (2**0.5 / 4 / (7 + 5) ** 0.5)
+    h = torch.cat([rms_norm(z), one_hot], dim=1) @ weight.t()
+    h = rms_norm(lrelu(h.reshape(8, 6, 4, 4) + first.bias.reshape(1, 6, 1, 1)))
+    h4 = rms_norm(lrelu(conv(generator, "blocks.4.conv", h)))
+    h = rms_norm(lrelu(conv(generator, "blocks.8.conv1", up(h4))))
+    h = rms_norm(lrelu(conv(generator, "blocks.8.conv2", h)))
+    expected = conv(generator, "to_image.8", h, gain=1)
+    if fading:
+        coarse = conv(generator, "to_image.4", h4, gain=1)
+        expected = 0.7 * up(coarse) + 0.3 * expected
+    torch.testing.assert_close(generator(z, labels), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fading", [False, True])
+def test_discriminator_equals_its_formula(fading: bool) -> None:
+    config = tiny(fading=fading)
+    _, discriminator = networks(config)
+    discriminator.alpha.fill_(0.3)
+    _, labels, images = batch(config)
+    h = lrelu(conv(discriminator, "from_image.8", images))
+    h = lrelu(conv(discriminator, "blocks.8.conv1", h))
+    h = down(lrelu(conv(discriminator, "blocks.8.conv2", h)))
+    if fading:
+        h = 0.7 * lrelu(conv(discriminator, "from_image.4", down(images))) + 0.3 * h
+    extra = torch.cat(
+        [((g.var(0, correction=0) + 1e-8).sqrt().mean()).expand(4, 1, 4, 4) for g in h.split(4)]
+    )
+    h = lrelu(conv(discriminator, "blocks.4.conv", torch.cat([h, extra], dim=1)))
+    last = discriminator.blocks["4"].linear
+    h = lrelu(h.reshape(8, -1) @ (last.weight * (2**0.5 / (16 * 6) ** 0.5)).t() + last.bias)
+    expected = h @ (discriminator.linear.weight[0] / 6**0.5) + discriminator.linear.bias
+    expected = expected + (discriminator.embedding.weight[labels] / 6**0.5 * h).sum(1)
+    torch.testing.assert_close(discriminator(images, labels), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_without_conditional_labels_have_no_effect() -> None:
+    config = tiny(conditional=False)
+    generator, discriminator = networks(config)
+    z, labels, images = batch(config)
+    assert generator.blocks["4"].linear.weight.shape[1] == 7
+    assert discriminator.embedding is None
+    others = (labels + 1) % 5
+    assert torch.equal(generator(z, labels), generator(z, others))
+    assert torch.equal(discriminator(images, labels), discriminator(images, others))
+    for network, x in zip(networks(tiny()), (z, images), strict=True):
+        difference = network(x, labels) - network(x, others)
+        assert (difference.reshape(8, -1).abs().amax(1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("fading", [False, True])
+def test_first_values(fading: bool) -> None:
+    """N(0, 1) for every weight, 0 for every bias, from the given generator alone."""
+    config = tiny(fading=fading, base_channels=256, max_channels=64, z_dim=64)
+    states: list[dict[str, Tensor]] = [{}, {}]
+    for global_seed, state in enumerate(states):
+        torch.manual_seed(global_seed)
+        for number, network in enumerate(models.build(config, "meta")):
+            network.to_empty(device="cpu")
+            for tensor in network.state_dict().values():
+                tensor.fill_(torch.nan)
+            network.init_weights(torch.Generator().manual_seed(number))
+            state |= {f"{number}.{name}": tensor for name, tensor in network.state_dict().items()}
+            (alpha,) = network.buffers()
+            assert (alpha.dtype, alpha.shape, alpha.item()) == (torch.float32, (), 1 - fading)
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+        if name.endswith("bias"):
+            assert (tensor == 0).all(), name
+        elif name.endswith("weight") and tensor.numel() > 1000:
+            tolerance = 4 / math.sqrt(tensor.numel())
+            assert abs(tensor.mean()) < tolerance, name
+            assert abs(tensor.std() - 1) < tolerance, name
+
+
+# --- growth --------------------------------------------------------------------------------------
+
+
+def grow(old: nn.Module, new: nn.Module) -> nn.Module:
+    """What a trainer does: copy every parameter that both networks have."""
+    mine = dict(new.named_parameters())
+    with torch.no_grad():
+        for name, parameter in old.named_parameters():
+            if name in mine:
+                assert mine[name].shape == parameter.shape, name
+                mine[name].copy_(parameter)
+    return new
+
+
+@pytest.mark.parametrize("resolution", RESOLUTIONS[1:])
+def test_a_stage_contains_the_one_before_it(resolution: int) -> None:
+    """By name and shape; a fading network has the image layers of both resolutions."""
+    stages = [
+        models.build(make(resolution=r, fading=fading, conditional=True, num_classes=3), "meta")
+        for r, fading in ((resolution // 2, False), (resolution, True), (resolution, False))
+    ]
+    for coarse, fading, fine in zip(*stages, strict=True):
+        shapes = [{n: p.shape for n, p in net.named_parameters()} for net in (coarse, fading, fine)]
+        assert shapes[0].items() <= shapes[1].items()
+        assert shapes[2].items() <= shapes[1].items()
+        gone = {n for n in shapes[1] if n not in shapes[2]}
+        image = "to_image" if isinstance(coarse, Generator) else "from_image"
+        assert gone == {f"{image}.{resolution // 2}.{part}" for part in ("weight", "bias")}
+        new = {n for n in shapes[1] if n not in shapes[0]}
+        assert {n.rpartition(".")[0] for n in new} == {
+            f"blocks.{resolution}.conv1", f"blocks.{resolution}.conv2", f"{image}.{resolution}",
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("resolution", [8, 16])
+def test_growing_is_seamless(resolution: int) -> None:
+    """At alpha 0 the networks are those of half the size, at alpha 1 those that do not fade."""
+    coarse = networks(tiny(resolution=resolution // 2, max_channels=8))
+    fading_config = tiny(resolution=resolution, max_channels=8, fading=True)
+    fine_config = tiny(resolution=resolution, max_channels=8)
+    pairs = zip(coarse, networks(fading_config, seed=1), strict=True)
+    fading = [grow(*pair) for pair in pairs]
+    fine = [grow(*pair) for pair in zip(fading, networks(fine_config, seed=2), strict=True)]
+    z, labels, images = batch(fading_config)
+
+    for network in fading:
+        network.alpha.fill_(0)
+    assert torch.equal(fading[0](z, labels), up(coarse[0](z, labels)))
+    torch.testing.assert_close(
+        fading[1](images, labels), coarse[1](down(images), labels), rtol=1e-5, atol=1e-6
+    )
+    middle = []
+    for alpha in (0.5, 1.0):
+        for network in fading:
+            network.alpha.fill_(alpha)
+        middle.append((fading[0](z, labels), fading[1](images, labels)))
+    # Images blend linearly, and half way is neither end.
+    half = (up(coarse[0](z, labels)) + fine[0](z, labels)) / 2
+    torch.testing.assert_close(middle[0][0], half)
+    assert torch.equal(middle[1][0], fine[0](z, labels))
+    assert torch.equal(middle[1][1], fine[1](images, labels))
+    assert (middle[0][1] - middle[1][1]).abs().min() > 1e-3
+    assert (middle[0][1] - coarse[1](down(images), labels)).abs().min() > 1e-3
+
+
+def test_alpha_is_saved_with_the_weights() -> None:
+    for network in networks(tiny(fading=True)):
+        network.alpha.fill_(0.25)
+        assert network.state_dict()["alpha"].item() == 0.25
+        assert copy.deepcopy(network).alpha.item() == 0.25
+
+
+# --- purity, precision, compilation --------------------------------------------------------------
+
+
+def test_forward_is_pure() -> None:
+    config = tiny(fading=True)
+    generator, discriminator = networks(config)
+    z, labels, images = batch(config)
+    buffers = [*generator.buffers(), *discriminator.buffers()]
+    versions = [buffer._version for buffer in buffers]
+    state = torch.get_rng_state()
+    for network, x in ((generator, z), (discriminator, images)):
+        inputs = x.clone()
+        found = network(x, labels)
+        found.sum().backward()
+        assert torch.equal(network(x, labels), found)
+        assert torch.equal(x, inputs)
+    assert [buffer._version for buffer in buffers] == versions
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is not None for n in (generator, discriminator) for p in n.parameters())
+
+
+class R1(nn.Module):
+    """Logits and a gradient penalty in one forward, as a discriminator phase computes them."""
+
+    def __init__(self, discriminator: Discriminator) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        def total(images: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self.discriminator(images, labels)
+            return logits.sum(), logits
+
+        gradient, logits = torch.func.grad(total, has_aux=True)(images)
+        return gradient.square().flatten(1).sum(1).mean() + F.softplus(-logits).mean()
+
+
+def test_penalty_gradient_equals_finite_differences() -> None:
+    config = tiny(fading=True)
+    discriminator = networks(config)[1].double()
+    discriminator.alpha.fill_(0.4)
+    _, labels, images = batch(config)
+    penalty, images = R1(discriminator), images.double()
+    parameters = dict(discriminator.named_parameters())
+    gradients = torch.autograd.grad(penalty(images, labels), list(parameters.values()))
+    # Along one random direction in every parameter: (f(p + ed) - f(p - ed)) / 2e.
+    step = 1e-6
+    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+        direction = randn(*parameter.shape, seed=5).double()
+        values = []
+        for sign in (step, -step):
+            with torch.no_grad():
+                parameter.add_(direction, alpha=sign)
+                values.append(penalty(images, labels).item())
+                parameter.sub_(direction, alpha=sign)
+        slope = (values[0] - values[1]) / (2 * step)
+        assert slope == pytest.approx((gradient * direction).sum().item(), rel=1e-4, abs=1e-7), name
+
+
+@pytest.mark.parametrize("which", ["generator", "penalty"])
+def test_one_full_graph_equals_eager_at_every_alpha(which: str) -> None:
+    config = tiny(fading=True)
+    generator, discriminator = networks(config)
+    z, labels, images = batch(config)
+    module = generator if which == "generator" else R1(discriminator)
+    inputs = (z, labels) if which == "generator" else (images, labels)
+    (alpha,) = module.buffers()
+    torch.compiler.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=False)
+    with torch._dynamo.config.patch(error_on_recompile=True):  # one graph for the whole fade-in
+        for value in (0.0, 0.3, 1.0):
+            alpha.fill_(value)
+            results = []
+            for call in (module, compiled):
+                loss = call(*inputs).square().sum()
+                results.append([loss, *torch.autograd.grad(loss, list(module.parameters()))])
+            for eager, graph in zip(*results, strict=True):
+                torch.testing.assert_close(graph, eager, rtol=1e-5, atol=1e-6)
+
+
+def test_double_channels_last_and_bfloat16_stay_close() -> None:
+    config = tiny(fading=True)
+    pair = networks(config)
+    z, labels, images = batch(config)
+    for network, x in zip(pair, (z, images), strict=True):
+        network.alpha.fill_(0.3)
+        expected = network(x, labels)
+        double = copy.deepcopy(network).double()(x.double(), labels)
+        assert double.dtype == torch.float64
+        torch.testing.assert_close(double.float(), expected, rtol=1e-4, atol=1e-5)
+        last = copy.deepcopy(network).to(memory_format=torch.channels_last)(x, labels)
+        torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = network(x, labels)
+        assert (low.float() - expected).abs().max() < 0.03 * expected.abs().max()
+        low.float().sum().backward()
+        assert all(p.grad.isfinite().all() for p in network.parameters())
+
+
+# --- configuration -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resolution": 48}, "resolution = 48"),
+        ({"resolution": 4, "fading": True}, "no network below 4 px to fade from; use fading=false"),
+        ({"num_classes": 1}, "projection without labels.*use conditional=false"),
+        ({"resolution": 64}, "no channel at 64 px; use base_channels=32 or more"),
+        ({"minibatch_group": 1}, "minibatch_group = 1: input should be greater than or equal to 2"),
+        ({"image_channels": 2}, "image_channels = 2"),
+        ({"max_channels": 0}, "max_channels = 0"),
+    ],
+)
+def test_a_wrong_config_says_what_to_do(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(configs.ConfigError, match=message) as caught:
+        tiny(**changes)
+    assert "\n" not in str(caught.value)
