@@ -10,7 +10,9 @@ Three loops over the same prepared (compiled) phases, in one process, in rotatio
     loop       the trainer's own loop: images, random draws, statistics, checks for a stop, ticks;
                no pictures, snapshots or checkpoints
 
-The overhead is loop - algorithm, as a share of phases. The target is below 3 %.
+The overhead is loop - algorithm, as a share of phases. The target is below 3 %. On a CPU it is
+judged by the processor time of the process, decoding threads included: other work on the machine
+lengthens the time on the clock at random, by more than what is to be measured.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bigan import config as configs
 from bigan import ema, phases
@@ -38,6 +40,13 @@ from bigan.training import Training
 
 TARGET = 0.03
 WARM_UP_STEPS = 3
+
+
+class Seconds(NamedTuple):
+    """Of one training step."""
+
+    wall: float
+    cpu: float  # of all threads of the process
 
 
 class NoOutputs:
@@ -70,7 +79,7 @@ class Subject:
         self.tracker = Tracker(config.run_dir, config.tracking, role="train")
         self.order = phases.order(config)
         self.batches = {
-            name: self.training._micro_batches(phase, self.stream)
+            name: self.training._micro_batches(phase, phase.terms(0), self.stream)
             for name, phase in self.training.phases.items()
         }
 
@@ -83,7 +92,7 @@ class Subject:
                     training.prepared[name],
                     training.prepared["g" if name == "d" else "d"],
                     self.batches[name],
-                    training.phases[name].variant(index * training.config.train.batch),
+                    training.phases[name].terms(index * training.config.train.batch),
                     index,
                 )
 
@@ -117,30 +126,35 @@ class Subject:
         self.tracker.close("FINISHED")
         self.training.close()
 
-    def seconds(self, run: Callable[[int], None], num: int) -> float:
+    def seconds(self, run: Callable[[int], None], num: int) -> Seconds:
         """Per training step."""
         wait(self.engine.world.device)
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         run(num)
         wait(self.engine.world.device)
-        return (time.perf_counter() - began) / num
+        return Seconds((time.perf_counter() - began) / num, (time.process_time() - worked) / num)
 
 
 def measure(config: RunConfig, runs: int, run_seconds: float) -> dict[str, Any]:
     """Seconds per step of the three loops and their differences, over `runs` rotations."""
     subject = Subject(config)
     kinds = {"phases": subject.bare, "algorithm": subject.algorithm, "loop": subject.loop}
-    times: dict[str, list[float]] = {name: [] for name in kinds}
+    times: dict[str, list[Seconds]] = {name: [] for name in kinds}
     try:
         for run in kinds.values():
             run(WARM_UP_STEPS)
-        num = max(1, round(run_seconds / subject.seconds(subject.bare, WARM_UP_STEPS)))
+        each = subject.seconds(subject.bare, WARM_UP_STEPS).wall
+        num = max(1, round(run_seconds / each))
         for _ in range(runs):
             for name, run in kinds.items():
                 times[name].append(subject.seconds(run, num))
+        judged_by = "cpu" if subject.engine.world.device.type == "cpu" else "wall"
     finally:
         subject.close()
-    return {"steps_per_run": num} | compare(times)
+    return {"steps_per_run": num, "judged_by": judged_by} | {
+        clock: compare({name: [getattr(s, clock) for s in t] for name, t in times.items()})
+        for clock in Seconds._fields
+    }
 
 
 def compare(times: dict[str, list[float]]) -> dict[str, Any]:
@@ -158,13 +172,21 @@ def as_table(name: str, result: dict[str, Any]) -> str:
         low, mid, high = (factor * values[key] for key in ("min", "median", "max"))
         return f"  {what:<44}{mid:>9.2f} {unit}  ({low:.2f} to {high:.2f})"
 
-    over = result["overhead_over_phases"]
     lines = [f"{name}, {result['steps_per_run']} steps per run"]
-    lines += [line(what, ms, "ms") for what, ms in result["ms_per_step"].items()]
-    lines.append(line("power iteration and average", result["algorithm_over_phases"], "%", 100))
-    lines.append(line("overhead of the trainer", over, "%", 100))
-    lines.append(f"  target < {TARGET:.0%}: {'met' if over['median'] < TARGET else 'MISSED'}")
+    for clock, what in (("wall", "time on the clock"), ("cpu", "processor time")):
+        found = result[clock]
+        lines.append(f" {what}")
+        lines += [line(kind, ms, "ms") for kind, ms in found["ms_per_step"].items()]
+        lines.append(line("power iteration and average", found["algorithm_over_phases"], "%", 100))
+        lines.append(line("overhead of the trainer", found["overhead_over_phases"], "%", 100))
+    verdict = "met" if overhead(result) < TARGET else "MISSED"
+    lines.append(f"  target < {TARGET:.0%} ({result['judged_by']}): {verdict}")
     return "\n".join(lines)
+
+
+def overhead(result: dict[str, Any]) -> float:
+    """The median that counts, as a share of the phases."""
+    return result[result["judged_by"]]["overhead_over_phases"]["median"]
 
 
 def load(path: Path, overrides: Sequence[str], run_dir: Path) -> RunConfig:
@@ -196,7 +218,7 @@ def main() -> int:
     }
     if given.out:
         given.out.write_text(json.dumps(record, indent=1) + "\n")
-    return 0 if result["overhead_over_phases"]["median"] < TARGET else 1
+    return 0 if overhead(result) < TARGET else 1
 
 
 if __name__ == "__main__":

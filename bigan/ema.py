@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bigan.recipe import EmaConfig
-from bigan.schedules import ema_decay
+from bigan.schedules import annealed, ema_decay
 
 
 def averaged_copy(generator: nn.Module) -> nn.Module:
@@ -23,6 +23,7 @@ def update(
     config: EmaConfig,
     images_seen: int,
     step_images: int,
+    anneal_images: int | None = None,
 ) -> None:
     """Move `average` towards `generator` in place; call once per generator step.
 
@@ -30,9 +31,10 @@ def update(
     unit vectors would not give unit vectors. The average's own standing statistics are collected
     anew for every snapshot, so what is copied over them does not matter.
     """
-    decay = ema_decay(
-        images_seen, step_images, config.halflife_images, config.rampup, config.start_images
+    halflife = annealed(
+        images_seen, config.halflife_images, config.halflife_end_images, anneal_images
     )
+    decay = ema_decay(images_seen, step_images, halflife, config.rampup, config.start_images)
     averaged: list[Tensor] = list(average.parameters())
     current: list[Tensor] = list(generator.parameters())
     torch._foreach_lerp_(averaged, current, 1.0 - decay)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from bigan.data import resampled
-from bigan.data.dataset import open_manifest
+from bigan.data.dataset import open_level, open_manifest
 from bigan.data.resampled import ResampledStream
-from bigan.data.stream import ShardStream
+from bigan.data.shards import Manifest
+from bigan.data.stream import Batch, Endless, ShardStream
 from bigan.errors import UserError
+from bigan.growth import stages
 from bigan.recipe import RunConfig, misfits
 from bigan.training import Training
 from bigan.world import World, broadcast, gather, together
@@ -25,12 +29,33 @@ class Images:
 
 
 def check_data(config: RunConfig) -> Images:
-    """Look at the training images; raises `UserError` if they do not fit the model."""
+    """Look at the training images; raises `UserError` if they do not fit the model.
+
+    Those of every resolution that the model grows through, before any of it begins.
+    """
     if config.data.mode == "resampled":  # no manifest: nothing is known but where they are
+        if config.growth:
+            raise UserError("growth needs packed images at every resolution: data.mode=resampled")
         resampled.expand(config.data.path, config.data.allow_pipe)
         classes = {str(label): 1 for label in range(config.model.num_classes)}
         return Images(classes, f"resampled/{config.data.path}")
-    manifest = open_manifest(config.data.path, config.data)
+    if config.growth is None:
+        return _images(config, open_manifest(config.data.path, config.data))
+    found = []
+    for level in {stage.resolution: stage.config for stage in stages(config)}.values():
+        manifest = open_level(level.data.path, level.model.resolution, level.data)
+        whole = manifest.resolution == config.model.resolution  # no pyramid: `Shrunk` makes one
+        found.append(_images(config if whole else level, manifest))
+    if any(images.classes != found[0].classes for images in found):
+        raise UserError(
+            f"{config.data.path}: the resolutions hold different images; pack them anew, together "
+            "(`bigan pack --pyramid`)"
+        )
+    return Images(found[0].classes, "/".join(dict.fromkeys(i.fingerprint for i in found)))
+
+
+def _images(config: RunConfig, manifest: Manifest) -> Images:
+    """Raises `UserError` if the images of `manifest` do not fit the model of `config`."""
     counts = manifest.class_counts(config.data.split)
     wrong = [
         f"{what} {found} but model.{key} = {wanted}"
@@ -38,13 +63,35 @@ def check_data(config: RunConfig) -> Images:
     ]
     if wrong:
         raise UserError(
-            f"{config.data.path}: the images have {'; '.join(wrong)}; change the config or pack "
+            f"{manifest.folder}: the images have {'; '.join(wrong)}; change the config or pack "
             "the images again (`bigan pack --help`)"
         )
     return Images(dict(zip(manifest.classes, counts, strict=True)), manifest.fingerprint)
 
 
-def open_stream(training: Training) -> ShardStream | ResampledStream:
+class Shrunk(Endless):
+    """A stream of images whose resolution is a multiple of the one asked for.
+
+    Shrunk on the device, to the very bytes that a packed pyramid holds at that resolution: means of
+    f x f pixels, a half rounded up.
+    """
+
+    def __init__(self, stream: Endless, factor: int) -> None:
+        self._stream = stream
+        self._factor = factor
+        self.fingerprint = stream.fingerprint
+
+    def __next__(self) -> Batch:
+        batch, f = next(self._stream), self._factor
+        tiles = batch.real.unflatten(2, (-1, f)).unflatten(1, (-1, f))  # [B, H/f, f, W/f, f, C]
+        sums = tiles.sum((2, 4), dtype=torch.int32)
+        return replace(batch, real=((sums + f * f // 2) // (f * f)).to(torch.uint8))
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def open_stream(training: Training) -> Endless:
     """The images from `images_seen` on; each rank looks at the files it will read."""
     config, model = training.config, training.config.model
     if config.data.mode == "resampled":
@@ -59,8 +106,11 @@ def open_stream(training: Training) -> ShardStream | ResampledStream:
             images_seen=training.progress.images_seen,
             fetch=config.data,
         )
-    return ShardStream(
-        config.data.path,
+    grows = training.recipe.growth is not None
+    path = config.data.path
+    manifest = open_level(path, model.resolution, config.data) if grows else path
+    stream = ShardStream(
+        manifest,
         config.data.split,
         seed=config.train.seed,
         world=training.world,
@@ -70,6 +120,8 @@ def open_stream(training: Training) -> ShardStream | ResampledStream:
         block=config.data.block,
         fetch=config.data,
     )
+    factor = stream.manifest.resolution // model.resolution
+    return stream if factor == 1 else Shrunk(stream, factor)
 
 
 def count_bad(training: Training) -> None:

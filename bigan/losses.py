@@ -1,6 +1,7 @@
 """Adversarial losses: pure functions from logits [B] (float32) to a scalar, the batch mean.
 
-`LOSSES[name]` is (discriminator loss of (logits_real, logits_fake), generator loss of logits_fake).
+`LOSSES[name]` has the discriminator's loss of (logits_real, logits_fake) and the generator's, which
+is of (logits_real, logits_fake) if the loss is relativistic and of logits_fake alone otherwise.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor
 
 class Loss(NamedTuple):
     discriminator: Callable[[Tensor, Tensor], Tensor]
-    generator: Callable[[Tensor], Tensor]
+    generator: Callable[..., Tensor]
+    relativistic: bool = False  # the generator, too, is shown real images, in pairs with its own
 
 
 def hinge_d(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
@@ -52,9 +54,24 @@ def wasserstein_d(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     return logits_fake.mean() - logits_real.mean()
 
 
+def relativistic_d(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """E[softplus(D(G(z)) - D(x))], image i of one in a pair with image i of the other.
+
+    Relativistic pairing GAN (Jolicoeur-Martineau 2019, arXiv:1807.00734; Huang et al. 2024,
+    arXiv:2501.05441, equation 2).
+    """
+    return F.softplus(logits_fake - logits_real).mean()
+
+
+def relativistic_g(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """E[softplus(D(x) - D(G(z)))], the same with the roles exchanged."""
+    return F.softplus(logits_real - logits_fake).mean()
+
+
 LOSSES: dict[str, Loss] = {
     "hinge": Loss(hinge_d, hinge_g),
     "non_saturating": Loss(non_saturating_d, non_saturating_g),
     "least_squares": Loss(least_squares_d, least_squares_g),
     "wasserstein": Loss(wasserstein_d, hinge_g),
+    "relativistic": Loss(relativistic_d, relativistic_g, relativistic=True),
 }

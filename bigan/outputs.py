@@ -78,6 +78,8 @@ class Outputs:
         seen = training.progress.images_seen
         path = training.config.run_dir / "samples" / f"{seen}.png"
         rows = [training.class_names[label] for label in training.grid_labels()]
+        if not getattr(training.config.model, "conditional", True):
+            rows = []  # the rows differ by their latents only
         pictures.save_grid(path, training.sample_grid(), columns=GRID_COLUMNS, row_labels=rows)
         if self._tracker:
             self._tracker.picture(seen, "samples", path)

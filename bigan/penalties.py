@@ -5,9 +5,9 @@ traced by torch.compile as one full graph, and it stays right under DDP and ZeRO
 whole penalty is computed inside the wrapped module. Call them in float32, outside autocast:
 half-precision norms of gradients overflow.
 
-Each takes (discriminator, real, real_labels, fake, fake_labels, mix): images [B, C, R, R] in
-[-1, 1], labels int64 [B], mix [B] uniform in [0, 1) or None where it is not used; each returns a
-scalar without its weight.
+Each of `PENALTIES` takes (discriminator, real, real_labels, fake, fake_labels, mix, target): images
+[B, C, R, R] in [-1, 1], labels int64 [B], mix [B] uniform in [0, 1) and the norm to be reached
+where they are used; each returns a scalar without its weight.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 Discriminator = Callable[[Tensor, Tensor], Tensor]
-Penalty = Callable[[Discriminator, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Penalty = Callable[[Discriminator, Tensor, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
 
 def squared_gradient_norms(discriminator: Discriminator, images: Tensor, labels: Tensor) -> Tensor:
@@ -40,6 +40,7 @@ def r1(
     fake: Tensor,
     fake_labels: Tensor,
     mix: Tensor | None,
+    target: float = 1.0,
 ) -> Tensor:
     """1/2 E[||dD/dx||^2] on real images (Mescheder et al. 2018, eq. 9); weight it by gamma."""
     return 0.5 * squared_gradient_norms(discriminator, real, real_labels).mean()
@@ -52,6 +53,7 @@ def r2(
     fake: Tensor,
     fake_labels: Tensor,
     mix: Tensor | None,
+    target: float = 1.0,
 ) -> Tensor:
     """The same on generated images (Mescheder et al. 2018, eq. 10)."""
     return 0.5 * squared_gradient_norms(discriminator, fake, fake_labels).mean()
@@ -64,16 +66,38 @@ def wgan_gp(
     fake: Tensor,
     fake_labels: Tensor,
     mix: Tensor | None,
+    target: float = 1.0,
 ) -> Tensor:
-    """E[(||dD/dx^|| - 1)^2] on random mixtures x^ (Gulrajani et al. 2017, eq. 3).
+    """E[(||dD/dx^|| - t)^2] / t^2 on random mixtures x^ (Gulrajani et al. 2017, eq. 3, with t = 1).
 
-    A mixture is judged as a member of its real image's class.
+    A mixture is judged as a member of its real image's class. ProGAN's `target` t of 750 for CIFAR
+    lets a discriminator be steep (Karras et al. 2018, appendix A).
     """
     assert mix is not None
     mixed = torch.lerp(fake, real, mix.view(-1, 1, 1, 1))
     # The root's slope is infinite at zero: an epsilon inside keeps a flat discriminator finite.
     norms = (squared_gradient_norms(discriminator, mixed, real_labels) + 1e-12).sqrt()
-    return (norms - 1).square().mean()
+    return (norms - target).square().mean() / target**2
+
+
+def path_lengths(synthesis: Callable[[Tensor], Tensor], ws: Tensor, noise: Tensor) -> Tensor:
+    """How far a random direction in image space is from each image's latents, [B].
+
+    ||J_w^T y||, the root of the mean over layers of the squared lengths (Karras et al. 2020,
+    arXiv:1912.04958, section 3.2): `ws` [B, layers, w_dim], `synthesis` maps it to images
+    [B, C, R, R], `noise` y of that shape is standard normal over the root of the number of pixels.
+    """
+    gradient = torch.func.grad(lambda w: (synthesis(w) * noise).sum())(ws)
+    return (gradient.square().sum(2).mean(1) + 1e-12).sqrt()
+
+
+def path_length_penalty(lengths: Tensor, mean: Tensor) -> Tensor:
+    """E[(length - a)^2], a the running mean of lengths: a scalar without its weight.
+
+    `mean` is that of the steps before, so that neither micro-batches nor processes change it; the
+    published code moves it by a hundredth towards this batch's first.
+    """
+    return (lengths - mean).square().mean()
 
 
 PENALTIES: dict[str, Penalty] = {"r1": r1, "r2": r2, "wgan_gp": wgan_gp}

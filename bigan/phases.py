@@ -5,6 +5,10 @@ and the batch as forward arguments and returns (loss, detached scalars). It is p
 draw, no host synchronisation, no change of a buffer, no rank. That one unit is what is compiled,
 wrapped for DDP or handed to another engine.
 
+What a forward's loss consists of are its terms: "adversarial", and penalties by name. Lazy ones are
+among the terms of some steps only; those with a step of their own (StyleGAN2) are the only terms of
+an optimiser step that follows the main one.
+
 Random inputs are described by `draws` (outside compiled code) for the *global* batch; the loop
 hands each process its slice.
 """
@@ -20,12 +24,21 @@ import torch
 from torch import Tensor, nn
 
 from bigan import augment, rng
+from bigan.layers.hashing import keys, normal_field
 from bigan.layers.init import orthogonal_penalty
+from bigan.layers.resampling import coarsened
 from bigan.losses import LOSSES
-from bigan.penalties import PENALTIES
-from bigan.recipe import RunConfig
+from bigan.penalties import PENALTIES, path_length_penalty, path_lengths
+from bigan.recipe import PenaltyConfig, RunConfig, penalty_weight
+from bigan.schedules import annealed
 
 Scalars = dict[str, Tensor]
+Terms = tuple[str, ...]
+
+ADVERSARIAL = "adversarial"
+PATH_LENGTH = "path_length"
+NEEDS_FAKE = {ADVERSARIAL, "r2", "wgan_gp"}
+PATH_NOISE_STREAM = 2**16  # of the random fields of a latent; a generator's layers count from 0
 
 
 class DiscriminatorBatch(NamedTuple):
@@ -40,13 +53,22 @@ class DiscriminatorBatch(NamedTuple):
     augment_real: Tensor | None = None  # float32 [m, K], see `augment.draws`
     augment_fake: Tensor | None = None
     strength: Tensor | None = None  # float32 [], ADA's p
+    weights: Tensor | None = None  # float32 [penalties], where they change during the run
 
 
 class GeneratorBatch(NamedTuple):
+    """What one generator micro-batch of m images consists of."""
+
     z: Tensor  # float32 [m, z_dim]
     fake_labels: Tensor  # int64 [m]
     augment_fake: Tensor | None = None  # float32 [m, K]
     strength: Tensor | None = None  # float32 [], ADA's p
+    # The real images of the last discriminator step, for relativistic losses.
+    real: Tensor | None = None  # uint8 [m, H, W, C]
+    labels: Tensor | None = None  # int64 [m]
+    mirror: Tensor | None = None  # bool [m]
+    augment_real: Tensor | None = None  # float32 [m, K]
+    path_mean: Tensor | None = None  # float32 [], running mean of path lengths
 
 
 def as_images(real: Tensor, mirror: Tensor | None) -> Tensor:
@@ -74,11 +96,22 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
+def real_images(
+    config: RunConfig, discriminator: nn.Module, real: Tensor, mirror: Tensor | None
+) -> Tensor:
+    """float32 [m, C, H, W]: real images; those of a resolution that fades in fade in with it."""
+    images = as_images(real, mirror)
+    if getattr(config.model, "fading", False):
+        images = coarsened(images, discriminator.get_buffer("alpha"))
+    return images
+
+
 class DiscriminatorPhase(nn.Module):
-    """Minimises the discriminator's loss, gradient penalties included, on real and fake images."""
+    """Minimises the discriminator's loss and its penalties; the generator only looks on."""
 
     name = "d"
     uses_data = True
+    shows_real = True
     batch_type = DiscriminatorBatch
 
     def __init__(
@@ -88,8 +121,14 @@ class DiscriminatorPhase(nn.Module):
         self.network = discriminator
         self.config = config
         self.class_counts = class_counts
+        self.penalties: dict[str, PenaltyConfig] = {p.name: p for p in config.penalties}
+        self.anneals = any(penalty.weight_end is not None for penalty in config.penalties)
 
-    def draws(self, images_seen: int, num: int) -> dict[str, Tensor]:
+    def num_images(self, terms: Terms) -> int:
+        """Images of an optimiser step with these terms, over all processes."""
+        return self.config.train.batch
+
+    def draws(self, images_seen: int, num: int, terms: Terms = (ADVERSARIAL,)) -> dict[str, Tensor]:
         """Counter-based inputs of the `num` images from `images_seen` on."""
         seed = self.config.train.seed
         draws = {
@@ -98,7 +137,7 @@ class DiscriminatorPhase(nn.Module):
         }
         if self.config.data.mirror:
             draws["mirror"] = rng.uniform(seed, "d/mirror", images_seen, (num,)) < 0.5
-        if any(penalty.name == "wgan_gp" for penalty in self.config.penalties):
+        if "wgan_gp" in self.penalties:
             draws["mix"] = rng.uniform(seed, "d/mix", images_seen, (num,))
         for name in ("real", "fake"):
             of = augment.draws(self.config.augment, seed, f"d/augment/{name}", images_seen, num)
@@ -106,23 +145,91 @@ class DiscriminatorPhase(nn.Module):
                 draws[f"augment_{name}"] = of
         return draws
 
-    def variant(self, images_seen: int) -> tuple[bool, ...]:
-        """Which penalties are due at the step that begins at `images_seen` (lazy ones rest)."""
-        step = images_seen // self.config.train.batch
-        return tuple(step % penalty.every == 0 for penalty in self.config.penalties)
+    def penalty_weights(self, images_seen: int) -> Tensor | None:
+        """float32 [penalties] at `images_seen`, if any of them changes during the run."""
+        if not self.anneals:
+            return None
+        return torch.tensor(
+            [
+                annealed(
+                    images_seen, self._weight(name), penalty.weight_end, self.config.anneal_images
+                )
+                for name, penalty in self.penalties.items()
+            ]
+        )
 
-    def variants(self) -> list[tuple[bool, ...]]:
-        """Every combination of penalties that a step of this run may have, each once."""
+    def terms(self, images_seen: int) -> Terms:
+        """Those of the main step that begins at `images_seen`: lazy penalties rest at most."""
+        step = images_seen // self.config.train.batch
+        due = (p.name for p in self.config.penalties if not p.own_step and step % p.every == 0)
+        return (ADVERSARIAL, *due)
+
+    def own_terms(self, images_seen: int) -> Terms:
+        """Those of the step of their own after the main one; none: there is no such step now."""
+        step = images_seen // self.config.train.batch
+        return tuple(p.name for p in self.config.penalties if p.own_step and step % p.every == 0)
+
+    def variants(self) -> list[Terms]:
+        """Every combination of terms that a step of this run may have, each once."""
         batch = self.config.train.batch
         period = math.lcm(*(penalty.every for penalty in self.config.penalties))
-        return list(dict.fromkeys(self.variant(step * batch) for step in range(period)))
+        starts = range(0, period * batch, batch)
+        found = dict.fromkeys(of(seen) for of in (self.terms, self.own_terms) for seen in starts)
+        return [terms for terms in found if terms]
 
     def forward(
-        self, generator: nn.Module, batch: DiscriminatorBatch, variant: tuple[bool, ...]
+        self, generator: nn.Module, batch: DiscriminatorBatch, terms: Terms
     ) -> tuple[Tensor, Scalars]:
-        real = as_images(batch.real, batch.mirror)
-        with autocast(self.config.precision, real.device), torch.no_grad():
-            fake = generator(batch.z, batch.fake_labels)
+        real = real_images(self.config, self.network, batch.real, batch.mirror)
+        fake_labels = batch.labels if self._paired else batch.fake_labels
+        fake = None
+        if not NEEDS_FAKE.isdisjoint(terms):
+            with autocast(self.config.precision, real.device), torch.no_grad():
+                fake = generator(batch.z, fake_labels)
+        scalars: Scalars = {}
+        losses: list[Tensor] = []
+        if ADVERSARIAL in terms:
+            assert fake is not None
+            losses.append(self._adversarial(real, fake, fake_labels, batch, scalars))
+        for index, (name, penalty) in enumerate(self.penalties.items()):
+            if name in terms:
+                value = PENALTIES[name](
+                    self.penalised(name, batch),
+                    real,
+                    batch.labels,
+                    real if fake is None else fake.float(),
+                    fake_labels,
+                    batch.mix,
+                    penalty.target,
+                )
+                weight = self._weight(name) if batch.weights is None else batch.weights[index]
+                losses.append(weight * penalty.every * value)
+                scalars[name] = value.detach()
+        if ADVERSARIAL not in terms:
+            # Every parameter must have a gradient, if only zero, or DDP would wait for those that
+            # no penalty depends on (the last bias).
+            losses.append(0 * self.network(real[:1], batch.labels[:1]).sum())
+        loss = losses[0]
+        for further in losses[1:]:
+            loss = loss + further
+        return loss, scalars
+
+    @property
+    def _paired(self) -> bool:
+        """Whether an image is compared with its partner, which must be of the same class then."""
+        return LOSSES[self.config.loss].relativistic
+
+    def _weight(self, name: str) -> float:
+        return penalty_weight(self.penalties[name], self.config)
+
+    def _adversarial(
+        self,
+        real: Tensor,
+        fake: Tensor,
+        fake_labels: Tensor,
+        batch: DiscriminatorBatch,
+        scalars: Scalars,
+    ) -> Tensor:
         shown = [  # outside autocast: positions and colors are computed in float32
             augmented(self.config, real, batch.augment_real, batch.strength),
             augmented(self.config, fake, batch.augment_fake, batch.strength),
@@ -130,30 +237,20 @@ class DiscriminatorPhase(nn.Module):
         with autocast(self.config.precision, real.device):
             logits = self.network(
                 torch.cat([images.to(fake.dtype) for images in shown]),
-                torch.cat([batch.labels, batch.fake_labels]),
+                torch.cat([batch.labels, fake_labels]),
             )
         logits_real, logits_fake = logits.float().chunk(2)
         loss = LOSSES[self.config.loss].discriminator(logits_real, logits_fake)
-        scalars = {
-            "loss_d": loss.detach(),
-            "logits_real": logits_real.detach().mean(),
-            "logits_fake": logits_fake.detach().mean(),
-        }
+        scalars["loss_d"] = loss.detach()
+        scalars["logits_real"] = logits_real.detach().mean()
+        scalars["logits_fake"] = logits_fake.detach().mean()
         if augment.adapts(self.config.augment):
             scalars["sign_real"] = logits_real.detach().sign().mean()
-        for penalty, is_due in zip(self.config.penalties, variant, strict=True):
-            if is_due:
-                value = PENALTIES[penalty.name](
-                    self.penalised(penalty.name, batch),
-                    real,
-                    batch.labels,
-                    fake.float(),
-                    batch.fake_labels,
-                    batch.mix,
-                )
-                loss = loss + penalty.weight * penalty.every * value
-                scalars[penalty.name] = value.detach()
-        return loss, scalars
+        if self.config.drift_weight > 0:
+            drift = logits_real.square().mean()  # Karras et al. 2018, appendix A.1
+            loss = loss + self.config.drift_weight * drift
+            scalars["drift"] = drift.detach()
+        return loss
 
     def penalised(
         self, penalty: str, batch: DiscriminatorBatch
@@ -187,39 +284,95 @@ class GeneratorPhase(nn.Module):
         self.network = generator
         self.config = config
         self.class_counts = class_counts
+        self.shows_real = LOSSES[config.loss].relativistic  # those of the last discriminator step
 
-    def draws(self, images_seen: int, num: int) -> dict[str, Tensor]:
+    def num_images(self, terms: Terms) -> int:
+        """Images of an optimiser step with these terms, over all processes."""
+        batch = self.config.train.batch
+        if PATH_LENGTH in terms and self.config.path_length:
+            return batch // self.config.path_length.batch_shrink
+        return batch
+
+    def draws(self, images_seen: int, num: int, terms: Terms = (ADVERSARIAL,)) -> dict[str, Tensor]:
         """Counter-based inputs of a generator step taken after `images_seen` images."""
-        seed = self.config.train.seed
+        seed, stream = self.config.train.seed, "g" if ADVERSARIAL in terms else "g/path"
         draws = {
-            "z": rng.normal(seed, "g/z", images_seen, (num, self.config.model.z_dim)),
-            "fake_labels": rng.labels(seed, "g/labels", images_seen, num, self.class_counts),
+            "z": rng.normal(seed, f"{stream}/z", images_seen, (num, self.config.model.z_dim)),
+            "fake_labels": rng.labels(
+                seed, f"{stream}/labels", images_seen, num, self.class_counts
+            ),
         }
-        of = augment.draws(self.config.augment, seed, "g/augment", images_seen, num)
-        return draws if of is None else draws | {"augment_fake": of}
+        if ADVERSARIAL not in terms:
+            return draws
+        for name in ("fake", "real") if self.shows_real else ("fake",):
+            where = "g/augment" if name == "fake" else "g/augment/real"
+            of = augment.draws(self.config.augment, seed, where, images_seen, num)
+            if of is not None:
+                draws[f"augment_{name}"] = of
+        return draws
 
-    def variant(self, images_seen: int) -> tuple[bool, ...]:
-        """The generator has no lazy terms."""
-        return ()
+    def terms(self, images_seen: int) -> Terms:
+        """Those of the main step."""
+        return (ADVERSARIAL,)
 
-    def variants(self) -> list[tuple[bool, ...]]:
-        return [()]
+    def own_terms(self, images_seen: int) -> Terms:
+        """Those of the step of their own after the main one, at `images_seen` or none."""
+        path = self.config.path_length
+        step = images_seen // (self.config.train.batch * self.config.train.num_d_steps)
+        return (PATH_LENGTH,) if path and step % path.every == 0 else ()
+
+    def variants(self) -> list[Terms]:
+        """Every combination of terms that a step of this run may have, each once."""
+        return [(ADVERSARIAL,), (PATH_LENGTH,)] if self.config.path_length else [(ADVERSARIAL,)]
 
     def forward(
-        self, discriminator: nn.Module, batch: GeneratorBatch, variant: tuple[bool, ...]
+        self, discriminator: nn.Module, batch: GeneratorBatch, terms: Terms
     ) -> tuple[Tensor, Scalars]:
+        if PATH_LENGTH in terms:
+            return self._path_length(batch)
+        labels = batch.fake_labels if batch.labels is None else batch.labels
         with autocast(self.config.precision, batch.z.device):
-            fake = self.network(batch.z, batch.fake_labels)
+            fake = self.network(batch.z, labels)
         shown = augmented(self.config, fake, batch.augment_fake, batch.strength)
         with autocast(self.config.precision, batch.z.device):
-            logits_fake = discriminator(shown.to(fake.dtype), batch.fake_labels)
-        loss = LOSSES[self.config.loss].generator(logits_fake.float())
+            logits_fake = discriminator(shown.to(fake.dtype), labels)
+        loss_of = LOSSES[self.config.loss].generator
+        if batch.real is None:
+            loss = loss_of(logits_fake.float())
+        else:
+            logits_real = self._logits_real(discriminator, batch, fake.dtype)
+            loss = loss_of(logits_real.float(), logits_fake.float())
         scalars = {"loss_g": loss.detach()}
         if self.config.train.orthogonal_weight > 0:
             penalty = orthogonal_penalty(self.network)
             loss = loss + self.config.train.orthogonal_weight * penalty
             scalars["orthogonal_g"] = penalty.detach()
         return loss, scalars
+
+    @torch.no_grad()
+    def _logits_real(
+        self, discriminator: nn.Module, batch: GeneratorBatch, dtype: torch.dtype
+    ) -> Tensor:
+        assert batch.real is not None
+        real = real_images(self.config, discriminator, batch.real, batch.mirror)
+        shown = augmented(self.config, real, batch.augment_real, batch.strength)
+        with autocast(self.config.precision, real.device):
+            return discriminator(shown.to(dtype), batch.labels)
+
+    def _path_length(self, batch: GeneratorBatch) -> tuple[Tensor, Scalars]:
+        """In float32, as all penalties. The random direction follows from the latent's own bits."""
+        settings, model, network = self.config.path_length, self.config.model, self.network
+        assert settings is not None
+        assert batch.path_mean is not None
+        of = keys(batch.z)
+        ws = network.latents(batch.z, batch.fake_labels, of)  # type: ignore[operator]
+        shape = (model.image_channels, model.resolution, model.resolution)
+        noise = normal_field(of, PATH_NOISE_STREAM, shape) / model.resolution
+        lengths = path_lengths(lambda w: network.synthesis(w, of), ws, noise)  # type: ignore[operator]
+        penalty = path_length_penalty(lengths, batch.path_mean)
+        touched = 0 * network(batch.z[:1], batch.fake_labels[:1]).sum()  # as in the discriminator's
+        scalars = {"path_length": lengths.detach().mean(), "path_penalty": penalty.detach()}
+        return settings.weight * settings.every * penalty + touched, scalars
 
 
 Phase = DiscriminatorPhase | GeneratorPhase

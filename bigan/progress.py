@@ -41,6 +41,10 @@ class ProgressBar:
             for key in ("loss_d", "loss_g")
             if f"train/{key}" in report
         }
+        if "train/resolution" in report:
+            alpha = report["train/alpha"]
+            share = f" {alpha:.0%} in" if alpha < 1 else ""
+            shown = {"stage": f"{report['train/resolution']:.0f} px{share}", **shown}
         if self._is_terminal:
             if self._bar is None:
                 self._bar = tqdm(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def due(before: int, after: int, every: int) -> bool:
     """Whether going from `before` to `after` images crosses a multiple of `every`."""
@@ -18,6 +20,17 @@ def warmup(images_seen: int, step_images: int, warmup_images: int) -> float:
     if warmup_images <= 0:
         return 1.0
     return min(1.0, (images_seen + step_images) / warmup_images)
+
+
+def annealed(images_seen: int, start: float, end: float | None, anneal_images: int | None) -> float:
+    """From `start` to `end` along half a cosine over the first `anneal_images`, then `end`.
+
+    Without an `end` it stays at `start`. R3GAN's schedule of nearly everything (Huang et al. 2024).
+    """
+    if end is None or anneal_images is None:
+        return start
+    share = 0.5 * (1 - math.cos(math.pi * min(1.0, images_seen / anneal_images)))
+    return start + (end - start) * share
 
 
 def ema_decay(

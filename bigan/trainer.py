@@ -12,15 +12,22 @@ from pathlib import Path
 from bigan import checkpoint, run_folder
 from bigan.checkpoint import Progress
 from bigan.data import resampled
-from bigan.data.stream import Batch
+from bigan.data.stream import Batch, Endless
 from bigan.engine import Echo, Engine
 from bigan.errors import RunError
+from bigan.growth import stage_at
 from bigan.heartbeat import Heartbeat, is_communication_error
 from bigan.inputs import agree_on_data, check_data, count_bad, open_stream
 from bigan.launching import disconnect
 from bigan.layers.batchnorm import normalisation_layers
 from bigan.outputs import Outputs
-from bigan.recipe import RunConfig, accumulation_steps
+from bigan.recipe import (
+    RunConfig,
+    accumulation_steps,
+    corrected,
+    own_step_every,
+    penalty_weight,
+)
 from bigan.replicas import SlowRanks, check_replicas
 from bigan.schedules import due
 from bigan.stop import GRACE_SECONDS, StopFlag, asked, write_requeue
@@ -72,6 +79,7 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag) -
             on_main(world, lambda: finish_again(training))
             echo(f"{config.run_dir}: already complete at images_seen = {progress.images_seen}")
             return 0
+    enter_stage(training)
     with together(world, lambda: open_stream(training)) as stream:
         agree_on_data(world, stream.fingerprint)
         on_main(world, lambda: run_folder.prepare(config))
@@ -85,8 +93,8 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag) -
                 tracker.params(config.model_dump(mode="json"))
             for remark in remarks(training):
                 echo(remark)
-            training.prepare()
-            code = Loop(training, outputs, tracker, on_tick, stop).run(stream)
+            loop = Loop(training, outputs, tracker, on_tick, stop)
+            code = run_stages(training, loop, stream)
             status = "KILLED" if code else "FINISHED"
         finally:
             patience = 60.0 if status == "FINISHED" else 10.0  # a stopped run has a grace time
@@ -102,9 +110,42 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag) -
     return code
 
 
+def enter_stage(training: Training) -> None:
+    """Go on to the stage that the run has reached; a run that does not grow is in its only one."""
+    stage = stage_at(training.stages, training.progress.images_seen)
+    if stage is not training.stage:
+        training.enter(stage)
+
+
+def run_stages(training: Training, loop: Loop, stream: Endless) -> int:
+    """One stage after the other, `stream` being that of the first; 0, or 128 + a stop signal."""
+    world, progress, num = training.world, training.progress, len(training.stages)
+    began = time.monotonic()
+    while True:
+        with stream:
+            training.prepare()
+            if num > 1:
+                seconds = time.monotonic() - began - training.engine.compile_seconds
+                training.engine.echo(
+                    f"stage {training.stage.index + 1} of {num}: {training.stage}, batch "
+                    f"{training.config.train.batch}, from images_seen = {progress.images_seen} "
+                    f"(ready in {seconds:.1f} s)"
+                )
+            code = loop.run(stream)
+        if code:
+            return code
+        if progress.images_seen >= training.config.train.total_images:
+            loop.finish()
+            return 0
+        began = time.monotonic()
+        enter_stage(training)
+        stream = together(world, lambda: open_stream(training))
+        agree_on_data(world, stream.fingerprint)
+
+
 def remarks(training: Training) -> list[str]:
     """What a reader of the config might not expect of it."""
-    train = training.config.train
+    train, recipe = training.config.train, training.recipe
     joined, step = train.batch // training.accumulation, train.batch * train.num_d_steps
     said = []
     if training.config.data.mode == "resampled":
@@ -121,7 +162,26 @@ def remarks(training: Training) -> list[str]:
             f"BatchNorm saw {former} images at a time before, now {joined}: this is not the same "
             f"training any more ({keep})"
         )
-    if train.total_images % step:
+    for penalty in recipe.penalties:
+        if penalty.weight is None:
+            weight = penalty_weight(penalty, training.config)
+            why = "" if penalty.name == "wgan_gp" else " = 0.0002 * resolution^2 / batch"
+            said.append(f"weight of {penalty.name}: {weight:.6g}{why}")
+    for name in ("g", "d"):
+        every = own_step_every(recipe, name)
+        if every:
+            adam = corrected(getattr(recipe.optimizer, name), every)
+            said.append(
+                f"optimizer.{name}: a step for regularisation alone after every {every}, so lr "
+                f"{adam.lr:.6g}, beta1 {adam.beta1:.6g}, beta2 {adam.beta2:.6g}"
+            )
+    last = training.stages[-1]
+    if last.start >= train.total_images:
+        said.append(
+            f"train.total_images = {train.total_images} ends the run before {last} begins at "
+            f"{last.start}"
+        )
+    if train.total_images % step and len(training.stages) == 1:
         end = -(-train.total_images // step) * step
         said.append(f"a training step takes {step} images: the run ends at images_seen = {end}")
     return said
@@ -155,20 +215,21 @@ class Loop:
         self.began, self.counted = time.monotonic(), training.progress.images_seen
 
     def run(self, stream: Iterator[Batch]) -> int:
-        """Until `total_images`; returns 0, or 128 + the signal that ended it early."""
+        """Until the stage or the run ends; returns 0, or 128 + the signal that ended it early."""
         training, config, progress = self.training, self.config, self.training.progress
         if progress.images_seen == 0:
             training.collect_standing_statistics()
             self.outputs.picture()
-        self.began = time.monotonic()
-        while progress.images_seen < config.total_images:
+        self.began, self.num_steps = time.monotonic(), 0
+        end = min(config.total_images, training.stage.end)
+        while progress.images_seen < end:
             before = progress.images_seen
             training.step(stream)
             self.stop.alive()
             self.num_steps += 1
             seen = progress.images_seen
-            last = seen >= config.total_images
-            at_snapshot = last or due(before, seen, config.snapshot_images)
+            last, stage_ends = seen >= config.total_images, seen >= end
+            at_snapshot = stage_ends or due(before, seen, config.snapshot_images)
             at_checkpoint = last or due(before, seen, config.checkpoint_images)
             at_check = at_checkpoint or due(before, seen, config.replica_check_images)
             at_tick = at_snapshot or at_check or due(before, seen, config.tick_images)
@@ -186,11 +247,14 @@ class Loop:
                     self.leave(stop)
                     return 128 + stop
             self.began, self.counted, self.num_steps = time.monotonic(), seen, 0
+        return 0
+
+    def finish(self) -> None:
+        """Once all images have been seen: everything on disk, then the mark that it is."""
         with self.stop.patient():
             self.outputs.close()
             on_main(self.world, self.outputs.finish)
             barrier(self.world)
-        return 0
 
     def checkpoint(self) -> None:
         """Begin to save; what of it holds up the training is counted."""
@@ -234,6 +298,9 @@ class Loop:
         report = {f"train/{name}": value for name, value in means.items()}
         if training.config.data.on_bad == "skip":
             report["train/bad_images"] = progress.bad_images
+        if len(training.stages) > 1:
+            report["train/resolution"] = training.stage.resolution
+            report["train/alpha"] = training.alpha
         report["train/images_per_second"] = (progress.images_seen - self.counted) / seconds
         report["train/data_wait"] = training.data_seconds / seconds  # 0 to 1
         if self.save_seconds:

@@ -7,21 +7,34 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from bigan import augment, checkpoint, ema, models, phases, rng
+from bigan import augment, checkpoint, ema, growth, models, phases, rng
 from bigan.checkpoint import Piece, Progress, Reader
 from bigan.data.fetch import BadSample
 from bigan.data.stream import Batch
 from bigan.engine import Engine, Prepared
 from bigan.engine.loss_scale import LossScale
-from bigan.layers.batchnorm import collecting_statistics, set_process_group
+from bigan.layers.batchnorm import (
+    collecting_statistics,
+    normalisation_layers,
+    set_process_group,
+)
+from bigan.layers.mapping import follow_latents, has_latent_average, mean_latent
 from bigan.layers.spectral import power_iteration
-from bigan.recipe import AdamConfig, RunConfig, accumulation_steps
-from bigan.schedules import due, warmup
-from bigan.stats import Statistics
+from bigan.recipe import (
+    AdamConfig,
+    RunConfig,
+    accumulation_steps,
+    check_groups,
+    corrected,
+    own_step_every,
+)
+from bigan.schedules import annealed, due, warmup
+from bigan.stats import RunningMean, Statistics
 from bigan.world import sum_over_ranks, together
 
 GRID_COLUMNS = 10
@@ -31,50 +44,79 @@ GRID_ROWS = 16
 class Training:
     """Networks, their average, optimisers, counters and prepared phases of one run.
 
-    `classes` maps each class name to its number of training images.
+    `recipe` is that of the whole run, `config` that of the stage it is in (`growth`): the same
+    where nothing grows. `classes` maps each class name to its number of training images.
     """
 
-    def __init__(self, config: RunConfig, engine: Engine, classes: dict[str, int]) -> None:
-        self.config = config
+    def __init__(self, recipe: RunConfig, engine: Engine, classes: dict[str, int]) -> None:
+        self.recipe = recipe
+        self.stages = growth.stages(recipe)
         self.engine = engine
         self.world = engine.world
         self.class_names = tuple(classes)
         self.class_counts = tuple(classes.values())
-        self.generator, self.discriminator = models.build(config.model, "meta")
-        for name, network in (("g", self.generator), ("d", self.discriminator)):
-            network.to_empty(device="cpu")
-            weights = rng.torch_generator(config.train.seed, f"init/{name}")
-            network.init_weights(weights)  # type: ignore[operator]
-            network.to(self.world.device)
-            network.to(memory_format=engine.memory_format)
-        self.average = ema.averaged_copy(self.generator)
-        set_process_group(self.generator, engine.process_group)
-        set_process_group(self.average, engine.process_group)
-        self.networks: dict[str, nn.Module] = {
-            "g": self.generator,
-            "d": self.discriminator,
-            "ema": self.average,
-        }
+        for stage in self.stages:  # now, not when it begins
+            check_groups(stage.config, self.world.size)
+        self.networks: dict[str, nn.Module] = {}
         self.strength: torch.Tensor | None = None  # of the augmentation, if it has one
         self.adaptive: augment.AdaptiveStrength | None = None
-        if isinstance(config.augment, augment.ada.Config):
-            self._set_strength(config.augment)
+        if isinstance(recipe.augment, augment.ada.Config):
+            self._set_strength(recipe.augment)
+        self.path_length: RunningMean | None = None
+        if recipe.path_length:
+            self.path_length = RunningMean(recipe.path_length.decay).to(self.world.device)
+            self.networks["path_length"] = self.path_length
         self.progress = Progress()
-        self.accumulation = accumulation_steps(config.train, self.world.size)
-        self.progress.forward_images = config.train.batch // self.accumulation
         self.former_forward_images = 0  # of the life before this one; 0: there was none
-        self.phases = phases.build_phases(
-            config, self.generator, self.discriminator, self.class_counts
-        )
-        self.scales: dict[str, LossScale] = {}
-        if config.precision == "fp16":
-            self.scales = {name: LossScale(self.world.device) for name in self.phases}
-            self.networks |= {f"scale_{name}": scale for name, scale in self.scales.items()}
         self.prepared: dict[str, Prepared] = {}
         self._resumed: Reader | None = None
+        self.scales: dict[str, LossScale] = {}
+        self._build(self.stages[0])
+        if recipe.precision == "fp16":
+            self.scales = {name: LossScale(self.world.device) for name in self.phases}
+            self.networks |= {f"scale_{name}": scale for name, scale in self.scales.items()}
         self.bad: list[BadSample] = []  # replaced on this rank since the last tick
         self.data_seconds = 0.0  # spent waiting for images since the last tick
         self.statistics = Statistics(self.world)
+        self._last: dict[str, list[Any]] = {}  # micro-batches of the last main step of a phase
+
+    def _build(self, stage: growth.Stage) -> None:
+        """New networks of a stage, their average, and the phases that train them."""
+        self.stage = stage
+        self.config = config = stage.config
+        self.generator, self.discriminator = models.build(config.model, "meta")
+        for name, network in (("g", self.generator), ("d", self.discriminator)):
+            network.to_empty(device="cpu")
+            stream = f"init/{name}" if stage.index == 0 else f"init/{name}/{stage.resolution}"
+            weights = rng.torch_generator(config.train.seed, stream)
+            network.init_weights(weights)  # type: ignore[operator]
+            network.to(self.world.device)
+            network.to(memory_format=self.engine.memory_format)
+        self.average = ema.averaged_copy(self.generator)
+        set_process_group(self.generator, self.engine.process_group)
+        set_process_group(self.average, self.engine.process_group)
+        self.networks |= {"g": self.generator, "d": self.discriminator, "ema": self.average}
+        self.accumulation = accumulation_steps(config.train, self.world.size)
+        self.progress.forward_images = config.train.batch // self.accumulation
+        self.progress.stage = stage.index
+        self.phases = phases.build_phases(
+            config, self.generator, self.discriminator, self.class_counts
+        )
+
+    def enter(self, stage: growth.Stage) -> None:
+        """Go on with the networks of the next stage; `prepare` follows.
+
+        They take over all weights that the last ones had. So does the average, and what is new in
+        it begins as the generator's; Adam begins anew.
+        """
+        self.close()
+        self._resumed = None
+        self._last.clear()
+        former = {name: self.networks[name] for name in ("g", "d", "ema")}
+        self._build(stage)
+        for name, network in former.items():
+            growth.inherit(self.networks[name], network)
+        self.engine.forget_compiled()
 
     def _set_strength(self, config: augment.ada.Config) -> None:
         start = config.initial if config.fixed is None else config.fixed
@@ -94,6 +136,12 @@ class Training:
 
         def look() -> tuple[Progress, Reader]:
             progress, reader = checkpoint.read_progress(folder), Reader(folder)
+            if not 0 <= progress.stage < len(self.stages):
+                raise checkpoint.CheckpointError(
+                    f"{folder}: is of stage {progress.stage}, this recipe has {len(self.stages)}"
+                )
+            if progress.stage != self.stage.index:
+                self._build(self.stages[progress.stage])
             checkpoint.check_fit(reader, self.networks, trained=tuple(self.phases))
             expected = self.progress.data_fingerprint
             if expected and progress.data_fingerprint != expected:
@@ -114,10 +162,11 @@ class Training:
 
     def prepare(self) -> None:
         """Hand the phases to the engine; networks must be final by then."""
+        self.engine.compile_seconds = 0.0
         self.prepared = {
             name: self.engine.prepare(
                 phase,
-                getattr(self.config.optimizer, name),
+                self._adam(name),
                 accumulation=self.accumulation,
                 scale=self.scales.get(name),
             )
@@ -128,13 +177,18 @@ class Training:
                 prepared.wrapped.load_moments(name, self._resumed.read_range)
         self._resumed = None  # and its files are closed: it may be pruned from now on
         for name, phase in self.phases.items():
-            batches = {variant: self._rehearsal(phase) for variant in phase.variants()}
+            batches = {terms: self._rehearsal(phase, terms) for terms in phase.variants()}
             self.engine.rehearse(self.prepared[name], self._other(name), batches)
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Adam]:
         """Those of the networks in training, once prepared."""
         return {n: self.prepared[n].optimizer for n in self.networks if n in self.prepared}
+
+    def _adam(self, name: str) -> AdamConfig:
+        """Of a network, as corrected for the steps in which it is only regularised."""
+        settings = getattr(self.config.optimizer, name)
+        return corrected(settings, own_step_every(self.config, name))
 
     def _other(self, name: str) -> Prepared:
         return self.prepared["g" if name == "d" else "d"]
@@ -157,38 +211,81 @@ class Training:
                     key = f"networks/{name}.{key}"
                     yield Piece(key, tuple(tensor.shape), 0, tensor.detach(), replicated=True)
 
+    @property
+    def alpha(self) -> float:
+        """Share of the newest resolution in the next step; 1 unless it fades in."""
+        return self.stage.alpha(self.progress.images_seen)
+
     def step(self, stream: Iterator[Batch]) -> None:
         """One training step: every phase in order, then the average."""
         before = self.progress.images_seen
+        if self.stage.fading:
+            for name in ("g", "d"):
+                growth.set_alpha(self.networks[name], self.alpha)
         for name in phases.order(self.config):
             self.phase_step(name, stream)
         now = self.progress.images_seen
         with self.prepared["g"].wrapped.whole():
-            ema.update(self.average, self.generator, self.config.ema, now, now - before)
+            self._follow_latents()
+            ema.update(
+                self.average,
+                self.generator,
+                self.config.ema,
+                now,
+                now - before,
+                self.config.anneal_images,
+            )
 
     def phase_step(self, name: str, stream: Iterator[Batch]) -> None:
-        """One optimiser step of one phase; a phase that reads images moves `images_seen` on."""
+        """One optimiser step of one phase, and one more if a regulariser with its own is due.
+
+        A phase that reads images moves `images_seen` on.
+        """
         phase, images_seen = self.phases[name], self.progress.images_seen
-        settings: AdamConfig = getattr(self.config.optimizer, name)
-        for group in self.prepared[name].optimizer.param_groups:
-            share = warmup(images_seen, self.config.train.batch, settings.warmup_images)
-            group["lr"] = settings.lr * share
-        batches = self._micro_batches(phase, stream)
-        with self.prepared["g"].wrapped.whole(), self.prepared["d"].wrapped.whole():
-            power_iteration(self.generator)
-            power_iteration(self.discriminator)
-            scalars = self.engine.step(
-                self.prepared[name],
-                self._other(name),
-                batches,
-                phase.variant(images_seen),
-                images_seen,
-            )
+        terms = phase.terms(images_seen)
+        self._last[name] = batches = self._micro_batches(phase, terms, stream)
+        scalars = self._optimise(name, terms, batches)
+        own_terms = phase.own_terms(images_seen)
+        if own_terms:
+            if phase.num_images(own_terms) != phase.num_images(terms):
+                batches = self._micro_batches(phase, own_terms, stream)
+            scalars = self._optimise(name, own_terms, batches) | scalars
+        if phases.PATH_LENGTH in own_terms and self.path_length is not None:
+            self.path_length.follow(scalars["path_length"], self.world)
         if phase.uses_data:
             self.progress.images_seen += self.config.train.batch
             if self.adaptive is not None:
                 self._adapt(self.adaptive, images_seen, scalars)
         self.statistics.add(scalars)
+
+    def _optimise(
+        self, name: str, terms: phases.Terms, batches: list[tuple]
+    ) -> dict[str, torch.Tensor]:
+        """One optimiser step of a network on these micro-batches; its scalars."""
+        images_seen, anneal = self.progress.images_seen, self.config.anneal_images
+        settings = self._adam(name)
+        share = warmup(images_seen, self.config.train.batch, settings.warmup_images)
+        for group in self.prepared[name].optimizer.param_groups:
+            group["lr"] = share * annealed(images_seen, settings.lr, settings.lr_end, anneal)
+            if settings.beta2_end is not None:
+                beta2 = annealed(images_seen, settings.beta2, settings.beta2_end, anneal)
+                group["betas"] = (settings.beta1, beta2)
+        with self.prepared["g"].wrapped.whole(), self.prepared["d"].wrapped.whole():
+            power_iteration(self.generator)
+            power_iteration(self.discriminator)
+            return self.engine.step(
+                self.prepared[name], self._other(name), batches, terms, images_seen
+            )
+
+    def _follow_latents(self) -> None:
+        """Move the running mean of a generator's intermediate latents, if it keeps one."""
+        if not has_latent_average(self.generator):
+            return
+        batches = self._last["g"]
+        mean = torch.stack([mean_latent(self.generator, b.z, b.fake_labels) for b in batches])
+        mean = mean.mean(0)
+        sum_over_ranks(self.world, mean)
+        follow_latents(self.generator, mean / self.world.size)
 
     def _adapt(
         self, adaptive: augment.AdaptiveStrength, before: int, scalars: dict[str, torch.Tensor]
@@ -201,44 +298,64 @@ class Training:
         if due(before, self.progress.images_seen, config.images_between(self.config.train.batch)):
             adaptive.adapt()
 
-    def _micro_batches(self, phase: phases.Phase, stream: Iterator[Batch]) -> list[tuple]:
+    def _micro_batches(
+        self, phase: phases.Phase, terms: phases.Terms, stream: Iterator[Batch]
+    ) -> list[tuple]:
         """This rank's slices of the global micro-batches that make one optimiser step."""
-        num = self.config.train.batch
-        draws = phase.draws(self.progress.images_seen, num)
+        num, images_seen = phase.num_images(terms), self.progress.images_seen
+        draws = phase.draws(images_seen, num, terms)
         batches: list[tuple] = []
         for index in range(self.accumulation):
-            mine = self._slice(draws, index)
+            mine = self._slice(draws, index, num)
             if phase.uses_data:
                 began = time.monotonic()
                 images = next(stream)
                 self.data_seconds += time.monotonic() - began
                 self.bad += images.bad
                 mine |= {"real": images.real, "labels": images.labels}
-            batches.append(self._batch(phase, mine))
+            elif phase.shows_real and phases.ADVERSARIAL in terms:
+                seen = self._last["d"][index]
+                mine |= {key: getattr(seen, key) for key in ("real", "labels")}
+                if seen.mirror is not None:
+                    mine["mirror"] = seen.mirror
+            batches.append(self._batch(phase, terms, mine))
         return batches
 
-    def _slice(self, draws: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
-        """This rank's part of the `index`-th micro-batch of the global draws."""
-        each = self.config.train.batch // self.accumulation
+    def _slice(
+        self, draws: dict[str, torch.Tensor], index: int, num: int
+    ) -> dict[str, torch.Tensor]:
+        """This rank's part of the `index`-th micro-batch of `num` global draws."""
+        each = num // self.accumulation
         share = self.world.share(each)
         start = index * each
         return {k: t[start + share.start : start + share.stop] for k, t in draws.items()}
 
-    def _batch(self, phase: phases.Phase, tensors: dict[str, torch.Tensor]) -> tuple:
+    def _batch(
+        self, phase: phases.Phase, terms: phases.Terms, tensors: dict[str, torch.Tensor]
+    ) -> tuple:
         on_device = {k: t.to(self.world.device, non_blocking=True) for k, t in tensors.items()}
         if self.strength is not None:
             on_device["strength"] = self.strength
+        if isinstance(phase, phases.DiscriminatorPhase):
+            weights = phase.penalty_weights(self.progress.images_seen)
+            if weights is not None:
+                on_device["weights"] = weights.to(self.world.device, non_blocking=True)
+        if self.path_length is not None and phases.PATH_LENGTH in terms:
+            on_device["path_mean"] = self.path_length.mean
         return phase.batch_type(**on_device)
 
-    def _rehearsal(self, phase: phases.Phase) -> tuple:
+    def _rehearsal(self, phase: phases.Phase, terms: phases.Terms) -> tuple:
         """A micro-batch as of a step, of grey images; it draws nothing from the stream."""
-        mine = self._slice(phase.draws(0, self.config.train.batch), 0)
-        if phase.uses_data:
+        num = phase.num_images(terms)
+        mine = self._slice(phase.draws(0, num, terms), 0, num)
+        if phase.shows_real and (phase.uses_data or phases.ADVERSARIAL in terms):
             model, num = self.config.model, len(mine["z"])
             shape = (num, model.resolution, model.resolution, model.image_channels)
             mine["real"] = torch.full(shape, 128, dtype=torch.uint8)
             mine["labels"] = torch.zeros(num, dtype=torch.int64)
-        return self._batch(phase, mine)
+            if self.config.data.mirror:
+                mine["mirror"] = torch.zeros(num, dtype=torch.bool)
+        return self._batch(phase, terms, mine)
 
     def collect_standing_statistics(self) -> None:
         """Accumulate the average's BatchNorm statistics over fresh latents; all ranks take part.
@@ -247,6 +364,8 @@ class Training:
         would be of other weights than the averaged ones. A forward is the joined micro-batch of
         training, so the result does not depend on how many processes share it.
         """
+        if not normalisation_layers(self.average):
+            return
         config, seen = self.config, self.progress.images_seen
         num = config.train.batch // self.accumulation
         share = self.world.share(num)
@@ -275,4 +394,6 @@ class Training:
             self.average(a.to(self.world.device), b.to(self.world.device))
             for a, b in zip(z.split(chunk), labels.split(chunk), strict=True)
         ]
-        return models.to_uint8(torch.cat(parts)).cpu()
+        images = models.to_uint8(torch.cat(parts)).cpu()
+        repeats = self.recipe.model.resolution // config.model.resolution  # of a growing model
+        return images.repeat_interleave(repeats, 2).repeat_interleave(repeats, 3)

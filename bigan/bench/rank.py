@@ -35,6 +35,7 @@ from bigan.errors import RunError, UserError
 from bigan.inputs import check_data, open_stream
 from bigan.launching import disconnect
 from bigan.layers.batchnorm import set_process_group
+from bigan.phases import ADVERSARIAL
 from bigan.recipe import RunConfig
 from bigan.training import Training
 from bigan.world import World, barrier, broadcast, on_main
@@ -57,8 +58,8 @@ def replaced(owner: object, **methods: Callable[..., Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_penalties(training: Training) -> Iterator[None]:
-    none = (False,) * len(training.config.penalties)
-    with replaced(training.phases["d"], variant=lambda _: none):
+    only_adversarial = {"terms": lambda _: (ADVERSARIAL,), "own_terms": lambda _: ()}
+    with replaced(training.phases["d"], **only_adversarial):
         yield
 
 

@@ -22,6 +22,7 @@ class Progress:
     data_fingerprint: str = ""  # of the images trained on
     bad_images: int = 0  # did not decode; the next sample took their place (data.on_bad=skip)
     forward_images: int = 0  # over all processes, of one forward: what BatchNorm sees; 0: unknown
+    stage: int = 0  # of growth: whose networks these are
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from bigan import files
 from bigan.data import DataError, remote
 from bigan.data.settings import Fetch
-from bigan.data.shards import MANIFEST, PLAN, PYRAMID, Manifest
+from bigan.data.shards import MANIFEST, PLAN, PYRAMID, Manifest, level_folder
 
 
 def open_manifest(data: str | Path | Manifest, fetch: Fetch | None = None) -> Manifest:
@@ -36,6 +36,20 @@ def open_manifest(data: str | Path | Manifest, fetch: Fetch | None = None) -> Ma
             "(data.mode=resampled takes a list of shards, with statistical guarantees only)"
         )
     return Manifest.load(folder)
+
+
+def open_level(path: str, resolution: int, fetch: Fetch) -> Manifest:
+    """The manifest at `resolution` of a pyramid (`bigan pack --pyramid`), else of the set itself.
+
+    Which one it is shows in the manifest's resolution. Raises `DataError` as `open_manifest` does.
+    """
+    if not remote.is_remote(path):
+        pyramid = (Path(path) / PYRAMID).is_file()
+        return open_manifest(level_folder(path, resolution) if pyramid else path, fetch)
+    try:
+        return open_manifest(path, fetch)
+    except DataError:  # a pyramid has no manifest of its own
+        return open_manifest(level_folder(path, resolution), fetch)
 
 
 def _remote(base: str, fetch: Fetch) -> Manifest:

@@ -21,7 +21,7 @@ from PIL import features
 from bigan.data import DataError
 from bigan.data.decode import ENCODINGS, JPEG_QUALITY, Encoding
 from bigan.data.plan import permutation
-from bigan.data.shards import SCHEMA
+from bigan.data.shards import SCHEMA, level_name
 from bigan.data.sources import Source
 
 SPLITS = ("train", "val", "test")
@@ -137,7 +137,7 @@ def _levels(resolution: int, encoding: Encoding | None, pyramid: int | None) -> 
             )
     return tuple(
         Level(
-            folder="" if pyramid is None else f"r{size:04d}",
+            folder="" if pyramid is None else level_name(size),
             resolution=size,
             encoder=encoding or ("npy" if size <= NPY_RESOLUTION else "png"),
         )

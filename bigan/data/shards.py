@@ -301,6 +301,16 @@ class Manifest(Frozen):
                 raise DataError(f"{self.folder / name}: index is missing; pack the data again")
 
 
+def level_name(resolution: int) -> str:
+    """The folder of one resolution within a pyramid: r0008 for 8 px."""
+    return f"r{resolution:04d}"
+
+
+def level_folder(path: str, resolution: int) -> str:
+    """The place of one resolution of the pyramid at `path`, a folder or a URL."""
+    return f"{path.rstrip('/')}/{level_name(resolution)}"
+
+
 def _levels(folder: Path) -> list[str]:
     return sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}")) or ["(none)"]
 

@@ -28,7 +28,7 @@ from bigan.engine.waiting import Waiting
 from bigan.engine.wrapped import Batch, NewOptimizer, Wrapped
 from bigan.errors import LaunchError
 from bigan.launching import agree_on_program, chosen_engine, connect, launch_remarks, program
-from bigan.phases import Phase
+from bigan.phases import Phase, Terms
 from bigan.recipe import AdamConfig, RunConfig
 from bigan.world import everyone, sum_over_ranks, together
 
@@ -115,6 +115,7 @@ class Engine:
         self._halt = torch.zeros((), device=self.world.device)
         self._first_bad = torch.full((), -1.0, dtype=torch.float64, device=self.world.device)
         self.waiting = Waiting(self.world)
+        self.compile_seconds = 0.0  # of the phases prepared last
 
     def prepare(
         self, phase: Phase, config: AdamConfig, *, accumulation: int, scale: LossScale | None
@@ -146,7 +147,7 @@ class Engine:
         return Replicated(phase, new_optimizer, self._accelerator)
 
     def rehearse(self, prepared: Prepared, other: Prepared, batches: dict[tuple, Batch]) -> None:
-        """Before the first step: compile every variant, and let DDP settle its buckets.
+        """Before the first step: compile each combination of terms, and let DDP settle buckets.
 
         DDP sorts its gradients into buckets anew after the first backward. Three and more
         processes add up in another order then, so a resumed run would differ in the last bits: the
@@ -160,9 +161,10 @@ class Engine:
                     self.echo(f"eager mode for phase {name}: torch.compile failed ({why})")
                 else:
                     self.echo(f"compiled phase {name} in {seconds:.0f} s")
+                self.compile_seconds += seconds
             if self.name == "ddp":
-                variant = max(batches, key=sum)
-                loss, _ = prepared.wrapped(other.phase.network, batches[variant], variant)
+                terms = max(batches, key=len)
+                loss, _ = prepared.wrapped(other.phase.network, batches[terms], terms)
                 prepared.wrapped.backward(loss)
                 prepared.wrapped.zero_grad()
 
@@ -179,7 +181,7 @@ class Engine:
         prepared: Prepared,
         other: Prepared,
         batches: Sequence[Batch],
-        variant: tuple[bool, ...],
+        terms: Terms,
         images_seen: int,
     ) -> dict[str, Tensor]:
         """One optimiser step over micro-batches; returns their mean scalars, on the device.
@@ -196,7 +198,7 @@ class Engine:
             wrapped.zero_grad()
             for index, batch in enumerate(batches):
                 with wrapped.micro_step(last=index == num - 1):
-                    loss, scalars = wrapped(other.phase.network, batch, variant)
+                    loss, scalars = wrapped(other.phase.network, batch, terms)
                     finite = torch.isfinite(loss.detach()) & finite
                     if index == num - 1:
                         self.waiting.here()
@@ -211,6 +213,15 @@ class Engine:
         if prepared.scale is not None:
             total[f"loss_scale_{prepared.phase.name}"] = prepared.scale.scale.clone()
         return total
+
+    def forget_compiled(self) -> None:
+        """Drop all compiled graphs: those of phases that are not used any more.
+
+        torch.compile keeps the graphs of a function together, whatever module it belongs to, and
+        gives up after eight: a run that grows would reach that at 32 px.
+        """
+        if self._backend is not None:
+            torch.compiler.reset()
 
     def halted_at(self) -> float:
         """images_seen of the first non-finite step, -1 if there is none; waits for the device."""

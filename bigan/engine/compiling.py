@@ -32,7 +32,7 @@ def compile_backend(choice: str, device: torch.device) -> tuple[str | None, str]
 def compile_now(
     phase: Phase, other: nn.Module, batches: dict[tuple, Batch], world: World
 ) -> tuple[float, str]:
-    """Compile a phase by running each variant once; returns (seconds, why it failed or "").
+    """Compile a phase by running each combination of terms; returns (seconds, why it failed or "").
 
     Phases are pure and gradients are asked for without being accumulated, so this leaves no trace
     and sets off no engine's hooks. If it fails, the phase is eager on all processes. Raises
@@ -41,8 +41,8 @@ def compile_now(
     began = time.monotonic()
     why = ""
     try:
-        for variant, batch in batches.items():
-            loss, _ = phase(other, batch, variant)
+        for terms, batch in batches.items():
+            loss, _ = phase(other, batch, terms)
             parameters = [p for p in phase.parameters() if p.requires_grad]
             torch.autograd.grad(loss, parameters, allow_unused=True)
     except Exception as error:

@@ -77,8 +77,8 @@ class FullySharded:
             elif self._world.is_main:
                 yield _Slice(key, shape, 0, parameter, None)
 
-    def __call__(self, other: nn.Module, batch: Batch, variant: tuple) -> tuple[Tensor, Scalars]:
-        return self._call(other, batch, variant)
+    def __call__(self, other: nn.Module, batch: Batch, terms: tuple) -> tuple[Tensor, Scalars]:
+        return self._call(other, batch, terms)
 
     @contextlib.contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:

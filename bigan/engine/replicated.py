@@ -29,8 +29,8 @@ class Replicated:
             warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
             self._module: nn.Module = accelerator.prepare_model(phase)
 
-    def __call__(self, other: nn.Module, batch: Batch, variant: tuple) -> tuple[Tensor, Scalars]:
-        return self._module(other, batch, variant)
+    def __call__(self, other: nn.Module, batch: Batch, terms: tuple) -> tuple[Tensor, Scalars]:
+        return self._module(other, batch, terms)
 
     def micro_step(self, last: bool) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if last else self._accelerator.no_sync(self._module)

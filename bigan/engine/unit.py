@@ -19,5 +19,5 @@ class Unit(nn.Module):
         super().__init__()
         self.phase = phase
 
-    def forward(self, other: nn.Module, batch: Batch, variant: tuple) -> tuple[Tensor, Scalars]:
-        return self.phase(other, batch, variant)
+    def forward(self, other: nn.Module, batch: Batch, terms: tuple) -> tuple[Tensor, Scalars]:
+        return self.phase(other, batch, terms)

@@ -30,7 +30,7 @@ class Wrapped(Protocol):
     optimizer: torch.optim.Adam  # its learning rate may be set at any time between two steps
     sharded: bool
 
-    def __call__(self, other: nn.Module, batch: Batch, variant: tuple) -> tuple[Tensor, Scalars]:
+    def __call__(self, other: nn.Module, batch: Batch, terms: tuple) -> tuple[Tensor, Scalars]:
         """The phase's forward; the gradients of the last micro-batch's backward are reduced."""
 
     def micro_step(self, last: bool) -> contextlib.AbstractContextManager[object]:

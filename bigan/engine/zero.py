@@ -142,8 +142,8 @@ class Zero:
         if not total <= size * world.size == flat.numel():
             raise RuntimeError("deepspeed's flat tensor is not cut into one part per process")
 
-    def __call__(self, other: nn.Module, batch: Batch, variant: tuple) -> tuple[Tensor, Scalars]:
-        return self._engine(other, batch, variant)
+    def __call__(self, other: nn.Module, batch: Batch, terms: tuple) -> tuple[Tensor, Scalars]:
+        return self._engine(other, batch, terms)
 
     @contextlib.contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:

@@ -26,7 +26,7 @@ import torch
 from bigan import config as configs
 from bigan import files, snapshot
 from bigan.curves import curves
-from bigan.data.dataset import open_manifest
+from bigan.data.dataset import open_level
 from bigan.errors import UserError
 from bigan.evaluation import features, metrics, moments, reference, sampling
 from bigan.recipe import RunConfig, misfits
@@ -114,7 +114,9 @@ class Judge:
     ) -> None:
         settings = config.evaluation
         self.config, self.world, self.device = config, world, device
-        self.manifest = on_main(world, lambda: open_manifest(config.data.path, config.data))
+        self.manifest = on_main(
+            world, lambda: open_level(config.data.path, config.model.resolution, config.data)
+        )
         self._check_fit(config, "config.yaml")
         self.extractor = together(
             world, lambda: features.create(settings.extractor, settings.weights_path, device)
@@ -130,6 +132,8 @@ class Judge:
             "splits": settings.splits if settings.num_samples >= metrics.SPLITS_FROM else 1,
             "generator": "averaged weights, standing batch statistics",
         }
+        if config.growth:
+            self.protocol["enlarged"] = "lower resolutions by repeating pixels"
         self.reference = reference.load_or_compute(
             self.extractor,
             self.manifest,
@@ -156,7 +160,7 @@ class Judge:
             for start, images in sampling.generate(
                 generator, recipe, counts, self.world, self.device
             ):
-                sampled, logits = extractor(images)
+                sampled, logits = extractor(self._as_reference(images))
                 rows.fill(start, logits.to(home))
                 total = moments.merge(total, moments.of(sampled))
             return total
@@ -189,9 +193,19 @@ class Judge:
             return [f"FID of {smallest} images is biased upwards; papers use 50000"]
         return []
 
+    def _as_reference(self, images: torch.Tensor) -> torch.Tensor:
+        """Images of a stage of growth at the reference's size: every pixel repeated."""
+        repeats = self.manifest.resolution // images.shape[-1]
+        if repeats == 1:
+            return images
+        return images.repeat_interleave(repeats, 2).repeat_interleave(repeats, 3)
+
     def _check_fit(self, recipe: RunConfig, where: str) -> None:
         """The generator must make images like the reference's, of the classes it has."""
+        grown = self.config.growth is not None  # and its snapshots are of lower resolutions, too
         for _, key, wanted, found in misfits(recipe.model, self.manifest):
+            if grown and key == "resolution" and wanted < found:
+                continue
             raise UserError(
                 f"{where}: model.{key} = {wanted}, but the reference images in "
                 f"{self.manifest.folder} have {found}; evaluate with the data the model was made "

@@ -13,19 +13,18 @@ import json
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bigan import config as configs
-from bigan import models
 from bigan.checkpoint import Reader, Saver
 from bigan.engine import Engine
 from bigan.files import numbered_folders
 from bigan.inputs import open_stream
 from bigan.launching import disconnect
 from bigan.recipe import RunConfig
+from bigan.trainer import enter_stage
 from bigan.training import Training
 
 ROOT = Path(__file__).parents[2]
@@ -52,49 +51,27 @@ CELLS: dict[str, list[str]] = {
     "ada + r1": [R1, "augment={name: ada, initial: 0.5, every_images: 40, rampup_images: 1000}"],
     "bf16 + r1": [R1, "precision=bf16"],
     "fp16 + r1": [R1, "precision=fp16"],
-    "growth": [WGAN_GP],
+    "r1 in its own step": ["penalties=[{name: r1, weight: 10.0, every: 2, own_step: true}]"],
+    "growth": [
+        "model={name: progan, resolution: 16, num_classes: 10, image_channels: 1, z_dim: 16, "
+        "base_channels: 64, max_channels: 8}",
+        "growth={start_resolution: 8, stable_images: 40, fade_images: 120}",
+        "loss=wasserstein", "penalties=[{name: wgan_gp}]", "drift_weight=0.001",
+    ],
+    "stylegan2": [
+        "model={name: stylegan2, resolution: 16, num_classes: 10, image_channels: 1, z_dim: 16, "
+        "w_dim: 16, channel_base: 128, max_channels: 8, mapping_layers: 2}",
+        "loss=non_saturating", "penalties=[{name: r1, every: 2, own_step: true}]",
+        "path_length={every: 2}",
+    ],
+    "r3gan": [
+        "model={name: r3gan, resolution: 16, num_classes: 10, conditional: true, "
+        "image_channels: 1, z_dim: 16, widths: [16, 16, 8], group_size: 8, embedding_dim: 8}",
+        "loss=relativistic", "anneal_images=120", "optimizer.d.beta2_end=0.9999",
+        "penalties=[{name: r1, weight: 1.0, weight_end: 0.1}, {name: r2, weight: 1.0}]",
+    ],
 }  # fmt: skip
-
-
-class Growing(nn.Module):
-    """A network that gets one more block while it is trained, faded in by `alpha` (ProGAN)."""
-
-    def __init__(self, network: nn.Module, is_generator: bool) -> None:
-        super().__init__()
-        self.network = network
-        self.is_generator = is_generator
-        self.block: nn.Conv2d | None = None
-        self.register_buffer("alpha", torch.zeros(()))
-
-    def init_weights(self, generator: torch.Generator) -> None:
-        self.network.init_weights(generator)  # type: ignore[operator]
-        self.get_buffer("alpha").zero_()
-
-    def grow(self) -> None:
-        self.block = nn.Conv2d(1, 1, 3, padding=1)
-        with torch.no_grad():
-            self.block.weight.copy_(torch.linspace(-0.4, 0.6, 9).view(1, 1, 3, 3))
-            self.block.bias.fill_(0.1)  # type: ignore[union-attr]
-        self.block.to(self.get_buffer("alpha").device)
-        self.get_buffer("alpha").fill_(0.25)
-
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        if self.is_generator:
-            return self._fade(self.network(x, labels)).tanh()
-        return self.network(self._fade(x), labels)
-
-    def _fade(self, images: Tensor) -> Tensor:
-        if self.block is None:
-            return images
-        return torch.lerp(images, self.block(images), self.get_buffer("alpha"))
-
-
-def build_growing(config: models.ModelConfig, device: str) -> tuple[nn.Module, nn.Module]:
-    generator, discriminator = BUILD(config, device)
-    return Growing(generator, True).to(device), Growing(discriminator, False).to(device)
-
-
-BUILD = models.build
+AFTER_FIRST = {"growth": 1}  # the step after which the engines have made one; else 0
 
 
 def recipe(digits: Path, place: Path, *overrides: str) -> RunConfig:
@@ -105,29 +82,26 @@ def recipe(digits: Path, place: Path, *overrides: str) -> RunConfig:
 def train_cell(config: RunConfig, cell: str) -> tuple[dict[str, float], list[str]]:
     """Three steps by the real trainer's parts; leaves checkpoints, returns losses and messages."""
     messages: list[str] = []
-    build = build_growing if cell == "growth" else BUILD
     engine = Engine(config, messages.append)
     engine.memory_format = torch.contiguous_format  # as in the sharding engines: the same kernels
-    with mock.patch.object(models, "build", build):
-        training = Training(config, engine, CLASSES)
+    training = Training(config, engine, CLASSES)
     training.prepare()
     for scale in training.scales.values():
         # At the edge, half the images per process (their mean: twice the gradient) overflow first.
         scale.scale.fill_(256)
     saver = Saver(config.run_dir, training.world, keep=2, echo=print)
-    with open_stream(training) as stream:
-        for step in range(STEPS):
-            if cell == "growth" and step == 1:  # new parameters, new engines, moments from zero
-                training.close()
-                for network in training.networks.values():
-                    network.grow()  # type: ignore[operator]
-                training.prepare()
-            training.step(stream)
-            if step in (1 if cell == "growth" else 0, STEPS - 1):
-                saver.save(training.progress, training.pieces())
-            if cell == "growth":
-                for network in training.networks.values():
-                    network.get_buffer("alpha").mul_(2)
+    stream = open_stream(training)
+    for step in range(STEPS):
+        training.step(stream)
+        if step in (AFTER_FIRST.get(cell, 0), STEPS - 1):
+            saver.save(training.progress, training.pieces())
+        stage = training.stage
+        enter_stage(training)
+        if training.stage is not stage:  # new networks and engines, moments from zero
+            stream.close()
+            stream = open_stream(training)
+            training.prepare()
+    stream.close()
     means, _ = training.statistics.collect()
     saver.finish()
     assert not saver.verdict(), saver.verdict()

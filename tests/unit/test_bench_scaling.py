@@ -337,12 +337,17 @@ def test_overhead_is_measured_and_judged(digits: Path, tmp_path: Path) -> None:
     overhead = script("overhead")
     config = overhead.load(SMOKE, [f"data.path={digits}", "train.num_d_steps=2"], tmp_path / "run")
     result = overhead.measure(config, runs=2, run_seconds=0.1)
-    assert all(ms["min"] > 0 for ms in result["ms_per_step"].values())
+    assert result["judged_by"] == "cpu"
+    for clock in ("wall", "cpu"):
+        assert all(ms["min"] > 0 for ms in result[clock]["ms_per_step"].values())
     assert (tmp_path / "run" / "metrics.jsonl").exists()  # ticks are part of the loop
     slow = overhead.compare({"phases": [1.0], "algorithm": [1.5], "loop": [1.6]})
     assert slow["algorithm_over_phases"]["median"] == pytest.approx(0.5)
     assert slow["overhead_over_phases"]["median"] == pytest.approx(0.1)
-    assert "MISSED" in overhead.as_table("x", {"steps_per_run": 1} | slow)
+    quick = overhead.compare({"phases": [1.0], "algorithm": [1.5], "loop": [1.51]})
+    for judged_by, verdict in (("wall", "MISSED"), ("cpu", "met")):
+        both = {"steps_per_run": 1, "judged_by": judged_by, "wall": slow, "cpu": quick}
+        assert verdict in overhead.as_table("x", both)
 
 
 def test_save_stall_is_measured(tmp_path: Path) -> None:

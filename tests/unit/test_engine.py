@@ -161,9 +161,9 @@ def test_phases_are_pure(recipe: Recipe) -> None:
     with stream:
         for name, other in (("d", training.generator), ("g", training.discriminator)):
             phase = training.phases[name]
-            (batch,) = training._micro_batches(phase, stream)
+            (batch,) = training._micro_batches(phase, phase.terms(0), stream)
             phase.requires_grad_(True)
-            first, second = (phase(other, batch, phase.variant(0))[0] for _ in range(2))
+            first, second = (phase(other, batch, phase.terms(0))[0] for _ in range(2))
             assert torch.equal(first, second)
             first.backward()
     after = [t for n in networks for t in n.state_dict().values()]
@@ -190,13 +190,13 @@ def test_lazy_penalty_is_due_every_kth_step(recipe: Recipe) -> None:
     config = recipe("penalties=[{name: r1, weight: 1, every: 4}]")
     training, stream = make(config)
     phase = training.phases["d"]
-    due = [phase.variant(n)[0] for n in range(0, 40 * 8, 40)]
+    due = ["r1" in phase.terms(n) for n in range(0, 40 * 8, 40)]
     assert due == [True, False, False, False] * 2
     with stream:
-        (batch,) = training._micro_batches(phase, stream)
+        (batch,) = training._micro_batches(phase, phase.terms(0), stream)
         with torch.no_grad():
-            plain, _ = phase(training.generator, batch, (False,))
-            lazy, scalars = phase(training.generator, batch, (True,))
+            plain, _ = phase(training.generator, batch, ("adversarial",))
+            lazy, scalars = phase(training.generator, batch, ("adversarial", "r1"))
     assert (lazy - plain).item() == pytest.approx(4 * scalars["r1"].item(), rel=1e-3)
 
 
@@ -206,8 +206,10 @@ def test_bf16_keeps_penalties_in_float32(recipe: Recipe) -> None:
     for precision in ("fp32", "bf16"):
         training, stream = make(recipe(penalty, f"precision={precision}"))
         with stream:
-            (batch,) = training._micro_batches(training.phases["d"], stream)
-        _, scalars = training.phases["d"](training.generator, batch, (True,))
+            (batch,) = training._micro_batches(
+                training.phases["d"], training.phases["d"].terms(0), stream
+            )
+        _, scalars = training.phases["d"](training.generator, batch, ("adversarial", "r1"))
         values[precision] = {k: v.item() for k, v in scalars.items()}
     assert values["bf16"]["r1"] == values["fp32"]["r1"]
     assert values["bf16"]["loss_d"] != values["fp32"]["loss_d"]

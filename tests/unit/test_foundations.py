@@ -21,6 +21,7 @@ LAYERS: list[set[str]] = [
     {"layers", "data", "launching", "heartbeat", "replicas"},
     {"models", "losses", "penalties", "augment", "schedules", "stats", "journal"},
     {"recipe"},
+    {"growth"},
     {"ema", "snapshot", "mlflow_run", "curves"},
     {"tracking", "pictures"},
     {"phases", "checkpoint"},

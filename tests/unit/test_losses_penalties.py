@@ -16,7 +16,7 @@ def sigmoid(x: float) -> float:
 
 
 REAL, FAKE = (2.0, -0.5), (0.25, -3.0)
-EQUATIONS: dict[str, tuple[Callable[[float, float], float], Callable[[float], float]]] = {
+EQUATIONS: dict[str, tuple[Callable[[float, float], float], Callable[..., float]]] = {
     "hinge": (lambda r, f: max(0, 1 - r) + max(0, 1 + f), lambda f: -f),
     "non_saturating": (
         lambda r, f: -math.log(sigmoid(r)) - math.log(1 - sigmoid(f)),
@@ -27,6 +27,10 @@ EQUATIONS: dict[str, tuple[Callable[[float, float], float], Callable[[float], fl
         lambda f: 0.5 * (f - 1) ** 2,
     ),
     "wasserstein": (lambda r, f: f - r, lambda f: -f),
+    "relativistic": (
+        lambda r, f: -math.log(sigmoid(r - f)),
+        lambda f, r: -math.log(sigmoid(f - r)),
+    ),
 }
 
 
@@ -35,6 +39,10 @@ def test_loss_is_the_batch_mean_of_its_equation(name: str) -> None:
     of_d, of_g = EQUATIONS[name]
     real, fake = torch.tensor(REAL), torch.tensor(FAKE)
     expected_d = sum(of_d(r, f) for r, f in zip(REAL, FAKE, strict=True)) / 2
+    if LOSSES[name].relativistic:
+        expected_g = sum(of_g(f, r) for r, f in zip(REAL, FAKE, strict=True)) / 2
+        assert LOSSES[name].generator(real, fake).item() == pytest.approx(expected_g, rel=1e-6)
+        return
     expected_g = sum(of_g(f) for f in FAKE) / 2
     assert LOSSES[name].discriminator(real, fake).item() == pytest.approx(expected_d, rel=1e-6)
     assert LOSSES[name].generator(fake).item() == pytest.approx(expected_g, rel=1e-6)

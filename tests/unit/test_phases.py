@@ -77,9 +77,11 @@ def test_singular_vectors_are_iterated_once_for_each_phase(recipe: Recipe) -> No
 
 def test_orthogonal_regularisation_enters_the_generators_loss(recipe: Recipe) -> None:
     training, _ = make(recipe("train.orthogonal_weight=0.01"))
-    (batch,) = training._micro_batches(training.phases["g"], iter(()))
+    (batch,) = training._micro_batches(
+        training.phases["g"], training.phases["g"].terms(0), iter(())
+    )
     with torch.no_grad():
-        loss, scalars = training.phases["g"](training.discriminator, batch, ())
+        loss, scalars = training.phases["g"](training.discriminator, batch, ("adversarial",))
     expected = 0.01 * orthogonal_penalty(training.generator).item()
     assert scalars["orthogonal_g"].item() == pytest.approx(expected / 0.01)
     assert (loss - scalars["loss_g"]).item() == pytest.approx(expected, rel=1e-4)
@@ -89,14 +91,35 @@ def test_orthogonal_regularisation_enters_the_generators_loss(recipe: Recipe) ->
 def test_phases_use_the_recipes_loss(recipe: Recipe, name: str) -> None:
     training, stream = make(recipe(f"loss={name}"))
     with stream, torch.no_grad():
-        (batch,) = training._micro_batches(training.phases["d"], stream)
-        loss, scalars = training.phases["d"](training.generator, batch, ())
-        fake = training.generator(batch.z, batch.fake_labels)
+        (batch,) = training._micro_batches(
+            training.phases["d"], training.phases["d"].terms(0), stream
+        )
+        loss, scalars = training.phases["d"](training.generator, batch, ("adversarial",))
+        # Images that are compared with each other are of the same class.
+        labels = batch.labels if LOSSES[name].relativistic else batch.fake_labels
+        fake = training.generator(batch.z, labels)
         logits_real = training.discriminator(phases.as_images(batch.real, None), batch.labels)
-        logits_fake = training.discriminator(fake, batch.fake_labels)
+        logits_fake = training.discriminator(fake, labels)
     expected = LOSSES[name].discriminator(logits_real, logits_fake)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert scalars["logits_real"].item() == pytest.approx(logits_real.mean().item(), rel=1e-4)
+
+
+def test_relativistic_generator_is_shown_the_discriminators_real_images(recipe: Recipe) -> None:
+    training, stream = make(recipe("loss=relativistic", "data.mirror=true"))
+    with stream:
+        training.phase_step("d", stream)
+    (seen,) = training._last["d"]
+    with torch.no_grad():
+        phase = training.phases["g"]
+        (batch,) = training._micro_batches(phase, phase.terms(40), iter(()))
+        loss, _ = phase(training.discriminator, batch, ("adversarial",))
+        real = phases.as_images(seen.real, seen.mirror)
+        logits_real = training.discriminator(real, seen.labels)
+        fake = training.generator(batch.z, seen.labels)
+        logits_fake = training.discriminator(fake, seen.labels)
+        expected = torch.nn.functional.softplus(logits_real - logits_fake).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_draws_are_those_of_the_seed_alone(recipe: Recipe) -> None:
@@ -146,13 +169,17 @@ def test_discriminator_sees_all_images_augmented(recipe: Recipe, kind: str) -> N
         return training.discriminator(seen, labels).mean()
 
     with stream, torch.no_grad():
-        (batch,) = training._micro_batches(training.phases["d"], stream)
-        _, scalars = training.phases["d"](training.generator, batch, ())
+        (batch,) = training._micro_batches(
+            training.phases["d"], training.phases["d"].terms(0), stream
+        )
+        _, scalars = training.phases["d"](training.generator, batch, ("adversarial",))
         real = judge(phases.as_images(batch.real, None), batch.augment_real, batch.labels)
         fake = training.generator(batch.z, batch.fake_labels)
         fake = judge(fake, batch.augment_fake, batch.fake_labels)
-        (last,) = training._micro_batches(training.phases["g"], stream)
-        _, of_g = training.phases["g"](training.discriminator, last, ())
+        (last,) = training._micro_batches(
+            training.phases["g"], training.phases["g"].terms(0), stream
+        )
+        _, of_g = training.phases["g"](training.discriminator, last, ("adversarial",))
         again = training.generator(last.z, last.fake_labels)
         again = judge(again, last.augment_fake, last.fake_labels)
     assert scalars["logits_real"].item() == pytest.approx(real.item(), rel=1e-4)
@@ -170,8 +197,10 @@ def test_penalties_differentiate_by_the_images_before_augmentation(
     penalties = f"penalties=[{{name: {name}, weight: 1.0}}]"
     training, stream = make(recipe(f"augment={kind}", penalties))
     with stream:
-        (batch,) = training._micro_batches(training.phases["d"], stream)
-    _, scalars = training.phases["d"](training.generator, batch, (True,))
+        (batch,) = training._micro_batches(
+            training.phases["d"], training.phases["d"].terms(0), stream
+        )
+    _, scalars = training.phases["d"](training.generator, batch, ("adversarial", name))
     draws = batch.augment_fake if name == "r2" else batch.augment_real
 
     def network(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
