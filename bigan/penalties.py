@@ -15,10 +15,29 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from bigan.config import ConfigError
+from bigan.layers.batchnorm import normalisation_layers
 
 Discriminator = Callable[[Tensor, Tensor], Tensor]
 Penalty = Callable[[Discriminator, Tensor, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+
+
+def refuse_batchnorm(key: str, network: nn.Module) -> None:
+    """Raises `ConfigError` if `network`, which the penalty of that key differentiates, has any.
+
+    A penalty needs each image's own gradient and takes it from that of the batch's sum. BatchNorm
+    lets every image enter the outputs of all others: the numbers would be wrong without a sign of
+    it (Gulrajani et al. 2017, section 4). Minibatch standard deviation joins images too, in groups;
+    the published recipes penalise through it.
+    """
+    if normalisation_layers(network):
+        raise ConfigError(
+            f"{key}: a gradient penalty needs outputs that depend on one image each, and the "
+            f"BatchNorm in {type(network).__name__} makes them depend on the whole batch; use "
+            "spectral normalisation (layers/spectral.py) or none there, or leave the penalty out"
+        )
 
 
 def squared_gradient_norms(discriminator: Discriminator, images: Tensor, labels: Tensor) -> Tensor:

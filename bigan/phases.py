@@ -28,7 +28,7 @@ from bigan.layers.hashing import keys, normal_field
 from bigan.layers.init import orthogonal_penalty
 from bigan.layers.resampling import coarsened
 from bigan.losses import LOSSES
-from bigan.penalties import PENALTIES, path_length_penalty, path_lengths
+from bigan.penalties import PENALTIES, path_length_penalty, path_lengths, refuse_batchnorm
 from bigan.recipe import PenaltyConfig, RunConfig, penalty_weight
 from bigan.schedules import annealed
 
@@ -384,7 +384,11 @@ def build_phases(
     discriminator: nn.Module,
     class_counts: tuple[int, ...],
 ) -> dict[str, Phase]:
-    """The phases of a recipe by name; `order` says how they follow each other."""
+    """The phases of a recipe by name, for `order`; `ConfigError` if a penalty makes no sense."""
+    for penalty in config.penalties:
+        refuse_batchnorm(f"penalties: {penalty.name}", discriminator)
+    if config.path_length:
+        refuse_batchnorm("path_length", generator)
     return {
         "d": DiscriminatorPhase(discriminator, config, class_counts),
         "g": GeneratorPhase(generator, config, class_counts),

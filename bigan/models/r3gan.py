@@ -69,6 +69,11 @@ class Config(Frozen):
 
     @model_validator(mode="after")
     def _shapes(self) -> Config:
+        if self.conditional and self.num_classes == 1:
+            raise ValueError(
+                "conditional: projection without labels: the data have num_classes = 1; "
+                "use conditional=false"
+            )
         if len(self.stage_widths) != self.num_stages:
             default = list(self.model_copy(update={"widths": None}).stage_widths)
             raise ValueError(

@@ -19,6 +19,9 @@ from safetensors.torch import load_file
 from bigan import checkpoint, files
 
 
+WHOLE_RUN_SECONDS = 600  # of a life that nothing ends before its time, on a busy machine
+
+
 class Life:
     """One start of the command: its launcher, and its ranks."""
 
@@ -57,10 +60,10 @@ class Life:
         os.kill(chance.choice(ranks), signal.SIGKILL)
         return True
 
-    def end(self) -> str:
+    def end(self, seconds: float = 60) -> str:
         """Wait until the launcher has ended what is left; returns what it said."""
         try:
-            _, errors = self.process.communicate(timeout=60)
+            _, errors = self.process.communicate(timeout=seconds)
         finally:
             self.destroy()
         return errors
@@ -84,7 +87,7 @@ def train_under_fire(
         life = Life(size, records / str(len(begins) - 1), arguments)
         try:
             if len(begins) > len(sizes):
-                errors = life.end()
+                errors = life.end(WHOLE_RUN_SECONDS)
                 assert life.process.returncode == 0, errors[-3000:]
                 break
             wait_for(life, run, begins[-1] + 80 * chance.choice([0, 1, 1, 2, 3]))
@@ -137,7 +140,7 @@ def settings(digits: Path, run: Path, total: int, *more: str) -> list[str]:
 
 def undisturbed(size: int, run: Path, arguments: list[str]) -> None:
     life = Life(size, run.parent / "undisturbed-records", arguments)
-    errors = life.end()
+    errors = life.end(WHOLE_RUN_SECONDS)
     assert life.process.returncode == 0, errors[-3000:]
 
 
