@@ -34,7 +34,7 @@ setup: $(VENV)/.complete  ## install everything into .venv from the lock file
 demo: setup  ## pack the built-in digits, train BigGAN on them, evaluate every snapshot
 	@PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh
 
-# Those in tests/unit run side by side; the others start processes that need both cores.
+# Those of one process run side by side; the others start processes that need both cores.
 # Some tests start a real SLURM and real network namespaces. Root on Debian or Ubuntu gets the
 # programs here; elsewhere the SLURM tests are left out, which is said.
 SYSTEM := slurmctld:slurm-wlm munged:munge ip:iproute2 unshare:util-linux ps:procps
@@ -52,9 +52,12 @@ system:
 		|| echo "could not install" $$missing "(apt-get failed)"; \
 	else echo "not installed:" $$missing "(for the tests with a real SLURM, and of several machines)"; fi
 
+SIDE_BY_SIDE := tests/unit tests/smoke tests/parity/test_execution_modes.py
+
 test: setup system  ## run the tests (no GPU needed)
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 tests/unit
-	$(BIN)/python -m pytest -m "not slow and not gpu $(WITHOUT_SLURM)" --ignore tests/unit
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist worksteal $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest -m "not slow and not gpu $(WITHOUT_SLURM)" --durations 15 \
+		$(addprefix --ignore ,$(SIDE_BY_SIDE))
 
 test-all: setup system  ## the long tests too
 	$(BIN)/python -m pytest -m "not gpu $(WITHOUT_SLURM)"

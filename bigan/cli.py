@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -107,21 +108,44 @@ def train_command(arguments: argparse.Namespace) -> int:
 
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
+    from bigan.evaluation.truncation import sweep
     from bigan.evaluation.watcher import evaluate
     from bigan.launching import connect, disconnect
 
+    if arguments.snapshot and not arguments.truncations:
+        raise UserError("--snapshot: says which one --truncations is for; give both")
     _, world = connect(timeout_seconds=24 * 3600)  # a watcher's ranks wait for rank 0 to find work
-    evaluate(
-        arguments.run,
-        world,
-        overrides=arguments.overrides,
-        watch=arguments.watch,
-        device=world.device,
-        poll_seconds=arguments.poll_seconds,
-        echo=lambda line: print(line, flush=True),
-    )
+    echo = functools.partial(print, flush=True)
+    if arguments.truncations:
+        sweep(
+            arguments.run,
+            world,
+            arguments.truncations,
+            which=arguments.snapshot,
+            overrides=arguments.overrides,
+            echo=echo,
+        )
+    else:
+        evaluate(
+            arguments.run,
+            world,
+            overrides=arguments.overrides,
+            watch=arguments.watch,
+            poll_seconds=arguments.poll_seconds,
+            echo=echo,
+        )
     disconnect(world)
     return 0
+
+
+def _truncations(text: str) -> list[float | None]:
+    return [None if part == "none" else positive(part) for part in text.split(",")]
+
+
+def _snapshot(text: str) -> str:
+    if text not in ("latest", "best") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of images, latest or best")
+    return text
 
 
 def _load(arguments: argparse.Namespace) -> RunConfig:
@@ -214,7 +238,21 @@ def parser() -> argparse.ArgumentParser:
         metavar="a.b=value",
         help="other settings than the run's, for example evaluation.num_samples=10000",
     )
-    evaluate.add_argument("--watch", action="store_true", help="wait for snapshots until the end")
+    mode = evaluate.add_mutually_exclusive_group()
+    mode.add_argument("--watch", action="store_true", help="wait for snapshots until the end")
+    mode.add_argument(
+        "--truncations",
+        type=_truncations,
+        metavar="T,T,...",
+        help="measure one snapshot at each, for example 0.2,0.5,1.0,none: a table and a picture",
+    )
+    evaluate.add_argument(
+        "--snapshot",
+        type=_snapshot,
+        metavar="IMAGES_SEEN",
+        help="the one for --truncations; or latest, or best, the lowest distance measured "
+        "(default: best, or latest if none was measured)",
+    )
     evaluate.add_argument("--poll-seconds", type=positive, default=1.0, help="between two looks")
 
     add_benchmarks(

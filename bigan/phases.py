@@ -96,12 +96,17 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
+def fades(config: RunConfig) -> bool:
+    """Whether the networks' resolution fades in. To be asked before compiling, not inside."""
+    return getattr(config.model, "fading", False)
+
+
 def real_images(
-    config: RunConfig, discriminator: nn.Module, real: Tensor, mirror: Tensor | None
+    fading: bool, discriminator: nn.Module, real: Tensor, mirror: Tensor | None
 ) -> Tensor:
     """float32 [m, C, H, W]: real images; those of a resolution that fades in fade in with it."""
     images = as_images(real, mirror)
-    if getattr(config.model, "fading", False):
+    if fading:
         images = coarsened(images, discriminator.get_buffer("alpha"))
     return images
 
@@ -121,6 +126,7 @@ class DiscriminatorPhase(nn.Module):
         self.network = discriminator
         self.config = config
         self.class_counts = class_counts
+        self.fading = fades(config)
         self.penalties: dict[str, PenaltyConfig] = {p.name: p for p in config.penalties}
         self.anneals = any(penalty.weight_end is not None for penalty in config.penalties)
 
@@ -180,7 +186,7 @@ class DiscriminatorPhase(nn.Module):
     def forward(
         self, generator: nn.Module, batch: DiscriminatorBatch, terms: Terms
     ) -> tuple[Tensor, Scalars]:
-        real = real_images(self.config, self.network, batch.real, batch.mirror)
+        real = real_images(self.fading, self.network, batch.real, batch.mirror)
         fake_labels = batch.labels if self._paired else batch.fake_labels
         fake = None
         if not NEEDS_FAKE.isdisjoint(terms):
@@ -284,6 +290,7 @@ class GeneratorPhase(nn.Module):
         self.network = generator
         self.config = config
         self.class_counts = class_counts
+        self.fading = fades(config)
         self.shows_real = LOSSES[config.loss].relativistic  # those of the last discriminator step
 
     def num_images(self, terms: Terms) -> int:
@@ -354,7 +361,7 @@ class GeneratorPhase(nn.Module):
         self, discriminator: nn.Module, batch: GeneratorBatch, dtype: torch.dtype
     ) -> Tensor:
         assert batch.real is not None
-        real = real_images(self.config, discriminator, batch.real, batch.mirror)
+        real = real_images(self.fading, discriminator, batch.real, batch.mirror)
         shown = augmented(self.config, real, batch.augment_real, batch.strength)
         with autocast(self.config.precision, real.device):
             return discriminator(shown.to(dtype), batch.labels)

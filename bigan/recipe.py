@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from bigan.augment import AugmentConfig, NoAugment
+from bigan.collapse import CollapseConfig
 from bigan.config import ConfigError, Frozen
 from bigan.data.settings import DataConfig
 from bigan.data.shards import Manifest
@@ -120,7 +121,11 @@ class EvaluationConfig(Frozen):
     split: str = "train"  # reference images
     splits: Positive = 10  # of the inception/classifier score
     seed: Annotated[int, Field(ge=0)] = 0
-    truncation: Annotated[float, Field(ge=0.02)] | None = None  # resample |z| > truncation
+    # Values of z beyond it are drawn again; for a generator with a mean latent it is psi.
+    truncation: Annotated[float, Field(ge=0.02)] | None = None
+    # Images in each of the train.standing_batches behind the BatchNorm statistics of truncated
+    # latents; None: train.micro_batch, or train.batch without one.
+    standing_batch: Positive | None = None
 
 
 class TrackingConfig(Frozen):
@@ -152,6 +157,7 @@ class RunConfig(Frozen):
     optimizer: OptimizerConfig
     ema: EmaConfig
     train: TrainConfig
+    collapse: CollapseConfig = CollapseConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
 

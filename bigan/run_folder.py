@@ -46,6 +46,7 @@ FREE = (
     "train.replica_check_images",
     "train.lost_after_seconds",
     "train.collective_timeout_seconds",
+    "collapse",
     "evaluation",
     "tracking",
 )

@@ -28,6 +28,7 @@ from bigan.recipe import (
     own_step_every,
     penalty_weight,
 )
+from bigan.recovery import Recovery, singular_values
 from bigan.replicas import SlowRanks, check_replicas
 from bigan.schedules import due
 from bigan.stop import GRACE_SECONDS, StopFlag, asked, write_requeue
@@ -95,6 +96,7 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag) -
                 echo(remark)
             loop = Loop(training, outputs, tracker, on_tick, stop)
             code = run_stages(training, loop, stream)
+            progress = training.progress
             status = "KILLED" if code else "FINISHED"
         finally:
             patience = 60.0 if status == "FINISHED" else 10.0  # a stopped run has a grace time
@@ -118,8 +120,11 @@ def enter_stage(training: Training) -> None:
 
 
 def run_stages(training: Training, loop: Loop, stream: Endless) -> int:
-    """One stage after the other, `stream` being that of the first; 0, or 128 + a stop signal."""
-    world, progress, num = training.world, training.progress, len(training.stages)
+    """One stage after the other, `stream` being that of the first; 0, or 128 + a stop signal.
+
+    Where training collapses it may go back: to the former state, perhaps of a former stage.
+    """
+    world, num = training.world, len(training.stages)
     began = time.monotonic()
     while True:
         with stream:
@@ -128,16 +133,18 @@ def run_stages(training: Training, loop: Loop, stream: Endless) -> int:
                 seconds = time.monotonic() - began - training.engine.compile_seconds
                 training.engine.echo(
                     f"stage {training.stage.index + 1} of {num}: {training.stage}, batch "
-                    f"{training.config.train.batch}, from images_seen = {progress.images_seen} "
-                    f"(ready in {seconds:.1f} s)"
+                    f"{training.config.train.batch}, from images_seen = "
+                    f"{training.progress.images_seen} (ready in {seconds:.1f} s)"
                 )
             code = loop.run(stream)
-        if code:
+        began = time.monotonic()
+        if loop.recovery.going_back:
+            loop.recovery.go_back()
+        elif code:
             return code
-        if progress.images_seen >= training.config.train.total_images:
+        elif training.progress.images_seen >= training.config.train.total_images:
             loop.finish()
             return 0
-        began = time.monotonic()
         enter_stage(training)
         stream = together(world, lambda: open_stream(training))
         agree_on_data(world, stream.fingerprint)
@@ -150,7 +157,7 @@ def remarks(training: Training) -> list[str]:
     said = []
     if training.config.data.mode == "resampled":
         said.append(resampled.NOTE)
-    if joined != train.batch:
+    if joined != train.batch and normalisation_layers(training.generator):
         said.append(
             f"BatchNorm sees {joined} images at a time (micro_batch x processes), not train.batch"
         )
@@ -184,6 +191,11 @@ def remarks(training: Training) -> list[str]:
     if train.total_images % step and len(training.stages) == 1:
         end = -(-train.total_images // step) * step
         said.append(f"a training step takes {step} images: the run ends at images_seen = {end}")
+    if training.progress.rollbacks:
+        said.append(
+            f"after {training.progress.rollbacks} rollback(s) all learning rates are multiplied by "
+            f"{training.progress.lr_factor:g}"
+        )
     return said
 
 
@@ -209,18 +221,22 @@ class Loop:
         self.on_tick = on_tick
         self.stop = stop
         self.slow_ranks = SlowRanks(training.world)
+        self.recovery = Recovery(training, outputs.saver)
         self.steps_between = self.steps_to_check = 1  # of looking at the stop flags
         self.num_steps = 0  # since the last tick
         self.save_seconds = 0.0  # for which the last save held up the training
         self.began, self.counted = time.monotonic(), training.progress.images_seen
 
     def run(self, stream: Iterator[Batch]) -> int:
-        """Until the stage or the run ends; returns 0, or 128 + the signal that ended it early."""
+        """Until the stage or the run ends; returns 0, or 128 + the signal that ended it early.
+
+        Also 0 if a collapse has to be gone back from (`recovery.going_back`).
+        """
         training, config, progress = self.training, self.config, self.training.progress
         if progress.images_seen == 0:
             training.collect_standing_statistics()
             self.outputs.picture()
-        self.began, self.num_steps = time.monotonic(), 0
+        self.began, self.counted, self.num_steps = time.monotonic(), progress.images_seen, 0
         end = min(config.total_images, training.stage.end)
         while progress.images_seen < end:
             before = progress.images_seen
@@ -236,6 +252,8 @@ class Loop:
             if not at_tick and not self.stop_agreed():
                 continue
             stop = self.tick()
+            if self.recovery.going_back:  # before anything of this state is saved
+                return 0
             if at_check or stop:
                 self.check_replicas()
             with self.stop.patient():  # a save may take longer than the grace time
@@ -280,6 +298,7 @@ class Loop:
         engine, saver = training.engine, self.outputs.saver
         shared = sum(engine.waiting.collect())
         seconds = max(time.monotonic() - self.began, 1e-9)
+        training.statistics.add(singular_values(training))
         means, agreed = training.statistics.collect(
             stop=self.stop_signal(),
             halted_at=engine.halted_at(),
@@ -295,12 +314,14 @@ class Loop:
         saver.settle(not agreed["saving"])
         count_bad(training)
         progress.seconds += seconds
-        report = {f"train/{name}": value for name, value in means.items()}
+        report = {n if "/" in n else f"train/{n}": value for n, value in means.items()}
         if training.config.data.on_bad == "skip":
             report["train/bad_images"] = progress.bad_images
         if len(training.stages) > 1:
             report["train/resolution"] = training.stage.resolution
             report["train/alpha"] = training.alpha
+        if progress.rollbacks:
+            report["train/lr_factor"] = progress.lr_factor
         report["train/images_per_second"] = (progress.images_seen - self.counted) / seconds
         report["train/data_wait"] = training.data_seconds / seconds  # 0 to 1
         if self.save_seconds:
@@ -316,6 +337,7 @@ class Loop:
             attempt = {"train/attempt": progress.attempt}
             self.tracker.log(progress.images_seen, report | ranks | attempt)
             self.on_tick(progress, report)
+        self.recovery.judge(report)
         return int(agreed["stop"])
 
     def check_replicas(self) -> None:

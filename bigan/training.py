@@ -71,17 +71,17 @@ class Training:
         self.prepared: dict[str, Prepared] = {}
         self._resumed: Reader | None = None
         self.scales: dict[str, LossScale] = {}
-        self._build(self.stages[0])
+        self.build(self.stages[0])
         if recipe.precision == "fp16":
             self.scales = {name: LossScale(self.world.device) for name in self.phases}
             self.networks |= {f"scale_{name}": scale for name, scale in self.scales.items()}
         self.bad: list[BadSample] = []  # replaced on this rank since the last tick
         self.data_seconds = 0.0  # spent waiting for images since the last tick
         self.statistics = Statistics(self.world)
-        self._last: dict[str, list[Any]] = {}  # micro-batches of the last main step of a phase
 
-    def _build(self, stage: growth.Stage) -> None:
+    def build(self, stage: growth.Stage) -> None:
         """New networks of a stage, their average, and the phases that train them."""
+        self._last: dict[str, list[Any]] = {}  # micro-batches of the last main step of a phase
         self.stage = stage
         self.config = config = stage.config
         self.generator, self.discriminator = models.build(config.model, "meta")
@@ -111,9 +111,8 @@ class Training:
         """
         self.close()
         self._resumed = None
-        self._last.clear()
         former = {name: self.networks[name] for name in ("g", "d", "ema")}
-        self._build(stage)
+        self.build(stage)
         for name, network in former.items():
             growth.inherit(self.networks[name], network)
         self.engine.forget_compiled()
@@ -141,7 +140,7 @@ class Training:
                     f"{folder}: is of stage {progress.stage}, this recipe has {len(self.stages)}"
                 )
             if progress.stage != self.stage.index:
-                self._build(self.stages[progress.stage])
+                self.build(self.stages[progress.stage])
             checkpoint.check_fit(reader, self.networks, trained=tuple(self.phases))
             expected = self.progress.data_fingerprint
             if expected and progress.data_fingerprint != expected:
@@ -265,6 +264,7 @@ class Training:
         images_seen, anneal = self.progress.images_seen, self.config.anneal_images
         settings = self._adam(name)
         share = warmup(images_seen, self.config.train.batch, settings.warmup_images)
+        share *= self.progress.lr_factor
         for group in self.prepared[name].optimizer.param_groups:
             group["lr"] = share * annealed(images_seen, settings.lr, settings.lr_end, anneal)
             if settings.beta2_end is not None:

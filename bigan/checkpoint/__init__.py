@@ -31,9 +31,9 @@ Format 1 (networks.safetensors, optimizers.safetensors, no checksums) is still r
 
 from bigan.checkpoint.fit import check_fit, load_networks
 from bigan.checkpoint.pieces import Piece, require_finite
-from bigan.checkpoint.progress import FORMAT, CheckpointError, Progress, read_progress
+from bigan.checkpoint.progress import FORMAT, CheckpointError, Progress, amend, read_progress
 from bigan.checkpoint.reader import Reader
-from bigan.checkpoint.retention import latest, prune
+from bigan.checkpoint.retention import discard_after, latest, newest_until, prune
 from bigan.checkpoint.saver import Saver
 
 __all__ = [
@@ -43,9 +43,12 @@ __all__ = [
     "Progress",
     "Reader",
     "Saver",
+    "amend",
     "check_fit",
+    "discard_after",
     "latest",
     "load_networks",
+    "newest_until",
     "prune",
     "read_progress",
     "require_finite",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bigan import files
 from bigan.errors import UserError
 
 FORMAT = 2
@@ -23,6 +24,9 @@ class Progress:
     bad_images: int = 0  # did not decode; the next sample took their place (data.on_bad=skip)
     forward_images: int = 0  # over all processes, of one forward: what BatchNorm sees; 0: unknown
     stage: int = 0  # of growth: whose networks these are
+    collapse_began: int = -1  # images_seen from which on training seems to collapse; -1: it is well
+    rollbacks: int = 0  # from a collapse to the checkpoint before it
+    lr_factor: float = 1.0  # of all learning rates, lowered at each of them
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,13 @@ def to_json(progress: Progress, parts: Sequence[PartSum]) -> str:
     """The content of progress.json."""
     record = {"format": FORMAT, **vars(progress), "parts": [vars(part) for part in parts]}
     return json.dumps(record, indent=2) + "\n"
+
+
+def amend(folder: Path, **changes: float) -> None:
+    """Replace counters of a complete checkpoint, all or none at once; on rank 0. Raises OSError."""
+    path = folder / "progress.json"
+    record = json.loads(path.read_text()) | changes
+    files.write_atomic(path, json.dumps(record, indent=2) + "\n")
 
 
 def read_progress(folder: Path) -> Progress:

@@ -15,28 +15,54 @@ def latest(run_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def kept(seen: Sequence[int], keep: int, milestone_images: int | None = None) -> set[int]:
+def newest_until(run_dir: Path, images_seen: int) -> Path | None:
+    """The newest complete checkpoint of at most `images_seen`, or None; call on rank 0."""
+    found = files.numbered_folders(run_dir / "checkpoints")
+    return next((f for f in reversed(found) if int(f.name) <= images_seen), None)
+
+
+def kept(
+    seen: Sequence[int], keep: int, milestone_images: int | None = None, trusted_until: int = 0
+) -> set[int]:
     """Which of the checkpoints `seen` (images, ascending) stay: the newest `keep`, and milestones.
 
-    The milestones are the smallest ones at or beyond each multiple of `milestone_images`.
+    The milestones are the smallest ones at or beyond each multiple of `milestone_images`. And of
+    a run that is known to have been well at `trusted_until`: the newest one until there, and the
+    oldest one after it, which will take its place.
     """
-    newest = set(seen[-keep:])
+    stay = set(seen[-keep:])
+    if trusted_until > 0:
+        num_before = sum(images <= trusted_until for images in seen)
+        stay |= {*seen[:num_before][-1:], *seen[num_before:][:1]}
     if milestone_images is None:
-        return newest
+        return stay
     before = [0, *seen]
     crossed = (b // milestone_images > a // milestone_images for a, b in zip(before, seen))  # noqa: B905
-    return newest | {images for images, milestone in zip(seen, crossed, strict=True) if milestone}
+    return stay | {images for images, milestone in zip(seen, crossed, strict=True) if milestone}
 
 
-def prune(run_dir: Path, keep: int, milestone_images: int | None = None) -> None:
+def prune(
+    run_dir: Path, keep: int, milestone_images: int | None = None, trusted_until: int = 0
+) -> None:
     """Delete the complete checkpoints that are not `kept`; call after a save, never before.
 
     Raises OSError.
     """
     folders = files.numbered_folders(run_dir / "checkpoints")
-    stay = kept([int(folder.name) for folder in folders], keep, milestone_images)
+    stay = kept([int(f.name) for f in folders], keep, milestone_images, trusted_until)
     for folder in folders:
         if int(folder.name) not in stay:
-            doomed = files.temporary_name(folder)
-            folder.replace(doomed)  # at once: from here on it is no checkpoint
-            shutil.rmtree(doomed)
+            _delete(folder)
+
+
+def discard_after(run_dir: Path, images_seen: int) -> None:
+    """Delete every checkpoint beyond `images_seen`, the newest first; on rank 0. Raises OSError."""
+    for folder in reversed(files.numbered_folders(run_dir / "checkpoints")):
+        if int(folder.name) > images_seen:
+            _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    doomed = files.temporary_name(folder)
+    folder.replace(doomed)  # at once: from here on it is no checkpoint
+    shutil.rmtree(doomed)

@@ -38,10 +38,11 @@ class Failure:
 class Saver:
     """Asynchronous checkpoints of one run; every method but `poll` is called by all ranks alike.
 
-    Keeps the newest `keep` checkpoints, and the first at or beyond each multiple of
-    `milestone_images`. A checkpoint that cannot be written (a full disk, on any rank) costs one
-    line on `echo`: training goes on, the older ones stay, the next one is tried when it is due.
-    `failures` counts them, and `verdict` says at the end whether the run's state is on disk.
+    Keeps the newest `keep` checkpoints, the first at or beyond each multiple of `milestone_images`,
+    and one from before `trusted_until` (images seen), which may be set at any time. A checkpoint
+    that cannot be written (a full disk, on any rank) costs one line on `echo`: training goes on,
+    the older ones stay, the next one is tried when it is due. `failures` counts them, and `verdict`
+    says at the end whether the run's state is on disk.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Saver:
         echo: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.failures = 0
+        self.trusted_until = 0
         # A process of a former life that has not died yet must not write into this one's drafts.
         self._token = broadcast(world, secrets.token_hex(4))
         self._run_dir, self._world = run_dir, world
@@ -162,7 +164,10 @@ class Saver:
 
     def _prune(self) -> None:
         """In a thread; it sees complete checkpoints only, never the draft of the next one."""
-        pruned = _attempt(0, lambda: prune(self._run_dir, self._keep, self._milestone_images))
+        pruned = _attempt(
+            0,
+            lambda: prune(self._run_dir, self._keep, self._milestone_images, self.trusted_until),
+        )
         if isinstance(pruned, Failure):
             self._say(f"an older checkpoint was not deleted ({pruned.reason}); {pruned.advice}")
 

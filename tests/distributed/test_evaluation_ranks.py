@@ -14,6 +14,7 @@ import pytest
 from bigan import config as configs
 from bigan import models, rng, snapshot
 from bigan.data.pack import pack
+from bigan.evaluation.truncation import sweep
 from bigan.evaluation.watcher import evaluate
 from bigan.recipe import RunConfig
 from bigan.world import World
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 from bigan.errors import UserError
 from bigan.world import together
+from bigan.evaluation.truncation import sweep
 from bigan.evaluation.watcher import evaluate
 from bigan.world import World
 
@@ -49,12 +51,19 @@ for folder in sys.argv[1:]:
         )
     except UserError as error:
         print(f"UserError: {error}", flush=True)
+sweep(
+    Path(sys.argv[1]), World(rank, size), [0.3, None], which="100",
+    echo=lambda line: print(line, flush=True),
+)
 dist.destroy_process_group()
 """
 
 
 def launch(size: int, *run_dirs: Path) -> list[str]:
-    """The output of each rank of `size` processes that evaluate the runs one after the other."""
+    """The output of each rank of `size` processes that evaluate the runs one after the other.
+
+    At last they measure snapshot 100 of the first run truncated at 0.3.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -118,6 +127,7 @@ def test_two_processes_give_the_numbers_of_one_and_fail_together(
     weights.write_bytes(weights.read_bytes()[:-10])
 
     evaluate(single, World(), watch=True, echo=lambda line: None)
+    sweep(single, World(), [0.3, None], which="100", echo=lambda line: None)
     outputs = launch(2, double, damaged)
 
     assert "images_seen 200 " in outputs[0]
@@ -126,7 +136,7 @@ def test_two_processes_give_the_numbers_of_one_and_fail_together(
         assert "together: only here" in output
         assert "UserError" in output
         assert "weights.safetensors: cannot be read" in output
-    assert _steps(double) == [100, 200]
+    assert _steps(double) == [100, 200, 100]
     assert _steps(damaged) == [100]
     for images_seen in (100, 200):
         one, two = (
@@ -136,6 +146,15 @@ def test_two_processes_give_the_numbers_of_one_and_fail_together(
         assert one["protocol"] == two["protocol"]
         for key, value in one["metrics"].items():
             assert two["metrics"][key] == pytest.approx(value, rel=1e-7)
+    # Each rank accumulated its share of the batches behind the truncated statistics.
+    one, two = (
+        json.loads((run_dir / "evaluation" / "truncation-100.json").read_text())["records"]
+        for run_dir in (single, double)
+    )
+    assert [record["protocol"]["truncation"] for record in two] == [0.3, None]
+    for truncated, expected in zip(two, one, strict=True):
+        assert truncated["fingerprint"] == expected["fingerprint"]
+        assert truncated["metrics"] == pytest.approx(expected["metrics"], rel=1e-6)
 
 
 def _steps(run_dir: Path) -> list[int]:

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 from bigan import checkpoint, files
 
-
 WHOLE_RUN_SECONDS = 600  # of a life that nothing ends before its time, on a busy machine
 
 

@@ -10,15 +10,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cells import CELLS, COMMON
 from commands import TEN_CLASSES
 from torch._dynamo.utils import counters
 
 from bigan import config as configs
-from bigan.data.stream import ShardStream
 from bigan.engine import Engine
+from bigan.inputs import open_stream
 from bigan.recipe import RunConfig
+from bigan.trainer import enter_stage
 from bigan.training import Training
-from bigan.world import World
 
 PENALTIES = {
     "none": "penalties=[]",
@@ -43,24 +44,21 @@ def three_steps(config: RunConfig) -> tuple[State, list[str]]:
     engine = Engine(config, messages.append)
     training = Training(config, engine, TEN_CLASSES)
     training.prepare()
-    with stream_of(config, training.accumulation) as stream:
-        for _ in range(3):
-            training.step(stream)
+    stream = open_stream(training)
+    for _ in range(3):
+        training.step(stream)
+        stage = training.stage
+        enter_stage(training)
+        if training.stage is not stage:
+            stream.close()
+            stream = open_stream(training)
+            training.prepare()
+    stream.close()
     means, _ = training.statistics.collect()
     state: State = {f"loss/{k}": torch.tensor(v) for k, v in means.items()}
     for name, network in training.networks.items():
         state |= {f"{name}.{k}": t.detach().clone() for k, t in network.state_dict().items()}
     return state, messages
-
-
-def stream_of(config: RunConfig, accumulation: int) -> ShardStream:
-    return ShardStream(
-        config.data.path,
-        seed=config.train.seed,
-        world=World(),
-        batch=config.train.batch,
-        accumulation=accumulation,
-    )
 
 
 def largest_difference(a: State, b: State, relative: bool = False) -> float:
@@ -117,6 +115,24 @@ def test_aot_eager_is_bitwise_eager_with_augmentation(
     assert difference == 0
 
 
+@pytest.mark.parametrize("cell", ["growth", "stylegan2", "r3gan", "r1 in its own step"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_families_agree(
+    recipe: Callable[..., RunConfig],
+    reference: Callable[[RunConfig], State],
+    cell: str,
+    backend: str,
+) -> None:
+    """The networks of other families, a stage that fades in, steps of regularisers alone."""
+    config = recipe(*COMMON, *CELLS[cell], f"compile={backend}")
+    torch.compiler.reset()
+    state, messages = three_steps(config)
+    assert not any("failed" in m for m in messages), messages
+    difference = largest_difference(state, reference(config))
+    print(f"\n{backend:10} {cell:20} {difference:.1e}")
+    assert difference < (1e-6 if backend == "aot_eager" else 1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["none", *AUGMENT])
 @pytest.mark.parametrize("penalty", ["r1", "wgan_gp"])
@@ -164,7 +180,7 @@ def test_accumulation_leaves_the_discriminator_step_unchanged(
         training = Training(config, Engine(config, print), TEN_CLASSES)
         training.generator.eval()
         training.prepare()
-        with stream_of(config, training.accumulation) as stream:
+        with open_stream(training) as stream:
             training.phase_step("d", stream)
         gradients = {k: p.grad for k, p in training.discriminator.named_parameters()}
         states.append({k: t for k, t in gradients.items() if t is not None})

@@ -22,8 +22,9 @@ from bigan.data import sources
 from bigan.data.pack import pack, pack_source
 from bigan.data.shards import Manifest
 from bigan.errors import RunError, UserError
-from bigan.evaluation import features, metrics, moments, reference, sampling, watcher
+from bigan.evaluation import features, metrics, moments, reference, sampling
 from bigan.evaluation import train_digits8_cnn as training
+from bigan.evaluation.judge import Judge, Task
 from bigan.evaluation.moments import Moments
 from bigan.recipe import RunConfig
 from bigan.world import World
@@ -218,13 +219,13 @@ def test_fid_of_a_run_end_to_end(
         extractor=features.INCEPTION, weights_path=str(random_inception), num_samples=20
     )
     config = config.model_copy(
-        update={"data": config.data.model_copy(update={"path": data.folder})}
+        update={"data": config.data.model_copy(update={"path": str(data.folder)})}
     )
     generator, _ = models.build(config.model)
     generator.init_weights(rng.torch_generator(0, "test/init"))
     folder = snapshot.write(tmp_path / "run", 100, generator, config)
-    judge = watcher.Judge(tmp_path / "run", config, World(), torch.device("cpu"))
-    found = judge.measure(watcher.Task(folder, "", (0, 0))).metrics
+    judge = Judge(tmp_path / "run", config, World(), torch.device("cpu"))
+    found = judge.measure(Task(folder, "", (0, 0)), None).metrics
 
     counts = data.class_counts("train")
     images = [i for _, i in sampling.generate(generator.eval(), config, counts, World())]

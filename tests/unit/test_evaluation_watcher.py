@@ -15,7 +15,9 @@ from bigan import config as configs
 from bigan import models, rng, snapshot
 from bigan.data.pack import pack
 from bigan.errors import UserError
-from bigan.evaluation import features, metrics, moments, sampling, watcher
+from bigan.evaluation import features, metrics, moments, sampling
+from bigan.evaluation.judge import Judge, Record, Task
+from bigan.evaluation.ledger import Ledger
 from bigan.evaluation.watcher import evaluate
 from bigan.recipe import RunConfig
 from bigan.world import World
@@ -107,8 +109,11 @@ def test_every_snapshot_is_measured_once_and_oldest_first(tmp_path: Path, data: 
     assert "already evaluated" in again[-1]
 
 
-def test_numbers_are_those_of_the_snapshots_generator(tmp_path: Path, data: Path) -> None:
-    config = recipe(tmp_path / "run", data, truncation=1.0)
+@pytest.mark.parametrize("truncation", [None, 0.5])
+def test_numbers_are_those_of_the_snapshots_generator(
+    tmp_path: Path, data: Path, truncation: float | None
+) -> None:
+    config = recipe(tmp_path / "run", data, truncation=truncation)
     start_run(config)
     folder = write_snapshot(config, 100)
     run(config)
@@ -116,6 +121,9 @@ def test_numbers_are_those_of_the_snapshots_generator(tmp_path: Path, data: Path
 
     generator, _ = snapshot.load(folder)
     counts = [sum(1 for label in _train_labels() if label == c) for c in range(10)]
+    if truncation:  # its own statistics, not those stored
+        device = torch.device("cpu")
+        sampling.accumulate_statistics(generator, config, counts, 100, World(), device)
     images = torch.cat([i for _, i in sampling.generate(generator, config, counts, World())])
     extractor = features.create(features.DIGITS8)
     sampled, logits = extractor(images)
@@ -198,7 +206,7 @@ def test_a_snapshot_written_just_before_done_is_not_missed(tmp_path: Path, data:
     """The end of the run falls between the two looks of the watcher."""
     config = recipe(tmp_path / "run", data)
     start_run(config)
-    ledger = watcher._Ledger(config.run_dir, {})
+    ledger = Ledger(config.run_dir, {})
     real_find = snapshot.find
 
     def find_then_finish(run_dir: Path) -> list[Path]:
@@ -218,17 +226,17 @@ def test_a_snapshot_replaced_meanwhile_is_taken_again(tmp_path: Path, data: Path
     config = recipe(tmp_path / "run", data)
     start_run(config)
     write_snapshot(config, 100)
-    real_measure, calls = watcher.Judge.measure, []
+    real_measure, calls = Judge.measure, []
 
-    def replaced(judge: watcher.Judge, task: watcher.Task) -> watcher.Record:
+    def replaced(judge: Judge, task: Task, truncation: float | None) -> Record:
         calls.append(task)
         if len(calls) == 1:
             write_snapshot(config, 100)
             raise UserError("the folder was gone for a moment")
-        return real_measure(judge, task)
+        return real_measure(judge, task, truncation)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watcher.Judge, "measure", replaced)
+        patch.setattr(Judge, "measure", replaced)
         run(config)
     assert len(calls) == 2
     assert [line["images_seen"] for line in journal(config.run_dir)] == [100]

@@ -182,10 +182,10 @@ def test_real_images_fade_in_with_the_networks(grown: Grown) -> None:
     coarse = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)
     for alpha in (0.0, 0.25, 1.0):
         growth.set_alpha(training.discriminator, alpha)
-        shown = real_images(training.config, training.discriminator, real, None)
+        shown = real_images(training.stage.fading, training.discriminator, real, None)
         torch.testing.assert_close(shown, (1 - alpha) * coarse + alpha * plain)
     training.enter(training.stages[2])
-    shown = real_images(training.config, training.discriminator, real, None)
+    shown = real_images(training.stage.fading, training.discriminator, real, None)
     torch.testing.assert_close(shown, plain)
 
 

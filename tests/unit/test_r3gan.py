@@ -477,6 +477,7 @@ def test_the_activations_before_the_branch_are_left_alone() -> None:
         ({"widths": [16, 0, 8]}, "widths.1 = 0"),
         ({"image_channels": 4}, "image_channels = 4"),
         ({"num_classes": 0}, "num_classes = 0"),
+        ({"num_classes": 1}, "projection without labels"),
         ({"blocks_per_stage": 0}, "blocks_per_stage = 0"),
     ],
 )
