@@ -24,8 +24,12 @@ def update(
     images_seen: int,
     step_images: int,
     anneal_images: int | None = None,
+    born: int = 0,
 ) -> None:
     """Move `average` towards `generator` in place; call once per generator step.
+
+    The ramp-up counts from `born`, where the network's newest layers began to learn: their first
+    values are noise, and would stay in the average for long.
 
     Parameters are averaged. Buffers of the same name (singular vectors) are copied: averaging
     unit vectors would not give unit vectors. The average's own standing statistics are collected
@@ -34,7 +38,7 @@ def update(
     halflife = annealed(
         images_seen, config.halflife_images, config.halflife_end_images, anneal_images
     )
-    decay = ema_decay(images_seen, step_images, halflife, config.rampup, config.start_images)
+    decay = ema_decay(images_seen, step_images, halflife, config.rampup, config.start_images, born)
     averaged: list[Tensor] = list(average.parameters())
     current: list[Tensor] = list(generator.parameters())
     torch._foreach_lerp_(averaged, current, 1.0 - decay)

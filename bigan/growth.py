@@ -28,6 +28,7 @@ class Stage:
     start: int
     end: float  # infinity: until the run ends
     config: RunConfig
+    born: int = 0  # images_seen at which its newest layers began to learn
 
     @property
     def resolution(self) -> int:
@@ -56,13 +57,14 @@ def stages(config: RunConfig) -> tuple[Stage, ...]:
     found: list[Stage] = []
     resolution, start, nominal = growth.start_resolution, 0, 0
     while True:
+        born = start
         for fading in (False,) if not found else (True, False):
             recipe = _at(config, growth, resolution, fading)
             nominal += growth.fade_images if fading else growth.stable_images
             step = recipe.train.batch * recipe.train.num_d_steps
             end = start + math.ceil((nominal - start) / step) * step
             last = resolution == config.model.resolution and not fading
-            found.append(Stage(len(found), start, math.inf if last else end, recipe))
+            found.append(Stage(len(found), start, math.inf if last else end, recipe, born))
             start = end
         if last:
             return tuple(found)

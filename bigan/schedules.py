@@ -39,17 +39,18 @@ def ema_decay(
     halflife_images: float,
     rampup: float | None,
     start_images: int,
+    born: int = 0,
 ) -> float:
     """How much of the old average is kept over a step of `step_images` images.
 
     The half-life is given in images, so it means the same at any batch size:
     decay = 0.5 ** (step_images / halflife). With `rampup` the half-life is at most
-    rampup * images_seen, which lets a young average follow (Karras et al. 2020); before
+    rampup * (images_seen - born), which lets a young average follow (Karras et al. 2020); before
     `start_images` the average is a plain copy (BigGAN, Brock et al. 2019, appendix C).
     """
     if images_seen < start_images:
         return 0.0
     halflife = halflife_images
     if rampup is not None:
-        halflife = min(halflife, images_seen * rampup)
+        halflife = min(halflife, (images_seen - born) * rampup)
     return 0.5 ** (step_images / halflife) if halflife > 0 else 0.0

@@ -233,6 +233,7 @@ class Training:
                 now,
                 now - before,
                 self.config.anneal_images,
+                self.stage.born,
             )
 
     def phase_step(self, name: str, stream: Iterator[Batch]) -> None:

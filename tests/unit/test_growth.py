@@ -20,7 +20,7 @@ from bigan.data.pack import pack
 from bigan.data.stream import ShardStream
 from bigan.engine import Engine
 from bigan.evaluation.watcher import evaluate
-from bigan.inputs import Shrunk, check_data
+from bigan.inputs import Shrunk, check_data, open_stream
 from bigan.phases import real_images
 from bigan.recipe import RunConfig
 from bigan.run_folder import check
@@ -133,6 +133,22 @@ def test_a_group_must_be_whole_at_every_level_on_every_process(grown: Grown) -> 
         Training(config, engine, TEN_CLASSES)
     engine.world = World(0, 1)
     Training(config, engine, TEN_CLASSES)
+
+
+def test_the_average_of_new_layers_ramps_up_anew(grown: Grown) -> None:
+    """Else their first values, which are noise, would stay in it for most of a short fade-in."""
+    assert [stage.born for stage in growth.stages(grown())] == [0, 80, 80, 240, 240]
+    config = grown("ema.halflife_images=1.0e+9", "ema.rampup=0.1")
+    training = Training(config, Engine(config, print), TEN_CLASSES)
+    training.progress.images_seen = 80
+    training.enter(training.stages[1])
+    training.prepare()
+    first = training.generator.to_image["8"].weight.detach().clone()
+    with open_stream(training) as stream:
+        training.step(stream)
+    now, average = (n.to_image["8"].weight for n in (training.generator, training.average))
+    kept = 0.5 ** (16 / (0.1 * 16))  # of a half-life of a tenth of the 16 images since 80
+    torch.testing.assert_close(average, kept * first + (1 - kept) * now.detach())
 
 
 # --- a new stage ---------------------------------------------------------------------------------

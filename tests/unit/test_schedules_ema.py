@@ -33,6 +33,7 @@ def test_rampup_and_start() -> None:
     assert ema_decay(99, 10, 1000, None, 100) == 0.0
     assert ema_decay(100, 10, 1000, None, 100) > 0.9
     assert ema_decay(0, 10, 1000, 0.5, 0) == 0.0
+    assert ema_decay(700, 10, 1000, 0.5, 0, born=600) == pytest.approx(0.5 ** (10 / 50))
 
 
 def test_update_averages_parameters_and_copies_buffers() -> None:
