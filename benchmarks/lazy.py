@@ -22,6 +22,7 @@ from bigan import config as configs
 from bigan import phases
 from bigan.bench.measuring import hardware, summary, synthetic_images, wait
 from bigan.engine import Engine
+from bigan.growth import grown
 from bigan.recipe import RunConfig, own_step_every
 from bigan.training import Training
 
@@ -83,7 +84,7 @@ def main() -> int:
     given = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         changes = [*given.overrides, f"run_dir={folder}/run", "tracking.mlflow=false"]
-        result = measure(configs.load(RunConfig, given.config, changes), given.runs)
+        result = measure(grown(configs.load(RunConfig, given.config, changes)), given.runs)
     for kind, ms in result["ms"].items():
         print(f"{kind:24} {ms['median']:8.2f} ms ({ms['min']:.2f} to {ms['max']:.2f})")
     met = True

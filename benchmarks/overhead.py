@@ -30,6 +30,7 @@ from bigan import config as configs
 from bigan import ema, phases
 from bigan.bench.measuring import hardware, summary, wait
 from bigan.engine import Engine
+from bigan.growth import grown
 from bigan.inputs import check_data, open_stream
 from bigan.layers.spectral import power_iteration
 from bigan.recipe import RunConfig
@@ -191,7 +192,7 @@ def overhead(result: dict[str, Any]) -> float:
 
 def load(path: Path, overrides: Sequence[str], run_dir: Path) -> RunConfig:
     changes = [*overrides, f"run_dir={run_dir}", "tracking.mlflow=false"]
-    return configs.load(RunConfig, path, changes)
+    return grown(configs.load(RunConfig, path, changes))
 
 
 def main() -> int:

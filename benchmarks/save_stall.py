@@ -23,6 +23,7 @@ from bigan import config as configs
 from bigan.bench.measuring import hardware, summary, synthetic_images, wait
 from bigan.checkpoint import Saver
 from bigan.engine import Engine
+from bigan.growth import grown
 from bigan.recipe import RunConfig
 from bigan.training import Training
 
@@ -103,7 +104,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the measurements to this JSON file")
     given = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
-        config = configs.load(RunConfig, given.config, [*given.overrides, f"run_dir={folder}"])
+        changes = [*given.overrides, f"run_dir={folder}"]
+        config = grown(configs.load(RunConfig, given.config, changes))
         result = measure(config, given.saves, given.steps)
     print(as_text(result))
     record = {

@@ -71,6 +71,11 @@ def stages(config: RunConfig) -> tuple[Stage, ...]:
         resolution *= 2
 
 
+def grown(config: RunConfig) -> RunConfig:
+    """The recipe of the last stage, which is one that does not grow."""
+    return stages(config)[-1].config
+
+
 def stage_at(stages: tuple[Stage, ...], images_seen: int) -> Stage:
     """The stage of the step that begins at `images_seen`."""
     return next(stage for stage in stages if images_seen < stage.end)

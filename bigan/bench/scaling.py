@@ -34,6 +34,7 @@ from bigan.bench.workload import (
 )
 from bigan.engine import Echo
 from bigan.errors import UserError
+from bigan.growth import grown
 from bigan.inputs import check_data
 from bigan.recipe import RunConfig, accumulation_steps
 
@@ -96,7 +97,7 @@ def bench_scaling(
 
     Raises `UserError` for an unusable recipe or options, `RunError` if a process fails.
     """
-    config = configs.load(RunConfig, path, overrides)
+    config = grown(configs.load(RunConfig, path, overrides))
     record: dict[str, Any] = {
         "benchmark": "scaling",
         "config": str(path),

@@ -19,6 +19,7 @@ from bigan import phases
 from bigan.bench.measuring import hardware, peak_memory, summary, synthetic_images, wait
 from bigan.engine import Echo, Engine
 from bigan.errors import UserError
+from bigan.growth import grown
 from bigan.recipe import PenaltyConfig, RunConfig
 from bigan.training import Training
 
@@ -33,7 +34,7 @@ def bench_step(path: Path, overrides: Sequence[str], runs: int, echo: Echo) -> d
     """
     if runs < 5:
         raise UserError(f"--runs {runs}: fewer than 5 runs say nothing about the spread")
-    config = configs.load(RunConfig, path, overrides)
+    config = grown(configs.load(RunConfig, path, overrides))
     compiled = config.compile if config.compile in {"inductor", "aot_eager"} else "inductor"
     variants = []
     for backend in ("eager", compiled):

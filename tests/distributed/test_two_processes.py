@@ -57,6 +57,26 @@ def test_same_losses_for_twenty_steps(
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 2e-3
 
 
+def test_a_growing_run_is_the_same_on_two_processes(digits: Path, tmp_path: Path) -> None:
+    """Through two fade-ins; the second half of the two processes' run is a resume in one of them.
+
+    Every stage has new wrappers and optimisers. (Stop and go are bitwise: test_growth.py.)
+    """
+    grown = ROOT / "configs" / "smoke" / "progan-digits.yaml"
+    common = [grown, f"data.path={digits}", "train.total_images=400"]
+    warmup = ["optimizer.g.warmup_images=400", "optimizer.d.warmup_images=400"]
+    alone = run_bigan("train", *common, *warmup, f"run_dir={tmp_path / 'one'}")
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    two = [*common, *warmup, f"run_dir={tmp_path / 'two'}"]
+    for part in ([*two, "train.total_images=256"], two):
+        together = launch(*part, options=["--config_file", LAUNCH])
+        assert together.returncode == 0, together.stderr[-2000:]
+    assert "resuming" in together.stderr
+    a, b = (load_file(tmp_path / n / "snapshots/400/weights.safetensors") for n in ("one", "two"))
+    assert a.keys() == b.keys()
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-4
+
+
 @pytest.mark.slow  # tests/launch/test_chaos.py does it the hard way
 def test_resume_is_bitwise_on_two_processes(digits: Path, tmp_path: Path) -> None:
     """Stopped after a checkpoint and started again by the same command: the same bytes."""

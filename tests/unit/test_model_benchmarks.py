@@ -10,6 +10,9 @@ import pytest
 from commands import ROOT
 
 from bigan import config as configs
+from bigan import growth
+from bigan.bench import step
+from bigan.bench.step import measure_step
 from bigan.recipe import RunConfig
 
 
@@ -33,6 +36,17 @@ def test_a_grown_step_is_compared_with_a_fixed_one(digits: Path, tmp_path: Path)
     assert all(0 < switch["seconds"] < 60 for switch in result["switches"])
     assert 0.2 < result["grown_over_fixed"]["median"] < 5
     assert set(result["ms_per_step"]) == {"grown", "fixed"}
+
+
+def test_a_growing_recipe_is_measured_at_its_last_stage(
+    digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process of its own, from the recipe that is handed over."""
+    config = growth.grown(smoke("progan-digits", f"data.path={digits}"))
+    assert (config.model.resolution, config.growth) == (16, None)
+    monkeypatch.setattr(step, "RUN_SECONDS", 0.1)
+    result = measure_step(configs.dump(config), runs=1)
+    assert result["images_per_second"]["median"] > 0
 
 
 def test_a_lazy_regulariser_has_its_share_of_the_step(tmp_path: Path) -> None:
