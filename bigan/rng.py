@@ -10,17 +10,30 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.random.bit_generator import ISeedSequence
+from numpy.typing import NDArray
 from torch import Tensor
+
+
+class _Key(ISeedSequence):
+    """Gives Philox its key. (With `Philox(key=...)` numpy asks the system for entropy first.)"""
+
+    def __init__(self, key: NDArray[np.uint64]) -> None:
+        self._key = key
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> Any:
+        return self._key
 
 
 def numpy_generator(seed: int, stream: str, counter: int) -> np.random.Generator:
     """A Philox generator keyed by blake2b(seed, stream, counter)."""
     digest = hashlib.blake2b(f"{seed}/{stream}/{counter}".encode(), digest_size=16).digest()
     key = np.frombuffer(digest, dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key))
+    return np.random.Generator(np.random.Philox(_Key(key)))  # type: ignore[arg-type]
 
 
 def torch_generator(seed: int, stream: str, counter: int = 0) -> torch.Generator:

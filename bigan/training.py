@@ -96,6 +96,7 @@ class Training:
         set_process_group(self.generator, self.engine.process_group)
         set_process_group(self.average, self.engine.process_group)
         self.networks |= {"g": self.generator, "d": self.discriminator, "ema": self.average}
+        self._follows_latents = has_latent_average(self.generator)
         self.accumulation = accumulation_steps(config.train, self.world.size)
         self.progress.forward_images = config.train.batch // self.accumulation
         self.progress.stage = stage.index
@@ -280,7 +281,7 @@ class Training:
 
     def _follow_latents(self) -> None:
         """Move the running mean of a generator's intermediate latents, if it keeps one."""
-        if not has_latent_average(self.generator):
+        if not self._follows_latents:
             return
         batches = self._last["g"]
         mean = torch.stack([mean_latent(self.generator, b.z, b.fake_labels) for b in batches])
