@@ -163,7 +163,9 @@ def test_streams_are_opened_as_the_recipe_says(
     for name in ("ShardStream", "ResampledStream"):
         monkeypatch.setattr(inputs, name, lambda *args, **settings: (args, settings))
     progress = SimpleNamespace(images_seen=80)
-    training = SimpleNamespace(config=config, world=World(), accumulation=2, progress=progress)
+    training = SimpleNamespace(
+        config=config, recipe=config, world=World(), accumulation=2, progress=progress
+    )
     args, settings = inputs.open_stream(training)  # type: ignore[arg-type, misc]
     want: dict[str, object] = {
         "seed": 5, "world": World(), "batch": 40, "accumulation": 2, "images_seen": 80,
