@@ -106,11 +106,13 @@ def open_stream(training: Training) -> Endless:
             images_seen=training.progress.images_seen,
             fetch=config.data,
         )
-    grows = training.recipe.growth is not None
-    path = config.data.path
-    manifest = open_level(path, model.resolution, config.data) if grows else path
+    level: Manifest | None = (
+        None  # of the images at the stage's resolution, if it is one of several
+    )
+    if training.recipe.growth is not None:
+        level = open_level(config.data.path, model.resolution, config.data)
     stream = ShardStream(
-        manifest,
+        level or config.data.path,
         config.data.split,
         seed=config.train.seed,
         world=training.world,
@@ -120,7 +122,7 @@ def open_stream(training: Training) -> Endless:
         block=config.data.block,
         fetch=config.data,
     )
-    factor = stream.manifest.resolution // model.resolution
+    factor = level.resolution // model.resolution if level else 1
     return stream if factor == 1 else Shrunk(stream, factor)
 
 
