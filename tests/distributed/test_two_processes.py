@@ -57,6 +57,7 @@ def test_same_losses_for_twenty_steps(
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 2e-3
 
 
+@pytest.mark.slow  # tests/parity has three steps of it on every engine
 def test_a_growing_run_is_the_same_on_two_processes(digits: Path, tmp_path: Path) -> None:
     """Through two fade-ins; the second half of the two processes' run is a resume in one of them.
 
