@@ -47,7 +47,7 @@ from bigan.data import sources
 from bigan.data.pack import pack, pack_source
 from bigan.data.settings import SMALL_RESOLUTION, Fetch
 from bigan.data.stream import Batch, ShardStream
-from bigan.phases import as_images
+from bigan.shown import as_images
 from bigan.world import World
 
 BATCH = 64

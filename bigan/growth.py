@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from bigan.recipe import GrowthConfig, LevelConfig, RunConfig
+from bigan.recipe import GrowthConfig, LevelConfig, RunConfig, fades
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Stage:
     @property
     def fading(self) -> bool:
         """Whether its resolution fades in."""
-        return getattr(self.config.model, "fading", False)
+        return fades(self.config)
 
     def alpha(self, images_seen: int) -> float:
         """Share of the new resolution in the step that begins at `images_seen`, 0 to 1."""

@@ -106,9 +106,7 @@ def open_stream(training: Training) -> Endless:
             images_seen=training.progress.images_seen,
             fetch=config.data,
         )
-    level: Manifest | None = (
-        None  # of the images at the stage's resolution, if it is one of several
-    )
+    level: Manifest | None = None  # one resolution of several
     if training.recipe.growth is not None:
         level = open_level(config.data.path, model.resolution, config.data)
     stream = ShardStream(

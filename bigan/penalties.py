@@ -45,7 +45,8 @@ def squared_gradient_norms(discriminator: Discriminator, images: Tensor, labels:
 
     def total(x: Tensor) -> Tensor:
         # Without BatchNorm each logit depends on its own image alone, so the gradient of the sum
-        # holds every image's own gradient.
+        # holds every image's own gradient. (With minibatch standard deviation it depends on its
+        # group, too: as in published code, the gradient is then that of the group's logits.)
         return discriminator(x, labels).sum()
 
     gradient = torch.func.grad(total)(images)

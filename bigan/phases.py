@@ -15,7 +15,6 @@ hands each process its slice.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,11 +25,12 @@ from torch import Tensor, nn
 from bigan import augment, rng
 from bigan.layers.hashing import keys, normal_field
 from bigan.layers.init import orthogonal_penalty
-from bigan.layers.resampling import coarsened
+from bigan.layers.precision import autocast
 from bigan.losses import LOSSES
 from bigan.penalties import PENALTIES, path_length_penalty, path_lengths, refuse_batchnorm
-from bigan.recipe import PenaltyConfig, RunConfig, penalty_weight
+from bigan.recipe import PenaltyConfig, RunConfig, fades, penalty_weight
 from bigan.schedules import annealed
+from bigan.shown import augmented, real_images
 
 Scalars = dict[str, Tensor]
 Terms = tuple[str, ...]
@@ -69,46 +69,6 @@ class GeneratorBatch(NamedTuple):
     mirror: Tensor | None = None  # bool [m]
     augment_real: Tensor | None = None  # float32 [m, K]
     path_mean: Tensor | None = None  # float32 [], running mean of path lengths
-
-
-def as_images(real: Tensor, mirror: Tensor | None) -> Tensor:
-    """uint8 [m, H, W, C] -> float32 [m, C, H, W] in [-1, 1] (channels-last without a copy)."""
-    images = real.permute(0, 3, 1, 2).to(torch.float32) * (1 / 127.5) - 1
-    if mirror is not None:
-        images = torch.where(mirror.view(-1, 1, 1, 1), images.flip(3), images)
-    return images
-
-
-def augmented(
-    config: RunConfig, images: Tensor, draws: Tensor | None, strength: Tensor | None
-) -> Tensor:
-    """The images [m, C, H, W] as the discriminator is to see them, in float32 unless untouched."""
-    if draws is None:
-        return images
-    seen = augment.apply(config.augment, images.float(), draws, strength)
-    return seen.contiguous(memory_format=torch.channels_last)
-
-
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Autocast if the recipe asks for it; the meta device has none and needs none."""
-    if precision in ("fp32", "tf32") or device.type == "meta":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
-
-
-def fades(config: RunConfig) -> bool:
-    """Whether the networks' resolution fades in. To be asked before compiling, not inside."""
-    return getattr(config.model, "fading", False)
-
-
-def real_images(
-    fading: bool, discriminator: nn.Module, real: Tensor, mirror: Tensor | None
-) -> Tensor:
-    """float32 [m, C, H, W]: real images; those of a resolution that fades in fade in with it."""
-    images = as_images(real, mirror)
-    if fading:
-        images = coarsened(images, discriminator.get_buffer("alpha"))
-    return images
 
 
 class DiscriminatorPhase(nn.Module):

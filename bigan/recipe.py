@@ -71,7 +71,10 @@ class EmaConfig(Frozen):
 
 
 class LevelConfig(Frozen):
-    """What is different at one resolution of a growing model; None: as in `train`, `optimizer`."""
+    """What is different at one resolution of a growing model; None: as in `train`, `optimizer`.
+
+    With a `batch` of its own and no `micro_batch`, a process's share is not divided further.
+    """
 
     resolution: Positive
     batch: Positive | None = None
@@ -231,6 +234,11 @@ def misfits(model: ModelConfig, manifest: Manifest) -> list[tuple[str, str, int,
         ("classes", "num_classes", model.num_classes, manifest.num_classes),
     )
     return [fact for fact in facts if fact[2] != fact[3]]
+
+
+def fades(config: RunConfig) -> bool:
+    """Whether the networks' resolution fades in. To be asked before compiling, not inside."""
+    return getattr(config.model, "fading", False)
 
 
 def penalty_weight(penalty: PenaltyConfig, config: RunConfig) -> float:

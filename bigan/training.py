@@ -24,6 +24,7 @@ from bigan.layers.batchnorm import (
     set_process_group,
 )
 from bigan.layers.mapping import follow_latents, has_latent_average, mean_latent
+from bigan.layers.resampling import repeated
 from bigan.layers.spectral import power_iteration
 from bigan.recipe import (
     AdamConfig,
@@ -96,6 +97,10 @@ class Training:
         set_process_group(self.generator, self.engine.process_group)
         set_process_group(self.average, self.engine.process_group)
         self.networks |= {"g": self.generator, "d": self.discriminator, "ema": self.average}
+        self._adam: dict[str, AdamConfig] = {  # corrected for steps that only regularise
+            name: corrected(getattr(config.optimizer, name), own_step_every(config, name))
+            for name in ("g", "d")
+        }
         self._follows_latents = has_latent_average(self.generator)
         self.accumulation = accumulation_steps(config.train, self.world.size)
         self.progress.forward_images = config.train.batch // self.accumulation
@@ -166,7 +171,7 @@ class Training:
         self.prepared = {
             name: self.engine.prepare(
                 phase,
-                self._adam(name),
+                self._adam[name],
                 accumulation=self.accumulation,
                 scale=self.scales.get(name),
             )
@@ -184,11 +189,6 @@ class Training:
     def optimizers(self) -> dict[str, torch.optim.Adam]:
         """Those of the networks in training, once prepared."""
         return {n: self.prepared[n].optimizer for n in self.networks if n in self.prepared}
-
-    def _adam(self, name: str) -> AdamConfig:
-        """Of a network, as corrected for the steps in which it is only regularised."""
-        settings = getattr(self.config.optimizer, name)
-        return corrected(settings, own_step_every(self.config, name))
 
     def _other(self, name: str) -> Prepared:
         return self.prepared["g" if name == "d" else "d"]
@@ -264,7 +264,7 @@ class Training:
     ) -> dict[str, torch.Tensor]:
         """One optimiser step of a network on these micro-batches; its scalars."""
         images_seen, anneal = self.progress.images_seen, self.config.anneal_images
-        settings = self._adam(name)
+        settings = self._adam[name]
         share = warmup(images_seen, self.config.train.batch, settings.warmup_images)
         share *= self.progress.lr_factor
         for group in self.prepared[name].optimizer.param_groups:
@@ -397,5 +397,4 @@ class Training:
             for a, b in zip(z.split(chunk), labels.split(chunk), strict=True)
         ]
         images = models.to_uint8(torch.cat(parts)).cpu()
-        repeats = self.recipe.model.resolution // config.model.resolution  # of a growing model
-        return images.repeat_interleave(repeats, 2).repeat_interleave(repeats, 3)
+        return repeated(images, self.recipe.model.resolution)  # of a growing model they are smaller

@@ -81,6 +81,7 @@ def zip_archive(file: Path) -> Listing:
             found, members = _members(archive.infolist(), status.st_size)
             found.times.append((file.name, status.st_mtime_ns))
             label_files = {n: archive.read(members.pop(n)) for n in LABEL_FILES if n in members}
+    # zipfile raises NotImplementedError for a compression that it does not know.
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, ValueError) as error:
         raise DataError(
             f"{file}: is not a whole zip archive ({first_line(error)}); copy it again"

@@ -15,6 +15,7 @@ from bigan.errors import UserError
 from bigan.evaluation import features, metrics, moments, reference, sampling
 from bigan.layers.batchnorm import normalisation_layers
 from bigan.layers.mapping import has_latent_average
+from bigan.layers.resampling import repeated
 from bigan.recipe import RunConfig, misfits
 from bigan.world import World, on_main, once, together
 
@@ -167,7 +168,7 @@ class Judge:
             for start, images in sampling.generate(
                 generator, recipe, counts, self.world, self.device
             ):
-                sampled, logits = extractor(self._as_reference(images))
+                sampled, logits = extractor(repeated(images, self.manifest.resolution))
                 rows.fill(start, logits.to(home))
                 total = moments.merge(total, moments.of(sampled))
             return total
@@ -217,13 +218,6 @@ class Judge:
                 "evaluation.standing_batch to that"
             )
         return said
-
-    def _as_reference(self, images: torch.Tensor) -> torch.Tensor:
-        """Images of a stage of growth at the reference's size: every pixel repeated."""
-        repeats = self.manifest.resolution // images.shape[-1]
-        if repeats == 1:
-            return images
-        return images.repeat_interleave(repeats, 2).repeat_interleave(repeats, 3)
 
     def _check_fit(self, recipe: RunConfig, where: str) -> None:
         """The generator must make images like the reference's, of the classes it has."""

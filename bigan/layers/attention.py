@@ -37,3 +37,15 @@ class SelfAttention(nn.Module):
         attention = torch.softmax(torch.bmm(theta.transpose(1, 2), phi), dim=-1)  # [B, HW, HW/4]
         values = torch.bmm(g, attention.transpose(1, 2))  # [B, C/2, HW]
         return x + self.gamma * self.output(values.unflatten(2, (height, width)))
+
+
+def reachable(resolutions: tuple[int, ...]) -> tuple[int, ...]:
+    """The same, if a network's maps can have them; ValueError says what to use instead."""
+    possible = [2**i for i in range(2, 10)]
+    for resolution in resolutions:
+        if resolution not in possible:
+            nearest = min(possible, key=lambda p: abs(p - resolution))
+            raise ValueError(
+                f"{resolution} px occurs in no network, their maps are powers of two; use {nearest}"
+            )
+    return resolutions

@@ -19,3 +19,10 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     if x.is_meta:  # there is no autocast to switch off, and asking for it raises
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Autocast if the recipe asks for it; the meta device has none and needs none."""
+    if precision in ("fp32", "tf32") or device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])

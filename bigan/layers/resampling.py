@@ -19,6 +19,17 @@ def enlarge(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
+def repeated(images: Tensor, resolution: int) -> Tensor:
+    """[B, C, R, R] of any type -> [B, C, resolution, resolution]: every pixel becomes a block.
+
+    How images of a lower resolution, a divisor of the whole one, are shown and judged.
+    """
+    repeats = resolution // images.shape[-1]
+    if repeats == 1:
+        return images
+    return images.repeat_interleave(repeats, 2).repeat_interleave(repeats, 3)
+
+
 def shrink(x: Tensor) -> Tensor:
     """[B, C, H, W], H and W even -> [B, C, H/2, W/2]: the mean of every 2 x 2 pixels."""
     return F.avg_pool2d(x, 2)

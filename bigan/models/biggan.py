@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bigan.config import Frozen
 from bigan.layers import init
-from bigan.layers.attention import SelfAttention
+from bigan.layers.attention import SelfAttention, reachable
 from bigan.layers.batchnorm import BatchNorm2d, ConditionalBatchNorm2d
 from bigan.layers.spectral import SNConv2d, SNEmbedding, SNLinear
 
@@ -98,15 +98,7 @@ class Config(Frozen):
     @field_validator("attention_resolutions")
     @classmethod
     def _reachable(cls, resolutions: tuple[int, ...]) -> tuple[int, ...]:
-        possible = [2**i for i in range(2, 10)]
-        for resolution in resolutions:
-            if resolution not in possible:
-                nearest = min(possible, key=lambda p: abs(p - resolution))
-                raise ValueError(
-                    f"{resolution} px occurs in no network, their maps are powers of two; "
-                    f"use {nearest}"
-                )
-        return resolutions
+        return reachable(resolutions)
 
     @model_validator(mode="after")
     def _shapes(self) -> Config:

@@ -12,5 +12,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)
-            if not torch.cuda.is_available():
+            if not torch.cuda.is_available():  # a device cannot be installed, unlike a package
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))

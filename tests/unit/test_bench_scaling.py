@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from commands import ROOT, SMOKE
+from commands import ROOT, SMOKE, script
 
 from bigan import config as configs
 from bigan.bench import prediction, scaling
@@ -322,15 +320,6 @@ def check_point(row: dict[str, Any]) -> None:
 
 
 # --- benchmarks/
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_overhead_is_measured_and_judged(digits: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from commands import TEN_CLASSES
 from parts import make
 
-from bigan import ema, phases
+from bigan import ema, shown
 from bigan.data.stream import ShardStream
 from bigan.engine import Engine, compiling, loss_scale
 from bigan.engine.compiling import compile_backend
@@ -91,7 +91,7 @@ def test_fp16_ends_where_scaling_cannot_help(recipe: Recipe) -> None:
     with (
         stream,
         mock.patch.object(
-            phases, "as_images", lambda real, _: real.permute(0, 3, 1, 2) * torch.nan
+            shown, "as_images", lambda real, _: real.permute(0, 3, 1, 2) * torch.nan
         ),
     ):
         training.step(stream)
@@ -111,7 +111,7 @@ def test_non_finite_step_changes_nothing(recipe: Recipe) -> None:
         moment = training.optimizers["d"].state[next(training.discriminator.parameters())]
         moments = {k: t.clone() for k, t in moment.items()}
         with mock.patch.object(
-            phases, "as_images", lambda real, _: real.permute(0, 3, 1, 2) * torch.nan
+            shown, "as_images", lambda real, _: real.permute(0, 3, 1, 2) * torch.nan
         ):
             training.step(stream)
         training.step(stream)  # sticky: finite again, and still no update
@@ -136,7 +136,7 @@ def test_accumulated_steps_are_finite(recipe: Recipe, num: int) -> None:
 
 def test_run_stops_with_one_line_and_keeps_the_checkpoint(recipe: Recipe) -> None:
     config = recipe("train.total_images=4000", "train.checkpoint_images=80", "train.tick_images=40")
-    original = phases.as_images
+    original = shown.as_images
     calls = iter(range(10**6))
 
     def spoiled(real: torch.Tensor, mirror: torch.Tensor | None) -> torch.Tensor:
@@ -144,7 +144,7 @@ def test_run_stops_with_one_line_and_keeps_the_checkpoint(recipe: Recipe) -> Non
         return images * torch.nan if next(calls) >= 5 else images
 
     with (
-        mock.patch.object(phases, "as_images", spoiled),
+        mock.patch.object(shown, "as_images", spoiled),
         pytest.raises(RunError, match=r"loss_d.* non-finite at images_seen = 200.*checkpoints/160"),
     ):
         train(config, print, lambda *_: None)

@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"models", "losses", "penalties", "augment", "schedules", "stats", "journal", "collapse"},
     {"recipe"},
     {"growth"},
-    {"ema", "snapshot", "mlflow_run", "curves"},
+    {"shown", "ema", "snapshot", "mlflow_run", "curves"},
     {"tracking", "pictures"},
     {"phases", "checkpoint"},
     {"engine", "evaluation"},

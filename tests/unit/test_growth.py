@@ -21,9 +21,9 @@ from bigan.data.stream import ShardStream
 from bigan.engine import Engine
 from bigan.evaluation.watcher import evaluate
 from bigan.inputs import Shrunk, check_data, open_stream
-from bigan.phases import real_images
 from bigan.recipe import RunConfig
 from bigan.run_folder import check
+from bigan.shown import real_images
 from bigan.trainer import train
 from bigan.training import Training
 from bigan.world import World

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from commands import ROOT
+from commands import ROOT, script
 
 from bigan import config as configs
 from bigan import growth
 from bigan.bench import step
 from bigan.bench.step import measure_step
 from bigan.recipe import RunConfig
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def smoke(name: str, *overrides: str) -> RunConfig:

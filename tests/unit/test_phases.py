@@ -9,7 +9,7 @@ import pytest
 import torch
 from parts import make
 
-from bigan import augment, checkpoint, phases
+from bigan import augment, checkpoint, shown
 from bigan.layers.init import orthogonal_penalty
 from bigan.layers.spectral import spectral_layers
 from bigan.losses import LOSSES
@@ -22,14 +22,12 @@ Recipe = Callable[..., RunConfig]
 
 def test_images_are_scaled_and_mirrored() -> None:
     real = torch.tensor([0, 255, 127, 128], dtype=torch.uint8).view(1, 2, 2, 1).expand(2, 2, 2, 3)
-    images = phases.as_images(real, torch.tensor([False, True]))
+    images = shown.as_images(real, torch.tensor([False, True]))
     assert images.shape == (2, 3, 2, 2)
     expected = torch.tensor([[-1, 1], [-1 / 255, 1 / 255]])
     torch.testing.assert_close(images[0, 0], expected)
     torch.testing.assert_close(images[1, 2], expected.flip(1))
-    assert phases.as_images(real.contiguous(), None).is_contiguous(
-        memory_format=torch.channels_last
-    )
+    assert shown.as_images(real.contiguous(), None).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_each_discriminator_step_takes_new_images_and_latents(recipe: Recipe) -> None:
@@ -98,7 +96,7 @@ def test_phases_use_the_recipes_loss(recipe: Recipe, name: str) -> None:
         # Images that are compared with each other are of the same class.
         labels = batch.labels if LOSSES[name].relativistic else batch.fake_labels
         fake = training.generator(batch.z, labels)
-        logits_real = training.discriminator(phases.as_images(batch.real, None), batch.labels)
+        logits_real = training.discriminator(shown.as_images(batch.real, None), batch.labels)
         logits_fake = training.discriminator(fake, labels)
     expected = LOSSES[name].discriminator(logits_real, logits_fake)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -114,7 +112,7 @@ def test_relativistic_generator_is_shown_the_discriminators_real_images(recipe: 
         phase = training.phases["g"]
         (batch,) = training._micro_batches(phase, phase.terms(40), iter(()))
         loss, _ = phase(training.discriminator, batch, ("adversarial",))
-        real = phases.as_images(seen.real, seen.mirror)
+        real = shown.as_images(seen.real, seen.mirror)
         logits_real = training.discriminator(real, seen.labels)
         fake = training.generator(batch.z, seen.labels)
         logits_fake = training.discriminator(fake, seen.labels)
@@ -173,7 +171,7 @@ def test_discriminator_sees_all_images_augmented(recipe: Recipe, kind: str) -> N
             training.phases["d"], training.phases["d"].terms(0), stream
         )
         _, scalars = training.phases["d"](training.generator, batch, ("adversarial",))
-        real = judge(phases.as_images(batch.real, None), batch.augment_real, batch.labels)
+        real = judge(shown.as_images(batch.real, None), batch.augment_real, batch.labels)
         fake = training.generator(batch.z, batch.fake_labels)
         fake = judge(fake, batch.augment_fake, batch.fake_labels)
         (last,) = training._micro_batches(
@@ -207,7 +205,7 @@ def test_penalties_differentiate_by_the_images_before_augmentation(
         seen = augment.apply(training.config.augment, images, draws, training.strength)
         return training.discriminator(seen, labels)
 
-    real, fake = phases.as_images(batch.real, None), training.generator(batch.z, batch.fake_labels)
+    real, fake = shown.as_images(batch.real, None), training.generator(batch.z, batch.fake_labels)
     rest = (real, batch.labels, fake.detach(), batch.fake_labels, batch.mix)
     expected = PENALTIES[name](network, *rest).item()
     assert scalars[name].item() == pytest.approx(expected, rel=1e-4)
