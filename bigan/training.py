@@ -34,7 +34,7 @@ from bigan.recipe import (
     corrected,
     own_step_every,
 )
-from bigan.schedules import annealed, due, warmup
+from bigan.schedules import annealed, warmup
 from bigan.stats import RunningMean, Statistics
 from bigan.world import sum_over_ranks, together
 
@@ -59,10 +59,11 @@ class Training:
         for stage in self.stages:  # now, not when it begins
             check_groups(stage.config, self.world.size)
         self.networks: dict[str, nn.Module] = {}
-        self.strength: torch.Tensor | None = None  # of the augmentation, if it has one
-        self.adaptive: augment.AdaptiveStrength | None = None
+        self.strength: augment.Strength | None = None  # of the augmentation, if it has one
         if isinstance(recipe.augment, augment.ada.Config):
-            self._set_strength(recipe.augment)
+            self.strength = augment.Strength(recipe.augment, recipe.anneal_images, self.world)
+            if self.strength.adaptive:
+                self.networks["augment"] = self.strength.adaptive  # part of the state
         self.path_length: RunningMean | None = None
         if recipe.path_length:
             self.path_length = RunningMean(recipe.path_length.decay).to(self.world.device)
@@ -122,15 +123,6 @@ class Training:
         for name, network in former.items():
             growth.inherit(self.networks[name], network)
         self.engine.forget_compiled()
-
-    def _set_strength(self, config: augment.ada.Config) -> None:
-        start = config.initial if config.fixed is None else config.fixed
-        self.strength = torch.tensor(start, device=self.world.device)
-        if config.fixed is None:
-            self.adaptive = augment.AdaptiveStrength(
-                self.strength, config.target, config.rampup_images
-            )
-            self.networks["augment"] = self.adaptive  # part of the state, as they are
 
     def resume(self, folder: Path) -> None:
         """Take up the state of a checkpoint; every rank takes part.
@@ -243,6 +235,8 @@ class Training:
         A phase that reads images moves `images_seen` on.
         """
         phase, images_seen = self.phases[name], self.progress.images_seen
+        if self.strength is not None:
+            self.strength.schedule(images_seen)
         terms = phase.terms(images_seen)
         self._last[name] = batches = self._micro_batches(phase, terms, stream)
         scalars = self._optimise(name, terms, batches)
@@ -255,8 +249,9 @@ class Training:
             self.path_length.follow(scalars["path_length"], self.world)
         if phase.uses_data:
             self.progress.images_seen += self.config.train.batch
-            if self.adaptive is not None:
-                self._adapt(self.adaptive, images_seen, scalars)
+            if self.strength is not None:
+                batch = self.config.train.batch
+                scalars |= self.strength.follow(scalars, images_seen, batch)
         self.statistics.add(scalars)
 
     def _optimise(
@@ -288,17 +283,6 @@ class Training:
         mean = mean.mean(0)
         sum_over_ranks(self.world, mean)
         follow_latents(self.generator, mean / self.world.size)
-
-    def _adapt(
-        self, adaptive: augment.AdaptiveStrength, before: int, scalars: dict[str, torch.Tensor]
-    ) -> None:
-        """After a discriminator step: steer the augmentation, on the device."""
-        config = self.config.augment
-        assert isinstance(config, augment.ada.Config)
-        scalars["augment_p"] = adaptive.p.clone()  # the one of this step
-        adaptive.observe(scalars["sign_real"], self.config.train.batch, self.world)
-        if due(before, self.progress.images_seen, config.images_between(self.config.train.batch)):
-            adaptive.adapt()
 
     def _micro_batches(
         self, phase: phases.Phase, terms: phases.Terms, stream: Iterator[Batch]
@@ -337,7 +321,7 @@ class Training:
     ) -> tuple:
         on_device = {k: t.to(self.world.device, non_blocking=True) for k, t in tensors.items()}
         if self.strength is not None:
-            on_device["strength"] = self.strength
+            on_device["strength"] = self.strength.p
         if isinstance(phase, phases.DiscriminatorPhase):
             weights = phase.penalty_weights(self.progress.images_seen)
             if weights is not None:

@@ -19,11 +19,12 @@ from pydantic import Field
 from torch import Tensor
 
 from bigan.augment import ada, diffaugment
-from bigan.augment.strength import AdaptiveStrength
+from bigan.augment.strength import AdaptiveStrength, Strength
 from bigan.config import Frozen
 
 __all__ = [
-    "AdaptiveStrength", "AugmentConfig", "NoAugment", "adapts", "apply", "draws", "num_columns",
+    "AdaptiveStrength", "AugmentConfig", "NoAugment", "Strength", "adapts", "apply", "draws",
+    "num_columns",
 ]  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def num_columns(config: AugmentConfig) -> int:
     """Random numbers that one image takes; 0 without augmentation."""
     if isinstance(config, diffaugment.Config):
         return len(diffaugment.COLUMNS)
-    return len(ada.COLUMNS) if isinstance(config, ada.Config) else 0
+    return len(ada.columns(config.pipeline)) if isinstance(config, ada.Config) else 0
 
 
 def draws(
@@ -53,7 +54,7 @@ def draws(
     if isinstance(config, diffaugment.Config):
         return diffaugment.draws(seed, stream, images_seen, num)
     if isinstance(config, ada.Config):
-        return ada.draws(seed, stream, images_seen, num)
+        return ada.draws(seed, stream, images_seen, num, config.pipeline)
     return None
 
 
@@ -70,5 +71,5 @@ def apply(
     if isinstance(config, ada.Config):
         assert draws is not None
         assert strength is not None
-        return ada.apply(images, draws, strength, config.pipeline)
+        return ada.apply(images, draws, strength, config.pipeline, config.color_share)
     return images

@@ -4,10 +4,11 @@ Data", appendix B), written from the paper.
     b  pixel blitting     x-flip, rotation by quarter turns, shift by up to 1/8 in whole pixels
     g  general geometry   isotropic scale, rotation, anisotropic scale, rotation, fractional shift
     c  color              brightness, contrast, luma flip, hue rotation, saturation
+    o  cutout             a square of half the image's size becomes zero
 
-Each transformation of each image happens with probability p (the strength), independently; with
-p = 0 images pass bit by bit. What lies beyond an edge is reflected. Positions are in pixels from
-the image's centre, (y, x), angles in radians.
+Each transformation of each image happens with probability p (the strength), independently, those
+of the colors with `color_share` * p; with p = 0 images pass bit by bit. What lies beyond an edge is
+reflected. Positions are in pixels from the image's centre, (y, x), angles in radians.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from bigan import rng
+from bigan.augment import diffaugment
 from bigan.augment.sampling import bilinear, integers, reflect, take
 from bigan.config import Frozen
 
@@ -33,6 +35,7 @@ GATES = (
 UNIFORM = ("flip", "quarter", "blit_y", "blit_x", "angle_first", "angle_last", "luma", "hue")
 NORMAL = ("scale", "stretch", "shift_y", "shift_x", "brightness", "contrast", "saturation")
 COLUMNS = tuple(f"{name}?" for name in GATES) + UNIFORM + tuple(f"{n}~" for n in NORMAL)
+CUTOUT = ("cutout?", "cutout_y", "cutout_x")  # further columns, uniform, of a pipeline with "o"
 
 # Low-pass of the orthogonal wavelet sym6 (Daubechies 1992, "least asymmetric"); sum sqrt(2).
 SYM6 = (
@@ -49,13 +52,17 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 
 class Config(Frozen):
     name: Literal["ada"]
-    pipeline: Literal["b", "g", "c", "bg", "bc", "gc", "bgc"] = "bgc"
+    pipeline: Literal[
+        "b", "g", "c", "bg", "bc", "gc", "bgc", "o", "bo", "go", "co", "bgo", "bco", "gco", "bgco"
+    ] = "bgc"  # fmt: skip
+    color_share: Probability = 1.0  # of the strength, for the transformations of the colors
     target: Annotated[float, Field(gt=0, lt=1)] = 0.6  # of r_t, the mean sign of D on real images
     rampup_images: Annotated[int, Field(gt=0)] = 500_000  # p goes from 0 to 1 over no fewer images
     # p is adapted each time this many images have been seen; null: 4 discriminator steps.
     every_images: Annotated[int, Field(gt=0)] | None = None
     initial: Probability = 0.0
-    fixed: Probability | None = None  # this strength throughout, no adaptation
+    fixed: Probability | None = None  # this strength throughout, no adaptation, unless
+    fixed_end: Probability | None = None  # it goes there over the recipe's `anneal_images`
 
     def images_between(self, batch: int) -> int:
         """Images between two adaptations."""
@@ -65,27 +72,36 @@ class Config(Frozen):
     def _one_strength(self) -> Config:
         if self.fixed is not None and self.initial:
             raise ValueError("fixed and initial exclude each other: a fixed strength never changes")
+        if self.fixed_end is not None and self.fixed is None:
+            raise ValueError("fixed_end needs fixed, the strength it begins with, for example 0")
         return self
 
 
-def draws(seed: int, stream: str, images_seen: int, num: int) -> Tensor:
-    """float32 [num, K]: uniform columns, then standard normal ones, whatever the pipeline."""
+def columns(pipeline: str) -> tuple[str, ...]:
+    """Names of the random numbers that one image takes, in their order."""
+    return COLUMNS + CUTOUT if "o" in pipeline else COLUMNS
+
+
+def draws(seed: int, stream: str, images_seen: int, num: int, pipeline: str = "bgc") -> Tensor:
+    """float32 [num, K]: uniform columns, then standard normal ones, then those of the cutout."""
     uniform = (num, len(COLUMNS) - len(NORMAL))
-    return torch.cat(
-        [
-            rng.uniform(seed, f"{stream}/uniform", images_seen, uniform),
-            rng.normal(seed, f"{stream}/normal", images_seen, (num, len(NORMAL))),
-        ],
-        dim=1,
-    )
+    parts = [
+        rng.uniform(seed, f"{stream}/uniform", images_seen, uniform),
+        rng.normal(seed, f"{stream}/normal", images_seen, (num, len(NORMAL))),
+    ]
+    if "o" in pipeline:
+        parts.append(rng.uniform(seed, f"{stream}/cutout", images_seen, (num, len(CUTOUT))))
+    return torch.cat(parts, dim=1)
 
 
-def apply(images: Tensor, draws: Tensor, strength: Tensor, pipeline: str) -> Tensor:
+def apply(
+    images: Tensor, draws: Tensor, strength: Tensor, pipeline: str, color_share: float = 1.0
+) -> Tensor:
     """Augmented square images [m, C, R, R], R at least 4; float32 or float64.
 
     `draws` [m, K] from `draws`, `strength` the probability p, 0-d, on the same device.
     """
-    d = dict(zip(COLUMNS, draws.unbind(1), strict=True))
+    d = dict(zip(columns(pipeline), draws.unbind(1), strict=True))
     augmented = images
     blit = blit_of(d, strength, images.shape[-1], enabled="b" in pipeline)
     if "b" in pipeline:
@@ -95,7 +111,10 @@ def apply(images: Tensor, draws: Tensor, strength: Tensor, pipeline: str) -> Ten
         resampled = resample(images, matrix, shift, *blit)
         augmented = torch.where(moved.view(-1, 1, 1, 1), resampled, augmented)
     if "c" in pipeline:
-        augmented = color(augmented, d, strength)
+        augmented = color(augmented, d, strength * color_share)
+    if "o" in pipeline:
+        cut = diffaugment.cutout(augmented, d["cutout_y"], d["cutout_x"])
+        augmented = torch.where((d["cutout?"] < strength).view(-1, 1, 1, 1), cut, augmented)
     return augmented
 
 

@@ -84,10 +84,10 @@ def test_wavelet_is_orthogonal_and_smooth() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("pipeline", ["b", "g", "c", "bg", "bgc"])
+@pytest.mark.parametrize("pipeline", ["b", "g", "c", "bg", "bgc", "o", "bgco"])
 def test_strength_zero_changes_no_bit(channels: int, pipeline: str) -> None:
     images = noise(32, channels)
-    draws = ada.draws(0, "x", 0, 32)
+    draws = ada.draws(0, "x", 0, 32, pipeline)
     assert torch.equal(ada.apply(images, draws, torch.tensor(0.0), pipeline), images)
     changed = ada.apply(images, draws, ONE, pipeline) != images
     assert changed.flatten(1).any(1).float().mean() > 0.9
@@ -112,6 +112,32 @@ def test_blitting_is_exact(pipeline: str) -> None:
     assert torch.equal(moved[..., 1:, :-2], images[..., :-1, 2:])
     assert torch.equal(moved[..., 0, :-2], images[..., 1, 2:]), "the edge reflects"
     assert torch.equal(moved[..., 1:, -1], images[..., :-1, -3])
+
+
+def test_cutout_comes_last_and_as_often_as_all_the_rest() -> None:
+    images, num = noise(1, size=8).expand(4000, -1, -1, -1), 4000
+    draws, p = ada.draws(0, "x", 0, num, "bco"), torch.tensor(0.25)
+    without = ada.apply(images, draws[:, : len(ada.COLUMNS)], p, "bc")
+    assert torch.equal(draws[:, : len(ada.COLUMNS)], ada.draws(0, "x", 0, num)), "as without it"
+    cut = ada.apply(images, draws, p, "bco")
+    hole = (cut == 0).all(1)
+    assert torch.equal(cut, torch.where(hole[:, None], 0.0, without))
+    share = hole.flatten(1).any(1).float().mean().item()
+    assert share == pytest.approx(0.25, abs=0.02)
+    assert hole.flatten(1).sum(1).max() == 16, "half the width, half the height"
+    assert (hole.float().mean(0) > 0).all(), "anywhere"
+
+
+def test_colors_change_with_their_share_of_the_strength() -> None:
+    images, num = noise(1, channels=1, size=4).expand(8000, -1, -1, -1), 8000
+    draws, p = ada.draws(0, "x", 0, num), torch.tensor(0.4)
+    for share in (1.0, 0.5):
+        changed = ada.apply(images, draws, p, "c", share) != images
+        q = 0.4 * share  # brightness, contrast, and the half of all luma flips that turn
+        expected = 1 - (1 - q) ** 2 * (1 - q / 2)
+        assert changed.flatten(1).any(1).float().mean().item() == pytest.approx(expected, abs=0.02)
+    moved = ada.apply(images, draws, p, "b", 0.0)
+    assert torch.equal(moved, ada.apply(images, draws, p, "b")), "only the colors have a share"
 
 
 def test_geometry_is_the_papers_product_of_matrices() -> None:

@@ -17,7 +17,11 @@ from bigan.recipe import RunConfig
 from bigan.world import World
 
 ONE = torch.tensor(1.0)
-EVERYTHING = diffaugment.Config(name="diffaugment"), ada.Config(name="ada")
+EVERYTHING = (
+    diffaugment.Config(name="diffaugment"),
+    ada.Config(name="ada"),
+    ada.Config(name="ada", pipeline="bgco", color_share=0.5),
+)
 
 
 def noise(num: int = 4, channels: int = 3, size: int = 16, seed: int = 0) -> Tensor:
@@ -114,6 +118,8 @@ def test_policy_selects_operations_in_a_fixed_order() -> None:
         ("{name: ada, taget: 0.5}", "did you mean 'augment.target'"),
         ("{name: ada, pipeline: cb}", "expected one of"),
         ("{name: ada, fixed: 0.3, initial: 0.2}", "exclude each other"),
+        ("{name: ada, fixed_end: 0.3}", "needs fixed"),
+        ("{name: ada, fixed: 0, fixed_end: 0.3}", "augment.fixed_end needs anneal_images"),
         ("{name: ada, fixed: 1.5}", "less than or equal to 1"),
     ],
 )

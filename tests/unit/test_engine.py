@@ -90,9 +90,7 @@ def test_fp16_ends_where_scaling_cannot_help(recipe: Recipe) -> None:
     training, stream = make(recipe("precision=fp16"))
     with (
         stream,
-        mock.patch.object(
-            shown, "as_images", lambda real, _: real.permute(0, 3, 1, 2) * torch.nan
-        ),
+        mock.patch.object(shown, "as_images", lambda real, _: real.permute(0, 3, 1, 2) * torch.nan),
     ):
         training.step(stream)
     assert training.engine.halted_at() == 0

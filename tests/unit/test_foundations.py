@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[2]
 
 # DESIGN: a file imports only from lower layers (of equal ones: without cycles, within a room).
 LAYERS: list[set[str]] = [
-    {"errors", "arguments"},
+    {"errors", "arguments", "schedules"},
     {"config", "world", "rng", "files"},
     {"stop", "launch_environment"},
     {"layers", "data", "launching", "heartbeat", "replicas"},
-    {"models", "losses", "penalties", "augment", "schedules", "stats", "journal", "collapse"},
+    {"models", "losses", "penalties", "augment", "stats", "journal", "collapse"},
     {"recipe"},
     {"growth"},
     {"shown", "ema", "snapshot", "mlflow_run", "curves"},

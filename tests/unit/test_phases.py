@@ -162,7 +162,7 @@ def test_discriminator_sees_all_images_augmented(recipe: Recipe, kind: str) -> N
     config = training.config.augment
 
     def judge(images: torch.Tensor, draws: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        seen = augment.apply(config, images, draws, training.strength)
+        seen = augment.apply(config, images, draws, batch.strength)
         assert not torch.equal(seen, images)
         return training.discriminator(seen, labels).mean()
 
@@ -202,7 +202,7 @@ def test_penalties_differentiate_by_the_images_before_augmentation(
     draws = batch.augment_fake if name == "r2" else batch.augment_real
 
     def network(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        seen = augment.apply(training.config.augment, images, draws, training.strength)
+        seen = augment.apply(training.config.augment, images, draws, batch.strength)
         return training.discriminator(seen, labels)
 
     real, fake = shown.as_images(batch.real, None), training.generator(batch.z, batch.fake_labels)
@@ -250,7 +250,23 @@ def test_fixed_strength_keeps_no_state_and_reports_nothing(recipe: Recipe) -> No
     assert not {"sign_real", "augment_p"} & set(means)
     assert set(training.networks) == {"g", "d", "ema"}
     assert training.strength is not None
-    assert training.strength.item() == 0.25
+    assert training.strength.p.item() == 0.25
+
+
+def test_scheduled_strength_follows_the_images_seen_alone(recipe: Recipe) -> None:
+    """R3GAN's: half a cosine from `fixed` to `fixed_end`; a run taken up again needs no state."""
+    augmented = "augment={name: ada, fixed: 0.1, fixed_end: 0.5}"
+    training, stream = make(recipe(augmented, "anneal_images=120"))
+    seen = []
+    with stream:
+        for _ in range(5):
+            training.step(stream)
+            means, _ = training.statistics.collect()
+            seen.append(means["augment_p"])
+    assert seen == pytest.approx([0.1, 0.2, 0.4, 0.5, 0.5])
+    assert set(training.networks) == {"g", "d", "ema"}
+    assert training.strength is not None
+    assert training.strength.p.item() == 0.5
 
 
 def test_adaptive_strength_resumes_bitwise_within_an_interval(
