@@ -14,7 +14,7 @@ from commands import ROOT, TEN_CLASSES
 from torch._dynamo.utils import counters
 
 from bigan import config as configs
-from bigan import growth, snapshot
+from bigan import checkpoint, collapse, growth, snapshot
 from bigan.config import ConfigError
 from bigan.data.pack import pack
 from bigan.data.stream import ShardStream
@@ -266,6 +266,39 @@ def test_resumed_in_a_fade_or_between_stages_it_is_bitwise_the_same(
     assert check(parts) is not None
     assert train(parts, print, lambda *_: None) == 0
     assert last_weights(parts) == last_weights(whole)
+
+
+def test_a_collapse_is_gone_back_from_into_a_former_stage(
+    grown: Grown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 16 px into the fade-in of 8 px, and on from there as a run that was there all along."""
+    kept = ("train.checkpoint_images=56", "train.checkpoint_keep=9", "collapse.action=rollback")
+    config = grown(f"run_dir={tmp_path / 'collapsed'}", *kept)
+    fell: list[int] = []
+
+    def look(detector: collapse.Detector, tick: collapse.Tick) -> list[collapse.Sign]:
+        if tick.images_seen < 280 or fell:
+            return []
+        fell.append(tick.images_seen)
+        detector.began = 150
+        return [collapse.Sign(collapse.GAP, 1.0, 9.0, 3.0)]
+
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(collapse.Detector, "look", look)
+        assert train(config, said.append, lambda *_: None) == 0
+    assert sum("going back there" in line for line in said) == 1
+    assert [line.split(",")[0] for line in said if line.startswith("stage")] == [
+        "stage 1 of 5: 4 px", "stage 2 of 5: 8 px", "stage 3 of 5: 8 px", "stage 4 of 5: 16 px",
+        "stage 2 of 5: 8 px", "stage 3 of 5: 8 px", "stage 4 of 5: 16 px", "stage 5 of 5: 16 px",
+    ]  # fmt: skip
+    other = grown(f"run_dir={tmp_path / 'amended'}", *kept)
+    short = other.model_copy(update={"train": other.train.model_copy(update={"total_images": 112})})
+    assert train(short, print, lambda *_: None) == 0
+    healthy = other.run_dir / "checkpoints" / "112"
+    checkpoint.amend(healthy, rollbacks=1, lr_factor=other.collapse.lr_factor)
+    assert train(other, print, lambda *_: None) == 0
+    assert last_weights(other) == last_weights(config)
 
 
 def test_one_graph_for_each_stage_and_phase(grown: Grown) -> None:
