@@ -38,8 +38,13 @@ _TRAIN_PANELS = (
     _Panel("Discriminator's logits", r"train/logits_\w+"),
     _Panel("Gradient norms", r"train/grad(ient)?_norm_\w+", log=True),
     _Panel("Penalties", r"train/(r1|r2|wgan_gp|penalty\w*|orthogonal\w*)", log=True),
+    _Panel("Path lengths", r"train/path_(length|penalty)", log=True),
+    _Panel("Strength of the augmentation", r"train/augment_p"),
+    _Panel("Largest singular values, generator", r"spectral/g/.+", log=True),
+    _Panel("Largest singular values, discriminator", r"spectral/d/.+", log=True),
     _Panel("Throughput (images/s)", r"train/images_per_second\w*"),
 )
+_MOST_NAMED = 8  # curves in one legend; of more only the highest is named, at its end
 _COLORS = {"d": _BLUE, "g": _VERMILLION, "real": _GREEN, "fake": _PURPLE}
 _NAMES = {"d": "discriminator", "g": "generator"}
 _METRICS = {
@@ -114,7 +119,8 @@ def _draw(
     axes.tick_params(color="#808080", labelcolor="#404040", labelsize=9)
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
-    spare = iter(_SPARE * 4)
+    many = len(drawn) > _MOST_NAMED
+    spare = iter(_shades(len(drawn)) if many else _SPARE * 2)
     finite = []
     for key, (x, y) in drawn.items():
         color = _COLORS.get(key.rpartition("_")[2]) or (next(spare) if len(drawn) > 1 else _BLUE)
@@ -134,13 +140,31 @@ def _draw(
             f"{name} {value:.3g}", (0, value), xycoords=("axes fraction", "data"), fontsize=9,
             xytext=(4, 3), textcoords="offset points", color="#606060",
         )  # fmt: skip
-    if len(drawn) > 1:
+    if many:
+        _name_highest(axes, drawn)
+    elif len(drawn) > 1:
         axes.legend(frameon=False, fontsize=9, loc="best", handlelength=1.4)
     elif panel.pattern.startswith("eval/"):
         _mark_last(axes, *next(iter(drawn.values())))
     elif "(" not in panel.title:  # a title for two, and only one of them is there
         only = _label(next(iter(drawn)), drawn)
         axes.set_title(f"{panel.title}: {only}", loc="left", fontsize=11)
+
+
+def _shades(num: int) -> list[Any]:
+    """`num` colours from dark to light, in the order of the layers."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](position) for position in np.linspace(0, 0.9, num)]
+
+
+def _name_highest(axes: Any, drawn: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    key = max(drawn, key=lambda k: drawn[k][1][-1])
+    x, y = drawn[key]
+    axes.annotate(
+        f"{key.split('/', 2)[-1]} {y[-1]:.3g}", (x[-1], y[-1]), xytext=(-4, 6),
+        textcoords="offset points", ha="right", fontsize=9, color="#404040",
+    )  # fmt: skip
 
 
 def _label(key: str, drawn: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from bigan import checkpoint, files, stop
 from bigan import config as configs
@@ -67,8 +68,7 @@ def check(config: RunConfig) -> Path | None:
                 f"{folder}: not empty and not a run (no config.yaml in it); use another run_dir"
             )
         return None
-    old = configs.load(RunConfig, stored).model_dump(mode="json")
-    new = config.model_dump(mode="json")
+    old, new = _fixed(configs.load(RunConfig, stored)), _fixed(config)
     for key, before, now in configs.differences(old, new):
         if not any(key == free or key.startswith(f"{free}.") for free in FREE):
             raise ConfigError(
@@ -79,6 +79,14 @@ def check(config: RunConfig) -> Path | None:
     if newest is not None:
         checkpoint.read_progress(newest)
     return newest
+
+
+def _fixed(config: RunConfig) -> dict[str, Any]:
+    """Its settings, without those of `FREE` that are inside a list."""
+    settings = config.model_dump(mode="json")
+    for level in (settings["growth"] or {}).get("levels", ()):
+        del level["micro_batch"]
+    return settings
 
 
 def prepare(config: RunConfig) -> None:

@@ -13,8 +13,8 @@ import torch
 from commands import ROOT, TEN_CLASSES
 from torch._dynamo.utils import counters
 
-from bigan import config as configs
 from bigan import checkpoint, collapse, growth, snapshot
+from bigan import config as configs
 from bigan.config import ConfigError
 from bigan.data.pack import pack
 from bigan.data.stream import ShardStream
@@ -266,6 +266,15 @@ def test_resumed_in_a_fade_or_between_stages_it_is_bitwise_the_same(
     assert check(parts) is not None
     assert train(parts, print, lambda *_: None) == 0
     assert last_weights(parts) == last_weights(whole)
+
+
+def test_a_levels_micro_batch_may_change_between_two_lives(grown: Grown) -> None:
+    """As `train.micro_batch` may: another machine has other memory. Its batch may not."""
+    levels = "growth.levels=[{{resolution: 4, batch: {}, micro_batch: {}}}]"
+    assert train(grown(levels.format(40, 20), "train.total_images=40"), print, lambda *_: None) == 0
+    assert check(grown(levels.format(40, 10))) is not None
+    with pytest.raises(ConfigError, match=r"growth\.levels"):
+        check(grown(levels.format(20, 10)))
 
 
 def test_a_collapse_is_gone_back_from_into_a_former_stage(

@@ -219,6 +219,16 @@ def test_losses_and_logits_have_their_colours(tmp_path: Path) -> None:
     assert [p.name for p in out.parent.iterdir()] == ["curves.png"]
 
 
+def test_singular_values_of_many_layers_are_shades_and_of_few_are_named(tmp_path: Path) -> None:
+    dark = "#440154"  # viridis begins here
+    write_run(tmp_path, **{f"spectral__d__conv{i}": 1.0 + i for i in range(4)})
+    out = pictures.curves(tmp_path, tmp_path / "curves.png")
+    assert not holds(out, dark)
+    write_run(tmp_path, **{f"spectral__g__conv{i}": 1.0 + i for i in range(20)})
+    pictures.curves(tmp_path, out)
+    assert holds(out, dark)
+
+
 def test_every_evaluation_metric_gets_a_panel(tmp_path: Path) -> None:
     write_run(tmp_path, train__loss_d=1.0)
     one = height(pictures.curves(tmp_path, tmp_path / "one.png"))
