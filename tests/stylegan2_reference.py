@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+import network_parts
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bigan import config as configs
-from bigan import models
 from bigan.layers import hashing
 from bigan.models.stylegan2 import Config, Discriminator, Generator
 
@@ -26,9 +26,7 @@ def tiny(**changes: object) -> Config:
 
 def networks(config: Config) -> tuple[Generator, Discriminator]:
     """With biases and noise that are not zero, so that an omission shows."""
-    generator, discriminator = models.build(config)
-    generator.init_weights(torch.Generator().manual_seed(0))
-    discriminator.init_weights(torch.Generator().manual_seed(1))
+    generator, discriminator = network_parts.networks(config)
     draw = torch.Generator().manual_seed(2)
     for network in (generator, discriminator):
         for name, parameter in network.named_parameters():
@@ -36,17 +34,6 @@ def networks(config: Config) -> tuple[Generator, Discriminator]:
                 size = 10 if "mapping" in name else 0.3
                 parameter.data += size * torch.randn(parameter.shape, generator=draw)
     return generator, discriminator
-
-
-def batch(config: Config, num: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    """(z, labels, images)"""
-    draw = torch.Generator().manual_seed(7)
-    size = (num, config.image_channels, config.resolution, config.resolution)
-    return (
-        torch.randn(num, config.z_dim, generator=draw),
-        torch.randint(config.num_classes, (num,), generator=draw),
-        torch.rand(size, generator=draw) * 2 - 1,
-    )
 
 
 def clamped(x: Tensor, config: Config) -> Tensor:

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from network_parts import R1, batch, networks
 from torch import Tensor, nn
 
 from bigan import config as configs
@@ -14,7 +15,7 @@ from bigan import models
 from bigan.layers.batchnorm import BatchNorm2d, ConditionalBatchNorm2d, collecting_statistics
 from bigan.layers.init import initialise
 from bigan.layers.spectral import SpectralNorm
-from bigan.models.biggan import Config, Discriminator, DiscriminatorBlock, Generator
+from bigan.models.biggan import Config, DiscriminatorBlock
 
 
 def tiny(**changes: object) -> Config:
@@ -23,24 +24,6 @@ def tiny(**changes: object) -> Config:
         "image_channels": 1, "shared_dim": 6, "attention_resolutions": [8],
     }  # fmt: skip
     return configs.validate(Config, values | changes, "test")
-
-
-def networks(config: Config) -> tuple[Generator, Discriminator]:
-    generator, discriminator = models.build(config)
-    generator.init_weights(torch.Generator().manual_seed(0))
-    discriminator.init_weights(torch.Generator().manual_seed(1))
-    return generator, discriminator
-
-
-def batch(config: Config, num: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    """(z, labels, images)"""
-    draw = torch.Generator().manual_seed(7)
-    size = (num, config.image_channels, config.resolution, config.resolution)
-    return (
-        torch.randn(num, config.z_dim, generator=draw),
-        torch.randint(config.num_classes, (num,), generator=draw),
-        torch.rand(size, generator=draw) * 2 - 1,
-    )
 
 
 # --- parameter counts ----------------------------------------------------------------------------
@@ -144,7 +127,7 @@ def test_flat_latent_conditions_blocks_on_the_class_alone() -> None:
     z, labels, _ = batch(config)
     assert generator.first.weight.shape[1] == 13
     assert generator.blocks[0].bn1.gain.weight.shape[1] == config.shared_dim
-    assert generator(z, labels).shape == (6, 1, 16, 16)
+    assert generator(z, labels).shape == (8, 1, 16, 16)
 
 
 def test_generator_block_equals_its_definition() -> None:
@@ -245,22 +228,6 @@ def test_the_config_chooses_the_initial_law() -> None:
         torch.testing.assert_close(rows.norm(dim=1).mean().item(), deviation, rtol=0.1, atol=0)
 
 
-class R1(nn.Module):
-    """Logits and a gradient penalty in one forward, as a discriminator phase computes them."""
-
-    def __init__(self, discriminator: Discriminator) -> None:
-        super().__init__()
-        self.discriminator = discriminator
-
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        def total(images: Tensor) -> tuple[Tensor, Tensor]:
-            logits = self.discriminator(images, labels)
-            return logits.sum(), logits
-
-        gradient, logits = torch.func.grad(total, has_aux=True)(images)
-        return gradient.square().flatten(1).sum(1).mean() + F.relu(1 - logits).mean()
-
-
 def with_open_attention(network: nn.Module) -> nn.Module:
     for name, parameter in network.named_parameters():
         if name.endswith("gamma"):
@@ -277,7 +244,7 @@ def test_func_grad_through_the_discriminator_equals_autograd() -> None:
     x = images.clone().requires_grad_()
     logits = discriminator(x, labels)
     (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
-    expected_loss = gradient.square().flatten(1).sum(1).mean() + F.relu(1 - logits).mean()
+    expected_loss = gradient.square().flatten(1).sum(1).mean() + F.softplus(-logits).mean()
     expected = torch.autograd.grad(
         expected_loss, list(discriminator.parameters()), allow_unused=True
     )

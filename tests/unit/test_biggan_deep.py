@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from network_parts import R1, batch, networks
 from torch import Tensor, nn
 
 from bigan import config as configs
@@ -12,7 +13,7 @@ from bigan import models
 from bigan.layers.batchnorm import collecting_statistics
 from bigan.layers.spectral import SpectralNorm
 from bigan.models import biggan_deep
-from bigan.models.biggan_deep import Config, Discriminator, DiscriminatorBlock, Generator
+from bigan.models.biggan_deep import Config, DiscriminatorBlock
 
 
 def tiny(**changes: object) -> Config:
@@ -21,24 +22,6 @@ def tiny(**changes: object) -> Config:
         "image_channels": 1, "shared_dim": 6, "attention_resolutions": [8],
     }  # fmt: skip
     return configs.validate(Config, values | changes, "test")
-
-
-def networks(config: Config) -> tuple[Generator, Discriminator]:
-    generator, discriminator = models.build(config)
-    generator.init_weights(torch.Generator().manual_seed(0))
-    discriminator.init_weights(torch.Generator().manual_seed(1))
-    return generator, discriminator
-
-
-def batch(config: Config, num: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    """(z, labels, images)"""
-    draw = torch.Generator().manual_seed(7)
-    size = (num, config.image_channels, config.resolution, config.resolution)
-    return (
-        torch.randn(num, config.z_dim, generator=draw),
-        torch.randint(config.num_classes, (num,), generator=draw),
-        torch.rand(size, generator=draw) * 2 - 1,
-    )
 
 
 def trained(network: nn.Module) -> nn.Module:
@@ -303,22 +286,6 @@ def test_forward_is_pure() -> None:
     for buffer, old, version in zip(buffers, before, versions, strict=True):
         assert torch.equal(buffer, old)
         assert buffer._version == version
-
-
-class R1(nn.Module):
-    """Logits and a gradient penalty in one forward, as a discriminator phase computes them."""
-
-    def __init__(self, discriminator: nn.Module) -> None:
-        super().__init__()
-        self.discriminator = discriminator
-
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        def total(images: Tensor) -> tuple[Tensor, Tensor]:
-            logits = self.discriminator(images, labels)
-            return logits.sum(), logits
-
-        gradient, logits = torch.func.grad(total, has_aux=True)(images)
-        return gradient.square().flatten(1).sum(1).mean() + F.relu(1 - logits).mean()
 
 
 def test_gradients_of_a_penalty_equal_finite_differences(one_stage: None) -> None:

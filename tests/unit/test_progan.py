@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from network_parts import R1, batch
 from torch import Tensor, nn
 
 from bigan import config as configs
@@ -44,17 +45,6 @@ def networks(config: Config, seed: int = 0) -> tuple[Generator, Discriminator]:
             if parameter.ndim == 1:
                 parameter.data.normal_(generator=draw)
     return generator, discriminator
-
-
-def batch(config: Config, num: int = 8) -> tuple[Tensor, Tensor, Tensor]:
-    """(z, labels, images)"""
-    draw = torch.Generator().manual_seed(7)
-    size = (num, config.image_channels, config.resolution, config.resolution)
-    return (
-        torch.randn(num, config.z_dim, generator=draw),
-        torch.randint(config.num_classes, (num,), generator=draw),
-        torch.rand(size, generator=draw) * 2 - 1,
-    )
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -342,22 +332,6 @@ def test_forward_is_pure() -> None:
     assert [buffer._version for buffer in buffers] == versions
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is not None for n in (generator, discriminator) for p in n.parameters())
-
-
-class R1(nn.Module):
-    """Logits and a gradient penalty in one forward, as a discriminator phase computes them."""
-
-    def __init__(self, discriminator: Discriminator) -> None:
-        super().__init__()
-        self.discriminator = discriminator
-
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        def total(images: Tensor) -> tuple[Tensor, Tensor]:
-            logits = self.discriminator(images, labels)
-            return logits.sum(), logits
-
-        gradient, logits = torch.func.grad(total, has_aux=True)(images)
-        return gradient.square().flatten(1).sum(1).mean() + F.softplus(-logits).mean()
 
 
 def test_penalty_gradient_equals_finite_differences() -> None:

@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from network_parts import R1, batch, networks
 from torch import Tensor, nn
 
 from bigan import config as configs
@@ -26,13 +27,6 @@ def tiny(**changes: object) -> Config:
     return configs.validate(Config, values | changes, "test")
 
 
-def networks(config: Config) -> tuple[Generator, Discriminator]:
-    generator, discriminator = models.build(config)
-    generator.init_weights(torch.Generator().manual_seed(0))
-    discriminator.init_weights(torch.Generator().manual_seed(1))
-    return generator, discriminator
-
-
 def trained(config: Config) -> tuple[Generator, Discriminator]:
     """Networks whose zero weights and biases have become small random numbers."""
     pair = networks(config)
@@ -43,17 +37,6 @@ def trained(config: Config) -> tuple[Generator, Discriminator]:
             noise = torch.randn(parameter.shape, generator=draw) * scale
             parameter.data += noise * (parameter == 0)
     return pair
-
-
-def batch(config: Config, num: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    """(z, labels, images)"""
-    draw = torch.Generator().manual_seed(7)
-    size = (num, config.image_channels, config.resolution, config.resolution)
-    return (
-        torch.randn(num, config.z_dim, generator=draw),
-        torch.randint(config.num_classes, (num,), generator=draw),
-        torch.rand(size, generator=draw) * 2 - 1,
-    )
 
 
 # --- widths and parameter counts -----------------------------------------------------------------
@@ -365,22 +348,6 @@ def test_samples_do_not_see_each_other() -> None:
     z, labels, images = batch(config)
     for network, x in zip(pair, (z, images), strict=True):
         torch.testing.assert_close(network(x, labels)[:2], network(x[:2], labels[:2]))
-
-
-class R1(nn.Module):
-    """Logits and a gradient penalty in one forward, as a discriminator phase computes them."""
-
-    def __init__(self, discriminator: Discriminator) -> None:
-        super().__init__()
-        self.discriminator = discriminator
-
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        def total(images: Tensor) -> tuple[Tensor, Tensor]:
-            logits = self.discriminator(images, labels)
-            return logits.sum(), logits
-
-        gradient, logits = torch.func.grad(total, has_aux=True)(images)
-        return gradient.square().flatten(1).sum(1).mean() + F.softplus(-logits).mean()
 
 
 @pytest.mark.parametrize("conditional", [False, True])

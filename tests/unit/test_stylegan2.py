@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 import torch
-from stylegan2_reference import batch, judged, mapped, networks, synthesised, tiny
+from network_parts import batch
+from stylegan2_reference import judged, mapped, networks, synthesised, tiny
 from torch import Tensor
 
 from bigan import config as configs

@@ -7,11 +7,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from stylegan2_reference import batch, networks, tiny
+from network_parts import R1, batch
+from stylegan2_reference import networks, tiny
 from torch import Tensor, nn
 
 from bigan.layers import hashing
-from bigan.models.stylegan2 import Discriminator, Generator
+from bigan.models.stylegan2 import Generator
 
 
 def test_forward_changes_no_buffer_and_no_random_state() -> None:
@@ -33,22 +34,6 @@ def test_forward_changes_no_buffer_and_no_random_state() -> None:
     for buffer, old, version in zip(buffers, before, versions, strict=True):
         assert torch.equal(buffer, old)
         assert buffer._version == version
-
-
-class R1(nn.Module):
-    """Logits and a gradient penalty in one forward, as a discriminator phase computes them."""
-
-    def __init__(self, discriminator: Discriminator) -> None:
-        super().__init__()
-        self.discriminator = discriminator
-
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        def total(images: Tensor) -> tuple[Tensor, Tensor]:
-            logits = self.discriminator(images, labels)
-            return logits.sum(), logits
-
-        gradient, logits = torch.func.grad(total, has_aux=True)(images)
-        return gradient.square().flatten(1).sum(1).mean() + F.softplus(-logits).mean()
 
 
 class PathLength(nn.Module):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stylegan2_reference import batch, mapped, networks, tiny
+from network_parts import batch
+from stylegan2_reference import mapped, networks, tiny
 
 from bigan.layers import hashing
 from bigan.layers.mapping import (
