@@ -10,13 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from parts import evaluated, start_run
 
-from bigan import config as configs
 from bigan import models, rng, snapshot
 from bigan.data.pack import pack
 from bigan.evaluation.truncation import sweep
 from bigan.evaluation.watcher import evaluate
-from bigan.recipe import RunConfig
 from bigan.world import World
 
 RANK = """
@@ -86,22 +85,8 @@ def launch(size: int, *run_dirs: Path) -> list[str]:
 
 
 def make_run(run_dir: Path, data: Path, images_seen: tuple[int, ...]) -> None:
-    content = {
-        "run_dir": str(run_dir),
-        "data": {"path": str(data)},
-        "model": {
-            "name": "biggan", "resolution": 16, "num_classes": 10, "z_dim": 12,
-            "image_channels": 1, "channels": 4, "shared_dim": 4,
-        },
-        "optimizer": {"g": {"lr": 1e-4}, "d": {"lr": 1e-4}},
-        "ema": {"halflife_images": 100},
-        "train": {"total_images": 100, "batch": 10},
-        "evaluation": {"extractor": "digits8-cnn-v1", "batch": 16, "num_samples": 203},
-        "tracking": {"mlflow": False},
-    }  # fmt: skip
-    config = configs.validate(RunConfig, content, "test")
-    run_dir.mkdir()
-    (run_dir / "config.yaml").write_text(configs.dump(config))
+    config = evaluated(run_dir, data, num_samples=203)
+    start_run(config)
     generator, _ = models.build(config.model)
     generator.init_weights(rng.torch_generator(0, "test/init"))
     for images in images_seen:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from parts import evaluated
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from bigan import config as configs
 from bigan import models, rng, snapshot
 from bigan.data import sources
 from bigan.data.pack import pack, pack_source
@@ -28,11 +28,6 @@ from bigan.evaluation.judge import Judge, Task
 from bigan.evaluation.moments import Moments
 from bigan.recipe import RunConfig
 from bigan.world import World
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +46,7 @@ def uniform_noise(num: int) -> Tensor:
 
 
 def recipe(**evaluation: object) -> RunConfig:
-    data = {
-        "run_dir": "runs/x",
-        "data": {"path": "data/digits"},
-        "model": {
-            "name": "biggan", "resolution": 16, "num_classes": 10, "z_dim": 12,
-            "image_channels": 1, "channels": 4, "shared_dim": 4,
-        },
-        "optimizer": {"g": {"lr": 1e-4}, "d": {"lr": 1e-4}},
-        "ema": {"halflife_images": 100},
-        "train": {"total_images": 100, "batch": 10},
-        "evaluation": {"extractor": features.DIGITS8, "batch": 16, **evaluation},
-    }  # fmt: skip
-    return configs.validate(RunConfig, data, "test")
+    return evaluated(Path("runs/x"), Path("data/digits"), **evaluation)
 
 
 # --- extractors -----------------------------------------------------------------------------

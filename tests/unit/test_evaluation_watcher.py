@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parts import evaluated, start_run
 
 from bigan import config as configs
 from bigan import models, rng, snapshot
@@ -25,46 +26,10 @@ from bigan.world import World
 FD, CS = "fd/digits8-cnn-v1", "cs/digits8-cnn-v1"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    pack("digits", folder)
-    return folder
-
-
-def recipe(run_dir: Path, data: Path, **evaluation: object) -> RunConfig:
-    content = {
-        "run_dir": str(run_dir),
-        "data": {"path": str(data)},
-        "model": {
-            "name": "biggan", "resolution": 16, "num_classes": 10, "z_dim": 12,
-            "image_channels": 1, "channels": 4, "shared_dim": 4,
-        },
-        "optimizer": {"g": {"lr": 1e-4}, "d": {"lr": 1e-4}},
-        "ema": {"halflife_images": 100},
-        "train": {"total_images": 100, "batch": 10},
-        "evaluation": {
-            "extractor": features.DIGITS8, "batch": 16, "num_samples": 40, **evaluation
-        },
-        "tracking": {"mlflow": False},
-    }  # fmt: skip
-    return configs.validate(RunConfig, content, "test")
-
-
 def write_snapshot(config: RunConfig, images_seen: int) -> Path:
     generator, _ = models.build(config.model)
     generator.init_weights(rng.torch_generator(images_seen, "test/init"))
     return snapshot.write(config.run_dir, images_seen, generator, config)
-
-
-def start_run(config: RunConfig) -> None:
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "config.yaml").write_text(configs.dump(config))
 
 
 def journal(run_dir: Path) -> list[dict[str, float]]:
@@ -77,8 +42,8 @@ def run(config: RunConfig, watch: bool = False) -> list[str]:
     return lines
 
 
-def test_every_snapshot_is_measured_once_and_oldest_first(tmp_path: Path, data: Path) -> None:
-    config = recipe(tmp_path / "run", data)
+def test_every_snapshot_is_measured_once_and_oldest_first(tmp_path: Path, digits: Path) -> None:
+    config = evaluated(tmp_path / "run", digits)
     start_run(config)
     for images_seen in (100, 1000, 200):
         write_snapshot(config, images_seen)
@@ -111,9 +76,9 @@ def test_every_snapshot_is_measured_once_and_oldest_first(tmp_path: Path, data: 
 
 @pytest.mark.parametrize("truncation", [None, 0.5])
 def test_numbers_are_those_of_the_snapshots_generator(
-    tmp_path: Path, data: Path, truncation: float | None
+    tmp_path: Path, digits: Path, truncation: float | None
 ) -> None:
-    config = recipe(tmp_path / "run", data, truncation=truncation)
+    config = evaluated(tmp_path / "run", digits, truncation=truncation)
     start_run(config)
     folder = write_snapshot(config, 100)
     run(config)
@@ -145,13 +110,13 @@ def _train_labels() -> list[int]:
     return load_split("train")[1].tolist()
 
 
-def test_another_protocol_or_generator_is_measured_anew(tmp_path: Path, data: Path) -> None:
-    config = recipe(tmp_path / "run", data)
+def test_another_protocol_or_generator_is_measured_anew(tmp_path: Path, digits: Path) -> None:
+    config = evaluated(tmp_path / "run", digits)
     start_run(config)
     for images_seen in (100, 200):
         write_snapshot(config, images_seen)
     run(config)
-    changed = recipe(tmp_path / "run", data, seed=1)
+    changed = evaluated(tmp_path / "run", digits, seed=1)
     start_run(changed)
     run(changed)
     assert [line["images_seen"] for line in journal(config.run_dir)] == [100, 200, 100, 200]
@@ -162,8 +127,8 @@ def test_another_protocol_or_generator_is_measured_anew(tmp_path: Path, data: Pa
     assert [line["images_seen"] for line in journal(config.run_dir)][4:] == [200]
 
 
-def test_watching_waits_for_the_run_and_ends_with_it(tmp_path: Path, data: Path) -> None:
-    config = recipe(tmp_path / "run", data)
+def test_watching_waits_for_the_run_and_ends_with_it(tmp_path: Path, digits: Path) -> None:
+    config = evaluated(tmp_path / "run", digits)
     lines: list[str] = []
     failures: list[Exception] = []
 
@@ -202,9 +167,9 @@ def test_watching_waits_for_the_run_and_ends_with_it(tmp_path: Path, data: Path)
     assert len(journal(config.run_dir)) == 2
 
 
-def test_a_snapshot_written_just_before_done_is_not_missed(tmp_path: Path, data: Path) -> None:
+def test_a_snapshot_written_just_before_done_is_not_missed(tmp_path: Path, digits: Path) -> None:
     """The end of the run falls between the two looks of the watcher."""
-    config = recipe(tmp_path / "run", data)
+    config = evaluated(tmp_path / "run", digits)
     start_run(config)
     ledger = Ledger(config.run_dir, {})
     real_find = snapshot.find
@@ -222,8 +187,8 @@ def test_a_snapshot_written_just_before_done_is_not_missed(tmp_path: Path, data:
     assert task is not None
 
 
-def test_a_snapshot_replaced_meanwhile_is_taken_again(tmp_path: Path, data: Path) -> None:
-    config = recipe(tmp_path / "run", data)
+def test_a_snapshot_replaced_meanwhile_is_taken_again(tmp_path: Path, digits: Path) -> None:
+    config = evaluated(tmp_path / "run", digits)
     start_run(config)
     write_snapshot(config, 100)
     real_measure, calls = Judge.measure, []
@@ -243,8 +208,8 @@ def test_a_snapshot_replaced_meanwhile_is_taken_again(tmp_path: Path, data: Path
     assert dataclasses.replace(calls[0], stamp=calls[1].stamp) == calls[1]
 
 
-def test_bad_input_is_one_line_and_leaves_no_trace(tmp_path: Path, data: Path) -> None:
-    config = recipe(tmp_path / "run", data)
+def test_bad_input_is_one_line_and_leaves_no_trace(tmp_path: Path, digits: Path) -> None:
+    config = evaluated(tmp_path / "run", digits)
     with pytest.raises(UserError, match="no such run folder"):
         run(config)
     config.run_dir.mkdir()
@@ -253,12 +218,12 @@ def test_bad_input_is_one_line_and_leaves_no_trace(tmp_path: Path, data: Path) -
     start_run(config)
     with pytest.raises(UserError, match="no complete snapshot"):
         run(config)
-    missing = recipe(tmp_path / "run", tmp_path / "nowhere")
+    missing = evaluated(tmp_path / "run", tmp_path / "nowhere")
     start_run(missing)
     with pytest.raises(UserError, match="nowhere"):
         run(missing, watch=True)
-    inception = recipe(
-        tmp_path / "run", data, extractor=features.INCEPTION, weights_path=str(tmp_path / "w.pth")
+    inception = evaluated(
+        tmp_path / "run", digits, extractor=features.INCEPTION, weights_path=str(tmp_path / "w.pth")
     )
     start_run(inception)
     with pytest.raises(UserError, match=r"w\.pth: no Inception weights"):
@@ -266,13 +231,13 @@ def test_bad_input_is_one_line_and_leaves_no_trace(tmp_path: Path, data: Path) -
     assert sorted(p.name for p in config.run_dir.iterdir()) == ["config.yaml"]
 
 
-def test_data_of_another_size_is_refused(tmp_path: Path, data: Path) -> None:
+def test_data_of_another_size_is_refused(tmp_path: Path, digits: Path) -> None:
     pack("digits", tmp_path / "data", resolution=32)
-    config = recipe(tmp_path / "run", tmp_path / "data")
+    config = evaluated(tmp_path / "run", tmp_path / "data")
     start_run(config)
     with pytest.raises(UserError, match=r"config\.yaml: model\.resolution = 16.*have 32"):
         run(config, watch=True)  # before there is any snapshot
-    fitting = recipe(tmp_path / "run", data)
+    fitting = evaluated(tmp_path / "run", digits)
     start_run(fitting)
     alien = fitting.model_copy(
         update={"model": fitting.model.model_copy(update={"num_classes": 7})}

@@ -10,16 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from commands import TEN_CLASSES
-from parts import make
+from parts import evaluated, make, start_run
 from PIL import Image
 from torch import Tensor, nn
 
-from bigan import config as configs
 from bigan import models, rng, snapshot
 from bigan.cli import main
-from bigan.data.pack import pack
 from bigan.errors import UserError
-from bigan.evaluation import features, sampling
+from bigan.evaluation import sampling
 from bigan.evaluation.judge import Judge, Record, Task
 from bigan.evaluation.truncation import sweep
 from bigan.evaluation.watcher import evaluate
@@ -30,50 +28,16 @@ from bigan.world import World
 FD, CS = "fd/digits8-cnn-v1", "cs/digits8-cnn-v1"
 CPU = torch.device("cpu")
 COUNTS = [1] * 10
-MODELS = {
-    "biggan": {
-        "name": "biggan", "resolution": 16, "num_classes": 10, "z_dim": 12,
-        "image_channels": 1, "channels": 4, "shared_dim": 4,
-    },
-    "stylegan2": {
-        "name": "stylegan2", "resolution": 16, "num_classes": 10, "z_dim": 12, "w_dim": 12,
-        "image_channels": 1, "channel_base": 128, "max_channels": 8, "mapping_layers": 2,
-    },
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    pack("digits", folder)
-    return folder
 
 
 def run_config(run_dir: Path, data: Path, model: str = "biggan", **evaluation: object) -> RunConfig:
-    content = {
-        "run_dir": str(run_dir),
-        "data": {"path": str(data)},
-        "model": MODELS[model],
-        "optimizer": {"g": {"lr": 1e-4}, "d": {"lr": 1e-4}},
-        "ema": {"halflife_images": 100},
-        "train": {"total_images": 100, "batch": 20, "standing_batches": 3},
-        "evaluation": {
-            "extractor": features.DIGITS8, "batch": 16, "num_samples": 40, **evaluation
-        },
-        "tracking": {"mlflow": False},
-    }  # fmt: skip
-    return configs.validate(RunConfig, content, "test")
+    train: dict[str, object] = {"batch": 20, "standing_batches": 3}
+    return evaluated(run_dir, data, model, train, **evaluation)
 
 
-def start_run(config: RunConfig, *images_seen: int) -> None:
+def run_with_snapshots(config: RunConfig, *images_seen: int) -> None:
     """A run folder as training leaves it, with these snapshots of untrained generators."""
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "config.yaml").write_text(configs.dump(config))
+    start_run(config)
     for seen in images_seen:
         snapshot.write(config.run_dir, seen, generator_of(config, seen), config)
 
@@ -218,10 +182,10 @@ def test_a_mean_latent_makes_it_psi(tmp_path: Path) -> None:
 
 
 def test_a_sweep_is_a_table_a_picture_and_log_lines(
-    tmp_path: Path, data: Path, measured: list[tuple[int, float | None]]
+    tmp_path: Path, digits: Path, measured: list[tuple[int, float | None]]
 ) -> None:
-    config = run_config(tmp_path / "run", data)
-    start_run(config, 100, 200)
+    config = run_config(tmp_path / "run", digits)
+    run_with_snapshots(config, 100, 200)
     lines = measure(config, None, 1.0, 0.2, 1.0)
     assert measured == [(200, 0.2), (200, 1.0), (200, None)]
     records = table(config, 200)
@@ -255,10 +219,10 @@ def test_a_sweep_is_a_table_a_picture_and_log_lines(
 
 
 def test_nothing_is_measured_twice(
-    tmp_path: Path, data: Path, measured: list[tuple[int, float | None]]
+    tmp_path: Path, digits: Path, measured: list[tuple[int, float | None]]
 ) -> None:
-    config = run_config(tmp_path / "run", data)
-    start_run(config, 100)
+    config = run_config(tmp_path / "run", digits)
+    run_with_snapshots(config, 100)
     evaluate(config.run_dir, World(), watch=False, echo=lambda _: None)
     measure(config, 0.5, None)  # None is the snapshot's own record
     assert measured == [(100, None), (100, 0.5)]
@@ -282,11 +246,11 @@ def test_nothing_is_measured_twice(
 
 
 def test_the_record_without_truncation_is_the_snapshots_own(
-    tmp_path: Path, data: Path, measured: list[tuple[int, float | None]]
+    tmp_path: Path, digits: Path, measured: list[tuple[int, float | None]]
 ) -> None:
     """And where the recipe truncates, the one with its truncation is."""
-    config = run_config(tmp_path / "run", data, truncation=0.5)
-    start_run(config, 100)
+    config = run_config(tmp_path / "run", digits, truncation=0.5)
+    run_with_snapshots(config, 100)
     measure(config, 0.5, None)
     evaluate(config.run_dir, World(), watch=False, echo=lambda _: None)
     assert measured == [(100, 0.5), (100, None)]
@@ -295,11 +259,11 @@ def test_the_record_without_truncation_is_the_snapshots_own(
 
 
 def test_an_interrupted_sweep_goes_on(
-    tmp_path: Path, data: Path, measured: list[tuple[int, float | None]],
+    tmp_path: Path, digits: Path, measured: list[tuple[int, float | None]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    config = run_config(tmp_path / "run", data)
-    start_run(config, 100)
+    config = run_config(tmp_path / "run", digits)
+    run_with_snapshots(config, 100)
     with monkeypatch.context() as patch:
         counted = Judge.measure
 
@@ -316,10 +280,10 @@ def test_an_interrupted_sweep_goes_on(
 
 
 def test_a_snapshot_written_again_meanwhile_gives_no_number(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = run_config(tmp_path / "run", data)
-    start_run(config, 100)
+    config = run_config(tmp_path / "run", digits)
+    run_with_snapshots(config, 100)
     real = Judge.measure
 
     def replaced(judge: Judge, task: Task, truncation: float | None) -> Record:
@@ -334,10 +298,10 @@ def test_a_snapshot_written_again_meanwhile_gives_no_number(
 
 
 def test_which_snapshot(
-    tmp_path: Path, data: Path, measured: list[tuple[int, float | None]]
+    tmp_path: Path, digits: Path, measured: list[tuple[int, float | None]]
 ) -> None:
-    config = run_config(tmp_path / "run", data)
-    start_run(config, 100, 200, 1000)
+    config = run_config(tmp_path / "run", digits)
+    run_with_snapshots(config, 100, 200, 1000)
     with pytest.raises(UserError, match="no snapshot has been measured"):
         measure(config, 0.5, which="best")
     evaluate(config.run_dir, World(), watch=False, echo=lambda _: None)
@@ -354,9 +318,9 @@ def test_which_snapshot(
         measure(config, 0.5, which="300")
 
 
-def test_psi_is_named_and_bounded(tmp_path: Path, data: Path) -> None:
-    config = run_config(tmp_path / "run", data, "stylegan2")
-    start_run(config, 100)
+def test_psi_is_named_and_bounded(tmp_path: Path, digits: Path) -> None:
+    config = run_config(tmp_path / "run", digits, "stylegan2")
+    run_with_snapshots(config, 100)
     with pytest.raises(UserError, match=r"truncation 1\.5: stylegan2 has a mean latent.*psi"):
         measure(config, 1.5)
     with pytest.raises(UserError, match=r"use 0\.02 or more"):
@@ -367,9 +331,9 @@ def test_psi_is_named_and_bounded(tmp_path: Path, data: Path) -> None:
     assert protocol["generator"] == "averaged weights, standing batch statistics"
 
 
-def test_micro_batches_are_remarked_on(tmp_path: Path, data: Path) -> None:
-    config = run_config(tmp_path / "run", data)
-    start_run(config, 100)
+def test_micro_batches_are_remarked_on(tmp_path: Path, digits: Path) -> None:
+    config = run_config(tmp_path / "run", digits)
+    run_with_snapshots(config, 100)
     micro = ["train.micro_batch=5"]
     said = "evaluation.standing_batch"
     assert any(said in line for line in measure(config, 0.5, overrides=micro))
@@ -379,9 +343,9 @@ def test_micro_batches_are_remarked_on(tmp_path: Path, data: Path) -> None:
     assert "3 x 10" in table(config, 100)[0.5]["protocol"]["generator"]
 
 
-def test_the_command(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = run_config(tmp_path / "run", data)
-    start_run(config, 100)
+def test_the_command(tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run_config(tmp_path / "run", digits)
+    run_with_snapshots(config, 100)
     run = str(config.run_dir)
     assert main(["evaluate", run, "--truncations", "0.5,none", "--snapshot", "latest"]) == 0
     assert list(table(config, 100)) == [0.5, None]
