@@ -1,6 +1,7 @@
-"""What a lazy regulariser costs: its optimiser steps as a share of the training step.
+r"""What a lazy regulariser costs: its optimiser steps as a share of the training step.
 
-    python benchmarks/lazy.py configs/stylegan2-digits.yaml data.path=data/digits
+    python benchmarks/lazy.py configs/stylegan2-digits.yaml model.resolution=32 \
+        model.channel_base=1024 "penalties=[{name: r1, every: 16, own_step: true}]"
     python benchmarks/lazy.py configs/stylegan2-256.yaml compile=inductor --out result.json
 
 Each phase's main step and its regularising step are timed in turns on images that lie ready; a
