@@ -24,9 +24,12 @@ help:  ## show this list
 	else echo "neither venv nor pip works in $(PYTHON): install one (python3-venv on Debian) or uv"; \
 	exit 1; fi
 
+# Where Python may not keep bytecode, every process would compile torch anew: 4 s each.
+COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
+
 # The stamp is older than the lock file after a pull: then the environment is brought up to date.
 $(VENV)/.complete: pyproject.toml uv.lock | $(filter .uv/bin/uv,$(UV))
-	UV_PROJECT_ENVIRONMENT=$(VENV) $(UV) sync --locked --quiet --all-extras
+	UV_PROJECT_ENVIRONMENT=$(VENV) $(UV) sync --locked --quiet --all-extras $(COMPILE)
 	@touch $@
 
 setup: $(VENV)/.complete  ## install everything into .venv from the lock file
@@ -52,7 +55,8 @@ system:
 		|| echo "could not install" $$missing "(apt-get failed)"; \
 	else echo "not installed:" $$missing "(for the tests with a real SLURM, and of several machines)"; fi
 
-SIDE_BY_SIDE := tests/unit tests/smoke tests/parity/test_execution_modes.py
+SIDE_BY_SIDE := tests/unit tests/smoke tests/parity/test_execution_modes.py \
+	tests/launch/test_pack_command.py
 
 test: setup system  ## run the tests (no GPU needed)
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist worksteal $(SIDE_BY_SIDE)

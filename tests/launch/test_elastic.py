@@ -59,10 +59,10 @@ def ran(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     [
         ("ddp", "fsdp"),
         ("ddp", "single"),
-        ("ddp", "zero1"),
         *(
             pytest.param(engines, marks=pytest.mark.slow)
             for engines in (
+                ("ddp", "zero1"),  # its pieces are those of test_engines.py
                 ("ddp", "fsdp", "single"),
                 ("ddp", "zero2"),
                 ("ddp", "zero1_offload"),

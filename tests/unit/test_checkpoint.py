@@ -84,7 +84,7 @@ def start(run: Path, digits: Path, *overrides: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
 
 
-LONG = ("train.total_images=1600", "train.checkpoint_images=80", "train.snapshot_images=1600")
+LONG = ("train.total_images=960", "train.checkpoint_images=80", "train.snapshot_images=960")
 
 
 def test_sigkill_between_and_during_saves(digits: Path, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_sigkill_between_and_during_saves(digits: Path, tmp_path: Path) -> None:
         elif process.wait(120) == 0:
             break
     assert kills >= 3
-    assert weights(tmp_path / "whole", 1600) == weights(run, 1600)
+    assert weights(tmp_path / "whole", 960) == weights(run, 960)
     for name in ("checkpoints", "snapshots", "samples"):
         assert not list((run / name).glob(".*")), "a later life cleans up"
 
