@@ -141,7 +141,7 @@ def test_draws_are_functions_of_the_counter(config: augment.AugmentConfig) -> No
     for other in ((1, "d/augment/real", 80), (0, "d/augment/fake", 80), (0, "g/augment", 120)):
         different = augment.draws(config, *other, 40)
         assert different is not None
-        assert (draws != different).all(0).any()
+        assert (draws != different).any(0).all(), "every column"
     images = noise(40)
     whole = augment.apply(config, images, draws, ONE)
     for rank in (0, 1):
