@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from bigan.augment import AugmentConfig, NoAugment, ada
+from bigan.augment import AugmentConfig, NoAugment
 from bigan.collapse import CollapseConfig
 from bigan.config import ConfigError, Frozen
 from bigan.data.settings import DataConfig
@@ -179,9 +179,8 @@ class RunConfig(Frozen):
             raise ValueError(
                 "penalties: those with own_step share one optimiser step, give them the same every"
             )
-        augmentation = self.augment if isinstance(self.augment, ada.Config) else None
         ends = {
-            "augment.fixed_end": augmentation and augmentation.fixed_end,
+            "augment.fixed_end": getattr(self.augment, "fixed_end", None),
             "optimizer.g.lr_end": self.optimizer.g.lr_end,
             "optimizer.d.lr_end": self.optimizer.d.lr_end,
             "optimizer.g.beta2_end": self.optimizer.g.beta2_end,

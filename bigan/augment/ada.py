@@ -71,7 +71,9 @@ class Config(Frozen):
     @model_validator(mode="after")
     def _one_strength(self) -> Config:
         if self.fixed is not None and self.initial:
-            raise ValueError("fixed and initial exclude each other: a fixed strength never changes")
+            raise ValueError(
+                "fixed and initial exclude each other: an adaptive one begins at initial"
+            )
         if self.fixed_end is not None and self.fixed is None:
             raise ValueError("fixed_end needs fixed, the strength it begins with, for example 0")
         return self

@@ -20,24 +20,23 @@ class Strength:
         self.config = config
         self.anneal_images = anneal_images
         self.world = world
-        self.p = torch.tensor(config.initial, device=world.device)
+        start = config.initial if config.fixed is None else config.fixed
+        self.p = torch.tensor(start, device=world.device)
         self.adaptive: AdaptiveStrength | None = None
         if config.fixed is None:
             self.adaptive = AdaptiveStrength(self.p, config.target, config.rampup_images)
-        self.schedule(0)
 
     def schedule(self, images_seen: int) -> None:
-        """Before a step: what the recipe prescribes for it, if it prescribes the strength."""
-        if self.config.fixed is not None:
-            end, over = self.config.fixed_end, self.anneal_images
-            self.p.fill_(annealed(images_seen, self.config.fixed, end, over))
+        """Before a step: the strength that a recipe's schedule prescribes for it, if it has one."""
+        start, end = self.config.fixed, self.config.fixed_end
+        if start is not None and end is not None:
+            self.p.fill_(annealed(images_seen, start, end, self.anneal_images))
 
     def follow(self, scalars: dict[str, Tensor], images_seen: int, batch: int) -> dict[str, Tensor]:
         """After a discriminator step that began at `images_seen`: steer; what is to be logged.
 
-        `scalars` are the step's, `batch` its images over all ranks.
-
-        All ranks must call it; never waits for the device.
+        `scalars` are the step's, `batch` its images over all ranks. All ranks must call it; it
+        never waits for the device.
         """
         if self.config.fixed is not None and self.config.fixed_end is None:
             return {}

@@ -99,7 +99,7 @@ def test_sigkill_between_and_during_saves(digits: Path, tmp_path: Path) -> None:
         process = start(run, digits, *LONG)
         have = len(files.numbered_folders(run / "checkpoints"))
         until = time.monotonic() + 60
-        if kills < 3:
+        if kills < 4:
             newest = checkpoint.latest(run)
             while checkpoint.latest(run) == newest and process.poll() is None:
                 assert time.monotonic() < until, f"no progress, {have} checkpoints"
@@ -109,7 +109,7 @@ def test_sigkill_between_and_during_saves(digits: Path, tmp_path: Path) -> None:
             kills += process.wait(30) == -signal.SIGKILL
         elif process.wait(120) == 0:
             break
-    assert kills >= 2
+    assert kills >= 3
     assert weights(tmp_path / "whole", 960) == weights(run, 960)
     for name in ("checkpoints", "snapshots", "samples"):
         assert not list((run / name).glob(".*")), "a later life cleans up"
