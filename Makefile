@@ -55,8 +55,9 @@ system:
 		|| echo "could not install" $$missing "(apt-get failed)"; \
 	else echo "not installed:" $$missing "(for the tests with a real SLURM, and of several machines)"; fi
 
-SIDE_BY_SIDE := tests/unit tests/smoke tests/parity/test_execution_modes.py \
-	tests/launch/test_pack_command.py
+SIDE_BY_SIDE := $(addprefix tests/,layers models augment data objectives checkpoint reporting engine \
+	run evaluation bench smoke test_config.py test_foundations.py test_schedules_ema.py) \
+	tests/parity/test_execution_modes.py tests/launch/test_pack_command.py
 
 test: setup system  ## run the tests (no GPU needed)
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist worksteal $(SIDE_BY_SIDE)

@@ -22,9 +22,9 @@ from typing import Any
 from bigan import config as configs
 from bigan.bench.measuring import hardware, summary, synthetic_images, wait
 from bigan.engine import Engine
-from bigan.inputs import check_data, open_stream
-from bigan.recipe import RunConfig
-from bigan.training import Training
+from bigan.run.state import Training
+from bigan.run.streams import check_data, open_stream
+from bigan.run_config import RunConfig
 
 MOST_SLOWER = 0.02
 MOST_SWITCH_SECONDS = 5.0

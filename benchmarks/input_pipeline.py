@@ -43,12 +43,12 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from tqdm import tqdm
 
+from bigan.augment.discriminator_inputs import as_images
 from bigan.data import sources
 from bigan.data.pack import pack, pack_source
 from bigan.data.settings import SMALL_RESOLUTION, Fetch
 from bigan.data.stream import Batch, ShardStream
-from bigan.shown import as_images
-from bigan.world import World
+from bigan.distributed.world import World
 
 BATCH = 64
 WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -229,7 +229,7 @@ def compare(root: Path, size: int, num: int, runs: int) -> dict[str, dict[str, d
 RESUME = """
 import json, sys, time
 from bigan.data.stream import ShardStream
-from bigan.world import World
+from bigan.distributed.world import World
 folder, images_seen = sys.argv[1], int(sys.argv[2])
 began = time.perf_counter()
 with ShardStream(folder, seed=0, world=World(), batch=64, images_seen=images_seen) as stream:
@@ -242,7 +242,7 @@ import itertools, os, sys
 from pathlib import Path
 from bigan.data.settings import Fetch
 from bigan.data.stream import ShardStream
-from bigan.world import World
+from bigan.distributed.world import World
 folder, num = sys.argv[1], int(sys.argv[2])
 def resident():
     pages = int(Path("/proc/self/statm").read_text().split()[1])

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from bigan import config as configs
-from bigan import phases
 from bigan.bench.measuring import hardware, summary, synthetic_images, wait
 from bigan.engine import Engine
-from bigan.growth import grown
-from bigan.recipe import RunConfig, own_step_every
-from bigan.training import Training
+from bigan.objectives import gan
+from bigan.objectives.growth import grown
+from bigan.run.state import Training
+from bigan.run_config import RunConfig, own_step_every
 
 MOST = 0.10
 WARM_UP_RUNS = 2
@@ -60,8 +60,8 @@ def measure(config: RunConfig, runs: int) -> dict[str, Any]:
                 times[kind].append(clock() - began)
     training.close()
     shares = {}
-    order = phases.order(config)
-    main = [kind for kind, (_, terms) in kinds.items() if phases.ADVERSARIAL in terms]
+    order = gan.order(config)
+    main = [kind for kind, (_, terms) in kinds.items() if gan.ADVERSARIAL in terms]
     for kind in kinds.keys() - main:
         every = own_step_every(config, kinds[kind][0]) or 1
         found = []

@@ -27,17 +27,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bigan import config as configs
-from bigan import ema, phases
 from bigan.bench.measuring import hardware, summary, wait
+from bigan.distributed.signals import StopFlag
 from bigan.engine import Engine
-from bigan.growth import grown
-from bigan.inputs import check_data, open_stream
 from bigan.layers.spectral import power_iteration
-from bigan.recipe import RunConfig
-from bigan.stop import StopFlag
-from bigan.tracking import Tracker
-from bigan.trainer import Loop
-from bigan.training import Training
+from bigan.objectives import ema, gan
+from bigan.objectives.growth import grown
+from bigan.reporting.tracker import Tracker
+from bigan.run.state import Training
+from bigan.run.streams import check_data, open_stream
+from bigan.run.trainer import Loop
+from bigan.run_config import RunConfig
 
 TARGET = 0.03
 WARM_UP_STEPS = 3
@@ -78,7 +78,7 @@ class Subject:
         self.training.prepare()
         self.stream = open_stream(self.training)
         self.tracker = Tracker(config.run_dir, config.tracking, role="train")
-        self.order = phases.order(config)
+        self.order = gan.order(config)
         self.batches = {
             name: self.training._micro_batches(phase, phase.terms(0), self.stream)
             for name, phase in self.training.phases.items()

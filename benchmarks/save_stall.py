@@ -23,9 +23,9 @@ from bigan import config as configs
 from bigan.bench.measuring import hardware, summary, synthetic_images, wait
 from bigan.checkpoint import Saver
 from bigan.engine import Engine
-from bigan.growth import grown
-from bigan.recipe import RunConfig
-from bigan.training import Training
+from bigan.objectives.growth import grown
+from bigan.run.state import Training
+from bigan.run_config import RunConfig
 
 WARM_UP_STEPS = 2
 

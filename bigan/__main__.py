@@ -2,6 +2,6 @@
 
 import sys
 
-from bigan.cli import main
+from bigan.cli.main import main
 
 sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from bigan.cli import main
+from bigan.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

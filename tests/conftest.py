@@ -10,7 +10,7 @@ import torch
 from commands import SMOKE
 
 from bigan import config as configs
-from bigan.recipe import RunConfig
+from bigan.run_config import RunConfig
 
 torch.set_num_threads(1)
 

@@ -9,8 +9,8 @@ from commands import TEN_CLASSES
 from bigan import config as configs
 from bigan.data.stream import ShardStream
 from bigan.engine import Engine
-from bigan.recipe import RunConfig
-from bigan.training import Training
+from bigan.run.state import Training
+from bigan.run_config import RunConfig
 
 
 def make(config: RunConfig) -> tuple[Training, ShardStream]:

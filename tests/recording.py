@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from bigan.cli import main
+from bigan.cli.main import main
 from bigan.data import stream
 
 

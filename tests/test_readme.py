@@ -24,7 +24,7 @@ README = (ROOT / "README.md").read_text()
 ELSEWHERE = {
     "make demo": "test_demo_from_a_clean_clone below (slow)",
     "make test": ".ci/run",
-    ".venv/bin/python benchmarks/input_pipeline.py --quick": "tests/unit/test_input_benchmark.py",
+    ".venv/bin/python benchmarks/input_pipeline.py --quick": "tests/bench/test_input_benchmark.py",
 }
 SMALL = (
     "train.total_images=80 train.batch=40 train.micro_batch=20 train.snapshot_images=40 "

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from bigan.augment.ada import Config
+from bigan.distributed.world import World, sum_over_ranks
 from bigan.schedules import annealed, due
-from bigan.world import World, sum_over_ranks
 
 
 class Strength:

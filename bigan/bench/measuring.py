@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from bigan.data.stream import Batch
-from bigan.recipe import RunConfig
-from bigan.tracking import cpu_name
+from bigan.reporting.tracker import cpu_name
+from bigan.run_config import RunConfig
 
 
 def synthetic_images(

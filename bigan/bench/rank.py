@@ -30,15 +30,15 @@ from bigan import config as configs
 from bigan.bench.measuring import synthetic_images, wait
 from bigan.checkpoint import Saver
 from bigan.data.stream import Batch
+from bigan.distributed.launch import disconnect
+from bigan.distributed.world import World, barrier, broadcast, on_main
 from bigan.engine import Engine
 from bigan.errors import RunError, UserError
-from bigan.inputs import check_data, open_stream
-from bigan.launching import disconnect
 from bigan.layers.batchnorm import set_process_group
-from bigan.phases import ADVERSARIAL
-from bigan.recipe import RunConfig
-from bigan.training import Training
-from bigan.world import World, barrier, broadcast, on_main
+from bigan.objectives.gan import ADVERSARIAL
+from bigan.run.state import Training
+from bigan.run.streams import check_data, open_stream
+from bigan.run_config import RunConfig
 
 WARM_UP_STEPS = 3
 MIN_STEPS = 4  # of a timed run, however long they are: fewer have no spread

@@ -34,9 +34,9 @@ from bigan.bench.workload import (
 )
 from bigan.engine import Echo
 from bigan.errors import UserError
-from bigan.growth import grown
-from bigan.inputs import check_data
-from bigan.recipe import RunConfig, accumulation_steps
+from bigan.objectives.growth import grown
+from bigan.run.streams import check_data
+from bigan.run_config import RunConfig, accumulation_steps
 
 
 @dataclass(frozen=True)

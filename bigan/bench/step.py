@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from bigan import config as configs
-from bigan import phases
 from bigan.bench.measuring import hardware, peak_memory, summary, synthetic_images, wait
 from bigan.engine import Echo, Engine
 from bigan.errors import UserError
-from bigan.growth import grown
-from bigan.recipe import PenaltyConfig, RunConfig
-from bigan.training import Training
+from bigan.objectives import gan
+from bigan.objectives.growth import grown
+from bigan.run.state import Training
+from bigan.run_config import PenaltyConfig, RunConfig
 
 WARM_UP_STEPS = 3
 RUN_SECONDS = 1.0  # a timed run repeats the step for about this long
@@ -75,7 +75,7 @@ def measure_step(text: str, runs: int) -> dict[str, Any]:
     training = Training(config, engine, classes)
     training.prepare()
     source = synthetic_images(config, training.accumulation, device)
-    order = phases.order(config)
+    order = gan.order(config)
     spent: dict[str, list[float]] = {name: [] for name in dict.fromkeys(order)}
 
     def steps(num: int, record: bool) -> float:

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bigan import models, phases
+from bigan import models
 from bigan.bench.prediction import Network, PhaseWork, Workload
 from bigan.layers.batchnorm import normalisation_layers
-from bigan.recipe import RunConfig
+from bigan.objectives import gan
+from bigan.run_config import RunConfig
 
 EAGER_DDP_OVERLAP = 0.4  # of a phase's time: most of its backward, and not the first bucket
 ASSUMED_SPREAD = 0.01
@@ -103,7 +104,7 @@ def workload(
     }
     engine = engine_name(config)
     overlap = EAGER_DDP_OVERLAP if engine == "ddp" and config.compile == "eager" else 0.0
-    order = phases.order(config)
+    order = gan.order(config)
     return Workload(
         phases=tuple(
             PhaseWork(

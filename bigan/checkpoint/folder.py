@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigan import files
+from bigan import atomic_files
 from bigan.checkpoint.part import part_name
 from bigan.checkpoint.progress import PartSum, Progress, to_json
 from bigan.checkpoint.reader import Reader
@@ -34,15 +34,15 @@ def complete(
                 f"{part_name(index, len(parts))} of rank {index} cannot be seen on rank 0: "
                 "run_dir must be on a file system that all nodes share"
             )
-    files.write_atomic(draft / "progress.json", to_json(progress, parts))
+    atomic_files.write_atomic(draft / "progress.json", to_json(progress, parts))
     if check:
         Reader(draft, verify=False)
-    (draft / files.COMPLETE).write_text("")
-    files.sync(draft)
-    folder, former = draft.with_name(str(progress.images_seen)), files.temporary_name(draft)
+    (draft / atomic_files.COMPLETE).write_text("")
+    atomic_files.sync(draft)
+    folder, former = draft.with_name(str(progress.images_seen)), atomic_files.temporary_name(draft)
     if folder.exists():  # an incomplete one, or the same state saved again
         folder.replace(former)  # at once: a folder being deleted must not look complete
     draft.replace(folder)
-    files.sync(folder.parent)
+    atomic_files.sync(folder.parent)
     shutil.rmtree(former, ignore_errors=True)
     return folder

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from bigan import files
+from bigan import atomic_files
 from bigan.checkpoint.pieces import Piece
 from bigan.checkpoint.progress import PartSum
 
@@ -84,7 +84,7 @@ class Staging:
             self._copied.synchronize()
         content = self._block.numpy()[: self._num_bytes].data
         crc32 = zlib.crc32(self._header)
-        temporary = files.temporary_name(path)
+        temporary = atomic_files.temporary_name(path)
         with temporary.open("wb") as file:
             file.write(self._header)
             for at in range(0, self._num_bytes, CHUNK_BYTES):

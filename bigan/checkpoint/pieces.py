@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bigan.distributed.world import World
 from bigan.errors import RunError
-from bigan.world import World
 
 
 @dataclass(frozen=True)

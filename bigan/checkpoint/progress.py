@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bigan import files
+from bigan import atomic_files
 from bigan.errors import UserError
 
 FORMAT = 2
@@ -56,7 +56,7 @@ def amend(folder: Path, **changes: float) -> None:
     """Replace counters of a complete checkpoint, all or none at once; on rank 0. Raises OSError."""
     path = folder / "progress.json"
     record = json.loads(path.read_text()) | changes
-    files.write_atomic(path, json.dumps(record, indent=2) + "\n")
+    atomic_files.write_atomic(path, json.dumps(record, indent=2) + "\n")
 
 
 def read_progress(folder: Path) -> Progress:

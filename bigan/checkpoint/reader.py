@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bigan.checkpoint.part import DTYPES, file_sum, part_name
 from bigan.checkpoint.progress import CheckpointError, PartSum, go_back, read_record
-from bigan.world import World, together
+from bigan.distributed.world import World, together
 
 T = TypeVar("T")
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}

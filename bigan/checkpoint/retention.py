@@ -6,18 +6,18 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigan import files
+from bigan import atomic_files
 
 
 def latest(run_dir: Path) -> Path | None:
     """The newest complete checkpoint, or None; call on rank 0 and tell the others."""
-    found = files.numbered_folders(run_dir / "checkpoints")
+    found = atomic_files.numbered_folders(run_dir / "checkpoints")
     return found[-1] if found else None
 
 
 def newest_until(run_dir: Path, images_seen: int) -> Path | None:
     """The newest complete checkpoint of at most `images_seen`, or None; call on rank 0."""
-    found = files.numbered_folders(run_dir / "checkpoints")
+    found = atomic_files.numbered_folders(run_dir / "checkpoints")
     return next((f for f in reversed(found) if int(f.name) <= images_seen), None)
 
 
@@ -48,7 +48,7 @@ def prune(
 
     Raises OSError.
     """
-    folders = files.numbered_folders(run_dir / "checkpoints")
+    folders = atomic_files.numbered_folders(run_dir / "checkpoints")
     stay = kept([int(f.name) for f in folders], keep, milestone_images, trusted_until)
     for folder in folders:
         if int(folder.name) not in stay:
@@ -57,12 +57,12 @@ def prune(
 
 def discard_after(run_dir: Path, images_seen: int) -> None:
     """Delete every checkpoint beyond `images_seen`, the newest first; on rank 0. Raises OSError."""
-    for folder in reversed(files.numbered_folders(run_dir / "checkpoints")):
+    for folder in reversed(atomic_files.numbered_folders(run_dir / "checkpoints")):
         if int(folder.name) > images_seen:
             _delete(folder)
 
 
 def _delete(folder: Path) -> None:
-    doomed = files.temporary_name(folder)
+    doomed = atomic_files.temporary_name(folder)
     folder.replace(doomed)  # at once: from here on it is no checkpoint
     shutil.rmtree(doomed)

@@ -20,7 +20,7 @@ from bigan.checkpoint.part import Staging, part_name
 from bigan.checkpoint.pieces import Piece, require_finite_tensors, share
 from bigan.checkpoint.progress import PartSum, Progress
 from bigan.checkpoint.retention import prune
-from bigan.world import World, broadcast, gather, together
+from bigan.distributed.world import World, broadcast, gather, together
 
 T = TypeVar("T")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bigan import files
+from bigan import atomic_files
 from bigan.data import DataError, remote
 from bigan.data.shards import Shard
 
@@ -46,7 +46,7 @@ class NodeCache:
         self.transfers = remote.Transfers()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            files.remove_leftovers(folder, shared=True)  # half downloads of killed processes
+            atomic_files.remove_leftovers(folder, shared=True)  # half downloads of killed processes
         except OSError as error:
             raise DataError(f"{folder}: cannot be the data.cache: {error.strerror}") from None
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from bigan import files
+from bigan import atomic_files
 from bigan.data import DataError, remote
 from bigan.data.settings import Fetch
 from bigan.data.shards import MANIFEST, PLAN, PYRAMID, Manifest, level_folder
@@ -77,7 +77,7 @@ def _remote(base: str, fetch: Fetch) -> Manifest:
 def _keep(file: Path, content: bytes, base: str) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomic(file, content)
+        atomic_files.write_atomic(file, content)
     except OSError as error:
         raise DataError(
             f"{file}: cannot keep the index of {base}: {error.strerror}; set data.cache"

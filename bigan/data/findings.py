@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bigan import files
+from bigan import atomic_files
 from bigan.data import DataError
 from bigan.data.contact import COLUMNS, MIN_LINES, ROWS, Row, contact_sheet
 from bigan.data.decode import BadImageError, Pixels, decode_into
@@ -62,7 +62,7 @@ def findings(
     data = io.BytesIO()
     picture.save(data, "PNG", optimize=True)
     try:
-        files.write_atomic(destination / SHEET, data.getvalue())
+        atomic_files.write_atomic(destination / SHEET, data.getvalue())
     except OSError as error:
         notes.append(Note("sheet", f"{SHEET} cannot be written: {error.strerror}"))
         return notes, None

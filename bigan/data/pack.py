@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bigan import files
+from bigan import atomic_files
 from bigan.data import DataError, sources
 from bigan.data.decode import Encoding
 from bigan.data.pack_claim import claim, keep_apart, plan_text, refuse_file, release
@@ -91,7 +91,7 @@ def pack(
     if isinstance(spec, str | Path) and spec != "digits":
         keep_apart(Path(spec), destination)
     refuse_file(destination)
-    scratch = files.temporary_name(destination / "spool")
+    scratch = atomic_files.temporary_name(destination / "spool")
     try:
         if not isinstance(spec, str | Path):  # is spooled there, as it may not be readable twice
             destination.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def _write_shards(
         folder = destination / level.folder
         (folder / "index").mkdir(parents=True, exist_ok=True)
         if not (folder / PLAN).is_file():
-            files.write_atomic(folder / PLAN, plan_text(plan))
+            atomic_files.write_atomic(folder / PLAN, plan_text(plan))
     bad, missing = _listed_bad(plan), []
     for number in numbers:
         name = plan.names[number]
@@ -230,8 +230,10 @@ def _write_shards(
                 folder = destination / level.folder
                 tar, record = shard(plan, number, n, encoded)
                 if record.nsamples:
-                    files.write_atomic(folder / f"{name}.tar", tar)
-                files.write_atomic(record_file(folder, name), record.model_dump_json() + "\n")
+                    atomic_files.write_atomic(folder / f"{name}.tar", tar)
+                atomic_files.write_atomic(
+                    record_file(folder, name), record.model_dump_json() + "\n"
+                )
     finally:
         executor.shutdown(cancel_futures=True)
     return bad
@@ -281,7 +283,7 @@ def _finish(destination: Path, plan: Plan, bad: list[Bad], max_bad: int) -> Pack
             destination / level.folder,
             destination / level.folder / "index",
         ):
-            files.remove_leftovers(folder, shared=True)
+            atomic_files.remove_leftovers(folder, shared=True)
     manifests = tuple(
         write_manifest(destination / level.folder, plan, level, contents, len(bad))
         for level, contents in zip(plan.levels, levels, strict=True)
@@ -293,7 +295,7 @@ def _finish(destination: Path, plan: Plan, bad: list[Bad], max_bad: int) -> Pack
             "levels": [level.folder for level in plan.levels],
             "resolutions": [level.resolution for level in plan.levels],
         }
-        files.write_atomic(destination / PYRAMID, json.dumps(content, indent=1) + "\n")
+        atomic_files.write_atomic(destination / PYRAMID, json.dumps(content, indent=1) + "\n")
     release(destination)
     return Packed(manifests, tuple(bad), True, plan.source.passed_over)
 
@@ -315,7 +317,7 @@ def _left_out(destination: Path, plan: Plan, manifest: Manifest) -> list[Bad]:
 def _write_bad(destination: Path, bad: list[Bad]) -> None:
     if bad:
         lines = "".join(f"{name}\t{reason}\n" for name, reason in bad)
-        files.write_atomic(destination / BAD, lines)
+        atomic_files.write_atomic(destination / BAD, lines)
     else:
         (destination / BAD).unlink(missing_ok=True)
 

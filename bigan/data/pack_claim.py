@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bigan import files
+from bigan import atomic_files
 from bigan.data import DataError
 from bigan.data.pack_plan import Plan
 from bigan.data.shards import PLAN, PYRAMID, Manifest
@@ -41,7 +41,7 @@ def claim(destination: Path, plan: Plan) -> tuple[Manifest, ...]:
                 f"{destination}: is not empty ({stranger.name}) and was not packed by bigan; "
                 "choose an empty or new folder"
             )
-        files.create_atomic(note, plan_text(plan))
+        atomic_files.create_atomic(note, plan_text(plan))
     try:
         theirs = json.loads(note.read_text(encoding="utf-8"))
     except ValueError:
@@ -91,7 +91,7 @@ def _check_stamp(destination: Path, stamp: str) -> None:
     note = destination / STAMP
     try:
         if not note.is_file():
-            files.create_atomic(note, stamp + "\n")
+            atomic_files.create_atomic(note, stamp + "\n")
         begun = note.read_text(encoding="utf-8").strip()
     except FileNotFoundError:  # another process has just finished
         return

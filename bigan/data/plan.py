@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigan import rng
-from bigan.world import World
+from bigan.distributed.world import World
 
 ORDER_VERSION = 1
 

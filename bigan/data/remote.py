@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from bigan import files
+from bigan import atomic_files
 from bigan.data import DataError
 
 T = TypeVar("T")
@@ -160,7 +160,7 @@ def download(
 ) -> None:
     """Bring what is behind `url` to `file`, whole and verified or not at all."""
     transfers = transfers or Transfers()
-    temporary = files.temporary_name(file)
+    temporary = atomic_files.temporary_name(file)
 
     def attempt() -> None:
         digest, num = hashlib.sha256(), 0

@@ -32,7 +32,7 @@ from bigan.data.foreign import IMAGES, JSON_LABELS
 from bigan.data.plan import rank_positions
 from bigan.data.settings import Fetch
 from bigan.data.stream import Endless, delivered
-from bigan.world import World
+from bigan.distributed.world import World
 
 SHUFFLE = 1_000  # samples held for shuffling; shards are read front to back
 MAX_BARREN = 20  # shards without a sample in a row, at least: then there are none

@@ -29,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from bigan import atomic_files
 from bigan import config as configs
-from bigan import files
 from bigan.config import ConfigError, Frozen
 from bigan.data import DataError
 from bigan.data.decode import Encoding
@@ -337,14 +337,14 @@ def write(
         buffer = io.BytesIO()
         np.save(buffer, np.concatenate(arrays).astype(COLUMNS[column]), allow_pickle=False)
         name = index_name(split, column)
-        files.write_atomic(folder / name, buffer.getvalue())
+        atomic_files.write_atomic(folder / name, buffer.getvalue())
         index[name] = hashlib.sha256(buffer.getvalue()).hexdigest()
     manifest = Manifest(
         folder=folder, fingerprint="", index=index, shardlist=tuple(shards), **facts
     )
     manifest = manifest.model_copy(update={"fingerprint": content_fingerprint(manifest)})
     manifest = manifest.model_copy(update={"checksum": _checksum(manifest)})
-    files.write_atomic(folder / MANIFEST, manifest.dump())
+    atomic_files.write_atomic(folder / MANIFEST, manifest.dump())
     return Manifest.load(folder)
 
 

@@ -33,7 +33,7 @@ from bigan.data.plan import ORDER_VERSION, Order, grouped, rank_positions, rank_
 from bigan.data.settings import Fetch
 from bigan.data.shards import Manifest
 from bigan.data.workers import in_processes
-from bigan.world import World
+from bigan.distributed.world import World
 
 Indices = NDArray[np.int64]
 

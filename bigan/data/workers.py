@@ -30,7 +30,7 @@ from bigan.data.fetch import BadSample, Decoder, fill_labels
 from bigan.data.local import LocalShards
 from bigan.data.settings import Fetch
 from bigan.data.shards import Index, Manifest
-from bigan.stop import SIGNALS
+from bigan.distributed.signals import SIGNALS
 
 Indices = NDArray[np.int64]
 

@@ -21,16 +21,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bigan.distributed.launch import (
+    agree_on_program,
+    chosen_engine,
+    connect,
+    launch_remarks,
+    program,
+)
+from bigan.distributed.wait_times import Waiting
+from bigan.distributed.world import everyone, sum_over_ranks, together
 from bigan.engine.compiling import compile_backend, compile_now
 from bigan.engine.loss_scale import SMALLEST, LossScale
 from bigan.engine.replicated import Replicated
-from bigan.engine.waiting import Waiting
 from bigan.engine.wrapped import Batch, NewOptimizer, Wrapped
 from bigan.errors import LaunchError
-from bigan.launching import agree_on_program, chosen_engine, connect, launch_remarks, program
-from bigan.phases import Phase, Terms
-from bigan.recipe import AdamConfig, RunConfig
-from bigan.world import everyone, sum_over_ranks, together
+from bigan.objectives.gan import Phase, Terms
+from bigan.run_config import AdamConfig, RunConfig
 
 Echo = Callable[[str], None]
 

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from bigan.distributed.world import World
 from bigan.engine.wrapped import Batch
 from bigan.errors import RunError
-from bigan.phases import Phase
-from bigan.world import World
+from bigan.objectives.gan import Phase
 
 OTHERS_SECONDS = 120.0  # within which the others fail, too, if they are going to
 _num_agreements = itertools.count()  # the same on all ranks: each asks as often as the others

@@ -19,10 +19,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from bigan.checkpoint import Piece
+from bigan.distributed.world import World
 from bigan.engine.unit import Unit
 from bigan.engine.wrapped import MOMENTS, Batch, NewOptimizer, ReadRange
-from bigan.phases import Phase, Scalars
-from bigan.world import World
+from bigan.objectives.gan import Phase, Scalars
 
 
 class _Slice(NamedTuple):

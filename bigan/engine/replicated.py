@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bigan.checkpoint import Piece
 from bigan.engine.wrapped import MOMENTS, Batch, NewOptimizer, ReadRange
-from bigan.phases import Phase, Scalars
+from bigan.objectives.gan import Phase, Scalars
 
 
 class Replicated:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from bigan.engine.wrapped import Batch
-from bigan.phases import Phase, Scalars
+from bigan.objectives.gan import Phase, Scalars
 
 
 class Unit(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bigan.checkpoint import Piece
-from bigan.phases import Phase, Scalars
+from bigan.objectives.gan import Phase, Scalars
 
 Batch = tuple[Tensor | None, ...]
 NewOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Adam]

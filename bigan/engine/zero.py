@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from bigan.checkpoint import Piece
+from bigan.distributed.world import World
 from bigan.engine.unit import Unit
 from bigan.engine.wrapped import MOMENTS, Batch, NewOptimizer, ReadRange
 from bigan.errors import LaunchError, RunError
-from bigan.phases import Phase, Scalars
-from bigan.world import World
+from bigan.objectives.gan import Phase, Scalars
 
 MAX_BUCKET_ENTRIES = 50_000_000  # gradients reduced at once: 200 MB
 

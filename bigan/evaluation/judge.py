@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bigan import models, snapshot
+from bigan import models
+from bigan.checkpoint import snapshots
 from bigan.data.dataset import open_level
+from bigan.distributed.world import World, on_main, once, together
 from bigan.errors import UserError
 from bigan.evaluation import features, metrics, moments, reference, sampling
 from bigan.layers.batchnorm import normalisation_layers
 from bigan.layers.mapping import has_latent_average
 from bigan.layers.resampling import repeated
-from bigan.recipe import RunConfig, misfits
-from bigan.world import World, on_main, once, together
+from bigan.run_config import RunConfig, misfits
 
 FOLDER = "evaluation"
 WEIGHTS = "weights.safetensors"  # of a snapshot
@@ -148,7 +149,7 @@ class Judge:
         rows = metrics.Rows(settings.num_samples, extractor.num_classes, home)
 
         def load() -> tuple[nn.Module, RunConfig]:
-            generator, recipe = snapshot.load(task.folder, self.device)
+            generator, recipe = snapshots.load(task.folder, self.device)
             self._check_fit(recipe, str(task.folder))
             return generator, self.config.model_copy(
                 update={

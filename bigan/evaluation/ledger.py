@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigan import files, snapshot
+from bigan import atomic_files
+from bigan.checkpoint import snapshots
 from bigan.errors import UserError
 from bigan.evaluation import reference
 from bigan.evaluation.judge import FOLDER, WEIGHTS, Record, Task, stamp
@@ -33,8 +34,8 @@ class Ledger:
 
         `DONE` is looked at before the snapshots: one written in between is then never missed.
         """
-        finished = (self.run_dir / snapshot.DONE).exists()
-        for folder in snapshot.find(self.run_dir):
+        finished = (self.run_dir / snapshots.DONE).exists()
+        for folder in snapshots.find(self.run_dir):
             try:
                 task = self.task(folder)
             except FileNotFoundError:  # being replaced by a resumed run: seen at the next look
@@ -47,7 +48,7 @@ class Ledger:
     def measured(self) -> list[tuple[Task, dict[str, Any]]]:
         """The snapshots measured under this protocol with what was found, oldest first."""
         found = []
-        for folder in snapshot.find(self.run_dir):
+        for folder in snapshots.find(self.run_dir):
             try:
                 task = self.task(folder)
             except FileNotFoundError:  # being replaced
@@ -119,7 +120,7 @@ def write_json(path: Path, content: Any) -> None:
     """Write a file whole or not at all, with its folder; `UserError` if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomic(path, json.dumps(content, indent=2) + "\n")
+        atomic_files.write_atomic(path, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 

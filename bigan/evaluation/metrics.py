@@ -18,8 +18,8 @@ from torch_fidelity.metric_isc import (
     isc_features_to_metric,
 )
 
+from bigan.distributed.world import World
 from bigan.evaluation.moments import Moments
-from bigan.world import World
 
 SPLITS_FROM = 2000  # fewer samples are not split: a split's marginal would be too coarse
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bigan.world import World
+from bigan.distributed.world import World
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,15 @@ import safetensors
 import safetensors.torch
 import torch
 
-from bigan import files
+from bigan import atomic_files
 from bigan.data.settings import Fetch
 from bigan.data.shards import Manifest
 from bigan.data.stream import sequential
+from bigan.distributed.world import World, on_main, together
 from bigan.errors import UserError
 from bigan.evaluation import moments
 from bigan.evaluation.features import Extractor
 from bigan.evaluation.moments import Moments
-from bigan.world import World, on_main, together
 
 
 def fingerprint(content: Mapping[str, object]) -> str:
@@ -79,7 +79,7 @@ def load_or_compute(
         }
         metadata = {key: str(value) for key, value in content.items()}
         cache.mkdir(parents=True, exist_ok=True)
-        files.write_atomic(path, safetensors.torch.save(tensors, metadata))
+        atomic_files.write_atomic(path, safetensors.torch.save(tensors, metadata))
 
     on_main(world, write)
     return total

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from bigan import models, rng
+from bigan.distributed.world import World, sum_over_ranks, together
 from bigan.errors import RunError
 from bigan.layers.batchnorm import collecting_statistics, normalisation_layers
 from bigan.layers.mapping import has_latent_average
-from bigan.recipe import RunConfig
-from bigan.world import World, sum_over_ranks, together
+from bigan.run_config import RunConfig
 
 QUANTISATION = "clamp(round(127.5 x + 127.5), 0, 255)"
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigan import files
+from bigan import atomic_files
 from bigan.data.digits import digits
 from bigan.evaluation.features import Digits8Network, to_digits8
 
@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
     torch.use_deterministic_algorithms(True)
     network = train(*load_split("train"))
     content = safetensors.torch.save(network.state_dict())
-    files.write_atomic(Path(arguments[0]), content)
+    atomic_files.write_atomic(Path(arguments[0]), content)
     num = sum(p.numel() for p in network.parameters())
     sys.stdout.write(
         f"{num} parameters, held-out accuracy {accuracy(network, *load_split('test')):.4f}\n"

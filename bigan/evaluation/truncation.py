@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from bigan import snapshot
+from bigan.checkpoint import snapshots
+from bigan.distributed.world import World, on_main, once
 from bigan.errors import UserError
 from bigan.evaluation.judge import FOLDER, Judge, Record, Task
 from bigan.evaluation.ledger import Ledger, as_content, is_of, read_json, write_json
 from bigan.evaluation.truncation_picture import draw
 from bigan.evaluation.watcher import line, publish, run_config
-from bigan.tracking import Tracker
-from bigan.world import World, on_main, once
+from bigan.reporting.tracker import Tracker
 
 Echo = Callable[[str], None]
 
@@ -94,7 +94,7 @@ def sweep(
 
 def choose(ledger: Ledger, which: str | None, distance_key: str) -> tuple[Task, str]:
     """The snapshot to measure and why it is that one; `UserError` if there is none such."""
-    folders = {folder.name: folder for folder in snapshot.find(ledger.run_dir)}
+    folders = {folder.name: folder for folder in snapshots.find(ledger.run_dir)}
     if which not in (None, "best", "latest"):
         if which not in folders:
             raise UserError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bigan import files
+from bigan import atomic_files
 
 _BLUE, _GREY = "#0072B2", "#707070"
 _NAMES = {"fd": "Frechet distance", "cs": "Classifier score", "fid": "FID", "is": "Inception score"}
@@ -38,7 +38,7 @@ def draw(
         _over_truncation(figure.add_subplot(1, 3, position), values, key, symbol)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    files.write_atomic(path, buffer.getvalue())
+    atomic_files.write_atomic(path, buffer.getvalue())
 
 
 def _trade(

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from bigan import config as configs
-from bigan import snapshot
-from bigan.curves import curves
+from bigan.checkpoint import snapshots
+from bigan.distributed.world import World, on_main
 from bigan.errors import UserError
 from bigan.evaluation.judge import Judge, Record
 from bigan.evaluation.ledger import Ledger, as_content
-from bigan.recipe import RunConfig
-from bigan.tracking import Tracker
-from bigan.world import World, on_main
+from bigan.reporting.plots import curves
+from bigan.reporting.tracker import Tracker
+from bigan.run_config import RunConfig
 
 
 def evaluate(
@@ -106,7 +106,7 @@ def run_config(
     path = run_dir / "config.yaml"
 
     def look() -> RunConfig | None:
-        if path.is_file() and (watch or snapshot.find(run_dir)):
+        if path.is_file() and (watch or snapshots.find(run_dir)):
             return configs.load(RunConfig, path, overrides)
         if watch:
             return None

@@ -10,8 +10,8 @@ import pytest
 from commands import ROOT, SMOKE, launch
 
 from bigan.checkpoint import Reader
-from bigan.recipe import RunConfig
-from bigan.trainer import train
+from bigan.run.trainer import train
+from bigan.run_config import RunConfig
 
 # Adapted at 120, 240, ...: the checkpoint at 200 lies within an interval.
 ADA = "augment={name: ada, initial: 0.4, rampup_images: 1000, every_images: 120}"

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 from bigan.engine import compiling
 from bigan.errors import RunError
-from bigan.world import World
+from bigan.distributed.world import World
 
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 world = World(dist.get_rank(), dist.get_world_size())

@@ -20,14 +20,14 @@ from commands import ROOT, SMOKE, TEN_CLASSES, environment, free_port
 from torch import Tensor, nn
 
 from bigan import config as configs
+from bigan.distributed.launch import disconnect
+from bigan.distributed.world import gather
 from bigan.engine import Engine
 from bigan.engine.zero import load_deepspeed
 from bigan.errors import LaunchError
-from bigan.inputs import open_stream
-from bigan.launching import disconnect
-from bigan.recipe import RunConfig
-from bigan.training import Training
-from bigan.world import gather
+from bigan.run.state import Training
+from bigan.run.streams import open_stream
+from bigan.run_config import RunConfig
 
 ENGINES = ("fsdp", "zero1")  # the others are in the slow test
 R1 = "penalties=[{name: r1, weight: 10.0}]"

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from parts import evaluated, start_run
 
-from bigan import models, rng, snapshot
+from bigan import models, rng
+from bigan.checkpoint import snapshots
 from bigan.data.pack import pack
+from bigan.distributed.world import World
 from bigan.evaluation.truncation import sweep
 from bigan.evaluation.watcher import evaluate
-from bigan.world import World
 
 RANK = """
 import os, sys
@@ -25,10 +26,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from bigan.errors import UserError
-from bigan.world import together
+from bigan.distributed.world import together
 from bigan.evaluation.truncation import sweep
 from bigan.evaluation.watcher import evaluate
-from bigan.world import World
+from bigan.distributed.world import World
 
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 torch.set_num_threads(1)
@@ -90,7 +91,7 @@ def make_run(run_dir: Path, data: Path, images_seen: tuple[int, ...]) -> None:
     generator, _ = models.build(config.model)
     generator.init_weights(rng.torch_generator(0, "test/init"))
     for images in images_seen:
-        snapshot.write(run_dir, images, generator, config)
+        snapshots.write(run_dir, images, generator, config)
     (run_dir / "DONE").write_text("")
 
 

@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from bigan.errors import RunError
-from bigan.heartbeat import Heartbeat, is_communication_error
-from bigan.world import TOLD, World
+from bigan.distributed.heartbeat import Heartbeat, is_communication_error
+from bigan.distributed.world import TOLD, World
 
 SIZE = 3
 

@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 import torch.distributed as dist
 from bigan.data.stream import ShardStream, sequential
-from bigan.world import World
+from bigan.distributed.world import World
 
 folder, images_seen, steps, batch, accumulation, out = sys.argv[1:]
 steps, batch, accumulation = int(steps), int(batch), int(accumulation)

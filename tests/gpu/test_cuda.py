@@ -10,14 +10,13 @@ import pytest
 import torch
 from commands import ROOT, SMOKE, TEN_CLASSES, launch
 
-from bigan import snapshot
-from bigan.checkpoint import Piece, Progress, Reader, Saver
+from bigan.checkpoint import Piece, Progress, Reader, Saver, snapshots
 from bigan.data.stream import ShardStream
+from bigan.distributed.world import World
 from bigan.engine import Engine
-from bigan.recipe import RunConfig
-from bigan.trainer import train
-from bigan.training import Training
-from bigan.world import World
+from bigan.run.state import Training
+from bigan.run.trainer import train
+from bigan.run_config import RunConfig
 
 Recipe = Callable[..., RunConfig]
 R1 = "penalties=[{name: r1, weight: 1.0}]"
@@ -98,7 +97,7 @@ def test_every_engine_trains_and_goes_on_alone_on_one_device(
 def test_whole_run(recipe: Recipe, precision: str) -> None:
     config = recipe(f"precision={precision}", "compile=auto", R1)
     assert train(config, print, lambda *_: None) == 0
-    generator, _ = snapshot.load(snapshot.find(config.run_dir)[-1], "cuda")
+    generator, _ = snapshots.load(snapshots.find(config.run_dir)[-1], "cuda")
     z = torch.randn(10, config.model.z_dim, device="cuda")
     images = generator(z, torch.arange(10, device="cuda"))
     assert images.shape == (10, 1, 16, 16)

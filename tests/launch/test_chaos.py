@@ -16,7 +16,7 @@ import pytest
 from commands import ROOT, SMOKE, environment, free_port
 from safetensors.torch import load_file
 
-from bigan import checkpoint, files
+from bigan import atomic_files, checkpoint
 
 WHOLE_RUN_SECONDS = 600  # of a life that nothing ends before its time, on a busy machine
 
@@ -178,4 +178,4 @@ def test_thirty_kills_on_two_one_and_two_processes(digits: Path, tmp_path: Path)
     for name in ("checkpoints", "snapshots", "samples"):
         assert not list((run / name).glob(".*")), "a later life cleans up"
     assert load_file(run / "snapshots" / str(total) / "weights.safetensors")
-    assert files.numbered_folders(run / "checkpoints")
+    assert atomic_files.numbered_folders(run / "checkpoints")

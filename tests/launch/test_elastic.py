@@ -11,7 +11,7 @@ import pytest
 from commands import ROOT, SMOKE, launch
 
 from bigan import checkpoint
-from bigan.tracking import read_metrics
+from bigan.reporting.tracker import read_metrics
 
 EVERY, TOTAL = 200, 800  # images, between two checkpoints and in all
 STEPS = 10  # after the change that are compared, of 40 images each

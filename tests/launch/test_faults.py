@@ -25,10 +25,10 @@ from namespaces import NEEDED, Node, machines
 
 from bigan import checkpoint
 from bigan.checkpoint import Reader
-from bigan.cli import main as bigan
+from bigan.cli.main import main as bigan
 from bigan.data.stream import Batch, ShardStream
-from bigan.tracking import read_metrics
-from bigan.training import Training
+from bigan.reporting.tracker import read_metrics
+from bigan.run.state import Training
 
 PORT = "29412"  # every machine has its own ports
 LOST_AFTER_SECONDS = 10

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT, environment, free_port
 
-from bigan.launch_environment import chosen_engine, launch_remarks
+from bigan.distributed.launch_env import chosen_engine, launch_remarks
 
 FILES = sorted((ROOT / "launch").glob("*.yaml"))
 

@@ -17,7 +17,7 @@ import pytest
 from commands import environment, run_bigan
 from PIL import Image
 
-from bigan.cli import main
+from bigan.cli.main import main
 
 
 def photos(root: Path, num: int) -> Path:

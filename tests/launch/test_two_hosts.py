@@ -29,7 +29,7 @@ import json, os, socket, sys
 from pathlib import Path
 
 def main(folder, *arguments):
-    from bigan.cli import main as bigan
+    from bigan.cli.main import main as bigan
     from bigan.data.stream import ShardStream
 
     given, deliver = [], ShardStream.__next__

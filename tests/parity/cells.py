@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from bigan import config as configs
+from bigan.atomic_files import numbered_folders
 from bigan.checkpoint import Reader, Saver
+from bigan.distributed.launch import disconnect
 from bigan.engine import Engine
-from bigan.files import numbered_folders
-from bigan.inputs import open_stream
-from bigan.launching import disconnect
-from bigan.recipe import RunConfig
-from bigan.trainer import enter_stage
-from bigan.training import Training
+from bigan.run.state import Training
+from bigan.run.streams import open_stream
+from bigan.run.trainer import enter_stage
+from bigan.run_config import RunConfig
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "configs" / "smoke" / "digits.yaml"

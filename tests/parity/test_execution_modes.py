@@ -16,10 +16,10 @@ from torch._dynamo.utils import counters
 
 from bigan import config as configs
 from bigan.engine import Engine
-from bigan.inputs import open_stream
-from bigan.recipe import RunConfig
-from bigan.trainer import enter_stage
-from bigan.training import Training
+from bigan.run.state import Training
+from bigan.run.streams import open_stream
+from bigan.run.trainer import enter_stage
+from bigan.run_config import RunConfig
 
 PENALTIES = {
     "none": "penalties=[]",

@@ -7,10 +7,10 @@ import pytest
 from commands import ROOT
 
 from bigan import config as configs
-from bigan import snapshot
-from bigan.describe import describe
-from bigan.recipe import RunConfig
-from bigan.trainer import train
+from bigan.checkpoint import snapshots as snapshot
+from bigan.run.describe import describe
+from bigan.run.trainer import train
+from bigan.run_config import RunConfig
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 TWINS = sorted((ROOT / "configs" / "smoke").glob("*.yaml"))

@@ -1,0 +1,381 @@
+"""The command line: `bigan pack | verify | describe | train | evaluate | bench`.
+
+Exit codes: 0 done, 1 the run had to stop or a data set is damaged, 2 bad input (one line, nothing
+written), 128 + n stopped by signal n with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bigan.cli.arguments import CONFIG_HELP, OVERRIDE_HELP, count, fraction, part, positive
+from bigan.cli.bench import add_benchmarks
+from bigan.distributed.world import TOLD
+from bigan.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from bigan.run_config import RunConfig
+
+PACK_OPTIONS = (
+    "resolution", "channels", "resize", "allow_upscale", "val_fraction", "test_fraction",
+    "encoding", "quality", "seed", "shard_size", "max_bad", "pyramid", "part", "jobs",
+)  # fmt: skip
+
+
+def pack_command(arguments: argparse.Namespace) -> int:
+    from bigan.data.pack import BAD, pack
+
+    destination = arguments.destination
+    options = {name: getattr(arguments, name) for name in PACK_OPTIONS}
+    if options["encoding"] == "jpeg":
+        options["encoding"] = "jpg"
+    with _image_bar(f"packing {destination}") as progress:
+        packed = pack(arguments.source, destination, progress=progress, **options)
+    if not packed.complete:
+        print(f"{destination}: this part is done; the last part to finish writes the manifest")
+    for manifest in packed.manifests:
+        counts = ", ".join(f"{manifest.num_samples(s):,} {s}" for s in manifest.splits)
+        print(
+            f"{manifest.folder}: {counts} images, {manifest.resolution} px, "
+            f"{manifest.channels} channel(s), {manifest.num_classes} classes"
+        )
+    if packed.passed_over:
+        print(f"{packed.passed_over:,} other files were passed over: no images by their suffix")
+    if packed.bad:
+        print(f"{len(packed.bad):,} unusable images were left out: {destination / BAD}")
+    return 0
+
+
+def verify_command(arguments: argparse.Namespace) -> int:
+    from bigan.data.verify import verify
+
+    with _image_bar(f"verifying {arguments.folder}") as progress:
+        report = verify(
+            arguments.folder, deep=arguments.deep, jobs=arguments.jobs, progress=progress
+        )
+    print(json.dumps(report.as_dict(), indent=2) if arguments.json else report.as_text())
+    return 0 if report.ok else 1
+
+
+@contextlib.contextmanager
+def _image_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on the terminal, as a function of (images done, images in all)."""
+    from tqdm import tqdm
+
+    with tqdm(unit="image", disable=None, desc=title) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+def describe_command(arguments: argparse.Namespace) -> int:
+    from bigan.run.describe import as_text, describe
+
+    description = describe(_load(arguments), arguments.world_size)
+    print(json.dumps(description, indent=2) if arguments.json else as_text(description))
+    return 0
+
+
+def train_command(arguments: argparse.Namespace) -> int:
+    from bigan.distributed.signals import StopFlag
+
+    # From here on, before the slow imports: a signal is remembered, not lost.
+    with StopFlag() as stop:
+        config = _load(arguments)
+        from bigan.reporting.progress_bar import ProgressBar
+        from bigan.run.trainer import train
+
+        bar = ProgressBar(config.train.total_images)
+        try:
+            code = train(config, bar.echo, bar.tick, stop)
+        finally:
+            bar.close()
+    if code == 0 and _is_rank_0():
+        print(f"{config.run_dir}: samples/, timeline.png, curves.png, snapshots/", file=sys.stderr)
+    return code
+
+
+def evaluate_command(arguments: argparse.Namespace) -> int:
+    from bigan.distributed.launch import connect, disconnect
+    from bigan.evaluation.truncation import sweep
+    from bigan.evaluation.watcher import evaluate
+
+    if arguments.snapshot and not arguments.truncations:
+        raise UserError("--snapshot: says which one --truncations is for; give both")
+    _, world = connect(timeout_seconds=24 * 3600)  # a watcher's ranks wait for rank 0 to find work
+    echo = functools.partial(print, flush=True)
+    if arguments.truncations:
+        sweep(
+            arguments.run,
+            world,
+            arguments.truncations,
+            which=arguments.snapshot,
+            overrides=arguments.overrides,
+            echo=echo,
+        )
+    else:
+        evaluate(
+            arguments.run,
+            world,
+            overrides=arguments.overrides,
+            watch=arguments.watch,
+            poll_seconds=arguments.poll_seconds,
+            echo=echo,
+        )
+    disconnect(world)
+    return 0
+
+
+def _truncations(text: str) -> list[float | None]:
+    return [None if part == "none" else positive(part) for part in text.split(",")]
+
+
+def _snapshot(text: str) -> str:
+    if text not in ("latest", "best") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of images, latest or best")
+    return text
+
+
+def _load(arguments: argparse.Namespace) -> RunConfig:
+    from bigan import config as configs
+    from bigan.run_config import RunConfig
+
+    return configs.load(RunConfig, arguments.config, arguments.overrides)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands; every one explains itself with --help."""
+    top = argparse.ArgumentParser(
+        prog="bigan",
+        description="Train large GANs on one process or a cluster, from sharded streams.",
+        epilog="Start here: bigan pack digits data/digits && bigan train configs/digits.yaml",
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, handler: object, text: str, epilog: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text[:1].upper() + text[1:] + ".",
+            epilog=epilog,
+            parents=[common],
+        )
+        command.set_defaults(handler=handler)
+        return command
+
+    def add_recipe(command: argparse.ArgumentParser) -> None:
+        command.add_argument("config", type=Path, help=CONFIG_HELP)
+        command.add_argument("overrides", nargs="*", metavar="a.b=value", help=OVERRIDE_HELP)
+
+    _add_pack_options(
+        add(
+            "pack",
+            pack_command,
+            "turn images into WebDataset shards with a manifest",
+            "Examples: bigan pack digits data/digits; bigan pack photos/ data/photos --resolution "
+            "128 (one subfolder per class). A killed pack is continued by the same command.",
+        )
+    )
+    verify = add(
+        "verify",
+        verify_command,
+        "check a packed data set down to every image",
+        "Exit code 1 and a line for each thing that is wrong: checksums, counts, missing and extra "
+        "shards, images that do not decode.",
+    )
+    verify.add_argument("folder", type=Path, help="what `bigan pack` wrote")
+    verify.add_argument(
+        "--deep",
+        action="store_true",
+        help="also report duplicates, constant images and class balance, and draw a contact sheet",
+    )
+    verify.add_argument("--json", action="store_true", help="print JSON")
+    verify.add_argument("--jobs", type=count, help="threads (default: one per core)")
+
+    describe = add(
+        "describe",
+        describe_command,
+        "show a recipe's networks, schedule, memory and every resolved value",
+        "Builds on the meta device: the largest recipe is described on a laptop.",
+    )
+    add_recipe(describe)
+    describe.add_argument("--json", action="store_true", help="print JSON")
+    describe.add_argument("--world-size", type=count, default=1, help="processes (default 1)")
+
+    train = add(
+        "train",
+        train_command,
+        "train a recipe, or go on where it was stopped",
+        "The same command starts a run and resumes it. Several processes: accelerate launch "
+        "--config_file launch/cpu.yaml -m bigan.train CONFIG ...",
+    )
+    add_recipe(train)
+
+    evaluate = add(
+        "evaluate",
+        evaluate_command,
+        "measure every snapshot of a run that has not been measured yet",
+        "Runs beside training, in its own process: bigan evaluate runs/digits --watch",
+    )
+    evaluate.add_argument("run", type=Path, help="the run folder, for example runs/digits")
+    evaluate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="a.b=value",
+        help="other settings than the run's, for example evaluation.num_samples=10000",
+    )
+    mode = evaluate.add_mutually_exclusive_group()
+    mode.add_argument("--watch", action="store_true", help="wait for snapshots until the end")
+    mode.add_argument(
+        "--truncations",
+        type=_truncations,
+        metavar="T,T,...",
+        help="measure one snapshot at each, for example 0.2,0.5,1.0,none: a table and a picture",
+    )
+    evaluate.add_argument(
+        "--snapshot",
+        type=_snapshot,
+        metavar="IMAGES_SEEN",
+        help="the one for --truncations; or latest, or best, the lowest distance measured "
+        "(default: best, or latest if none was measured)",
+    )
+    evaluate.add_argument("--poll-seconds", type=positive, default=1.0, help="between two looks")
+
+    add_benchmarks(
+        add("bench", None, "measure speed and memory, as JSON", "See docs and benchmarks/."), common
+    )
+    return top
+
+
+def _add_pack_options(pack: argparse.ArgumentParser) -> None:
+    pack.add_argument(
+        "source",
+        help="'digits' (built in); a folder or zip of images (class = subfolder, or labels.csv, or "
+        "dataset.json); CIFAR-10/100 or MNIST as downloaded; a folder of WebDataset tars",
+    )
+    pack.add_argument("destination", type=Path, help="folder to write; nothing else is written")
+    images = pack.add_argument_group("images")
+    images.add_argument("--resolution", type=int, help="width and height in pixels (digits: 16)")
+    images.add_argument(
+        "--resize",
+        choices=("lanczos", "area"),
+        default="lanczos",
+        help="how the square centre crop is shrunk (default lanczos)",
+    )
+    images.add_argument(
+        "--allow-upscale",
+        action="store_true",
+        help="enlarge smaller images (default: they count as unusable)",
+    )
+    images.add_argument("--channels", type=int, choices=(1, 3), help="1 makes grey images")
+    images.add_argument(
+        "--pyramid",
+        type=count,
+        nargs="?",
+        const=4,
+        metavar="MIN",
+        help="pack all powers of two from MIN (4) px up, each a data set of its own, for "
+        "progressive growing",
+    )
+    images.add_argument(
+        "--max-bad",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out up to N unusable images (default 0: any stops the pack at its end)",
+    )
+    storage = pack.add_argument_group("storage")
+    storage.add_argument(
+        "--encoding",
+        choices=("npy", "png", "jpg", "jpeg", "webp"),
+        help="npy is raw pixels (default up to 128 px), png lossless (default above), jpg 4:4:4",
+    )
+    storage.add_argument(
+        "--quality", type=int, help="of jpg (default 95) or webp (default: lossless), 1 to 100"
+    )
+    storage.add_argument(
+        "--shard-size", type=int, metavar="N", help="images per shard (default: up to 128 MiB)"
+    )
+    storage.add_argument("--seed", type=int, default=0, help="of the global shuffle (default 0)")
+    splits = pack.add_argument_group("splits, by hash of the image's name")
+    splits.add_argument(
+        "--test-fraction",
+        type=fraction,
+        default=0.1,
+        help="held out for testing (default 0.1; sources with a test set of their own keep it)",
+    )
+    splits.add_argument(
+        "--val-fraction", type=fraction, default=0.0, help="held out for validation (default 0)"
+    )
+    work = pack.add_argument_group("work")
+    work.add_argument("--jobs", type=count, help="threads (default: one per core, at most 16)")
+    work.add_argument(
+        "--part",
+        type=part,
+        metavar="I/N",
+        help="pack every N-th shard only, for N processes or SLURM array tasks at a time",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    arguments = _parse(argv)
+    try:
+        return arguments.handler(arguments)
+    except (UserError, RunError) as error:
+        if arguments.debug:
+            traceback.print_exc()
+        elif not _said_by_rank_0(error):
+            print(f"bigan: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # a file or folder that cannot be used: the user's, not a bug
+        if arguments.debug or not error.filename:
+            raise
+        print(f"bigan: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Like parse_args, but overrides may also stand behind options."""
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(a.startswith("-") for a in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def _is_rank_0() -> bool:
+    """By what the launcher says, or `srun` where there is none."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def _said_by_rank_0(error: Exception) -> bool:
+    """Whether another process prints the same line: one problem, one line."""
+    told = TOLD in getattr(error, "__notes__", [])
+    everywhere = getattr(error, "everywhere", False) and not _is_rank_0()
+    return told or everywhere
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,363 @@
+"""The way to MLflow: a queue, and a daemon thread that empties it into one run.
+
+MLflow is imported on that thread (1 to 16 s), called there, and every failure stays there: a
+server that is down makes one blocking call last four minutes and then raise, which is no reason to
+stop training. Points keep the time stamp of the journal; MLflow's own key of a point is (name,
+value, time, step), so sending the journal again adds nothing. A restarted trainer therefore does,
+and whatever a kill or a dead server left undelivered arrives.
+
+Only `MlflowClient` with the run's id is used: leaving `mlflow.start_run` would end a run that
+another process is still training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import posixpath
+import re
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from bigan import atomic_files
+from bigan.config import leaves
+from bigan.reporting import metrics_log
+
+_logger = logging.getLogger(__name__)
+
+Role = Literal["train", "evaluation"]
+Status = Literal["FINISHED", "KILLED", "FAILED"]
+
+RUN_FILE = "mlflow.json"
+
+_BATCH = 1_000  # MLflow's limit of metrics per log_batch
+_TEXTS = 100  # and of parameters and tags
+_CHARACTERS = 6_000  # and of the length of a parameter
+_BACKOFF_SECONDS = (1.0, 60.0)  # first and longest wait between two attempts
+_LAST_ATTEMPTS = 3  # failures in a row after which close() gives up
+_LAST_WAIT_SECONDS = 0.5
+_GATHER_SECONDS = 1.0  # points of this long go out in one call
+
+
+# --- what is delivered: each kind knows how to send itself ------------------------------------
+
+_Point = tuple[str, float, int, int]  # key, value, unix milliseconds, images_seen
+
+
+def _points(images_seen: int, seconds: float, values: Mapping[str, Any]) -> list[_Point]:
+    return [
+        (_name(key), float(value), round(seconds * 1000), images_seen)
+        for key, value in values.items()
+        if isinstance(value, int | float)
+    ]
+
+
+def _name(key: str) -> str:
+    """`key` as a name MLflow takes: it refuses a whole batch for one `@` or `//`."""
+    return posixpath.normpath(re.sub(r"[^\w./: -]", "_", key)).lstrip("./")[:250] or "_"
+
+
+@dataclass
+class _Metrics:
+    points: list[_Point]
+
+    def send(self, client: Any, run_id: str) -> None:
+        from mlflow.entities import Metric
+
+        for start in range(0, len(self.points), _BATCH):
+            part = self.points[start : start + _BATCH]
+            client.log_batch(run_id, metrics=[Metric(*point) for point in part])
+
+
+@dataclass
+class _Replay:
+    """The journal's first `end` bytes again; goes on from `sent` when an attempt failed."""
+
+    path: Path
+    end: int
+    prefix: str  # the evaluator answers for its own lines only
+    sent: int = 0
+
+    def send(self, client: Any, run_id: str) -> None:
+        points: list[_Point] = []
+        with self.path.open("rb") as file:
+            file.seek(self.sent)
+            while file.tell() < self.end:
+                record = metrics_log.parse(file.readline()) or {"images_seen": 0, "time": 0}
+                images_seen, seconds = record.pop("images_seen"), record.pop("time", 0)
+                chosen = {key: v for key, v in record.items() if key.startswith(self.prefix)}
+                points += _points(images_seen, seconds, chosen)
+                if len(points) >= _BATCH or file.tell() >= self.end:
+                    _Metrics(points).send(client, run_id)
+                    points, self.sent = [], file.tell()
+
+
+@dataclass
+class _Artifact:
+    path: Path
+    folder: str | None
+
+    def send(self, client: Any, run_id: str) -> None:
+        client.log_artifact(run_id, str(self.path), self.folder)
+
+
+@dataclass
+class _Params:
+    """MLflow never changes a parameter: what a resume changed becomes the tag `resumed.<key>`."""
+
+    values: dict[str, str]
+
+    def send(self, client: Any, run_id: str) -> None:
+        from mlflow.entities import Param, RunTag
+
+        known = client.get_run(run_id).data.params
+        new = [Param(k, v) for k, v in self.values.items() if k not in known]
+        differing = {k: v for k, v in self.values.items() if v != known.get(k, v)}
+        changed = [RunTag(f"resumed.{k}", v) for k, v in differing.items()]
+        for start in range(0, max(len(new), len(changed)), _TEXTS):
+            part = slice(start, start + _TEXTS)
+            client.log_batch(run_id, params=new[part], tags=changed[part])
+
+
+@dataclass
+class _Terminate:
+    status: Status
+
+    def send(self, client: Any, run_id: str) -> None:
+        client.set_terminated(run_id, self.status)
+
+
+_Item = _Metrics | _Replay | _Artifact | _Params | _Terminate
+
+
+# --- the queue --------------------------------------------------------------------------------
+
+
+class Sender:
+    """Forwards one process's share of a run. Every method but `close` returns at once."""
+
+    def __init__(self, run_dir: Path, experiment: str, role: Role) -> None:
+        # Our own back-off replaces MLflow's; no INFO lines between ours; no usage reports.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        self._run_dir, self._experiment, self._role = run_dir, experiment, role
+        self._queue: deque[_Item] = deque()
+        path = run_dir / metrics_log.FILENAME
+        if path.is_file():
+            prefix = "" if role == "train" else "eval/"
+            self._queue.append(_Replay(path, path.stat().st_size, prefix))
+        self._changed = threading.Condition()
+        self._closing = False
+        self._num_refused = 0
+        self._problem = ""
+        self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def metrics(self, images_seen: int, seconds: float, values: Mapping[str, float]) -> None:
+        points = _points(images_seen, seconds, values)
+        with self._changed:
+            last = self._queue[-1] if self._queue else None
+            if isinstance(last, _Metrics) and len(last.points) + len(points) <= _BATCH:
+                last.points += points  # what is being sent has left the queue
+            else:
+                self._queue.append(_Metrics(points))
+            self._changed.notify()
+
+    def artifact(self, path: Path, folder: str | None) -> None:
+        self._put(_Artifact(path, folder))
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        self._put(_Params({key: str(value)[:_CHARACTERS] for key, value in leaves(values)}))
+
+    def close(self, status: Status | None, timeout_seconds: float) -> str | None:
+        """Deliver what is queued, end the run with `status` (the trainer's right only)."""
+        with self._changed:
+            if status and self._role == "train":
+                self._queue.append(_Terminate(status))
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout_seconds)
+        if not self._thread.is_alive() and not self._queue and not self._num_refused:
+            return None
+        why = self._problem or f"not done after {timeout_seconds:g} s"
+        return (
+            f"MLflow has not taken everything ({why}); all numbers are in "
+            f"{self._run_dir / metrics_log.FILENAME}, the next start of this run sends them again"
+        )
+
+    def _put(self, item: _Item) -> None:
+        with self._changed:
+            self._queue.append(item)
+            self._changed.notify()
+
+    def _run(self) -> None:
+        client_and_id: tuple[Any, str] | None = None
+        item: _Item | None = None
+        wait = _BACKOFF_SECONDS[0]
+        num_last_failures = 0
+        while True:
+            try:
+                client_and_id = client_and_id or open_run(
+                    self._run_dir, self._experiment, self._role
+                )
+                item = self._next()
+                if item is None:
+                    return
+                item.send(*client_and_id)
+                item, wait, num_last_failures = None, _BACKOFF_SECONDS[0], 0
+                continue
+            except Exception as error:  # whatever MLflow, its database or the network raises
+                self._note(error)
+                if item is not None and _is_refused(error):
+                    self._num_refused += 1
+                    item = None
+                    continue
+            with self._changed:
+                if item is not None:
+                    self._queue.appendleft(item)
+                    item = None
+                num_last_failures += self._closing
+                if num_last_failures >= _LAST_ATTEMPTS:
+                    return
+                self._changed.wait_for(lambda: self._closing, wait)
+            if self._closing:
+                threading.Event().wait(_LAST_WAIT_SECONDS)
+            wait = min(2 * wait, _BACKOFF_SECONDS[1])
+
+    def _next(self) -> _Item | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closing)
+            if not self._closing and isinstance(self._queue[0], _Metrics):
+                self._changed.wait_for(lambda: self._closing, _GATHER_SECONDS)
+            return self._queue.popleft() if self._queue else None
+
+    def _note(self, error: Exception) -> None:
+        first = not self._problem
+        text = re.sub(r"//[^/@\s]+@", "//", f"{type(error).__name__}: {error}")  # no passwords
+        self._problem = " ".join(text.split())[:120]
+        if first:
+            _logger.warning("MLflow: %s; training goes on, delivery is retried", self._problem)
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether trying again is pointless: a file that is gone, a value MLflow will not have."""
+    code = getattr(error, "error_code", None)
+    return isinstance(error, FileNotFoundError) or code == "INVALID_PARAMETER_VALUE"
+
+
+# --- the run ----------------------------------------------------------------------------------
+
+
+def open_run(run_dir: Path, experiment: str, role: Role) -> tuple[Any, str]:
+    """(MlflowClient, run id) of the run kept in `run_dir`, made now if there is none.
+
+    Store: `MLFLOW_TRACKING_URI`, else the one the run began with, else `mlflow.db` beside the run
+    folder, shared by its siblings. A trainer started with another store goes on there, in a new
+    run; the evaluator always follows the trainer. Raises what MLflow raises.
+    """
+    with _lock(run_dir / ".mlflow.lock"):  # trainer and evaluator may both find no run
+        record = _read_run(run_dir)
+        uri, local = _store(run_dir, record, role)
+        client = _connect(uri, run_dir.resolve().parent if local else None)
+        run_id = record["run_id"]
+        if not _exists(client, run_id):
+            artifacts = run_dir.resolve().parent / "mlartifacts" if local else None
+            tags = {"mlflow.source.name": "bigan", "run_dir": str(run_dir.resolve())}
+            created = client.create_run(
+                _experiment_id(client, experiment, artifacts),
+                run_name=run_dir.resolve().name,
+                tags=tags,
+            )
+            run_id = created.info.run_id
+            record = {"run_id": run_id, "uri": _without_credentials(uri), "local": local}
+            atomic_files.write_atomic(run_dir / RUN_FILE, json.dumps(record, indent=1) + "\n")
+    if role == "train":
+        client.update_run(run_id, status="RUNNING")
+    return client, run_id
+
+
+def _store(run_dir: Path, record: Mapping[str, Any], role: Role) -> tuple[str, bool]:
+    """(tracking URI, whether it is the local file beside the run folder)."""
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    recorded = record["uri"]
+    follows = role == "evaluation" and recorded and recorded != _without_credentials(given)
+    if given and not follows:
+        return given, False
+    if recorded and not record["local"]:
+        return recorded, False
+    return f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}", True
+
+
+def _connect(uri: str, lock_dir: Path | None) -> Any:
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):  # whoever imported mlflow before us left INFO on
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Two processes that create the tables of a new SQLite file at once: one of them dies.
+    with _lock(lock_dir / ".mlflow.lock") if lock_dir else contextlib.nullcontext():
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
+def _exists(client: Any, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(run_id) and client.get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # somebody deleted the store
+            return False
+        raise
+
+
+def _experiment_id(client: Any, name: str, artifacts: Path | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, artifacts.as_uri() if artifacts else None)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)  # another run was faster
+    return found.experiment_id
+
+
+def _read_run(run_dir: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((run_dir / RUN_FILE).read_text())
+        return {
+            "run_id": str(record["run_id"]),
+            "uri": str(record["uri"]),
+            "local": record["local"] is True,
+        }
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or edited beyond use
+        return {"run_id": "", "uri": "", "local": False}
+
+
+def _without_credentials(uri: str) -> str:
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        with metrics_log.locked(descriptor):
+            yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,171 @@
+"""What a run measures: `metrics.jsonl` always, MLflow when configured; never raises into training.
+
+    <run_dir>/metrics.jsonl     the journal (journal.py): every number, whatever happens to MLflow
+    <run_dir>/mlflow.json       {"run_id", "uri", "local"}: the run that a resume continues
+    <run_dir>/environment.json  where it ran: `environment()`
+
+Without `MLFLOW_TRACKING_URI`, MLflow's store is `mlflow.db` beside the run folder, shared by its
+siblings so that they can be compared:
+
+    mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bigan.reporting import metrics_log
+from bigan.reporting.metrics_log import read_metrics, series
+from bigan.reporting.mlflow_writer import Role, Sender, Status
+from bigan.run_config import TrackingConfig
+
+__all__ = ["Role", "Status", "Tracker", "environment", "read_metrics", "series"]
+
+
+class Tracker:
+    """Writes one run's journal and forwards it to MLflow in the background.
+
+    `role` "train" owns the run: it sets the status RUNNING at the start and the one given to
+    `close` at the end, and sends the journal of earlier attempts again. "evaluation" continues
+    the same run (making it only if the trainer has not yet) and never changes its status.
+
+    A full disk or a dead server raises nowhere, and only `close` waits for the server. For one
+    process per role: rank 0.
+    """
+
+    def __init__(self, run_dir: Path, config: TrackingConfig, *, role: Role) -> None:
+        self._path = run_dir / metrics_log.FILENAME
+        self._num_unwritten = 0
+        with contextlib.suppress(OSError):  # then every line is counted as unwritten
+            run_dir.mkdir(parents=True, exist_ok=True)
+        self._sender = Sender(run_dir, config.experiment, role) if config.mlflow else None
+
+    def log(self, images_seen: int, metrics: Mapping[str, float]) -> None:
+        """Append {key: number} at `images_seen` to the journal and to the queue for MLflow."""
+        values = {key: float(value) for key, value in metrics.items()}
+        seconds = round(time.time(), 3)  # MLflow keeps milliseconds; a replay must say the same
+        try:
+            metrics_log.append(self._path, images_seen, seconds, values)
+        except OSError:
+            self._num_unwritten += 1
+        if self._sender:
+            self._sender.metrics(images_seen, seconds, values)
+
+    def picture(self, images_seen: int, key: str, path: Path) -> None:
+        """Forward the image file `path` to MLflow's artifact folder `key` ("samples").
+
+        The file is read later, on another thread. One whose name does not tell `images_seen`
+        (samples/20000.png does) replaces its predecessor there.
+        """
+        if self._sender:
+            self._sender.artifact(path, key)
+
+    def artifact(self, path: Path) -> None:
+        """Forward a file of the run to MLflow; it is read later, on another thread."""
+        if self._sender:
+            self._sender.artifact(path, None)
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Forward the recipe to MLflow, nested keys joined by dots.
+
+        MLflow never changes a parameter: what a resume changed becomes the tag `resumed.<key>`.
+        """
+        if self._sender:
+            self._sender.params(values)
+
+    def close(self, status: Status | None, timeout_seconds: float = 60.0) -> str | None:
+        """Deliver what is queued, within `timeout_seconds`, and set the run's final status.
+
+        `None` leaves the status as it is (a preempted run will go on). Returns one line for the
+        user if something could not be written or delivered, else None.
+        """
+        notes = []
+        if self._num_unwritten:
+            notes.append(f"{self._path}: {self._num_unwritten} line(s) could not be written")
+        if self._sender:
+            note = self._sender.close(status, timeout_seconds)
+            notes += [note] if note else []
+            self._sender = None
+        return "; ".join(notes) or None
+
+
+# --- where it ran -----------------------------------------------------------------------------
+
+_PACKAGES = (
+    "bigan", "torch", "torchvision", "accelerate", "deepspeed", "webdataset", "torch-fidelity",
+    "mlflow", "numpy", "pillow", "pydantic", "safetensors", "triton", "nvidia-nccl-cu12",
+)  # fmt: skip
+# Named one by one: SLURM_JWT is a password, and so is many another variable of a cluster.
+_VARIABLES = (
+    "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST", "SLURM_NNODES",
+    "SLURM_NTASKS", "SLURM_NODEID", "SLURM_PROCID", "SLURM_CPUS_PER_TASK", "SLURM_GPUS_ON_NODE",
+    "SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_CLUSTER_NAME",
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION", "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA",
+)  # fmt: skip
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices, host, code revision and launch variables, for `environment.json`.
+
+    Plain JSON values. Variables are taken from a fixed list that holds no secrets; the address of
+    the git remote, which may hold one, is left out.
+    """
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    versions |= {"torch": torch.__version__}  # with its build, as in 2.15.0+cu130
+    return {
+        "versions": versions,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "devices": {
+            "cpu": cpu_name(),
+            "num_cpus": len(os.sched_getaffinity(0)),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "cuda": torch.version.cuda,
+        },
+        "git": _git(Path(__file__).resolve()),
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name for people."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git(source: Path) -> dict[str, Any] | None:
+    """{"commit", "dirty"} of the checkout that holds the file `source`, or None outside of one.
+
+    A package installed inside somebody else's checkout is not part of it: git must track the file.
+    """
+
+    def ask(*arguments: str) -> str:
+        command = ["git", "-C", str(source.parent), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        ask("ls-files", "--error-unmatch", source.name)
+        dirty = bool(ask("status", "--porcelain", "--untracked-files=no"))
+        return {"commit": ask("rev-parse", "--verify", "HEAD"), "dirty": dirty}
+    except (OSError, subprocess.SubprocessError):
+        return None

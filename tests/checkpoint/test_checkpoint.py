@@ -1,0 +1,196 @@
+"""Checkpoints are whole, fit their model, and bring back everything that changes."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from commands import SMOKE, TEN_CLASSES, environment, run_bigan
+
+from bigan import atomic_files, checkpoint
+from bigan.checkpoint import CheckpointError, Reader, Saver
+from bigan.config import ConfigError
+from bigan.engine import Engine
+from bigan.run import folder as run_folder
+from bigan.run.state import Training
+from bigan.run.trainer import train
+from bigan.run_config import RunConfig
+
+Recipe = Callable[..., RunConfig]
+
+
+def quiet(config: RunConfig) -> int:
+    return train(config, lambda _: None, lambda *_: None)
+
+
+def weights(run: Path, images_seen: int) -> bytes:
+    return (run / "snapshots" / str(images_seen) / "weights.safetensors").read_bytes()
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    reader = Reader(folder)
+    return {name: reader.read(name) for name in reader.shapes()}
+
+
+def test_resume_restores_networks_moments_and_counters(recipe: Recipe) -> None:
+    config = recipe()
+    quiet(config)
+    folder = checkpoint.latest(config.run_dir)
+    assert folder is not None
+    assert folder.name == "400"
+    training = Training(recipe("train.seed=9"), Engine(config, print), TEN_CLASSES)
+    training.resume(folder)
+    training.prepare()
+    assert (training.progress.images_seen, training.progress.attempt) == (400, 2)
+    assert training.progress.seconds > 0
+    for name in ("g", "d"):
+        state = training.optimizers[name].state
+        assert len(state) == len(list(training.networks[name].parameters()))
+        for parameter, moments in state.items():
+            assert moments.keys() == {"step", "exp_avg", "exp_avg_sq"}
+            assert moments["exp_avg"].stride() == parameter.stride()
+            assert moments["step"].item() == 10
+            assert moments["exp_avg_sq"].abs().sum() > 0 or parameter.numel() < 50
+    saver = Saver(config.run_dir / "copy", training.world)
+    saver.save(training.progress, training.pieces())
+    saver.finish()
+    again = state_of(config.run_dir / "copy" / "checkpoints" / "400")
+    before = state_of(folder)
+    assert again.keys() == before.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
+
+
+def test_resumed_equals_uninterrupted_bitwise(recipe: Recipe, tmp_path: Path) -> None:
+    extra = ["penalties=[{name: r1, weight: 1.0, every: 3}]", "train.num_d_steps=2"]
+    whole = recipe(*extra, f"run_dir={tmp_path / 'whole'}")
+    parts = recipe(*extra, f"run_dir={tmp_path / 'parts'}")
+    quiet(whole)
+    first = recipe(*extra, f"run_dir={tmp_path / 'parts'}", "train.total_images=160")
+    quiet(first)
+    quiet(parts)
+    assert weights(whole.run_dir, 400) == weights(parts.run_dir, 400)
+
+
+def start(run: Path, digits: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "bigan", "train", str(SMOKE), f"data.path={digits}"]
+    command += [f"run_dir={run}", *overrides]
+    return subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
+
+
+LONG = ("train.total_images=960", "train.checkpoint_images=80", "train.snapshot_images=960")
+
+
+def test_sigkill_between_and_during_saves(digits: Path, tmp_path: Path) -> None:
+    """Killed at random moments, saves included, the same command ends with the same bytes.
+
+    Every fourth step is saved, so that a good part of the kills fall into a save.
+    """
+    undisturbed = start(tmp_path / "whole", digits, *LONG)
+    assert undisturbed.wait(120) == 0
+    run, chance, kills = tmp_path / "killed", random.Random(0), 0
+    for _ in range(40):
+        process = start(run, digits, *LONG)
+        have = len(atomic_files.numbered_folders(run / "checkpoints"))
+        until = time.monotonic() + 60
+        if kills < 4:
+            newest = checkpoint.latest(run)
+            while checkpoint.latest(run) == newest and process.poll() is None:
+                assert time.monotonic() < until, f"no progress, {have} checkpoints"
+                time.sleep(0.002)
+            time.sleep(chance.uniform(0, 0.15))
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait(30) == -signal.SIGKILL
+        elif process.wait(120) == 0:
+            break
+    assert kills >= 3
+    assert weights(tmp_path / "whole", 960) == weights(run, 960)
+    for name in ("checkpoints", "snapshots", "samples"):
+        assert not list((run / name).glob(".*")), "a later life cleans up"
+
+
+def test_damaged_checkpoints_are_answered_with_the_way_out(recipe: Recipe) -> None:
+    config = recipe()
+    quiet(config)
+    longer = recipe("train.total_images=800")
+    folder = checkpoint.latest(config.run_dir)
+    assert folder is not None
+    path = folder / "part-00000-of-00001.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"part-00000-of-00001\.safetensors: .*delete"):
+        quiet(longer)
+    path.write_bytes(whole)
+    record = json.loads((folder / "progress.json").read_text())
+    (folder / "progress.json").write_text(json.dumps(record | {"format": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        quiet(longer)
+
+
+def test_checkpoint_of_another_model(recipe: Recipe, tmp_path: Path) -> None:
+    config = recipe()
+    quiet(config)
+    before = sorted(p for p in config.run_dir.rglob("*"))
+    done = run_bigan(
+        "train", SMOKE, f"data.path={config.data.path}", f"run_dir={config.run_dir}",
+        "model.channels=4", "train.total_images=800",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "model.channels = 8, not 4" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert sorted(p for p in config.run_dir.rglob("*")) == before
+    folder = checkpoint.latest(config.run_dir)
+    assert folder is not None
+    other = Training(recipe("model.channels=4"), Engine(config, print), TEN_CLASSES)
+    with pytest.raises(CheckpointError, match="another model: g"):
+        other.resume(folder)
+
+
+def test_what_may_change_between_two_lives(recipe: Recipe) -> None:
+    config = recipe()
+    quiet(config)
+    assert run_folder.check(recipe("train.total_images=800", "compile=aot_eager", "data.threads=1"))
+    for override in ("train.seed=5", "train.batch=20", "loss=wasserstein", "data.block=100"):
+        with pytest.raises(ConfigError, match=override.partition("=")[0]):
+            run_folder.check(recipe(override))
+
+
+def test_foreign_folder_is_refused(recipe: Recipe) -> None:
+    config = recipe()
+    config.run_dir.mkdir()
+    (config.run_dir / "thesis.tex").write_text("precious")
+    with pytest.raises(ConfigError, match="not empty and not a run"):
+        quiet(config)
+    assert [p.name for p in config.run_dir.iterdir()] == ["thesis.tex"]
+
+
+def test_finished_run_says_so_and_repairs_its_marker(recipe: Recipe) -> None:
+    config = recipe()
+    quiet(config)
+    (config.run_dir / "DONE").unlink()
+    said: list[str] = []
+    assert train(config, said.append, lambda *_: None) == 0
+    assert any("already complete at images_seen = 400" in line for line in said)
+    assert (config.run_dir / "DONE").exists()
+
+
+def test_signal_saves_and_the_same_command_goes_on(digits: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = ("train.total_images=4000", "train.checkpoint_images=4000", "train.tick_images=40")
+    process = start(run, digits, *overrides)
+    until = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    newest = checkpoint.latest(run)
+    assert newest is not None
+    assert 0 < int(newest.name) < 4000
+    assert not (run / "DONE").exists()

@@ -1,0 +1,558 @@
+"""Every fetcher shows the same samples in the same order, over networks, caches and damage."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from web import Web, serving
+
+from bigan.data import DataError, cache, local, remote, workers
+from bigan.data import fetch as fetching
+from bigan.data.dataset import open_manifest
+from bigan.data.pack import pack
+from bigan.data.plan import Order, grouped
+from bigan.data.settings import DataConfig, Fetch
+from bigan.data.shards import Manifest
+from bigan.data.stream import Batch, ShardStream, sequential
+from bigan.data.streamed import Streamed
+from bigan.distributed.world import World
+
+BLOCK = 400
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    pack("digits", folder, resolution=8, shard_size=100)
+    return folder
+
+
+@pytest.fixture
+def web(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    monkeypatch.setattr(remote, "WAITS_SECONDS", (0.0, 0.0))
+    with serving(digits) as server:
+        yield server
+
+
+def take(data: object, num: int = 40, fetch: Fetch | None = None, **changes: object) -> list[Batch]:
+    settings: dict = {"seed": 0, "world": World(), "batch": 48, "block": BLOCK, **changes}
+    with ShardStream(data, "train", fetch=fetch, **settings) as stream:  # type: ignore[arg-type]
+        return list(itertools.islice(stream, num))
+
+
+def same(left: list[Batch], right: list[Batch]) -> bool:
+    pairs = list(zip(left, right, strict=True))
+    return all(
+        torch.equal(a.real, b.real)
+        and torch.equal(a.labels, b.labels)
+        and np.array_equal(a.positions, b.positions)
+        for a, b in pairs
+    )
+
+
+def data_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("bigan-")]
+
+
+# --- one order ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [World(), World(1, 3)])
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+def test_local_modes_show_the_same(digits: Path, mode: str, world: World) -> None:
+    """Over an epoch's end, from the middle of a block on, on a rank of one and of three."""
+    want = take(digits, world=world, images_seen=480)
+    assert same(want, take(digits, world=world, images_seen=480, fetch=Fetch(mode=mode)))
+    assert not data_threads()
+
+
+@pytest.mark.parametrize("how", [{}, {"mode": "resident"}, {"cache": Path("cache")}])
+def test_remote_modes_show_the_same(digits: Path, web: Web, tmp_path: Path, how: dict) -> None:
+    if "cache" in how:
+        how = {"cache": tmp_path / "cache"}
+    assert same(take(digits), take(web.url, fetch=Fetch(**how)))
+    assert not data_threads()
+
+
+def test_evaluation_reads_a_url_once(digits: Path, web: Web) -> None:
+    want = list(sequential(digits, "test", World(1, 2), 64))
+    assert same(want, list(sequential(web.url, "test", World(1, 2), 64)))
+    assert max(n for name, n in web.requests.items() if name.endswith(".tar")) == 1
+
+
+def test_evaluation_needs_a_batch(digits: Path) -> None:
+    with pytest.raises(DataError, match="must be positive"):
+        sequential(digits, "test", World(), 0)
+
+
+def test_groups_end_with_the_blocks() -> None:
+    order = Order([10, 7, 9], 0, 10)
+    ends = list(itertools.islice(order.block_ends(30), 6))
+    assert all(end > 30 for end in ends)
+    assert ends == sorted(set(ends))
+    whole = list(itertools.islice(order.block_ends(0), 12))
+    assert 26 in whole  # an epoch ends a block
+    assert 52 in whole
+    parts = [(np.arange(i, i + 4), np.arange(i, i + 4)) for i in range(0, 60, 4)]
+    found = list(itertools.islice(grouped(iter(parts), iter(whole)), 4))
+    assert [int(p[-1]) + 1 for p, _ in found] == whole[:4]
+    assert np.concatenate([p for p, _ in found]).tolist() == list(range(whole[3]))
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match="processes cannot be used"):
+        Fetch(mode="stream", backend="processes")
+    with pytest.raises(ValueError, match="processes cannot be used"):
+        Fetch(mode="resampled", backend="processes")
+    assert [Fetch().num_threads(r) for r in (32, 64, 65, 256)] == [1, 1, 2, 2]
+    assert Fetch(threads=5).num_threads(32) == 5
+    assert DataConfig(path="data/digits/").path == "data/digits"
+    assert DataConfig(path="s3://bucket/x/").path == "s3://bucket/x/"
+    assert DataConfig(path="pipe:cat a//b").path == "pipe:cat a//b"
+
+
+# --- streaming and caching ------------------------------------------------------------------------
+
+
+def test_stream_holds_two_blocks_at_most(digits: Path) -> None:
+    fetch = Fetch(mode="stream", prefetch=1, threads=1)
+    settings: dict = {"seed": 0, "world": World(), "batch": 20, "block": 200}
+    with ShardStream(digits, "train", fetch=fetch, **settings) as stream:
+        held = []
+        for _ in itertools.islice(stream, 60):
+            source = stream._fetcher._source  # type: ignore[attr-defined]
+            held.append(max(len(source._ready), len(source._block_of)))
+    assert 0 < max(held) <= 2 * 300  # a block is of whole shards, 100 samples each
+
+
+def test_broken_transfers_are_repeated(digits: Path, web: Web) -> None:
+    web.cut["train-000003.tar"] = 2
+    assert same(take(digits), take(web.url))
+    assert web.requests["train-000003.tar"] >= 3
+
+
+def test_a_shard_that_stays_short_stops_the_run(web: Web) -> None:
+    web.cut["train-000003.tar"] = 1000
+    with pytest.raises(DataError, match=r"train-000003\.tar: cannot be read.*bytes arrived") as got:
+        take(web.url)
+    assert "\n" not in str(got.value)
+    assert not data_threads()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_close_does_not_wait_for_a_silent_server(web: Web, tmp_path: Path, cached: bool) -> None:
+    web.silent = "train-000004.tar"
+    fetch = Fetch(cache=tmp_path / "cache") if cached else Fetch()
+    settings: dict = {"seed": 0, "world": World(), "batch": 48, "block": BLOCK, "fetch": fetch}
+    stream = ShardStream(web.url, "train", **settings)
+    threading.Timer(1.0, stream._fetcher.stop.set).start()
+    threading.Timer(1.0, stream._fetcher.close).start()
+    with pytest.raises((RuntimeError, DataError), match=r"closed|cannot be read"):
+        list(itertools.islice(stream, 100))
+    began = time.monotonic()
+    stream.close()
+    assert time.monotonic() - began < 2
+    assert not data_threads()
+
+
+def test_other_bytes_than_the_manifest_says(digits: Path, tmp_path: Path, web: Web) -> None:
+    web.folder = tmp_path / "changed"
+    shutil.copytree(digits, web.folder)
+    shard = web.folder / "train-000002.tar"
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(bytes(content))
+    with pytest.raises(DataError, match=r"train-000002\.tar: cannot be read.*sha256"):
+        take(web.url)
+
+
+def test_no_data_set_at_the_url(web: Web) -> None:
+    with pytest.raises(DataError, match=r"nowhere/manifest\.json: cannot be read.*error: 404"):
+        take(f"{web.url}/nowhere")
+    assert web.requests["nowhere/manifest.json"] == 1  # it will not appear by asking again
+    with pytest.raises(DataError, match="unknown kind of URL"):
+        take("gopher://host/data")
+
+
+def test_commands_run_only_if_allowed(digits: Path, tmp_path: Path, web: Web) -> None:
+    proof = tmp_path / "proof"
+    url = f"pipe:touch {proof}; cat {digits}"
+    with pytest.raises(DataError, match=r"data\.allow_pipe=true"):
+        take(url)
+    assert not proof.exists()
+    assert same(take(digits, 3), take(f"pipe:cat {digits}", 3, fetch=Fetch(allow_pipe=True)))
+
+
+def test_rewritten_urls_need_permission(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOPEN_REWRITE", f"{web.url}=pipe:cat ")
+    with pytest.raises(DataError, match="GOPEN_REWRITE"):
+        take(web.url)
+
+
+def test_cache_downloads_each_shard_once(digits: Path, web: Web, tmp_path: Path) -> None:
+    fetch = Fetch(cache=tmp_path / "cache")
+    for rank in range(3):
+        take(web.url, fetch=fetch, world=World(rank, 3))
+    shards = [n for name, n in web.requests.items() if name.endswith(".tar")]
+    assert len(shards) == 13
+    assert set(shards) == {1}
+    held = {path.stem for path in fetch.cache.glob("*.tar")}  # type: ignore[union-attr]
+    assert held == {shard.sha256 for shard in Manifest.load(digits).shards("train")}
+
+
+def test_small_cache_evicts_and_loses_nothing(digits: Path, web: Web, tmp_path: Path) -> None:
+    sizes = [shard.filesize for shard in Manifest.load(digits).shards("train")]
+    limit = max(sizes) * 9
+    fetch = Fetch(cache=tmp_path / "cache", cache_bytes=limit)
+    assert same(take(digits, 80, block=200), take(web.url, 80, fetch=fetch, block=200))
+    assert sum(p.stat().st_size for p in (tmp_path / "cache").glob("*.tar")) <= limit
+    assert sum(n for name, n in web.requests.items() if name.endswith(".tar")) > 13
+    with pytest.raises(DataError, match="cannot hold two blocks"):
+        take(web.url, fetch=Fetch(cache=tmp_path / "cache", cache_bytes=max(sizes)))
+    everything = Fetch(cache=tmp_path / "cache", cache_bytes=sum(sizes))
+    take(web.url, 1, fetch=everything, block=65_536)
+
+
+def test_evicted_shards_do_not_stay_open(digits: Path, web: Web, tmp_path: Path) -> None:
+    """An unlinked file takes space as long as anybody has it open."""
+    largest = max(shard.filesize for shard in Manifest.load(digits).shards("train"))
+    fetch = Fetch(cache=tmp_path / "cache", cache_bytes=8 * largest)
+    settings: dict = {"seed": 0, "world": World(), "batch": 48, "block": 200, "fetch": fetch}
+    gc.collect()
+    with ShardStream(web.url, "train", **settings) as stream:
+        for _ in itertools.islice(stream, 60):
+            deleted = 0
+            for link in Path("/proc/self/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):  # closed in between
+                    deleted += str(link.readlink()).endswith("tar (deleted)")
+            assert deleted <= 4 + 2
+    locks = {path.stem for path in (tmp_path / "cache").glob("*.lock")}
+    assert locks <= {"eviction"}
+
+
+def test_eviction_between_fetch_and_open(
+    digits: Path, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache race must cost a download, never change a sample (facts/data.md, section 2.2)."""
+    node = cache.NodeCache(tmp_path / "cache", web.url)
+    shard = Manifest.load(digits).shards("train")[0]
+    fetch, raced = node.fetch, []
+
+    def fetch_then_evict(wanted: object) -> None:
+        fetch(shard)
+        if not raced:
+            raced.append((tmp_path / "cache" / f"{shard.sha256}.tar").unlink())
+
+    monkeypatch.setattr(node, "fetch", fetch_then_evict)
+    descriptor = node.open(shard)
+    try:
+        assert os.read(descriptor, shard.filesize) == (digits / shard.url).read_bytes()
+    finally:
+        os.close(descriptor)
+    assert node.num_downloads == 2
+
+
+def test_truncated_download_is_never_cached(web: Web, tmp_path: Path) -> None:
+    web.cut["train-000000.tar"] = 1000
+    with pytest.raises(DataError, match=r"train-000000\.tar"):
+        take(web.url, fetch=Fetch(cache=tmp_path / "cache"))
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix == ".tmp"]
+    web.cut.clear()
+    take(web.url, fetch=Fetch(cache=tmp_path / "cache"))
+
+
+def test_exact_needs_a_disk_and_resident_needs_memory(digits: Path, web: Web) -> None:
+    with pytest.raises(DataError, match=r"data\.cache=FOLDER"):
+        take(web.url, fetch=Fetch(mode="exact"))
+    with pytest.raises(DataError, match=r"83,008 bytes of pixels.*data\.resident_bytes"):
+        take(digits, fetch=Fetch(mode="resident", resident_bytes=83_007))
+    take(digits, 1, fetch=Fetch(mode="resident", resident_bytes=83_008))
+
+
+# --- bad samples ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, int]:
+    """A copy whose sample at position 100 does not decode any more, and that sample's number."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(digits, folder)
+    manifest = Manifest.load(folder)
+    index = manifest.load_index("train")
+    shards = manifest.shards("train")
+    sample = int(Order([s.nsamples for s in shards], 0, BLOCK).samples(100, 101)[0])
+    file = folder / shards[int(index.shard[sample])].url
+    flip(file, int(index.offset[sample]))
+    monkeypatch.setattr(fetching, "CHECKSUM_BYTES", 0)
+    return folder, sample
+
+
+def flip(file: Path, byte: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[byte] ^= 0xFF
+    file.write_bytes(bytes(content))
+
+
+def test_after_the_last_sample_comes_the_first(digits: Path, damaged: tuple[Path, int]) -> None:
+    folder, _ = damaged
+    manifest = Manifest.load(folder)
+    flip(folder / manifest.shards("train")[-1].url, int(manifest.load_index("train").offset[-1]))
+    *_, end = sequential(folder, "train", World(), 500, Fetch(on_bad="skip"))
+    first = next(iter(sequential(digits, "train", World(), 1)))
+    assert torch.equal(end.real[-1:], first.real)
+    assert end.labels[-1] == first.labels[0]
+    assert (end.bad[-1].position, end.bad[-1].replacement) == (1296, 0)
+
+
+def test_a_damaged_shard_is_not_streamed(damaged: tuple[Path, int]) -> None:
+    with pytest.raises(DataError, match="damaged"):
+        take(damaged[0], fetch=Fetch(mode="stream", on_bad="skip"))
+
+
+@pytest.mark.parametrize("how", [{}, {"mode": "resident"}, {"backend": "processes"}])
+def test_skipping_puts_the_next_sample_in_place(
+    digits: Path, damaged: tuple[Path, int], how: dict
+) -> None:
+    folder, sample = damaged
+    """In order over an epoch's end, whoever decodes: threads, memory, worker processes."""
+    good, got = take(digits, 30), take(folder, 30, fetch=Fetch(on_bad="skip", **how))
+    images = torch.cat([b.real for b in sequential(digits, "train", World(), 500)])
+    labels = torch.cat([b.labels for b in sequential(digits, "train", World(), 500)])
+    for before, after in zip(good, got, strict=True):
+        expected = before.real.clone()
+        if 100 in before.positions:
+            row = before.positions.tolist().index(100)
+            expected[row] = images[sample + 1]
+            assert int(after.labels[row]) == int(labels[sample + 1])
+            (bad,) = after.bad
+            assert (bad.position, bad.member) == (100, f"{sample:09d}.npy")
+            assert bad.shard.endswith(".tar")
+            assert bad.replacement == sample + 1
+        else:
+            assert after.bad == ()
+            assert torch.equal(after.labels, before.labels)
+        assert torch.equal(after.real, expected)
+
+
+def test_skipping_is_the_same_after_a_resume_and_on_other_ranks(
+    damaged: tuple[Path, int],
+) -> None:
+    fetch = Fetch(on_bad="skip")
+    whole = take(damaged[0], 6, fetch=fetch)
+    again = take(damaged[0], 4, fetch=fetch, images_seen=96)
+    assert same(whole[2:], again)
+    assert [b.bad for b in again] == [b.bad for b in whole[2:]]
+    ranks = [take(damaged[0], 6, fetch=fetch, world=World(r, 2)) for r in range(2)]
+    joined = [torch.cat([ranks[0][i].real, ranks[1][i].real]) for i in range(6)]
+    assert all(torch.equal(a.real, b) for a, b in zip(whole, joined, strict=True))
+    assert sum(len(b.bad) for rank in ranks for b in rank) == 1
+
+
+def test_stopping_names_shard_and_member(damaged: tuple[Path, int]) -> None:
+    with pytest.raises(DataError) as error:
+        take(damaged[0], fetch=Fetch(mode="resident"))
+    assert f"bad sample {damaged[1]:09d}.npy" in str(error.value)
+    assert "data.on_bad=skip" in str(error.value)
+
+
+def test_a_broken_data_set_is_not_skipped(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise fetching.BadImageError("not today")
+
+    monkeypatch.setattr(fetching, "decode_into", refuse)
+    monkeypatch.setattr(local.LocalShards, "read_raw", lambda self, p, s, *_: list(range(len(s))))
+    with pytest.raises(DataError, match="no image decodes"):
+        take(digits, 1, fetch=Fetch(on_bad="skip"))
+
+
+def test_read_errors_are_not_skipped(digits: Path, tmp_path: Path) -> None:
+    """Only an image that does not decode is replaced: a flaky disk must not change the data."""
+    shutil.copytree(digits, tmp_path / "d")
+    settings: dict = {"seed": 0, "world": World(), "batch": 48, "block": BLOCK}
+    fetch = Fetch(on_bad="skip", prefetch=1)
+    with ShardStream(tmp_path / "d", "train", fetch=fetch, **settings) as stream:
+        next(stream)
+        for shard in (tmp_path / "d").glob("train-*.tar"):
+            os.truncate(shard, 1000)
+        with pytest.raises(DataError, match="ends before byte"):
+            list(itertools.islice(stream, 30))
+
+
+# --- the parts ------------------------------------------------------------------------------------
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    """Wait for what a thread does; False if it has not happened after two seconds."""
+    deadline = time.monotonic() + 2
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_read_ahead_stays_one_block_ahead() -> None:
+    class Cache:
+        fetched: ClassVar[list[str]] = []
+
+        def fetch(self, shard: str) -> None:
+            self.fetched.append(shard)
+            if shard == "b":  # left to whoever needs it; the next ones come all the same
+                raise DataError("no such shard")
+
+    numbers = np.arange(40)
+    blocks = [(numbers[i : i + 10], numbers[i : i + 10]) for i in range(0, 40, 10)]
+    ahead = cache.ReadAhead(Cache(), "abcd", numbers // 10, iter(blocks), 1)  # type: ignore[arg-type]
+    try:
+        for position, shards in [(0, "ab"), (9, "ab"), (10, "abc"), (5, "abc"), (20, "abcd")]:
+            ahead.reached(position)
+            assert until(lambda: "".join(Cache.fetched) == shards)  # noqa: B023
+            time.sleep(0.02)
+            assert "".join(Cache.fetched) == shards
+    finally:
+        ahead.close()
+
+
+def test_cache_evicts_what_was_used_longest_ago(digits: Path, web: Web, tmp_path: Path) -> None:
+    shards = Manifest.load(digits).shards("train")[:6]
+    limit = 5 * max(shard.filesize for shard in shards)
+    leftover = tmp_path / "cache" / ".x.tar.killed.tmp"
+    leftover.parent.mkdir()
+    leftover.write_text("half a shard")
+    os.utime(leftover, (1, 1))
+    node = cache.NodeCache(tmp_path / "cache", web.url, limit)
+    files = [tmp_path / "cache" / f"{shard.sha256}.tar" for shard in shards]
+    for age, (shard, file) in enumerate(zip(shards[:5], files, strict=False)):
+        os.close(node.open(shard))
+        os.utime(file, (age + 1, age + 1))
+    os.close(node.open(shards[0]))
+    os.close(node.open(shards[5]))
+    assert [file.exists() for file in files] == [True, False, True, True, True, True]
+    assert not leftover.exists()
+
+
+def test_cache_in_an_impossible_place(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot be the data\.cache"):
+        cache.NodeCache(tmp_path / "file" / "cache", "http://host/data")
+
+
+def test_a_damaged_copy_of_the_index_is_replaced(digits: Path, web: Web, tmp_path: Path) -> None:
+    fetch = Fetch(cache=tmp_path / "cache")
+    take(web.url, 1, fetch=fetch)
+    assert not (tmp_path / "user-cache").exists()
+    copies = list((tmp_path / "cache").glob("manifests/*/index/*"))
+    assert copies
+    for copy in copies:
+        copy.write_bytes(b"damaged")
+    assert same(take(digits, 1), take(web.url, 1, fetch=fetch))
+
+
+@pytest.mark.parametrize("mode", ["exact", "stream"])
+def test_a_damaged_index_stops_every_mode(digits: Path, tmp_path: Path, mode: str) -> None:
+    shutil.copytree(digits, tmp_path / "d")
+    (file,) = (tmp_path / "d" / "index").glob("train*label*")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    with pytest.raises(DataError, match="label"):
+        take(tmp_path / "d", 1, fetch=Fetch(mode=mode))  # type: ignore[arg-type]
+
+
+def test_members_are_the_same_from_disk_and_stream(digits: Path) -> None:
+    manifest = Manifest.load(digits)
+    exact = local.LocalShards(manifest, "train")
+    streamed = Streamed(manifest, "train", iter(()), threading.Event(), 1, False)
+    for sample in (0, 101, 1296):
+        assert streamed.member(sample) == exact.member(sample)
+
+
+def test_raw_reads_are_whole_or_not_at_all(digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits, tmp_path / "d")
+    shards = local.LocalShards(Manifest.load(tmp_path / "d"), "train")
+    out, numbers = np.zeros((6, 8, 8, 1), np.uint8), np.arange(6)
+    assert shards.read_raw(numbers, numbers, out, lambda: True) == []
+    assert not out.any()  # stopped before the first one
+    end = int(shards.index.offset[5] + shards.index.size[5])
+    os.truncate(tmp_path / "d" / "train-000000.tar", end - 1)
+    assert shards.read_raw(numbers, numbers, out, lambda: False) == [5]
+    shards.close()
+
+
+def test_worker_processes_use_the_cache(digits: Path, web: Web, tmp_path: Path) -> None:
+    fetch = Fetch(mode="exact", backend="processes", cache=tmp_path / "cache")
+    rows = workers._Rows(open_manifest(web.url, fetch), "train", fetch)
+    answer = rows[np.arange(48), np.arange(48)]
+    assert isinstance(answer, tuple)
+    (want,) = itertools.islice(sequential(digits, "train", World(), 48), 1)
+    assert torch.equal(answer[0], want.real)
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
+
+
+def test_worker_processes_stop_naming_shard_and_member(
+    damaged: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def here(rows: workers._Rows, sampler: workers._Places, **_: object) -> Iterator[object]:
+        return (rows[place] for place in sampler)
+
+    monkeypatch.setattr(workers, "DataLoader", here)  # in this process: quick
+    with pytest.raises(DataError, match=rf"bad sample {damaged[1]:09d}\.npy") as error:
+        take(damaged[0], fetch=Fetch(backend="processes"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_dropped_stream_of_a_url_ends_its_threads(web: Web, tmp_path: Path) -> None:
+    for fetch in (Fetch(), Fetch(cache=tmp_path / "cache")):
+        settings: dict = {"seed": 0, "world": World(), "batch": 48, "block": 100}
+        stream = ShardStream(web.url, "train", fetch=fetch, **settings)
+        next(stream)
+        del stream
+        gc.collect()
+        assert not data_threads()
+
+
+def test_a_failed_resident_split_ends_its_threads(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise fetching.BadImageError("not today")
+
+    monkeypatch.setattr(fetching, "decode_into", refuse)
+    monkeypatch.setattr(fetching, "RESIDENT_CHUNK", 1)  # blocks of 64: the third one waits
+    with pytest.raises(DataError, match="not today"):
+        take(web.url, 1, fetch=Fetch(mode="resident"))
+    assert not data_threads()
+
+
+def test_a_command_that_goes_on_is_ended() -> None:
+    began = time.monotonic()
+    with remote.open_url("pipe:echo x; exec sleep 20", True) as stream:
+        assert stream.read(2) == b"x\n"
+    assert time.monotonic() - began < 10
+
+
+def test_buckets_need_their_programs(
+    digits: Path, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(DataError, match="needs the program 'aws'"):
+        take("s3://bucket/data", 1)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    aws = tmp_path / "bin" / "aws"  # stands in for `aws s3 cp --only-show-errors URL -`
+    aws.parent.mkdir()
+    aws.write_text(f'#!/bin/sh\n[ "$5" = - ] && exec cat "{digits}/${{4#s3://bucket/data/}}"\n')
+    aws.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{aws.parent}:{os.environ['PATH']}")
+    assert same(take(digits, 3), take("s3://bucket/data", 3))

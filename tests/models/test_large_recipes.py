@@ -1,0 +1,207 @@
+"""The large recipes: their figures, their last stage on the meta device, one real step of it."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import ROOT
+from torch import Tensor, nn
+
+from bigan import config as configs
+from bigan import models
+from bigan.config import ConfigError
+from bigan.data.stream import Batch
+from bigan.engine import Engine
+from bigan.layers.batchnorm import BatchNorm2d
+from bigan.objectives import gan
+from bigan.run.describe import describe
+from bigan.run.state import Training
+from bigan.run_config import RunConfig, own_step_every, penalty_weight
+
+CONFIGS = ROOT / "configs"
+ON_CPU = ["compile=eager", "precision=fp32", "train.seed=0"]
+
+BIGGAN_512 = ["model.resolution=512", "model.z_dim=160"]  # 8 slots of 20
+BIGGAN_DEEP_512 = ["model.resolution=512"]
+
+
+def load(name: str, *overrides: str) -> RunConfig:
+    return configs.load(RunConfig, CONFIGS / f"{name}.yaml", overrides)
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+PARAMETERS = re.compile(r"G has ([\d,]+) parameters and D\s+([\d,]+)")
+MEMORY = re.compile(r"([\d.]+) GiB per process estimated")
+
+
+def headers_with(figures: re.Pattern[str]) -> dict[str, tuple[float, ...]]:
+    """Recipe -> what its header says of these figures, of those that say something."""
+    found = {}
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        lines = [line for line in path.read_text().splitlines() if line.startswith("#")]
+        match = figures.search(" ".join(line.removeprefix("# ") for line in lines))
+        if match:
+            found[path.stem] = tuple(float(text.replace(",", "")) for text in match.groups())
+    return found
+
+
+@pytest.mark.parametrize(("name", "counts"), headers_with(PARAMETERS).items())
+def test_networks_have_the_parameters_of_the_header(name: str, counts: tuple[float, ...]) -> None:
+    networks = models.build(load(name).model, "meta")
+    assert tuple(sum(p.numel() for p in network.parameters()) for network in networks) == counts
+
+
+@pytest.mark.parametrize(("name", "gib"), headers_with(MEMORY).items())
+def test_a_full_step_fits_the_memory_of_the_header(name: str, gib: tuple[float]) -> None:
+    """`bigan describe` runs each phase of the last stage on the meta device, at full width."""
+    described = describe(load(name), world_size=8)
+    assert described["memory_bytes"]["total"] / 2**30 == pytest.approx(gib[0], rel=0.1)
+
+
+def test_headers_are_read() -> None:
+    assert {"progan-1024", "stylegan2-256", "stylegan2-1024"} <= headers_with(PARAMETERS).keys()
+    assert {"progan-1024", "r3gan-64", "biggan-128-8gpu"} <= headers_with(MEMORY).keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"), [("biggan-128", BIGGAN_512), ("biggan-deep-128", BIGGAN_DEEP_512)]
+)
+def test_biggan_takes_a_full_step_at_512_px_on_the_meta_device(
+    name: str, overrides: list[str]
+) -> None:
+    at_128, at_512 = (
+        describe(load(name, "train.micro_batch=4", *changes), world_size=8)["memory_bytes"]
+        for changes in ([], overrides)
+    )
+    assert at_512["weights"] > at_128["weights"]
+    # 16 times the pixels, in maps that are narrower the larger they are.
+    assert 4 < at_512["activations"] / at_128["activations"] < 16
+
+
+def test_progan_has_the_batches_and_learning_rates_of_eight_gpus() -> None:
+    described = describe(load("progan-1024"), world_size=8)
+    stages = described["stages"]
+    assert len(stages) == 17
+    stable = {s["resolution"]: s for s in stages if not s["fading"]}
+    assert {r: s["batch"] for r, s in stable.items()} == {
+        4: 512, 8: 256, 16: 128, 32: 64, 64: 32, 128: 32, 256: 32, 512: 32, 1024: 32,
+    }  # fmt: skip
+    assert {r: s["lr"][0] for r, s in stable.items() if r >= 64} == {
+        64: 1e-3, 128: 1.5e-3, 256: 2e-3, 512: 3e-3, 1024: 3e-3,
+    }  # fmt: skip
+    for fading, after in itertools.pairwise(stages):
+        if fading["fading"]:  # batch and rate are those of the resolution from its first image on
+            assert (fading["batch"], fading["lr"]) == (after["batch"], after["lr"])
+    assert stages[-1]["images"] == [9_600_000, 12_000_000]
+    assert described["schedule"]["accumulation_steps"] == 1
+
+
+def test_stylegan2_leaves_gamma_to_the_heuristic() -> None:
+    config = load("stylegan2-256")
+    (r1,) = config.penalties
+    assert penalty_weight(r1, config) == pytest.approx(0.2048)
+    assert (own_step_every(config, "d"), own_step_every(config, "g")) == (16, 4)
+    (r1,) = load("stylegan2-1024").penalties
+    assert penalty_weight(r1, config) == 10
+
+
+# --- one real step -------------------------------------------------------------------------------
+
+
+def grey_noise(training: Training) -> Iterator[Batch]:
+    """Random images of the stage's size and one of its classes, as a stream would give them."""
+    config, draw = training.config, torch.Generator().manual_seed(0)
+    num = config.train.batch // training.accumulation
+    shape = (num, config.model.resolution, config.model.resolution, config.model.image_channels)
+    while True:
+        real = torch.randint(256, shape, dtype=torch.uint8, generator=draw)
+        yield Batch(real, torch.zeros(num, dtype=torch.int64), np.arange(num))
+
+
+def step(training: Training) -> None:
+    """Prepare and take one training step; every weight of both networks moves and is finite."""
+    training.prepare()
+    before = {
+        name: [p.detach().clone() for p in training.networks[name].parameters()] for name in "gd"
+    }
+    seen = training.progress.images_seen
+    training.step(grey_noise(training))
+    assert training.engine.halted_at() == -1
+    for name, weights in before.items():
+        for (key, now), then in zip(
+            training.networks[name].named_parameters(), weights, strict=True
+        ):
+            assert now.isfinite().all(), key
+            assert not torch.equal(now, then), (name, key)
+    train = training.config.train
+    assert training.progress.images_seen == seen + train.batch * train.num_d_steps
+
+
+def test_progan_takes_real_steps_at_1024_px() -> None:
+    """The last fade-in and what follows it, in narrow networks: 8 channels, 1 at 1024 px."""
+    narrow = ["model.base_channels=512", "model.max_channels=8", "model.z_dim=8"]
+    small = ["model.minibatch_group=2", "train.batch=2", "train.micro_batch=2"]
+    config = load("progan-1024", *narrow, *small, *ON_CPU)
+    training = Training(config, Engine(config, print), {"face": 1})
+    for stage in training.stages[-2:]:
+        assert stage.resolution == 1024
+        training.progress.images_seen = stage.start + stage.config.train.batch  # alpha is not 0
+        training.enter(stage)
+        step(training)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("biggan-128", [*BIGGAN_512, "model.shared_dim=8"]),
+        ("biggan-deep-128", [*BIGGAN_DEEP_512, "model.z_dim=8", "model.shared_dim=8"]),
+    ],
+)
+def test_biggan_takes_a_real_step_at_512_px(name: str, overrides: list[str]) -> None:
+    narrow = ["model.channels=4", "model.num_classes=3", "train.batch=4", "train.micro_batch=2"]
+    config = load(name, *overrides, *narrow, *ON_CPU)
+    training = Training(config, Engine(config, print), {"a": 1, "b": 1, "c": 1})
+    step(training)
+
+
+# --- wrong combinations --------------------------------------------------------------------------
+
+
+class BatchNormed(nn.Module):
+    """A network of either kind with one BatchNorm layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = BatchNorm2d(1)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.bn(images).sum((1, 2, 3))
+
+
+@pytest.mark.parametrize("name", ["r1", "r2", "wgan_gp"])
+def test_batchnorm_under_a_penalty_is_a_config_error(
+    recipe: Callable[..., RunConfig], name: str
+) -> None:
+    config = recipe(f"penalties=[{{name: {name}}}]")
+    generator, discriminator = models.build(config.model)
+    gan.build_phases(config, generator, discriminator, (1,))  # its generator's is no obstacle
+    said = rf"^penalties: {name}: .*BatchNorm in BatchNormed .* use spectral normalisation"
+    with pytest.raises(ConfigError, match=said):
+        gan.build_phases(config, generator, BatchNormed(), (1,))
+    without = recipe()
+    gan.build_phases(without, generator, BatchNormed(), (1,))
+
+
+def test_batchnorm_under_path_length_is_a_config_error(digits: Path, tmp_path: Path) -> None:
+    config = load("smoke/stylegan2-256", f"data.path={digits}", f"run_dir={tmp_path}")
+    generator, discriminator = models.build(config.model)
+    gan.build_phases(config, generator, discriminator, (1,))
+    with pytest.raises(ConfigError, match=r"^path_length: .*BatchNorm"):
+        gan.build_phases(config, BatchNormed(), discriminator, (1,))

@@ -1,0 +1,125 @@
+"""A wrong config is answered in one line: where, which key, which value, what instead."""
+
+from pathlib import Path
+
+import pytest
+
+from bigan import config as configs
+from bigan.config import ConfigError
+from bigan.run_config import RunConfig, accumulation_steps
+
+ROOT = Path(__file__).parents[1]
+SMOKE = ROOT / "configs" / "smoke" / "digits.yaml"
+
+
+def load(*overrides: str) -> RunConfig:
+    return configs.load(RunConfig, SMOKE, overrides)
+
+
+def message(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(*overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_overrides_change_nested_values() -> None:
+    config = load("train.seed=7", "optimizer.g.lr=1e-3", "compile=false")
+    assert (config.train.seed, config.optimizer.g.lr, config.compile) == (7, 1e-3, "eager")
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.total_image=5", ["train.total_image", "5", "did you mean 'train.total_images'"]),
+        ("trian.seed=5", ["trian", "did you mean 'train'"]),
+        ("model.chanels=5", ["model.chanels", "'model.channels'"]),
+        ("optimizer.g.Lr=5", ["optimizer.g.Lr", "'optimizer.g.lr'"]),
+        ("train.seed=one", ["train.seed = 'one'", "valid integer"]),
+        ("train.seed='1'", ["train.seed = '1'", "valid integer"]),
+        ("train.seed=1.5", ["train.seed = 1.5"]),
+        ("train.batch=0", ["train.batch = 0", "greater than 0"]),
+        ("loss=hing", ["loss = 'hing'", "did you mean 'hinge'"]),
+        ("engine=dpp", ["engine = 'dpp'", "did you mean 'ddp'"]),
+        ("model.name=bigan", ["model.name = 'bigan'", "'biggan'"]),
+        ("model.z_dim=50", ["model", "z_dim = 50", "use z_dim="]),
+        ("train=3", ["train = 3"]),
+        ("penalties=[{name: r3, weight: 1}]", ["penalties.0.name = 'r3'", "r1"]),
+    ],
+)
+def test_wrong_override_names_key_value_and_fix(override: str, parts: list[str]) -> None:
+    text = message(override)
+    assert text.startswith("command line")
+    for part in parts:
+        assert part in text
+
+
+def test_wrong_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(SMOKE.read_text().replace("  batch: 40", "  bach: 40"))
+    with pytest.raises(ConfigError) as caught:
+        configs.load(RunConfig, path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "train.bach = 40" in str(caught.value)
+    assert "did you mean 'train.batch'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("a: [1,", "not valid YAML"),
+        ("a: 1\na: 2", "given twice"),
+        ("- 1", "expected a mapping"),
+        ("a: !!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_broken_yaml(tmp_path: Path, text: str, part: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=part):
+        configs.load(RunConfig, path)
+
+
+def test_missing_file_suggests_a_neighbour() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean .*digits\.yaml"):
+        configs.load(RunConfig, SMOKE.with_name("digit.yaml"))
+
+
+def test_missing_key(tmp_path: Path) -> None:
+    path = tmp_path / "short.yaml"
+    path.write_text("run_dir: x")
+    with pytest.raises(ConfigError, match="required and missing"):
+        configs.load(RunConfig, path)
+
+
+def test_exponent_without_dot_is_a_number() -> None:
+    assert load("optimizer.d.lr=2e-4").optimizer.d.lr == 2e-4
+
+
+def test_dump_round_trip(tmp_path: Path) -> None:
+    config = load("penalties=[{name: r1, weight: 1.0}]")
+    (tmp_path / "c.yaml").write_text(configs.dump(config))
+    assert configs.load(RunConfig, tmp_path / "c.yaml") == config
+
+
+def test_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load().train.seed = 3  # type: ignore[misc]
+
+
+def test_differences() -> None:
+    old, new = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "e": 4}
+    found = configs.differences(old, new)
+    assert found == [("a.c", 2, 5), ("d", 3, None), ("e", None, 4)]
+
+
+def test_accumulation() -> None:
+    train = load("train.batch=40", "train.micro_batch=5").train
+    assert accumulation_steps(train, 1) == 8
+    assert accumulation_steps(train, 4) == 2
+    assert accumulation_steps(load("train.batch=40").train, 4) == 1
+    with pytest.raises(ConfigError, match=r"train\.batch = 40 cannot be divided"):
+        accumulation_steps(train, 3)
+    with pytest.raises(ConfigError, match=r"try train\.micro_batch=5"):
+        accumulation_steps(load("train.micro_batch=6").train, 2)
