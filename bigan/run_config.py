@@ -15,7 +15,7 @@ from bigan.augment import AugmentConfig, NoAugment
 from bigan.config import ConfigError, Frozen
 from bigan.data.settings import DataConfig
 from bigan.data.shards import Manifest
-from bigan.models import ModelConfig
+from bigan.models import AnyModel
 from bigan.run.collapse import CollapseConfig
 
 Positive = Annotated[int, Field(gt=0)]
@@ -147,7 +147,7 @@ class RunConfig(Frozen):
     # round to 10 bits; several times faster than fp32 on them, nothing elsewhere.
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     data: DataConfig
-    model: ModelConfig
+    model: AnyModel
     augment: AugmentConfig = NoAugment()  # of what the discriminator sees, real and fake alike
     growth: GrowthConfig | None = None  # of a model that can grow
     loss: Literal["hinge", "non_saturating", "least_squares", "wasserstein", "relativistic"] = (
@@ -227,7 +227,7 @@ class RunConfig(Frozen):
             raise ValueError("growth.levels: each resolution may be given once")
 
 
-def misfits(model: ModelConfig, manifest: Manifest) -> list[tuple[str, str, int, int]]:
+def misfits(model: AnyModel, manifest: Manifest) -> list[tuple[str, str, int, int]]:
     """(what, key below `model`, wanted by the model, found in the images) where they disagree."""
     facts = (
         ("resolution", "resolution", model.resolution, manifest.resolution),

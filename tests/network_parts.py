@@ -9,18 +9,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigan import models
-from bigan.models import ModelConfig
+from bigan.models import AnyModel
 
 
-def networks(config: ModelConfig) -> tuple[Any, Any]:
+def built(config: AnyModel, device: str = "cpu") -> list[Any]:
+    """The networks of `config`, not initialised, in the order of their names."""
+    return list(models.build(config, device).values())
+
+
+def networks(config: AnyModel) -> tuple[Any, Any]:
     """(generator, discriminator), initialised from fixed seeds."""
-    generator, discriminator = models.build(config)
-    generator.init_weights(torch.Generator().manual_seed(0))  # type: ignore[operator]
-    discriminator.init_weights(torch.Generator().manual_seed(1))  # type: ignore[operator]
+    generator, discriminator = built(config)
+    generator.init_weights(torch.Generator().manual_seed(0))
+    discriminator.init_weights(torch.Generator().manual_seed(1))
     return generator, discriminator
 
 
-def batch(config: ModelConfig, num: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+def batch(config: AnyModel, num: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """(z, labels, images)"""
     draw = torch.Generator().manual_seed(7)
     size = (num, config.image_channels, config.resolution, config.resolution)

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigan.layers.init import Layer, Scheme
 from bigan.layers.spectral import SNConv2d
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Layer):
     """x [B, C, H, W] -> x + gamma * attention(x); C a multiple of 8, H and W even.
 
     The form that BigGAN uses: queries (theta) and keys (phi) have C / 8 channels, values (g) C / 2,
@@ -27,6 +28,11 @@ class SelfAttention(nn.Module):
         self.g = SNConv2d(channels, channels // 2, 1, bias=False, eps=eps)
         self.output = SNConv2d(channels // 2, channels, 1, bias=False, eps=eps)
         self.gamma = nn.Parameter(torch.zeros(()))
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator, scheme: Scheme = "orthogonal") -> None:
+        """gamma = 0; nothing is drawn."""
+        self.gamma.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]

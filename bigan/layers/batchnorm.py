@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigan.layers.init import Layer, Scheme
 from bigan.layers.precision import at_least_float32
 from bigan.layers.spectral import SNLinear
 
@@ -51,7 +52,7 @@ def average_over_ranks(x: Tensor, group_name: str, group_size: int) -> Tensor:
     return _AverageOverRanks.apply(x, group_name, group_size)
 
 
-class _Normalise(nn.Module):
+class _Normalise(Layer):
     """x [B, C, H, W] -> gain * (x - mean) / sqrt(var + eps) + bias."""
 
     standing_mean: Tensor
@@ -107,6 +108,10 @@ class _Normalise(nn.Module):
             self.standing_mean.zero_()
             self.standing_var.fill_(1)
 
+    def reset_parameters(self, generator: torch.Generator, scheme: Scheme = "orthogonal") -> None:
+        """Statistics 0 and 1; nothing is drawn."""
+        self.reset_statistics()
+
 
 class BatchNorm2d(_Normalise):
     """Batch normalisation of [B, C, H, W] with a learned gain and bias, if `affine`."""
@@ -119,6 +124,15 @@ class BatchNorm2d(_Normalise):
         ones, zeros = torch.ones(num_features), torch.zeros(num_features)
         self.register_parameter("weight", nn.Parameter(ones) if affine else None)
         self.register_parameter("bias", nn.Parameter(zeros) if affine else None)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator, scheme: Scheme = "orthogonal") -> None:
+        """Gain 1, bias 0, statistics 0 and 1; nothing is drawn."""
+        super().reset_parameters(generator, scheme)
+        if self.weight is not None:
+            self.weight.fill_(1)
+        if self.bias is not None:
+            self.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.normalise(x, self.weight, self.bias)

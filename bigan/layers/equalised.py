@@ -14,14 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigan.layers.init import Layer, Scheme
 
-class Equalised(nn.Module):
+
+class Equalised(Layer):
     """A stored `weight` used as `weight * scale`, and a bias used as `bias * lr_multiplier`.
 
     scale = gain * lr_multiplier / sqrt(fan-in), all entries but the first dimension being the
     fan-in. With `lr_multiplier` m the stored values are 1/m times as large, so that a step of the
     optimiser changes what is used m times as much (StyleGAN's mapping network: 0.01). The used bias
-    begins at `first_bias`. Built with zeros: call `bigan.layers.init.initialise`.
+    begins at `initial_bias`. Built with zeros: call `reset_parameters`.
     """
 
     bias: nn.Parameter | None
@@ -32,22 +34,22 @@ class Equalised(nn.Module):
         bias: bool = True,
         gain: float = 1.0,
         lr_multiplier: float = 1.0,
-        first_bias: float = 0.0,
+        initial_bias: float = 0.0,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(tuple(shape)))
         self.register_parameter("bias", nn.Parameter(torch.zeros(shape[0])) if bias else None)
         self.scale = gain * lr_multiplier / math.sqrt(math.prod(shape[1:]))
         self.lr_multiplier = lr_multiplier
-        self.first_bias = first_bias
+        self.initial_bias = initial_bias
 
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
-        """Fill in the first values; drawn on the CPU, whatever the device of the layer."""
+    def reset_parameters(self, generator: torch.Generator, scheme: Scheme = "orthogonal") -> None:
+        """Weights N(0, 1 / lr_multiplier^2) whatever the scheme; the bias is constant."""
         draws = torch.empty(self.weight.shape).normal_(generator=generator)
         self.weight.copy_(draws / self.lr_multiplier)
         if self.bias is not None:
-            self.bias.fill_(self.first_bias / self.lr_multiplier)
+            self.bias.fill_(self.initial_bias / self.lr_multiplier)
 
     def used_weight(self) -> Tensor:
         return self.weight * self.scale
@@ -68,9 +70,9 @@ class EqualisedLinear(Equalised):
         bias: bool = True,
         gain: float = 1.0,
         lr_multiplier: float = 1.0,
-        first_bias: float = 0.0,
+        initial_bias: float = 0.0,
     ) -> None:
-        super().__init__((out_features, in_features), bias, gain, lr_multiplier, first_bias)
+        super().__init__((out_features, in_features), bias, gain, lr_multiplier, initial_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.used_weight(), self.used_bias())

@@ -1,4 +1,4 @@
-"""First values of all weights from one explicit generator, and orthogonal regularisation."""
+"""Initial values of all weights from one explicit generator, and orthogonal regularization."""
 
 from __future__ import annotations
 
@@ -6,61 +6,68 @@ from collections.abc import Collection
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigan.layers.attention import SelfAttention
-from bigan.layers.batchnorm import BatchNorm2d, normalisation_layers
-from bigan.layers.equalised import Equalised
 from bigan.layers.precision import without_autocast
-from bigan.layers.spectral import SpectralNorm
 
-# torch's own spectral norm begins with as many; random vectors would give a sigma near 0.
-FIRST_POWER_ITERATIONS = 15
+Scheme = Literal["orthogonal", "normal"]
+
+
+class Layer(nn.Module):
+    """A module that owns parameters or buffers and sets their initial values itself."""
+
+    def reset_parameters(self, generator: torch.Generator, scheme: Scheme = "orthogonal") -> None:
+        """Set, in place, the initial values of what this module owns, not of its children.
+
+        Random values come from `generator`, a CPU generator, and are drawn on the CPU, so that they
+        do not depend on the device of the layer. `scheme` applies to layers that have no
+        initialisation of their own.
+        """
+        raise NotImplementedError
 
 
 @torch.no_grad()
-def initialise(
-    network: nn.Module, scheme: Literal["orthogonal", "normal"], generator: torch.Generator
+def init_weights(
+    network: nn.Module, generator: torch.Generator, scheme: Scheme = "orthogonal"
 ) -> None:
-    """Fill every parameter and buffer of the layers of `bigan.layers` and of nn.Embedding.
+    """Set the initial values of all layers in `network`, in registration order.
 
-    `scheme` "orthogonal" is BigGAN's (Saxe et al. 2014) for convolutions, linear maps and
-    embeddings; "normal" is N(0, 0.02). Biases start at 0. Layers with an equalised learning rate
-    have first values of their own, whatever the scheme. Weights are drawn on the CPU: they
-    depend on `generator` (a CPU generator) and the network's structure alone, not on its device.
+    These are every `Layer` and torch's own nn.Embedding, nn.Linear, nn.Conv2d (weights by `scheme`,
+    biases 0) and nn.GroupNorm (1 and 0).
+
+    `scheme` "orthogonal" is BigGAN's (Saxe et al. 2014, arXiv:1312.6120); "normal" is N(0, 0.02^2).
+    The values depend on `generator` and on the structure of the network alone.
     """
     for module in network.modules():
-        if isinstance(module, SpectralNorm | nn.Embedding):
-            module.weight.copy_(_draw(module.weight.shape, scheme, generator))
-        if isinstance(module, Equalised):
-            module.initialise(generator)
-        if isinstance(module, SpectralNorm):
-            v = torch.empty(module.v.shape).normal_(generator=generator)
-            module.v.copy_(F.normalize(v, dim=0))
-            for _ in range(FIRST_POWER_ITERATIONS):
-                module.iterate()
-            bias = getattr(module, "bias", None)
-            if bias is not None:
-                bias.zero_()
-        if isinstance(module, BatchNorm2d) and module.weight is not None:
-            module.weight.fill_(1)
-            if module.bias is not None:
+        if isinstance(module, Layer):
+            module.reset_parameters(generator, scheme)
+        elif isinstance(module, nn.Embedding | nn.Linear | nn.Conv2d):
+            module.weight.copy_(initial_weight(module.weight.shape, generator, scheme))
+            if not isinstance(module, nn.Embedding) and module.bias is not None:
                 module.bias.zero_()
-        if isinstance(module, SelfAttention):
-            module.gamma.zero_()
-    for layer in normalisation_layers(network):
-        layer.reset_statistics()
+        elif isinstance(module, nn.GroupNorm):
+            module.weight.fill_(1)
+            module.bias.zero_()
+
+
+def initial_weight(shape: torch.Size, generator: torch.Generator, scheme: Scheme) -> Tensor:
+    """A float32 weight of `shape`, on the CPU."""
+    weight = torch.empty(shape)
+    if scheme == "normal":
+        return weight.normal_(0, 0.02, generator=generator)
+    return nn.init.orthogonal_(weight, generator=generator)
 
 
 def orthogonal_penalty(network: nn.Module, skip: Collection[str] = ("shared",)) -> Tensor:
-    """BigGAN's off-diagonal orthogonal regularisation, unweighted: a scalar in float32.
+    """BigGAN's off-diagonal orthogonal regularization, unweighted: a scalar in float32.
 
-    The sum over weights of || W^T W o (1 - I) ||_F^2 (Brock et al. 2019, equation 3), the columns
-    of their W being the filters: with PyTorch's layout, one filter per row, the products of
-    different rows. Raw weights are meant, before spectral normalisation. Parameters with a name
-    part in `skip` are left out, by default the shared class embedding, as are vectors and scalars.
-    (The gradient their PyTorch code adds by hand is half of this one's.)
+    The sum over all weights of || W^T W o (1 - I) ||_F^2 (Brock et al. 2019, equation 3), where the
+    columns of W are the filters. PyTorch stores one filter per row, so these are the products of
+    different rows. W is the raw weight, before spectral normalization. Parameters with a name part
+    in `skip` are left out (by default the shared class embedding), and so are vectors and scalars.
+    The gradient that the authors' PyTorch code adds by hand is half of the gradient of this.
+
+    Raises ValueError if no weight matrix is left.
     """
     terms = [
         _off_diagonal_energy(weight)
@@ -68,7 +75,9 @@ def orthogonal_penalty(network: nn.Module, skip: Collection[str] = ("shared",)) 
         if weight.ndim >= 2 and not any(part in skip for part in name.split("."))
     ]
     if not terms:
-        raise ValueError("orthogonal_penalty: the network has no weight matrix to regularise")
+        raise ValueError(
+            f"orthogonal_penalty: {type(network).__name__} has no weight matrix to regularize"
+        )
     return torch.stack(terms).sum()
 
 
@@ -78,13 +87,6 @@ def _off_diagonal_energy(weight: Tensor) -> Tensor:
         if rows.shape[0] <= rows.shape[1]:
             gram = rows @ rows.t()
             return (gram - torch.diag(gram.diagonal())).square().sum()
-        # More filters than entries: ||W W^T||_F = ||W^T W||_F, and the smaller product keeps
-        # BigGAN's first layer (24576 x 20) from making a matrix of 2.4 GB.
+        # More filters than entries: ||W W^T||_F = ||W^T W||_F, and the smaller product avoids a
+        # matrix of 2.4 GB for BigGAN's first layer (24576 x 20).
         return (rows.t() @ rows).square().sum() - rows.square().sum(1).square().sum()
-
-
-def _draw(shape: torch.Size, scheme: str, generator: torch.Generator) -> Tensor:
-    weight = torch.empty(shape)
-    if scheme == "normal":
-        return weight.normal_(0, 0.02, generator=generator)
-    return nn.init.orthogonal_(weight, generator=generator)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigan.layers.equalised import EqualisedLinear
+from bigan.layers.init import Layer, Scheme
 from bigan.layers.pixelnorm import pixel_norm
 from bigan.layers.precision import at_least_float32, without_autocast
 
@@ -80,7 +81,7 @@ class Mapping(nn.Module):
         return x
 
 
-class AveragedMapping(nn.Module):
+class AveragedMapping(Layer):
     """z [B, z_dim], labels int64 [B] -> ws [B, num_ws, w_dim]: w once per layer that uses it.
 
     `truncation_psi` < 1 draws w towards its mean over z and labels (Karras et al. 2019,
@@ -95,6 +96,11 @@ class AveragedMapping(nn.Module):
         self.num_ws = num_ws
         self.beta = beta
         self.register_buffer("w_average", torch.zeros(w_dim))
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator, scheme: Scheme = "orthogonal") -> None:
+        """Mean latent 0; nothing is drawn."""
+        self.w_average.zero_()
 
     def forward(self, z: Tensor, labels: Tensor, truncation_psi: float = 1.0) -> Tensor:
         w = self.network(z, labels)

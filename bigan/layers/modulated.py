@@ -63,7 +63,7 @@ class ModulatedConv2d(Equalised):
         super().__init__((out_channels, in_channels, kernel_size, kernel_size))
         self.demodulate = demodulate
         self.up = up
-        self.style = EqualisedLinear(w_dim, in_channels, first_bias=1.0)
+        self.style = EqualisedLinear(w_dim, in_channels, initial_bias=1.0)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         with without_autocast(w):

@@ -14,26 +14,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigan.layers.init import Layer, Scheme, initial_weight
 from bigan.layers.precision import without_autocast
 
+# As many as torch's spectral norm begins with; random vectors would give a sigma near 0.
+INITIAL_POWER_ITERATIONS = 15
 
-class SpectralNorm(nn.Module):
+
+class SpectralNorm(Layer):
     """A raw `weight` and estimates `u`, `v` of its first pair of singular vectors.
 
-    Built with zeros, which give no finite output: call `bigan.layers.init.initialise`, or load a
-    state dict. `eps` bounds from below the norm that a power iteration divides by.
+    Built with zeros, which give no finite output: call `reset_parameters`, or load a state dict.
+    `eps` bounds from below the norm that a power iteration divides by.
     """
 
     u: Tensor
     v: Tensor
+    bias: nn.Parameter | None
 
-    def __init__(self, shape: Sequence[int], eps: float) -> None:
+    def __init__(self, shape: Sequence[int], bias: bool, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(tuple(shape)))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(shape[0])) if bias else None)
         rows = self.weight.flatten(1)
         self.register_buffer("u", torch.zeros(rows.shape[0]))
         self.register_buffer("v", torch.zeros(rows.shape[1]))
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator, scheme: Scheme = "orthogonal") -> None:
+        """Weight by `scheme`, `u` and `v` iterated from a random `v`, bias 0."""
+        self.weight.copy_(initial_weight(self.weight.shape, generator, scheme))
+        self.v.copy_(F.normalize(torch.empty(self.v.shape).normal_(generator=generator), dim=0))
+        for _ in range(INITIAL_POWER_ITERATIONS):
+            self.iterate()
+        if self.bias is not None:
+            self.bias.zero_()
 
     def singular_value(self) -> Tensor:
         """Scalar sigma = u^T W v; differentiable with respect to `weight`."""
@@ -58,13 +74,10 @@ class SpectralNorm(nn.Module):
 class SNLinear(SpectralNorm):
     """Spectrally normalised linear map [..., in] -> [..., out]."""
 
-    bias: nn.Parameter | None
-
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, eps: float = 1e-4
     ) -> None:
-        super().__init__((out_features, in_features), eps)
-        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
+        super().__init__((out_features, in_features), bias, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.normalised_weight(), self.bias)
@@ -72,8 +85,6 @@ class SNLinear(SpectralNorm):
 
 class SNConv2d(SpectralNorm):
     """Spectrally normalised convolution: odd kernel, stride 1, zero padding that keeps the size."""
-
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -83,9 +94,8 @@ class SNConv2d(SpectralNorm):
         bias: bool = True,
         eps: float = 1e-4,
     ) -> None:
-        super().__init__((out_channels, in_channels, kernel_size, kernel_size), eps)
+        super().__init__((out_channels, in_channels, kernel_size, kernel_size), bias, eps)
         self.padding = kernel_size // 2
-        self.register_parameter("bias", nn.Parameter(torch.zeros(out_channels)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.normalised_weight(), self.bias, padding=self.padding)
@@ -95,7 +105,7 @@ class SNEmbedding(SpectralNorm):
     """Spectrally normalised embedding: labels int64 [...] -> [..., dim]."""
 
     def __init__(self, num_embeddings: int, dim: int, eps: float = 1e-4) -> None:
-        super().__init__((num_embeddings, dim), eps)
+        super().__init__((num_embeddings, dim), bias=False, eps=eps)
 
     def forward(self, labels: Tensor) -> Tensor:
         # Dividing the chosen rows instead of the table: the same numbers, less memory.

@@ -1,13 +1,17 @@
-"""The registry of networks: a tagged union of every family's frozen `Config`.
+"""The networks: one file per family, and the tagged union of the families' configs.
 
-A family is one file with `Config(name: Literal[...])`, `Generator(config)` and
-`Discriminator(config)`; adding its `Config` to the union below is all the registration there is.
+A family is a module with a frozen `Config(name: Literal[...])`, a subclass of
+`bigan.models.base.ModelConfig`, and one class for each network that the config names. To add a
+family, add its `Config` to the union `AnyModel`.
 
     Generator:      forward(z [B, z_dim], labels int64 [B]) -> images [B, C, R, R] in [-1, 1]
     Discriminator:  forward(images [B, C, R, R] in [-1, 1], labels int64 [B]) -> logits [B]
+    Encoder:        forward(images [B, C, R, R] in [-1, 1], labels int64 [B])
+                    -> (mean [B, z_dim], log_variance [B, z_dim])
+    Decoder:        forward(z [B, z_dim], labels int64 [B]) -> images [B, C, R, R] in [-1, 1]
 
-Both have `init_weights(generator: torch.Generator)`; modules are built on any device, the meta
-device included, and filled afterwards.
+Every network has `init_weights(generator: torch.Generator)`. Networks are built on any device,
+including the meta device, and initialised afterwards.
 """
 
 from __future__ import annotations
@@ -21,19 +25,22 @@ from torch import Tensor, nn
 
 from bigan.models import biggan, biggan_deep, progan, r3gan, stylegan2
 
-ModelConfig = Annotated[
+AnyModel = Annotated[
     biggan.Config | biggan_deep.Config | progan.Config | stylegan2.Config | r3gan.Config,
     Field(discriminator="name"),
 ]
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] -> uint8; values outside are clamped, not wrapped around."""
-    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+def build(config: AnyModel, device: torch.device | str = "cpu") -> dict[str, nn.Module]:
+    """The networks of `config` by name, in the order of `config.networks`, on `device`.
 
-
-def build(config: ModelConfig, device: torch.device | str = "cpu") -> tuple[nn.Module, nn.Module]:
-    """(generator, discriminator) of `config` on `device`, weights not yet initialised."""
+    Weights are not initialised: call `init_weights` of each network, or load a state dict.
+    """
     family = sys.modules[type(config).__module__]
     with torch.device(device):
-        return family.Generator(config), family.Discriminator(config)
+        return {name: getattr(family, name.capitalize())(config) for name in config.networks}
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] -> uint8; values outside of the range are clamped."""
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -8,21 +8,19 @@ discriminator. Widths and parameter counts follow the published implementations 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 from torch import Tensor, nn
 
-from bigan.config import Frozen
+from bigan.config import Positive, PositiveFloat
 from bigan.layers import init
 from bigan.layers.attention import SelfAttention, reachable
 from bigan.layers.batchnorm import BatchNorm2d, ConditionalBatchNorm2d
 from bigan.layers.spectral import SNConv2d, SNEmbedding, SNLinear
-
-Positive = Annotated[int, Field(gt=0)]
-Epsilon = Annotated[float, Field(gt=0)]
+from bigan.models.base import ModelConfig
 
 # Block widths in units of `channels`: block i goes from entry i to entry i + 1.
 GENERATOR_WIDTHS: dict[int, tuple[int, ...]] = {
@@ -45,7 +43,7 @@ DISCRIMINATOR_WIDTHS: dict[int, tuple[int, ...]] = {
 NUM_HALVINGS = {16: 2, 32: 2, 64: 4, 128: 5, 256: 6, 512: 7}
 
 
-class Config(Frozen):
+class Config(ModelConfig):
     """Everything that decides the shape and the initial values of both networks.
 
     The epsilons are the paper's, raised to 1e-4 for low precision (appendix C, recalled from the
@@ -63,8 +61,8 @@ class Config(Frozen):
     hierarchical: bool = True  # a slice of z for the first layer and for each block
     attention_resolutions: tuple[Positive, ...] = (64,)  # those a network does not reach: no effect
     init: Literal["orthogonal", "normal"] = "orthogonal"  # normal: N(0, 0.02), used for CIFAR
-    sn_eps: Epsilon = 1e-4
-    bn_eps: Epsilon = 1e-4
+    sn_eps: PositiveFloat = 1e-4
+    bn_eps: PositiveFloat = 1e-4
 
     @property
     def num_blocks(self) -> int:
@@ -167,7 +165,7 @@ class Generator(nn.Module):
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill every parameter and buffer, from `generator` alone."""
-        init.initialise(self, self.config.init, generator)
+        init.init_weights(self, generator, self.config.init)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         shared = self.shared(labels)
@@ -238,7 +236,7 @@ class Discriminator(nn.Module):
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill every parameter and buffer, from `generator` alone."""
-        init.initialise(self, self.config.init, generator)
+        init.init_weights(self, generator, self.config.init)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         h = images

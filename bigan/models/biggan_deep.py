@@ -9,21 +9,19 @@ implementations to the unit.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 from torch import Tensor, nn
 
-from bigan.config import Frozen
+from bigan.config import Positive, PositiveFloat
 from bigan.layers import init
 from bigan.layers.attention import SelfAttention, reachable
 from bigan.layers.batchnorm import BatchNorm2d, ConditionalBatchNorm2d
 from bigan.layers.spectral import SNConv2d, SNEmbedding, SNLinear
-
-Positive = Annotated[int, Field(gt=0)]
-Epsilon = Annotated[float, Field(gt=0)]
+from bigan.models.base import ModelConfig
 
 # Channels in units of `channels`: of the 4 x 4 map, then of the map at each doubling. The blocks of
 # both networks follow from them. Nothing is published for 16 px, and no agreed form for 32 px:
@@ -39,7 +37,7 @@ WIDTHS: dict[int, tuple[int, ...]] = {
 BOTTLENECK = 4  # a block's wider end has this many times the channels of its 3 x 3 convolutions
 
 
-class Config(Frozen):
+class Config(ModelConfig):
     """Everything that decides the shape and the initial values of both networks.
 
     The epsilons are the paper's, raised to 1e-4 for low precision (appendix C, recalled from the
@@ -55,8 +53,8 @@ class Config(Frozen):
     shared_dim: Positive = 128  # class embedding shared by the first layer and all BatchNorms
     attention_resolutions: tuple[Positive, ...] = (64,)  # those a network does not reach: no effect
     init: Literal["orthogonal", "normal"] = "orthogonal"  # normal: N(0, 0.02)
-    sn_eps: Epsilon = 1e-4
-    bn_eps: Epsilon = 1e-4
+    sn_eps: PositiveFloat = 1e-4
+    bn_eps: PositiveFloat = 1e-4
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -154,7 +152,7 @@ class Generator(nn.Module):
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill every parameter and buffer, from `generator` alone."""
-        init.initialise(self, self.config.init, generator)
+        init.init_weights(self, generator, self.config.init)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         cond = torch.cat([self.shared(labels), z], dim=1)
@@ -223,7 +221,7 @@ class Discriminator(nn.Module):
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill every parameter and buffer, from `generator` alone."""
-        init.initialise(self, self.config.init, generator)
+        init.init_weights(self, generator, self.config.init)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         h = self.from_image(images)

@@ -15,27 +15,28 @@ set `alpha`, which is a buffer of both networks and belongs to the schedule.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from bigan.config import Frozen
+from bigan.config import Positive
 from bigan.layers import init
 from bigan.layers.equalised import Equalised, EqualisedConv2d, EqualisedLinear
 from bigan.layers.minibatch_stddev import MinibatchStdDev
 from bigan.layers.pixelnorm import pixel_norm
 from bigan.layers.resampling import enlarge, fade, shrink
-
-Positive = Annotated[int, Field(gt=0)]
+from bigan.models.base import ModelConfig
 
 GAIN = math.sqrt(2)  # He's, for what an activation follows
 
 
-class Config(Frozen):
+class Config(ModelConfig):
     """Everything that decides the shape and the initial values of both networks of one stage."""
+
+    can_grow: ClassVar[bool] = True
 
     name: Literal["progan"]
     resolution: Literal[4, 8, 16, 32, 64, 128, 256, 512, 1024]
@@ -47,6 +48,18 @@ class Config(Frozen):
     base_channels: Positive = 8192  # layers at R px have base_channels / (R/2) channels, but
     max_channels: Positive = 512  # not more than this
     minibatch_group: Annotated[int, Field(ge=2)] = 4  # images compared by the discriminator
+
+    @property
+    def is_fading(self) -> bool:
+        return self.fading
+
+    @property
+    def is_conditional(self) -> bool:
+        return self.conditional
+
+    @property
+    def group(self) -> int:
+        return self.minibatch_group
 
     def channels_at(self, resolution: int) -> int:
         """Channels of the maps at `resolution`; the published nf(stage) at 2**(stage + 1) px."""
@@ -86,7 +99,7 @@ def _activated(x: Tensor) -> Tensor:
     return F.leaky_relu(x, 0.2)
 
 
-class FirstBlock(nn.Module):
+class FirstBlock(init.Layer):
     """Latents [B, in] -> [B, out, 4, 4]. The 16 positions of a channel share one bias."""
 
     def __init__(self, in_features: int, out_channels: int) -> None:
@@ -96,6 +109,13 @@ class FirstBlock(nn.Module):
         self.linear = EqualisedLinear(in_features, 16 * out_channels, bias=False, gain=GAIN / 4)
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.conv = EqualisedConv2d(out_channels, out_channels, 3, gain=GAIN)
+
+    @torch.no_grad()
+    def reset_parameters(
+        self, generator: torch.Generator, scheme: init.Scheme = "orthogonal"
+    ) -> None:
+        """Bias 0; nothing is drawn."""
+        self.bias.zero_()
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.linear(z).unflatten(1, (-1, 4, 4)) + self.bias[:, None, None]
@@ -141,13 +161,9 @@ class Generator(nn.Module):
             self.to_image[str(resolution)] = EqualisedConv2d(channels, config.image_channels, 1)
         self.register_buffer("alpha", torch.zeros(()))
 
-    @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill every parameter from `generator` alone; alpha is 0 when fading, otherwise 1."""
-        init.initialise(self, "normal", generator)
-        for module in self.modules():
-            if isinstance(module, FirstBlock):
-                module.bias.zero_()
+        init.init_weights(self, generator)
         self.alpha.fill_(0.0 if self.config.fading else 1.0)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
@@ -223,7 +239,7 @@ class Discriminator(nn.Module):
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill every parameter from `generator` alone; alpha is 0 when fading, otherwise 1."""
-        init.initialise(self, "normal", generator)
+        init.init_weights(self, generator)
         self.alpha.fill_(0.0 if self.config.fading else 1.0)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:

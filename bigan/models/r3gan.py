@@ -11,18 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from bigan.config import Frozen
-from bigan.layers import binomial
+from bigan.config import Positive
+from bigan.layers import binomial, init
 from bigan.layers.precision import without_autocast
-
-Positive = Annotated[int, Field(gt=0)]
+from bigan.models.base import ModelConfig
 
 SLOPE = 0.2  # of the leaky ReLU below zero
 LRELU_GAIN = math.sqrt(2 / (1 + SLOPE**2))  # keeps the second moment (He et al. 2015, eq. 15)
@@ -30,7 +29,7 @@ MAX_WIDTH = 768
 WIDEST_RESOLUTION = 32  # the last with MAX_WIDTH; above it the width halves at every doubling
 
 
-class Config(Frozen):
+class Config(ModelConfig):
     """Everything that decides the shape and the initial values of both networks.
 
     The defaults are the published FFHQ and CIFAR-10 networks; ImageNet's have `conditional: true`,
@@ -48,6 +47,10 @@ class Config(Frozen):
     expansion: Positive = 2  # hidden channels of a block, in units of its width
     group_size: Positive = 16  # channels in a group of the 3 x 3 convolutions
     embedding_dim: Positive = 64  # class embedding beside z; the discriminator's: widths[0] entries
+
+    @property
+    def is_conditional(self) -> bool:
+        return self.conditional
 
     @property
     def stage_widths(self) -> tuple[int, ...]:
@@ -93,10 +96,10 @@ class Config(Frozen):
         return self
 
 
-class Drawn(nn.Module):
+class Drawn(init.Layer):
     """A `weight` whose first values are N(0, std^2), and a `bias` that begins at 0.
 
-    Built with zeros: call `initialise`.
+    Built with zeros: call `reset_parameters`.
     """
 
     bias: nn.Parameter | None
@@ -108,8 +111,10 @@ class Drawn(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(shape[0])) if bias else None)
 
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
-        """Fill in the first values; drawn on the CPU, whatever the device of the layer."""
+    def reset_parameters(
+        self, generator: torch.Generator, scheme: init.Scheme = "orthogonal"
+    ) -> None:
+        """Weight N(0, std^2) whatever the scheme, bias 0."""
         draws = torch.empty(self.weight.shape).normal_(generator=generator)
         self.weight.copy_(draws * self.std)
         if self.bias is not None:
@@ -235,13 +240,6 @@ def stage(width: int, config: Config) -> nn.Sequential:
     return nn.Sequential(*(ResidualBlock(width, config) for _ in range(config.blocks_per_stage)))
 
 
-def initialise(network: nn.Module, generator: torch.Generator) -> None:
-    """Fill every parameter of the layers above, in order of registration."""
-    for module in network.modules():
-        if isinstance(module, Drawn):
-            module.initialise(generator)
-
-
 class Generator(nn.Module):
     """z [B, z_dim], labels int64 [B] -> images [B, C, R, R], unbounded (meant for [-1, 1])."""
 
@@ -261,7 +259,7 @@ class Generator(nn.Module):
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill every parameter, from `generator` alone."""
-        initialise(self, generator)
+        init.init_weights(self, generator)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         if self.embedding is not None:
@@ -295,7 +293,7 @@ class Discriminator(nn.Module):
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill every parameter, from `generator` alone."""
-        initialise(self, generator)
+        init.init_weights(self, generator)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         h = self.from_image(images)

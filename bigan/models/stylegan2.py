@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from bigan.config import Frozen
+from bigan.config import Fraction, Positive, PositiveFloat
 from bigan.layers import hashing, init
 from bigan.layers.binomial import downsample, upsample
 from bigan.layers.blur import blur
@@ -29,16 +29,16 @@ from bigan.layers.mapping import AveragedMapping, Mapping, leaky_relu
 from bigan.layers.minibatch_stddev import MinibatchStdDev
 from bigan.layers.modulated import ModulatedConv2d
 from bigan.layers.precision import at_least_float32, without_autocast
-
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+from bigan.models.base import ModelConfig
 
 # Streams of `hashing`, all from one key per image; convolution i has stream NOISE + i.
 MIXED_LATENT, IS_MIXED, FIRST_MIXED, NOISE = range(4)
 
 
-class Config(Frozen):
+class Config(ModelConfig):
     """Everything that decides the shape and the values of both networks."""
+
+    latent_space: ClassVar[Literal["z", "w"]] = "w"
 
     name: Literal["stylegan2"]
     resolution: Literal[4, 8, 16, 32, 64, 128, 256, 512, 1024]
@@ -50,11 +50,19 @@ class Config(Frozen):
     channel_base: Positive = 32768  # layers at R px have channel_base / R channels, but
     max_channels: Positive = 512  # not more than this
     mapping_layers: Positive = 8
-    mapping_lr_multiplier: Annotated[float, Field(gt=0)] = 0.01
-    w_average_beta: Share = 0.995  # per step, of the mean latent about which samples are truncated
-    style_mixing: Share = 0.9  # share of the training images made from two latents
+    mapping_lr_multiplier: PositiveFloat = 0.01
+    w_average_beta: Fraction = 0.995  # decay per step of the mean latent, used by truncation
+    style_mixing: Fraction = 0.9  # share of the training images made from two latents
     minibatch_group: Positive = 4  # images compared by the discriminator
-    activation_clamp: Annotated[float, Field(gt=0)] | None = None  # float16: 256
+    activation_clamp: PositiveFloat | None = None  # float16: 256
+
+    @property
+    def is_conditional(self) -> bool:
+        return self.conditional
+
+    @property
+    def group(self) -> int:
+        return self.minibatch_group
 
     def channels_at(self, resolution: int) -> int:
         """Channels of the maps at `resolution`."""
@@ -90,7 +98,7 @@ class Config(Frozen):
         return self
 
 
-class StyledConv(nn.Module):
+class StyledConv(init.Layer):
     """Modulated 3 x 3 convolution, noise, bias and activation.
 
     x [B, in, H, W], w [B, w_dim], noise [B, 1, H', W'] -> [B, out, H', W'], doubled with `up`. The
@@ -102,6 +110,13 @@ class StyledConv(nn.Module):
         self.clamp = config.activation_clamp
         self.conv = ModulatedConv2d(in_channels, out_channels, 3, config.w_dim, up=up)
         self.noise_strength = nn.Parameter(torch.zeros(1))
+
+    @torch.no_grad()
+    def reset_parameters(
+        self, generator: torch.Generator, scheme: init.Scheme = "orthogonal"
+    ) -> None:
+        """Strength 0; nothing is drawn."""
+        self.noise_strength.zero_()
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor) -> Tensor:
         x = self.conv(x, w)
@@ -176,13 +191,9 @@ class Generator(nn.Module):
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill every parameter and buffer, from `generator` alone."""
-        init.initialise(self, "normal", generator)  # all layers are equalised: no scheme applies
+        init.init_weights(self, generator)
         first = self.synthesis.first
         first.copy_(torch.empty(first.shape).normal_(generator=generator))
-        for module in self.modules():
-            if isinstance(module, StyledConv):
-                module.noise_strength.zero_()
-        self.mapping.w_average.zero_()
 
     def forward(
         self,
@@ -270,7 +281,7 @@ class Discriminator(nn.Module):
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill every parameter, from `generator` alone."""
-        init.initialise(self, "normal", generator)  # all layers are equalised: no scheme applies
+        init.init_weights(self, generator)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         clamp = self.config.activation_clamp

@@ -27,7 +27,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def initialised(layer: nn.Module, scheme: str = "orthogonal", seed: int = 0) -> nn.Module:
-    init.initialise(layer, scheme, torch.Generator().manual_seed(seed))
+    init.init_weights(layer, torch.Generator().manual_seed(seed), scheme)
     return layer
 
 

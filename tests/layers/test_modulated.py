@@ -36,8 +36,8 @@ def test_demodulated_convolutions_keep_the_mean_square() -> None:
     x = torch.randn(4, 32, 16, 16, generator=draw)
     for up in (False, True):
         layer = ModulatedConv2d(32, 64, 3, 8, up=up)
-        layer.initialise(draw)
-        layer.style.initialise(draw)
+        layer.reset_parameters(draw)
+        layer.style.reset_parameters(draw)
         y = layer(x, 10 * torch.randn(4, 8, generator=draw))[..., 2:-2, 2:-2]
         # A pixel of doubled white noise is (1 a + 3 b) / 4 along each axis: 10/16 of the power.
         expected = (10 / 16) ** 2 if up else 1.0

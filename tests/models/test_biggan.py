@@ -7,13 +7,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from network_parts import R1, batch, networks
+from network_parts import R1, batch, built, networks
 from torch import Tensor, nn
 
 from bigan import config as configs
-from bigan import models
 from bigan.layers.batchnorm import BatchNorm2d, ConditionalBatchNorm2d, collecting_statistics
-from bigan.layers.init import initialise
+from bigan.layers.init import init_weights
 from bigan.layers.spectral import SpectralNorm
 from bigan.models.biggan import Config, DiscriminatorBlock
 
@@ -45,7 +44,7 @@ COUNTS = {
 def test_parameter_counts_are_the_published_ones(which: str) -> None:
     changes, num_g, num_d = COUNTS[which]
     config = configs.validate(Config, {"name": "biggan", **changes}, "test")
-    generator, discriminator = models.build(config, "meta")
+    generator, discriminator = built(config, "meta")
     assert sum(p.numel() for p in generator.parameters()) == num_g
     assert sum(p.numel() for p in discriminator.parameters()) == num_d
 
@@ -58,7 +57,7 @@ def test_every_resolution_runs_on_the_meta_device(resolution: int, z_dim: int) -
         resolution=resolution, z_dim=z_dim, channels=96, attention_resolutions=[64],
         image_channels=3,
     )  # fmt: skip
-    generator, discriminator = models.build(config, "meta")
+    generator, discriminator = built(config, "meta")
     z = torch.empty(2, z_dim, device="meta")
     labels = torch.empty(2, dtype=torch.int64, device="meta")
     images = generator(z, labels)
@@ -80,7 +79,7 @@ def test_block_widths_are_the_published_ones() -> None:
     for resolution, expected in widths.items():
         num_slots = len(expected[0]) + 1
         config = tiny(resolution=resolution, channels=8, z_dim=num_slots, image_channels=3)
-        pair = models.build(config, "meta")
+        pair = built(config, "meta")
         found = tuple([block.conv2.weight.shape[0] // 8 for block in n.blocks] for n in pair)
         assert found == expected
         assert pair[0].first.weight.shape[0] == 16 * 8 * (4 if resolution < 64 else 16)
@@ -150,7 +149,7 @@ def test_generator_block_equals_its_definition() -> None:
 def test_discriminator_block_equals_its_definition(first: bool, halve: bool, channels: int) -> None:
     """Above all, that the shortcut sees the block's input before the activation."""
     block = DiscriminatorBlock(channels, 8, first, halve, eps=1e-4)
-    initialise(block, "orthogonal", torch.Generator().manual_seed(0))
+    init_weights(block, torch.Generator().manual_seed(0))
     x = torch.randn(3, channels, 6, 6, generator=torch.Generator().manual_seed(1))
     original = x.clone()
     h = block.conv2(block.conv1(x if first else x.clamp_min(0)).clamp_min(0))
@@ -208,7 +207,7 @@ def test_initial_weights_are_a_function_of_the_generator() -> None:
     states = []
     for global_seed in (3, 4):
         torch.manual_seed(global_seed)
-        generator, _ = models.build(tiny(), "meta")
+        generator, _ = built(tiny(), "meta")
         generator = generator.to_empty(device="cpu")
         for tensor in generator.state_dict().values():
             tensor.fill_(torch.nan)

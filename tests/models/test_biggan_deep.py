@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from network_parts import R1, batch, networks
+from network_parts import R1, batch, built, networks
 from torch import Tensor, nn
 
 from bigan import config as configs
-from bigan import models
 from bigan.layers.batchnorm import collecting_statistics
 from bigan.layers.spectral import SpectralNorm
 from bigan.models import biggan_deep
@@ -45,7 +44,7 @@ def one_stage(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def num_parameters(resolution: int) -> list[int]:
     values = {"name": "biggan_deep", "resolution": resolution, "num_classes": 1000}
-    pair = models.build(configs.validate(Config, values, "test"), "meta")
+    pair = built(configs.validate(Config, values, "test"), "meta")
     return [sum(p.numel() for p in network.parameters()) for network in pair]
 
 
@@ -76,7 +75,7 @@ def test_every_resolution_on_the_meta_device(resolution: int) -> None:
     config = tiny(
         resolution=resolution, channels=8, image_channels=3, attention_resolutions=[64]
     )  # fmt: skip
-    generator, discriminator = models.build(config, "meta")
+    generator, discriminator = built(config, "meta")
     sizes: list[list[int]] = [[], []]
     for network, seen in zip((generator, discriminator), sizes, strict=True):
         for block in network.blocks:
@@ -213,7 +212,7 @@ def test_both_networks_equal_their_definition() -> None:
 
 def test_the_discriminator_does_not_touch_its_input() -> None:
     block = DiscriminatorBlock(8, 8, True, 1e-4)
-    models.biggan_deep.init.initialise(block, "orthogonal", torch.Generator().manual_seed(0))
+    biggan_deep.init.init_weights(block, torch.Generator().manual_seed(0))
     x = torch.randn(3, 8, 6, 6, generator=torch.Generator().manual_seed(1))
     original = x.clone()
     block(x)
@@ -244,7 +243,7 @@ def test_first_values_are_a_function_of_the_generator() -> None:
     states = []
     for global_seed, seed in ((3, 0), (4, 0), (4, 1)):
         torch.manual_seed(global_seed)
-        pair = [network.to_empty(device="cpu") for network in models.build(tiny(), "meta")]
+        pair = [network.to_empty(device="cpu") for network in built(tiny(), "meta")]
         for network in pair:
             for tensor in network.state_dict().values():
                 tensor.fill_(torch.nan)
@@ -384,7 +383,7 @@ def test_a_wrong_config_says_what_to_do(changes: dict[str, object], message: str
 def test_the_narrowest_networks_that_are_allowed_run(resolution: int, channels: int) -> None:
     """What the message of a refused width proposes is a network."""
     config = tiny(resolution=resolution, channels=channels, attention_resolutions=[])
-    generator, discriminator = models.build(config, "meta")
+    generator, discriminator = built(config, "meta")
     labels = torch.empty(2, dtype=torch.int64, device="meta")
     images = generator(torch.empty(2, 7, device="meta"), labels)
     assert discriminator(images, labels).shape == (2,)

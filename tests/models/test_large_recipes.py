@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT
+from network_parts import built
 from torch import Tensor, nn
 
 from bigan import config as configs
-from bigan import models
 from bigan.config import ConfigError
 from bigan.data.stream import Batch
 from bigan.engine import Engine
@@ -54,7 +54,7 @@ def headers_with(figures: re.Pattern[str]) -> dict[str, tuple[float, ...]]:
 
 @pytest.mark.parametrize(("name", "counts"), headers_with(PARAMETERS).items())
 def test_networks_have_the_parameters_of_the_header(name: str, counts: tuple[float, ...]) -> None:
-    networks = models.build(load(name).model, "meta")
+    networks = built(load(name).model, "meta")
     assert tuple(sum(p.numel() for p in network.parameters()) for network in networks) == counts
 
 
@@ -190,7 +190,7 @@ def test_batchnorm_under_a_penalty_is_a_config_error(
     recipe: Callable[..., RunConfig], name: str
 ) -> None:
     config = recipe(f"penalties=[{{name: {name}}}]")
-    generator, discriminator = models.build(config.model)
+    generator, discriminator = built(config.model)
     gan.build_phases(config, generator, discriminator, (1,))  # its generator's is no obstacle
     said = rf"^penalties: {name}: .*BatchNorm in BatchNormed .* use spectral normalisation"
     with pytest.raises(ConfigError, match=said):
@@ -201,7 +201,7 @@ def test_batchnorm_under_a_penalty_is_a_config_error(
 
 def test_batchnorm_under_path_length_is_a_config_error(digits: Path, tmp_path: Path) -> None:
     config = load("smoke/stylegan2-256", f"data.path={digits}", f"run_dir={tmp_path}")
-    generator, discriminator = models.build(config.model)
+    generator, discriminator = built(config.model)
     gan.build_phases(config, generator, discriminator, (1,))
     with pytest.raises(ConfigError, match=r"^path_length: .*BatchNorm"):
         gan.build_phases(config, BatchNormed(), discriminator, (1,))

@@ -8,11 +8,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from network_parts import R1, batch
+from network_parts import R1, batch, built
 from torch import Tensor, nn
 
 from bigan import config as configs
-from bigan import models
 from bigan.models.progan import Config, Discriminator, Generator
 
 RESOLUTIONS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -37,7 +36,7 @@ def tiny(**changes: object) -> Config:
 
 def networks(config: Config, seed: int = 0) -> tuple[Generator, Discriminator]:
     """Initialised, with biases that are not 0, so that a missing one is seen."""
-    generator, discriminator = models.build(config)
+    generator, discriminator = built(config)
     for number, network in enumerate((generator, discriminator)):
         draw = torch.Generator().manual_seed(2 * seed + number)
         network.init_weights(draw)
@@ -64,7 +63,7 @@ def test_parameter_counts_are_the_published_ones() -> None:
     It holds the image layers of all resolutions at once; a stage of ours has one. The paper's
     table 2, with one too, says 23.1M for both.
     """
-    generator, discriminator = models.build(make(resolution=1024), "meta")
+    generator, discriminator = built(make(resolution=1024), "meta")
     unused = PUBLISHED_CHANNELS[:-1]
     assert num_parameters(generator) == 23_079_115 - sum(3 * n + 3 for n in unused) == 23_071_507
     assert num_parameters(discriminator) == 23_087_249 - sum(4 * n for n in unused) == 23_077_137
@@ -104,7 +103,7 @@ def test_every_stage_runs_on_the_meta_device(
         resolution=resolution, fading=fading, conditional=conditional, num_classes=10, z_dim=128,
         image_channels=1, base_channels=4096, max_channels=128,
     )  # fmt: skip
-    generator, discriminator = models.build(config, "meta")
+    generator, discriminator = built(config, "meta")
     z = torch.empty(4, 128, device="meta")
     labels = torch.empty(4, dtype=torch.int64, device="meta")
     images = generator(z, labels)
@@ -117,7 +116,7 @@ def test_every_stage_runs_on_the_meta_device(
 
 
 def test_channels_of_each_resolution_are_the_published_ones() -> None:
-    generator, discriminator = models.build(make(resolution=1024), "meta")
+    generator, discriminator = built(make(resolution=1024), "meta")
     found = [block.conv2.weight.shape[0] for name, block in generator.blocks.items() if name != "4"]
     assert (generator.blocks["4"].conv.weight.shape[0], *found) == PUBLISHED_CHANNELS
     entering = {
@@ -128,7 +127,7 @@ def test_channels_of_each_resolution_are_the_published_ones() -> None:
     assert entering == dict(zip(RESOLUTIONS[:0:-1], PUBLISHED_CHANNELS[:0:-1], strict=True))
     assert discriminator.blocks["4"].conv.weight.shape == (512, 513, 3, 3)
     # The last features are those of "2 px": with a high ceiling, twice as many as at 4 px.
-    _, discriminator = models.build(tiny(max_channels=100), "meta")
+    _, discriminator = built(tiny(max_channels=100), "meta")
     assert discriminator.blocks["4"].linear.weight.shape == (16, 16 * 8)
 
 
@@ -223,7 +222,7 @@ def test_first_values(fading: bool) -> None:
     states: list[dict[str, Tensor]] = [{}, {}]
     for global_seed, state in enumerate(states):
         torch.manual_seed(global_seed)
-        for number, network in enumerate(models.build(config, "meta")):
+        for number, network in enumerate(built(config, "meta")):
             network.to_empty(device="cpu")
             for tensor in network.state_dict().values():
                 tensor.fill_(torch.nan)
@@ -259,7 +258,7 @@ def grow(old: nn.Module, new: nn.Module) -> nn.Module:
 def test_a_stage_contains_the_one_before_it(resolution: int) -> None:
     """By name and shape; a fading network has the image layers of both resolutions."""
     stages = [
-        models.build(make(resolution=r, fading=fading, conditional=True, num_classes=3), "meta")
+        built(make(resolution=r, fading=fading, conditional=True, num_classes=3), "meta")
         for r, fading in ((resolution // 2, False), (resolution, True), (resolution, False))
     ]
     for coarse, fading, fine in zip(*stages, strict=True):

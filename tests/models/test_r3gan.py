@@ -9,11 +9,10 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from network_parts import R1, batch, networks
+from network_parts import R1, batch, built, networks
 from torch import Tensor, nn
 
 from bigan import config as configs
-from bigan import models
 from bigan.models.r3gan import Config, Conv2d, Discriminator, Generator, ResidualBlock
 
 LRELU_GAIN = 1.3867504905630728  # sqrt(2 / (1 + 0.2^2))
@@ -64,7 +63,7 @@ def block_count(width: int, group_size: int) -> int:
 def test_parameter_counts(which: str) -> None:
     changes, num_g, num_d = COUNTS[which]
     config = configs.validate(Config, {"name": "r3gan", **changes}, "test")
-    generator, discriminator = models.build(config, "meta")
+    generator, discriminator = built(config, "meta")
     assert sum(p.numel() for p in generator.parameters()) == num_g
     assert sum(p.numel() for p in discriminator.parameters()) == num_d
     widths = config.stage_widths
@@ -98,7 +97,7 @@ def test_every_resolution_runs_on_the_meta_device(resolution: int, conditional: 
     values = {"name": "r3gan", "num_classes": 7, "resolution": resolution}
     config = configs.validate(Config, values | {"conditional": conditional}, "test")
     assert list(config.stage_widths) == DEFAULT_WIDTHS[resolution]
-    generator, discriminator = models.build(config, "meta")
+    generator, discriminator = built(config, "meta")
     labels = torch.empty(2, dtype=torch.int64, device="meta")
     sizes: list[list[int]] = []
     for network in (generator, discriminator):
@@ -205,7 +204,7 @@ def test_labels_matter_to_conditional_networks_alone() -> None:
 
 def test_blocks_expansion_and_groups_are_the_configs() -> None:
     config = tiny(blocks_per_stage=3, expansion=3, group_size=8)
-    for network in models.build(config, "meta"):
+    for network in built(config, "meta"):
         widths = (16, 16, 8) if isinstance(network, Generator) else (8, 16, 16)
         assert [len(stage) for stage in network.stages] == [3, 3, 3]
         for width, stage in zip(widths, network.stages, strict=True):
@@ -312,7 +311,7 @@ def test_initial_weights_are_a_function_of_the_generator() -> None:
         states = []
         for global_seed in (3, 4):
             torch.manual_seed(global_seed)
-            network = models.build(tiny(), "meta")[which].to_empty(device="cpu")
+            network = built(tiny(), "meta")[which].to_empty(device="cpu")
             for tensor in network.state_dict().values():
                 tensor.fill_(torch.nan)
             before = torch.get_rng_state()

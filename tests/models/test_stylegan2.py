@@ -6,12 +6,11 @@ import itertools
 
 import pytest
 import torch
-from network_parts import batch
+from network_parts import batch, built
 from stylegan2_reference import judged, mapped, networks, synthesised, tiny
 from torch import Tensor
 
 from bigan import config as configs
-from bigan import models
 from bigan.layers import hashing
 from bigan.layers.equalised import Equalised
 from bigan.models.stylegan2 import Config
@@ -28,7 +27,7 @@ def test_parameter_counts_are_the_published_ones(
 ) -> None:
     values = {"resolution": resolution, "channel_base": channel_base, "num_classes": 1}
     config = configs.validate(Config, {"name": "stylegan2", **values}, "test")
-    generator, discriminator = models.build(config, "meta")
+    generator, discriminator = built(config, "meta")
     assert sum(p.numel() for p in generator.parameters()) == num_g
     assert sum(p.numel() for p in discriminator.parameters()) == num_d
 
@@ -39,9 +38,7 @@ def test_parameters_of_the_conditional_form() -> None:
     counts = []
     for conditional in (False, True):
         config = configs.validate(Config, values | {"conditional": conditional}, "test")
-        counts.append(
-            [sum(p.numel() for p in n.parameters()) for n in models.build(config, "meta")]
-        )
+        counts.append([sum(p.numel() for p in n.parameters()) for n in built(config, "meta")])
     embedding = 10 * 512 + 512
     assert counts[1][0] - counts[0][0] == embedding + 512 * 512
     assert counts[1][1] - counts[0][1] == embedding + 8 * (512 * 512 + 512) + 511 * 513
@@ -53,7 +50,7 @@ def test_every_resolution_runs_on_the_meta_device(resolution: int) -> None:
         resolution=resolution, z_dim=512, w_dim=512, channel_base=32768, max_channels=512,
         image_channels=3, conditional=True,
     )  # fmt: skip
-    generator, discriminator = models.build(config, "meta")
+    generator, discriminator = built(config, "meta")
     z = torch.empty(4, 512, device="meta")
     labels = torch.empty(4, dtype=torch.int64, device="meta")
     images = generator(z, labels)
@@ -70,7 +67,7 @@ def test_every_resolution_runs_on_the_meta_device(resolution: int) -> None:
 
 def test_no_parameter_is_a_scalar() -> None:
     """FSDP2 refuses them."""
-    for network in models.build(tiny(conditional=True), "meta"):
+    for network in built(tiny(conditional=True), "meta"):
         assert all(parameter.ndim > 0 for parameter in network.parameters())
 
 
@@ -116,7 +113,7 @@ def test_discriminator_equals_its_definition(which: str) -> None:
 
 def test_initial_weights_are_the_published_ones() -> None:
     config = tiny(max_channels=64, channel_base=1024, w_dim=48, z_dim=48, conditional=True)
-    for network in models.build(config):
+    for network in built(config):
         for parameter in [*network.parameters(), *network.buffers()]:
             parameter.data.fill_(torch.nan)
         network.init_weights(torch.Generator().manual_seed(0))
@@ -137,7 +134,7 @@ def test_initial_weights_are_a_function_of_the_generator() -> None:
         states = []
         for global_seed in (3, 4):
             torch.manual_seed(global_seed)
-            network = models.build(tiny(conditional=True), "meta")[which].to_empty(device="cpu")
+            network = built(tiny(conditional=True), "meta")[which].to_empty(device="cpu")
             for tensor in [*network.parameters(), *network.buffers()]:
                 tensor.data.fill_(torch.nan)
             network.init_weights(torch.Generator().manual_seed(0))
