@@ -23,10 +23,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from bigan.models import biggan, biggan_deep, progan, r3gan, stylegan2
+from bigan.models import autoencoder, biggan, biggan_deep, progan, r3gan, stylegan2
 
 AnyModel = Annotated[
-    biggan.Config | biggan_deep.Config | progan.Config | stylegan2.Config | r3gan.Config,
+    biggan.Config
+    | biggan_deep.Config
+    | progan.Config
+    | stylegan2.Config
+    | r3gan.Config
+    | autoencoder.Config,
     Field(discriminator="name"),
 ]
 
