@@ -12,7 +12,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -21,7 +21,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from bigan.errors import UserError
-
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -88,8 +87,15 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}{line}: not valid YAML: {problem}") from None
 
 
-def load(schema: type[M], path: Path | str, overrides: Sequence[str] = ()) -> M:
+def load(
+    schema: type[M],
+    path: Path | str,
+    overrides: Sequence[str] = (),
+    complete: Callable[[dict[str, Any], str], dict[str, Any]] | None = None,
+) -> M:
     """Read `path`, apply `overrides` ("a.b=value", the value in YAML) and validate.
+
+    `complete` fills in defaults before the validation: (content, file) -> content.
 
     Raises `ConfigError` for an unreadable file, an unknown key or a value of the wrong type.
     """
@@ -106,6 +112,8 @@ def load(schema: type[M], path: Path | str, overrides: Sequence[str] = ()) -> M:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values")
     touched = [_apply_override(data, override) for override in overrides]
+    if complete is not None:
+        data = complete(data, str(path))
     return validate(schema, data, str(path), touched)
 
 

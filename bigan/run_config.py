@@ -1,117 +1,76 @@
-"""The whole recipe of a run: every setting, its default and its meaning, in one frozen tree.
+"""The config of a run: every setting, its default and its meaning, in one frozen tree.
 
-Networks bring their own section (`models/<family>.py`); everything else is here. Units are in
-the names; progress is always counted in images.
+Models, augmentations, optimizers and objectives bring their own sections; this file composes them.
+Units are in the names; progress is counted in images.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from bigan import config as configs
 from bigan.augment import AugmentConfig, NoAugment
-from bigan.config import ConfigError, Frozen
+from bigan.config import ConfigError, Frozen, Positive
+from bigan.data.dataset import open_level
 from bigan.data.settings import DataConfig
 from bigan.data.shards import Manifest
+from bigan.errors import UserError
 from bigan.models import AnyModel
-from bigan.run.collapse import CollapseConfig
+from bigan.objectives import AnyObjective, gan
+from bigan.objectives.base import Setup
+from bigan.objectives.ema import EmaConfig
+from bigan.objectives.growth import GrowthConfig
+from bigan.optimizers import OptimizerConfig
 
-Positive = Annotated[int, Field(gt=0)]
 EngineName = Literal[
     "auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero1_offload", "zero2_offload", "zero3"
 ]
-NonNegative = Annotated[float, Field(ge=0)]
-
-
-class PenaltyConfig(Frozen):
-    """One gradient penalty of the discriminator, always computed in float32."""
-
-    name: Literal["r1", "r2", "wgan_gp"]
-    # r1, r2: gamma (the loss holds gamma/2); wgan_gp: lambda. None: `penalty_weight` says
-    weight: NonNegative | None = None
-    weight_end: NonNegative | None = None  # reached along a cosine after `anneal_images`
-    every: Positive = 1  # lazy regularisation: at every k-th discriminator step, times k
-    own_step: bool = False  # lazy, in an optimiser step of its own after the main one (StyleGAN2)
-    target: Annotated[float, Field(gt=0)] = 1.0  # wgan_gp: the norm asked for (ProGAN, CIFAR: 750)
-
-
-class PathLengthConfig(Frozen):
-    """StyleGAN2's path length regularisation: every k-th generator step, in a step of its own."""
-
-    weight: NonNegative = 2.0
-    every: Positive = 4
-    decay: Annotated[float, Field(gt=0, le=1)] = 0.01  # of the mean length, per regularised step
-    batch_shrink: Positive = 2  # it sees this part of a batch: it takes much memory
-
-
-class AdamConfig(Frozen):
-    lr: Annotated[float, Field(gt=0)]
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    warmup_images: Annotated[int, Field(ge=0)] = 0  # linear, from nothing to lr
-    lr_end: Annotated[float, Field(gt=0)] | None = None  # along a cosine after `anneal_images`
-    beta2_end: Annotated[float, Field(ge=0, lt=1)] | None = None
-
-
-class OptimizerConfig(Frozen):
-    g: AdamConfig
-    d: AdamConfig
-
-
-class EmaConfig(Frozen):
-    """Averaged generator: half-life in images, optional ramp-up, hard copy until `start_images`."""
-
-    halflife_images: Annotated[float, Field(gt=0)]
-    rampup: Annotated[float, Field(gt=0)] | None = None  # half-life <= rampup * images_seen
-    start_images: Annotated[int, Field(ge=0)] = 0  # BigGAN: a plain copy until here
-    halflife_end_images: Annotated[float, Field(gt=0)] | None = None  # after `anneal_images`
-
-
-class LevelConfig(Frozen):
-    """What is different at one resolution of a growing model; None: as in `train`, `optimizer`.
-
-    With a `batch` of its own and no `micro_batch`, a process's share is not divided further.
-    """
-
-    resolution: Positive
-    batch: Positive | None = None
-    micro_batch: Positive | None = None
-    lr: Annotated[float, Field(gt=0)] | None = None  # of both networks
-
-
-class GrowthConfig(Frozen):
-    """Progressive growing (Karras et al. 2018): the resolution doubles up to the model's.
-
-    Lengths are in real images. A resolution fades in over `fade_images`, then stays for
-    `stable_images`; the last one until `train.total_images`.
-    """
-
-    start_resolution: Positive = 4
-    stable_images: Positive = 600_000
-    fade_images: Positive = 600_000
-    levels: tuple[LevelConfig, ...] = ()
+IMAGES = "images"  # name of the data stream where `data` is a single one
 
 
 class TrainConfig(Frozen):
     total_images: Positive
-    batch: Positive  # images per optimiser step over all processes: the hyperparameter
+    batch: Positive  # images per optimizer step over all processes: the hyperparameter
     # Images per process and forward; bounds memory. BatchNorm sees micro_batch * processes images.
     micro_batch: Positive | None = None
     seed: Annotated[int, Field(ge=0)] = 0
-    num_d_steps: Positive = 1  # discriminator steps, each on new images, per generator step
-    orthogonal_weight: NonNegative = 0.0  # BigGAN's orthogonal regularisation of the generator
-    tick_images: Positive = 1_000  # statistics leave the device, progress is shown
+    tick_images: Positive = 1_000  # metrics leave the device, progress is shown
     checkpoint_images: Positive = 10_000  # complete state, for resuming
     checkpoint_keep: Positive = 2  # newest checkpoints kept
-    checkpoint_milestone_images: Positive | None = None  # one per so many is kept for good
-    snapshot_images: Positive = 10_000  # averaged generator, for evaluation and use
-    standing_batches: Positive = 16  # batches behind a snapshot's BatchNorm statistics
-    replica_check_images: Positive = 50_000  # whether all processes still hold the same weights
-    lost_after_seconds: Positive = 60  # a process that has not been heard of is lost: the run stops
-    collective_timeout_seconds: Positive = 600  # of one exchange between living processes
+    checkpoint_milestone_images: Positive | None = None  # one per so many images is kept for good
+    snapshot_images: Positive = 10_000  # networks of the samplers, for evaluation and use
+    standing_batches: Positive = 16  # batches behind the BatchNorm statistics of a snapshot
+    replica_check_images: Positive = 50_000  # all processes must still hold the same weights
+    lost_after_seconds: Positive = 60  # without a heartbeat a process is lost: the run stops
+    collective_timeout_seconds: Positive = 600  # of one collective between living processes
+
+
+class CollapseConfig(Frozen):
+    """When training counts as collapsing (run/collapse.py), and what is done then.
+
+    A number has risen too far when its median exceeds `ratio * max(earlier median, floor)`. The gap
+    has vanished when all of a window is below its earlier median over `vanished_ratio`. In healthy
+    runs on the digits the gap stays within a factor of 3.5 of its earlier median, and singular
+    values below 1.7 times `max(earlier median, floor)`.
+    """
+
+    # stop: end the run. rollback: continue from the last checkpoint before it, with lower learning
+    # rates, or stop if there is none
+    action: Literal["warn", "stop", "rollback"] = "warn"
+    window_images: Positive | None = None  # None: 50 batches, and at least 4 ticks
+    baseline_images: Positive | None = None  # behind the earlier median; None: 10 windows
+    min_images: Positive | None = None  # none is found before, or after growth; None: 10 windows
+    gap_ratio: Annotated[float, Field(gt=1)] = 4.0
+    gap_floor: Annotated[float, Field(ge=0)] = 2.0  # the hinge loss is content with a gap of 2
+    vanished_ratio: Annotated[float, Field(gt=1)] = 20.0
+    singular_ratio: Annotated[float, Field(gt=1)] = 4.0
+    singular_floor: Annotated[float, Field(ge=0)] = 1.0  # about that of an initialized layer
+    lr_factor: Annotated[float, Field(gt=0, le=1)] = 0.5  # of all phases, at every rollback
+    max_rollbacks: Annotated[int, Field(ge=0)] = 3  # then stop
 
 
 class EvaluationConfig(Frozen):
@@ -119,6 +78,7 @@ class EvaluationConfig(Frozen):
 
     extractor: Literal["digits8-cnn-v1", "inception-v3-compat"] = "inception-v3-compat"
     weights_path: Path | None = None  # local Inception weights; the digits network is shipped
+    sampler: str | None = None  # of the objective; None: its first
     num_samples: Annotated[int, Field(ge=2)] = 50_000
     batch: Positive = 64
     split: str = "train"  # reference images
@@ -136,33 +96,56 @@ class TrackingConfig(Frozen):
     experiment: str = "bigan"
 
 
+def _stream_kind(value: Any) -> str:
+    """Whether `data` is one stream or a mapping from names to streams."""
+    if isinstance(value, DataConfig):
+        return "one"
+    nested = (
+        isinstance(value, Mapping)
+        and value
+        and all(isinstance(entry, Mapping | DataConfig) for entry in value.values())
+    )
+    return "several" if nested else "one"
+
+
 class RunConfig(Frozen):
-    """A complete run. `run_dir` is where everything it makes is found again."""
+    """A complete run. `run_dir` is where everything it writes is found."""
 
     run_dir: Path
-    # auto: what the launch file says. zero3 is known in order to be refused.
+    # auto: what the launch file sets. zero3 is known so that it can be refused with the reason.
     engine: EngineName = "auto"
     compile: Literal["auto", "inductor", "aot_eager", "eager"] = "auto"
     # Of the forwards; weights and penalties are float32. tf32: float32 whose products NVIDIA's GPUs
-    # round to 10 bits; several times faster than fp32 on them, nothing elsewhere.
+    # round to 10 bits; several times faster than fp32 on them, no effect elsewhere.
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
-    data: DataConfig
+    # One stream, named "images", or a mapping from names to streams.
+    data: Annotated[
+        Annotated[DataConfig, Tag("one")] | Annotated[dict[str, DataConfig], Tag("several")],
+        Discriminator(_stream_kind),
+    ]
     model: AnyModel
-    augment: AugmentConfig = NoAugment()  # of what the discriminator sees, real and fake alike
+    objective: AnyObjective = gan.Config()
+    augment: AugmentConfig = NoAugment()  # of discriminator inputs, real and fake alike
     growth: GrowthConfig | None = None  # of a model that can grow
-    loss: Literal["hinge", "non_saturating", "least_squares", "wasserstein", "relativistic"] = (
-        "hinge"
-    )
-    penalties: tuple[PenaltyConfig, ...] = ()
-    path_length: PathLengthConfig | None = None  # of a generator with intermediate latents
-    drift_weight: NonNegative = 0.0  # of E[D(x)^2] on real images, ProGAN's 0.001
     anneal_images: Positive | None = None  # until the values named `..._end` are reached
-    optimizer: OptimizerConfig
+    optimizer: dict[str, OptimizerConfig]  # one entry per phase of the objective
+    # Patterns ("generator.blocks.*") of the parameters that are trained; None: all.
+    trainable: tuple[str, ...] | None = None
     ema: EmaConfig
     train: TrainConfig
     collapse: CollapseConfig = CollapseConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def streams(self) -> dict[str, DataConfig]:
+        """The data streams by name."""
+        return self.data if isinstance(self.data, dict) else {IMAGES: self.data}
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of each stream that one training step reads."""
+        return self.objective.images_per_step(self.train.batch)
 
     @field_validator("compile", mode="before")
     @classmethod
@@ -171,64 +154,114 @@ class RunConfig(Frozen):
 
     @model_validator(mode="after")
     def _combinations(self) -> RunConfig:
-        names = [penalty.name for penalty in self.penalties]
-        if len(set(names)) != len(names):
-            raise ValueError("penalties: each penalty may be given once")
-        own_steps = {penalty.every for penalty in self.penalties if penalty.own_step}
-        if len(own_steps) > 1:
+        self.objective.check(self.model, self.augment)
+        wanted = self.objective.phases
+        if set(self.optimizer) != set(wanted):
             raise ValueError(
-                "penalties: those with own_step share one optimiser step, give them the same every"
+                f"optimizer: has entries for {' and '.join(self.optimizer) or 'nothing'}; "
+                f"objective.name = {self.objective.name} trains {' and '.join(wanted)}"
             )
-        ends = {
-            "augment.fixed_end": getattr(self.augment, "fixed_end", None),
-            "optimizer.g.lr_end": self.optimizer.g.lr_end,
-            "optimizer.d.lr_end": self.optimizer.d.lr_end,
-            "optimizer.g.beta2_end": self.optimizer.g.beta2_end,
-            "optimizer.d.beta2_end": self.optimizer.d.beta2_end,
-            "ema.halflife_end_images": self.ema.halflife_end_images,
-            **{f"penalties: {p.name}.weight_end": p.weight_end for p in self.penalties},
-        }
-        given = [name for name, value in ends.items() if value is not None]
-        if given and self.anneal_images is None:
-            raise ValueError(f"{given[0]} needs anneal_images, the images until it is reached")
-        if self.path_length and not hasattr(self.model, "mapping_layers"):
+        lacking = [name for name in self.objective.streams if name not in self.streams]
+        if lacking:
             raise ValueError(
-                f"path_length: model.name = {self.model.name} has no intermediate latents to take "
-                "paths from; use model.name=stylegan2, or leave path_length out"
+                f"data: has the stream(s) {' and '.join(self.streams)}; objective.name = "
+                f"{self.objective.name} reads {' and '.join(self.objective.streams)}"
             )
-        self._growth()
+        ends = [
+            *(
+                ["augment.fixed_end"]
+                if getattr(self.augment, "fixed_end", None) is not None
+                else []
+            ),
+            *(
+                f"optimizer.{name}.{key}"
+                for name, settings in self.optimizer.items()
+                for key in settings.needs_anneal_images
+            ),
+            *(["ema.halflife_end_images"] if self.ema.halflife_end_images is not None else []),
+            *(f"objective.{key}" for key in self.objective.needs_anneal_images),
+        ]
+        if ends and self.anneal_images is None:
+            raise ValueError(f"{ends[0]} needs anneal_images, the images until it is reached")
+        self._check_growth()
         return self
 
-    def _growth(self) -> None:
+    def _check_growth(self) -> None:
         model, growth = self.model, self.growth
         if growth is None:
             return
-        if not hasattr(model, "fading"):
+        if not model.can_grow:
             raise ValueError(
                 f"growth: model.name = {model.name} has a fixed resolution; use model.name=progan, "
                 "or leave growth out"
             )
-        if model.fading:
-            raise ValueError("growth: it decides what fades in; leave model.fading out")
-        possible = [4 * 2**i for i in range(9) if 4 * 2**i <= model.resolution]
-        if growth.start_resolution not in possible[:-1]:
-            raise ValueError(
-                f"growth.start_resolution = {growth.start_resolution}: use a power of two from 4 "
-                f"to {model.resolution // 2}, below model.resolution = {model.resolution}"
-            )
-        named = [level.resolution for level in growth.levels]
-        for resolution in named:
-            if resolution not in possible or resolution < growth.start_resolution:
-                raise ValueError(
-                    f"growth.levels: {resolution} px is no resolution on the way from "
-                    f"{growth.start_resolution} to {model.resolution} px"
-                )
-        if len(set(named)) != len(named):
-            raise ValueError("growth.levels: each resolution may be given once")
+        if not self.objective.supports_growth:
+            raise ValueError(f"growth: objective.name = {self.objective.name} does not support it")
+        if model.is_fading:
+            raise ValueError("growth: sets model.fading itself; leave model.fading out")
+        growth.check(model.resolution)
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML config, apply `overrides` ("a.b=value") and validate it.
+
+    `model.resolution`, `model.image_channels` and `model.num_classes` default to what the manifest
+    of the data holds. Raises `ConfigError`, one line, for an unreadable file, an unknown key or a
+    value that cannot be used.
+    """
+    return configs.load(RunConfig, path, overrides, complete=_with_data_defaults)
+
+
+FROM_DATA = {"resolution": "resolution", "image_channels": "channels", "num_classes": "num_classes"}
+
+
+def _with_data_defaults(content: dict[str, Any], where: str) -> dict[str, Any]:
+    """`content` with the keys of `FROM_DATA` that `model` leaves out, read from the manifest."""
+    model, data = content.get("model"), content.get("data")
+    if not isinstance(model, dict) or not isinstance(data, dict):
+        return content
+    lacking = [key for key in FROM_DATA if key not in model]
+    stream = data.get(IMAGES, data) if _stream_kind(data) == "several" else data
+    path = stream.get("path") if isinstance(stream, dict) else None
+    if not lacking or not isinstance(path, str) or stream.get("mode") == "resampled":
+        return content
+    try:
+        section = configs.validate(DataConfig, stream, where)
+        manifest = open_level(section.path, model.get("resolution"), section)
+    except ConfigError:
+        return content  # the section itself is wrong: validation of the whole names the key
+    except UserError as error:
+        if "resolution" not in lacking and "num_classes" not in lacking:
+            return content
+        raise ConfigError(
+            f"{where}: model.{lacking[0]} is not set and cannot be read from the data ({error}); "
+            f"pack the data first, or set model.{lacking[0]}"
+        ) from None
+    found = {key: getattr(manifest, FROM_DATA[key]) for key in lacking}
+    return {**content, "model": {**model, **found}}
+
+
+def setup_of(
+    config: RunConfig, class_counts: tuple[int, ...], fade: tuple[int, int] | None = None
+) -> Setup:
+    """What the objective of a config is built from, for images of these classes.
+
+    `fade`: images_seen between which the resolution of the model fades in.
+    """
+    return Setup(
+        model=config.model,
+        augment=config.augment,
+        batch=config.train.batch,
+        seed=config.train.seed,
+        precision=config.precision,
+        anneal_images=config.anneal_images,
+        class_counts=class_counts,
+        fade=fade,
+    )
 
 
 def misfits(model: AnyModel, manifest: Manifest) -> list[tuple[str, str, int, int]]:
-    """(what, key below `model`, wanted by the model, found in the images) where they disagree."""
+    """(what, key below `model`, value of the model, value of the images) where they disagree."""
     facts = (
         ("resolution", "resolution", model.resolution, manifest.resolution),
         ("channels", "image_channels", model.image_channels, manifest.channels),
@@ -237,52 +270,8 @@ def misfits(model: AnyModel, manifest: Manifest) -> list[tuple[str, str, int, in
     return [fact for fact in facts if fact[2] != fact[3]]
 
 
-def fades(config: RunConfig) -> bool:
-    """Whether the networks' resolution fades in. To be asked before compiling, not inside."""
-    return getattr(config.model, "fading", False)
-
-
-def penalty_weight(penalty: PenaltyConfig, config: RunConfig) -> float:
-    """The weight of a penalty that the recipe leaves open, or the one it gives.
-
-    r1 and r2: gamma = 0.0002 * resolution^2 / batch (Karras et al. 2020, arXiv:2006.06676, appendix
-    C: the heuristic of its "auto" configuration); wgan_gp: 10 (Gulrajani et al. 2017).
-    """
-    if penalty.weight is not None:
-        return penalty.weight
-    if penalty.name == "wgan_gp":
-        return 10.0
-    return 0.0002 * config.model.resolution**2 / config.train.batch
-
-
-def corrected(settings: AdamConfig, every: int | None) -> AdamConfig:
-    """Adam of a network that takes an extra optimiser step for regularisation after each k-th one.
-
-    k main steps and one more should move it as far, and forget as much, as k steps did:
-    c = k / (k + 1), lr * c and beta ** c (Karras et al. 2020, arXiv:1912.04958, appendix B).
-    """
-    if every is None:
-        return settings
-    c = every / (every + 1)
-    changes: dict[str, float | None] = {
-        "lr": settings.lr * c,
-        "lr_end": None if settings.lr_end is None else settings.lr_end * c,
-        "beta1": settings.beta1**c,
-        "beta2": settings.beta2**c,
-        "beta2_end": None if settings.beta2_end is None else settings.beta2_end**c,
-    }
-    return settings.model_copy(update=changes)
-
-
-def own_step_every(config: RunConfig, name: str) -> int | None:
-    """After how many steps of network "g" or "d" it takes one to be regularised; None: never."""
-    if name == "g":
-        return config.path_length.every if config.path_length else None
-    return next((p.every for p in config.penalties if p.own_step), None)
-
-
 def accumulation_steps(train: TrainConfig, world_size: int) -> int:
-    """Micro-batches per optimiser step; batch = steps * world_size * micro_batch or ConfigError."""
+    """Micro-batches per optimizer step; batch = steps * world_size * micro_batch or ConfigError."""
     if train.batch % world_size:
         raise ConfigError(
             f"train.batch = {train.batch} cannot be divided evenly among {world_size} processes; "
@@ -294,31 +283,32 @@ def accumulation_steps(train: TrainConfig, world_size: int) -> int:
         fitting = [m for m in range(1, share + 1) if share % m == 0]
         nearest = min(fitting, key=lambda m: abs(m - micro))
         raise ConfigError(
-            f"train.micro_batch = {micro} does not divide the {share} images each of {world_size} "
-            f"process(es) gets of train.batch = {train.batch}; try train.micro_batch={nearest}"
+            f"train.micro_batch = {micro} does not divide the {share} images per process of "
+            f"train.batch = {train.batch} on {world_size} process(es); try "
+            f"train.micro_batch={nearest}"
         )
     return share // micro
 
 
 def check_groups(config: RunConfig, world_size: int) -> None:
-    """A discriminator that compares the images of a group must get whole groups; `ConfigError`.
+    """Raises `ConfigError` unless micro-batches consist of whole groups.
 
-    Else what it sees of an image would depend on the number of processes.
+    A discriminator that compares the images of a group would otherwise see groups that depend on
+    the number of processes.
     """
-    group: int = getattr(config.model, "minibatch_group", 1)
-    train = config.train
+    group, train = config.model.group, config.train
     steps = accumulation_steps(train, world_size)
     micro = train.batch // (world_size * steps)
     if micro % group:
         raise ConfigError(
             f"model.minibatch_group = {group} (minibatch standard deviation) does not divide the "
-            f"{micro} images that a process sees at a time ({config.model.resolution} px: "
-            f"train.batch = {train.batch} over {world_size} process(es) and {steps} micro-batch(es)"
-            f"); use a multiple of {group * world_size * steps} as batch, or another "
-            "model.minibatch_group"
+            f"{micro} images of a micro-batch ({config.model.resolution} px: train.batch = "
+            f"{train.batch} over {world_size} process(es) and {steps} micro-batch(es)); use a "
+            f"multiple of {group * world_size * steps} as batch, or another model.minibatch_group"
         )
-    if config.path_length and micro % config.path_length.batch_shrink:
+    divisor = config.objective.micro_batch_divisor
+    if micro % divisor:
         raise ConfigError(
-            f"path_length.batch_shrink = {config.path_length.batch_shrink} does not divide the "
-            f"{micro} images that a process sees at a time; change it or train.batch"
+            f"objective.path_length.batch_shrink = {divisor} does not divide the {micro} images "
+            "of a micro-batch; change it or train.batch"
         )

@@ -19,12 +19,12 @@ from pydantic import Field
 from torch import Tensor
 
 from bigan.augment import ada, diffaugment
-from bigan.augment.strength import AdaptiveStrength, Strength
+from bigan.augment.strength import AdaptiveStrength
 from bigan.config import Frozen
 
 __all__ = [
-    "AdaptiveStrength", "AugmentConfig", "NoAugment", "Strength", "adapts", "apply", "draws",
-    "num_columns",
+    "AdaptiveStrength", "AugmentConfig", "NoAugment", "adapts", "apply", "draws",
+    "needs_anneal_images", "num_columns",
 ]  # fmt: skip
 
 
@@ -38,6 +38,12 @@ AugmentConfig = Annotated[NoAugment | diffaugment.Config | ada.Config, Field(dis
 def adapts(config: AugmentConfig) -> bool:
     """Whether the strength is steered by the discriminator's signs on real images."""
     return isinstance(config, ada.Config) and config.fixed is None
+
+
+def needs_anneal_images(config: AugmentConfig) -> list[str]:
+    """Keys whose value is reached after `anneal_images` of the config."""
+    scheduled = isinstance(config, ada.Config) and config.fixed_end is not None
+    return ["fixed_end"] if scheduled else []
 
 
 def num_columns(config: AugmentConfig) -> int:

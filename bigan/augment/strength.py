@@ -1,52 +1,11 @@
-"""ADA's strength: how often images are augmented. Fixed, scheduled, or steered by D's signs."""
+"""The adaptive strength of ADA: how often images are augmented, by the signs of the logits."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from bigan.augment.ada import Config
 from bigan.distributed.world import World, sum_over_ranks
-from bigan.schedules import annealed, due
-
-
-class Strength:
-    """The strength `p`, a 0-d tensor in [0, 1] on the device, as a recipe says.
-
-    `adaptive` steers it, or is None: then it is a function of `images_seen`, and no state.
-    """
-
-    def __init__(self, config: Config, anneal_images: int | None, world: World) -> None:
-        self.config = config
-        self.anneal_images = anneal_images
-        self.world = world
-        start = config.initial if config.fixed is None else config.fixed
-        self.p = torch.tensor(start, device=world.device)
-        self.adaptive: AdaptiveStrength | None = None
-        if config.fixed is None:
-            self.adaptive = AdaptiveStrength(self.p, config.target, config.rampup_images)
-
-    def schedule(self, images_seen: int) -> None:
-        """Before a step: the strength that a recipe's schedule prescribes for it, if it has one."""
-        start, end = self.config.fixed, self.config.fixed_end
-        if start is not None and end is not None:
-            self.p.fill_(annealed(images_seen, start, end, self.anneal_images))
-
-    def follow(self, scalars: dict[str, Tensor], images_seen: int, batch: int) -> dict[str, Tensor]:
-        """After a discriminator step that began at `images_seen`: steer; what is to be logged.
-
-        `scalars` are the step's, `batch` its images over all ranks. All ranks must call it; it
-        never waits for the device.
-        """
-        if self.config.fixed is not None and self.config.fixed_end is None:
-            return {}
-        used = {"augment_p": self.p.clone()}
-        if self.adaptive is not None:
-            self.adaptive.observe(scalars["sign_real"], batch, self.world)
-            every = self.config.images_between(batch)
-            if due(images_seen, images_seen + batch, every):
-                self.adaptive.adapt()
-        return used
 
 
 class AdaptiveStrength(nn.Module):

@@ -29,7 +29,7 @@ Format 1 (networks.safetensors, optimizers.safetensors, no checksums) is still r
     saver.py      saving while training goes on     fit.py        is it of this model?
 """
 
-from bigan.checkpoint.fit import check_fit, load_networks
+from bigan.checkpoint.fit import check_fit, load, optimizer_shapes
 from bigan.checkpoint.pieces import Piece, require_finite
 from bigan.checkpoint.progress import FORMAT, CheckpointError, Progress, amend, read_progress
 from bigan.checkpoint.reader import Reader
@@ -47,8 +47,9 @@ __all__ = [
     "check_fit",
     "discard_after",
     "latest",
-    "load_networks",
+    "load",
     "newest_until",
+    "optimizer_shapes",
     "prune",
     "read_progress",
     "require_finite",

@@ -1,8 +1,8 @@
-"""Is a checkpoint of this model? From headers only; then fill the networks."""
+"""Does a checkpoint fit the networks of a run? From headers only; then load it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -10,41 +10,56 @@ from bigan.checkpoint.progress import CheckpointError, go_back
 from bigan.checkpoint.reader import Reader
 
 Shapes = dict[str, tuple[int, ...]]
+Modules = Mapping[str, nn.Module]
 
 
-def check_fit(reader: Reader, networks: Mapping[str, nn.Module], trained: Collection[str]) -> None:
-    """Every network tensor must be there in its shape, and Adam's state of the `trained` ones.
+def check_fit(reader: Reader, networks: Modules, state: Modules) -> None:
+    """Every tensor of the networks and of the run's state must be there in its shape.
 
     Raises `CheckpointError`; reads headers only and changes nothing.
     """
     shapes = reader.shapes()
-    for name, network in networks.items():
-        expected = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
-        found = _below(shapes, f"networks/{name}.")
-        if found != expected:
-            key = next(k for k in [*expected, *found] if expected.get(k) != found.get(k))
-            raise CheckpointError(
-                f"{reader.folder}: checkpoint of another model: {name}.{key} is "
-                f"{found.get(key, 'absent')} there and {expected.get(key, 'absent')} in the "
-                "config; use another run_dir, or that model"
-            )
-    for name in trained:
-        expected = {}
-        for key, parameter in networks[name].named_parameters():
-            shape = tuple(parameter.shape)
-            expected |= {f"{key}.step": (), f"{key}.exp_avg": shape, f"{key}.exp_avg_sq": shape}
-        if _below(shapes, f"optimizers/{name}.") != expected:
-            raise CheckpointError(
-                f"{reader.folder}: the optimiser state of {name} is not that of this model; "
-                f"{go_back(reader.folder)}"
-            )
+    for group, modules in (("networks", networks), ("state", state)):
+        for name, module in modules.items():
+            expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+            found = _below(shapes, f"{group}/{name}.")
+            if found != expected:
+                key = next(k for k in [*expected, *found] if expected.get(k) != found.get(k))
+                raise CheckpointError(
+                    f"{reader.folder}: checkpoint of another model: {name}.{key} is "
+                    f"{found.get(key, 'absent')} there and {expected.get(key, 'absent')} in the "
+                    "config; use another run_dir, or that model"
+                )
 
 
-def load_networks(reader: Reader, networks: Mapping[str, nn.Module]) -> None:
-    """Fill the networks, one at a time; call after `check_fit`."""
-    for name, network in networks.items():
-        state = {key: reader.read(f"networks/{name}.{key}") for key in network.state_dict()}
-        network.load_state_dict(state)
+def load(reader: Reader, networks: Modules, state: Modules) -> None:
+    """Fill the modules, one at a time; call after `check_fit`."""
+    for group, modules in (("networks", networks), ("state", state)):
+        for name, module in modules.items():
+            tensors = {key: reader.read(f"{group}/{name}.{key}") for key in module.state_dict()}
+            module.load_state_dict(tensors)
+
+
+def optimizer_shapes(reader: Reader, parameters: Sequence[str]) -> dict[str, Shapes]:
+    """Parameter ("generator.linear.weight") -> optimizer state in the checkpoint, name -> shape.
+
+    Raises `CheckpointError` unless all parameters have the same state, each tensor of it a scalar
+    or of the parameter's shape.
+    """
+    shapes = reader.shapes()
+    stored: dict[str, Shapes] = {name: {} for name in parameters}
+    for key, shape in shapes.items():
+        name, _, state = key.removeprefix("optimizers/").rpartition(".")
+        if key.startswith("optimizers/") and name in stored:
+            stored[name][state] = shape
+    for name, found in stored.items():
+        wrong = [s for s, shape in found.items() if shape not in ((), shapes[f"networks/{name}"])]
+        if wrong or found.keys() != stored[parameters[0]].keys():
+            raise CheckpointError(
+                f"{reader.folder}: the optimizer state of {name} ({', '.join(found) or 'none'}) is "
+                f"not that of this run; {go_back(reader.folder)}"
+            )
+    return stored
 
 
 def _below(shapes: Shapes, prefix: str) -> Shapes:

@@ -10,6 +10,7 @@ from bigan import atomic_files
 from bigan.checkpoint.part import part_name
 from bigan.checkpoint.progress import PartSum, Progress, to_json
 from bigan.checkpoint.reader import Reader
+from bigan.run_folder import RunFolder
 
 
 def draft_folder(run_dir: Path, progress: Progress, token: str) -> Path:
@@ -17,7 +18,7 @@ def draft_folder(run_dir: Path, progress: Progress, token: str) -> Path:
 
     A new life of the run deletes what a killed one left (`files.remove_leftovers`).
     """
-    return run_dir / "checkpoints" / f".{progress.images_seen}.{token}.tmp"
+    return RunFolder(run_dir).checkpoints / f".{progress.images_seen}.{token}.tmp"
 
 
 def complete(

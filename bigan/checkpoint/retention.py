@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigan import atomic_files
+from bigan.run_folder import RunFolder
 
 
 def latest(run_dir: Path) -> Path | None:
     """The newest complete checkpoint, or None; call on rank 0 and tell the others."""
-    found = atomic_files.numbered_folders(run_dir / "checkpoints")
+    found = atomic_files.numbered_folders(RunFolder(run_dir).checkpoints)
     return found[-1] if found else None
 
 
 def newest_until(run_dir: Path, images_seen: int) -> Path | None:
     """The newest complete checkpoint of at most `images_seen`, or None; call on rank 0."""
-    found = atomic_files.numbered_folders(run_dir / "checkpoints")
+    found = atomic_files.numbered_folders(RunFolder(run_dir).checkpoints)
     return next((f for f in reversed(found) if int(f.name) <= images_seen), None)
 
 
@@ -48,7 +49,7 @@ def prune(
 
     Raises OSError.
     """
-    folders = atomic_files.numbered_folders(run_dir / "checkpoints")
+    folders = atomic_files.numbered_folders(RunFolder(run_dir).checkpoints)
     stay = kept([int(f.name) for f in folders], keep, milestone_images, trusted_until)
     for folder in folders:
         if int(folder.name) not in stay:
@@ -57,7 +58,7 @@ def prune(
 
 def discard_after(run_dir: Path, images_seen: int) -> None:
     """Delete every checkpoint beyond `images_seen`, the newest first; on rank 0. Raises OSError."""
-    for folder in reversed(atomic_files.numbered_folders(run_dir / "checkpoints")):
+    for folder in reversed(atomic_files.numbered_folders(RunFolder(run_dir).checkpoints)):
         if int(folder.name) > images_seen:
             _delete(folder)
 

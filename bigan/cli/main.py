@@ -149,10 +149,9 @@ def _snapshot(text: str) -> str:
 
 
 def _load(arguments: argparse.Namespace) -> RunConfig:
-    from bigan import config as configs
-    from bigan.run_config import RunConfig
+    from bigan.run_config import load_config
 
-    return configs.load(RunConfig, arguments.config, arguments.overrides)
+    return load_config(arguments.config, arguments.overrides)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -68,6 +68,13 @@ def sum_over_ranks(world: World, values: torch.Tensor) -> None:
         dist.all_reduce(values)
 
 
+def mean_over_ranks(world: World, values: torch.Tensor) -> torch.Tensor:
+    """The mean of `values` over all ranks; `values` stays as it is."""
+    total = values.clone()
+    sum_over_ranks(world, total)
+    return total / world.size
+
+
 def gather(world: World, value: T) -> list[T]:
     """Every rank's `value` (any picklable object of our own), in order of rank, on every rank."""
     values = [value] * world.size

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -31,12 +30,14 @@ from bigan.distributed.launch import (
 from bigan.distributed.wait_times import Waiting
 from bigan.distributed.world import everyone, sum_over_ranks, together
 from bigan.engine.compiling import compile_backend, compile_now
+from bigan.engine.guard import apply_flags, clip
 from bigan.engine.loss_scale import SMALLEST, LossScale
 from bigan.engine.replicated import Replicated
-from bigan.engine.wrapped import Batch, NewOptimizer, Wrapped
+from bigan.engine.wrapped import Networks, NewOptimizer, Wrapped, trainable_names
 from bigan.errors import LaunchError
-from bigan.objectives.gan import Phase, Terms
-from bigan.run_config import AdamConfig, RunConfig
+from bigan.objectives.base import Phase, Step, StepResult, Tensors, Terms
+from bigan.optimizers import OptimizerConfig
+from bigan.run_config import RunConfig
 
 Echo = Callable[[str], None]
 
@@ -44,41 +45,28 @@ Echo = Callable[[str], None]
 class Prepared:
     """A phase under an engine, made by `Engine.prepare`."""
 
-    def __init__(self, wrapped: Wrapped, scale: LossScale | None) -> None:
+    def __init__(
+        self, name: str, wrapped: Wrapped, clip: float | None, scale: LossScale | None
+    ) -> None:
+        self.name = name
         self.wrapped = wrapped
         self.phase = wrapped.phase
         self.optimizer = wrapped.optimizer
+        self.clip = clip  # global norm that gradients are scaled down to
         self.scale = scale
         self.norm = torch.zeros(())  # of the last step's gradients, on the device
         self.finite = torch.ones((), dtype=torch.bool)  # all losses of this step
-        self.images_seen = 0
+        self.at = 0  # images_seen of this step
 
 
-def adam(parameters: object, config: AdamConfig) -> torch.optim.Adam:
-    """Fused Adam; the fused kernel is also what can skip a non-finite step on the device."""
-    return torch.optim.Adam(
-        parameters,  # type: ignore[arg-type]
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
-
-
-def require_able(name: str, config: RunConfig) -> None:
-    """Refuse an engine that cannot do what the recipe asks for; raises `LaunchError`."""
-    if name != "zero3":
-        return
-    if config.penalties:
+def require_supported(name: str) -> None:
+    """Raises `LaunchError` for an engine that is known but not supported."""
+    if name == "zero3":
         raise LaunchError(
-            "engine = zero3 cannot differentiate twice (double backward), which the penalty "
-            f"{config.penalties[0].name} needs: it has released the weights by then; use "
-            "engine=fsdp, which divides the weights too, or engine=zero2"
+            "engine = zero3 is not supported: it releases weights that the double backward of a "
+            "gradient penalty needs; use engine=fsdp, which shards weights, gradients and "
+            "optimizer state alike, or engine=zero2"
         )
-    raise LaunchError(
-        "engine = zero3 is not supported; use engine=fsdp, which divides weights, gradients and "
-        "Adam's moments alike, or engine=zero2"
-    )
 
 
 def set_float32(precision: str) -> None:
@@ -93,11 +81,11 @@ def set_float32(precision: str) -> None:
 class Engine:
     """Runs phases in the way that the launch and the recipe's `engine` ask for.
 
-    Raises `LaunchError` if the two do not fit together, or not with the recipe's penalties.
+    Raises `LaunchError` if the two do not fit together.
     """
 
     def __init__(self, config: RunConfig, echo: Echo) -> None:
-        require_able(config.engine, config)
+        require_supported(config.engine)
         environment = dict(os.environ)
         self._accelerator, self.world = connect(config.train.collective_timeout_seconds)
         set_float32(config.precision)
@@ -106,7 +94,7 @@ class Engine:
         self.name = together(
             self.world, lambda: chosen_engine(config.engine, environment, self.world.size)
         )
-        require_able(self.name, config)
+        require_supported(self.name)
         agree_on_program(self.world, program(config.model_dump(mode="json"), self.name))
         for remark in launch_remarks(environment, config.precision, config.compile):
             self.echo(remark)
@@ -122,103 +110,134 @@ class Engine:
         self._first_bad = torch.full((), -1.0, dtype=torch.float64, device=self.world.device)
         self.waiting = Waiting(self.world)
         self.compile_seconds = 0.0  # of the phases prepared last
+        self.reduces_gradients = True  # False: DDP processes train apart, to time the exchange
 
     def prepare(
-        self, phase: Phase, config: AdamConfig, *, accumulation: int, scale: LossScale | None
+        self,
+        name: str,
+        phase: Phase,
+        config: OptimizerConfig,
+        *,
+        accumulation: int,
+        scale: LossScale | None,
+        is_trainable: Callable[[str], bool] = lambda _: True,
     ) -> Prepared:
-        """Wrap a phase whose weights are final; `rehearse` follows once all phases are wrapped."""
+        """Wrap a phase whose weights are final; `warm_up` follows once all phases are wrapped."""
         if self._backend is not None:
             phase.compile(backend=self._backend, fullgraph=True, dynamic=False)
-        wrapped = self._wrap(phase, partial(adam, config=config), accumulation)
-        prepared = Prepared(wrapped, scale)
-        wrapped.optimizer.register_step_pre_hook(lambda *_: self._judge(prepared))
+        trainable = trainable_names(phase, is_trainable)
+        wrapped = self._wrap(phase, trainable, config.build, accumulation)
+        prepared = Prepared(name, wrapped, config.clip_grad_norm, scale)
+        wrapped.optimizer.register_step_pre_hook(lambda *_: self._guard(prepared))
+        wrapped.optimizer.register_step_post_hook(lambda *_: constrain(prepared))
         return prepared
 
-    def _wrap(self, phase: Phase, new_optimizer: NewOptimizer, accumulation: int) -> Wrapped:
+    def _wrap(
+        self,
+        phase: Phase,
+        trainable: tuple[str, ...],
+        new_optimizer: NewOptimizer,
+        accumulation: int,
+    ) -> Wrapped:
         if self.name == "fsdp":
             from bigan.engine.fsdp import FullySharded
 
-            return FullySharded(phase, new_optimizer, self.world)
+            return FullySharded(phase, trainable, new_optimizer, self.world)
         if self.name.startswith("zero"):
             from bigan.engine.zero import Zero
 
             return Zero(
                 phase,
+                trainable,
                 new_optimizer,
                 self.world,
                 accumulation,
                 stage=int(self.name[4]),
                 offload=self.name.endswith("_offload"),
             )
-        return Replicated(phase, new_optimizer, self._accelerator)
+        return Replicated(phase, trainable, new_optimizer, self._accelerator)
 
-    def rehearse(self, prepared: Prepared, other: Prepared, batches: dict[tuple, Batch]) -> None:
+    def warm_up(
+        self,
+        prepared: Prepared,
+        others: Sequence[Prepared],
+        networks: Networks,
+        inputs: Mapping[Terms, Tensors],
+    ) -> None:
         """Before the first step: compile each combination of terms, and let DDP settle buckets.
 
-        DDP sorts its gradients into buckets anew after the first backward. Three and more
-        processes add up in another order then, so a resumed run would differ in the last bits: the
-        first backward of each life is this one, with all penalties, and counts for nothing.
+        DDP sorts its gradients into buckets again after the first backward. Three and more
+        processes add up in another order then, so a resumed run would differ in the last bits:
+        the first backward of each attempt is this one, with all terms, and its gradients are
+        dropped. `inputs`: terms -> a micro-batch.
         """
-        with self._on_stage(prepared, other):
+        with self._on_stage(prepared, others):
             if prepared.phase._compiled_call_impl is not None:
-                seconds, why = compile_now(prepared.phase, other.phase.network, batches, self.world)
-                name = prepared.phase.name
+                seconds, why = compile_now(prepared.phase, networks, inputs, self.world)
                 if why:
-                    self.echo(f"eager mode for phase {name}: torch.compile failed ({why})")
+                    self.echo(f"eager mode for phase {prepared.name}: torch.compile failed ({why})")
                 else:
-                    self.echo(f"compiled phase {name} in {seconds:.0f} s")
+                    self.echo(f"compiled phase {prepared.name} in {seconds:.0f} s")
                 self.compile_seconds += seconds
             if self.name == "ddp":
-                terms = max(batches, key=len)
-                loss, _ = prepared.wrapped(other.phase.network, batches[terms], terms)
-                prepared.wrapped.backward(loss)
+                terms = max(inputs, key=len)
+                result = prepared.wrapped(networks, inputs[terms], terms)
+                prepared.wrapped.backward(result.loss)
                 prepared.wrapped.zero_grad()
 
     @contextlib.contextmanager
-    def _on_stage(self, prepared: Prepared, other: Prepared) -> Iterator[None]:
-        """One network learns, the other only looks on; both are whole."""
-        with prepared.wrapped.whole(), other.wrapped.whole():
-            other.wrapped.freeze(True)  # or its gradients would be computed, and reduced by ZeRO
+    def _on_stage(self, prepared: Prepared, others: Sequence[Prepared]) -> Iterator[None]:
+        """One phase is trained, the networks of the others are frozen; all are unsharded."""
+        with contextlib.ExitStack() as stack:
+            for each in (prepared, *others):
+                stack.enter_context(each.wrapped.unsharded())
+            for other in others:
+                # Or their gradients would be computed, and reduced by ZeRO.
+                other.wrapped.freeze(True)
             prepared.wrapped.freeze(False)
             yield
 
     def step(
         self,
         prepared: Prepared,
-        other: Prepared,
-        batches: Sequence[Batch],
-        terms: Terms,
-        images_seen: int,
-    ) -> dict[str, Tensor]:
-        """One optimiser step over micro-batches; returns their mean scalars, on the device.
+        others: Sequence[Prepared],
+        networks: Networks,
+        inputs: list[Tensors],
+        step: Step,
+    ) -> StepResult:
+        """One optimizer step over micro-batches; its scalars are their means, on the device.
 
-        The micro-batches' losses are averaged and the processes' gradients are averaged, so the
-        result is that of one process on the joined batch. Once a loss or gradient is not finite,
-        this and all later updates are skipped on the device; `halted_at` tells the host.
+        `others` are the phases that train the `networks` which this one reads. The losses of the
+        micro-batches are averaged and the gradients of the processes are averaged, so the result
+        is that of one process on the joined batch. Once a loss or gradient is not finite, this
+        and all later updates are skipped on the device; `halted_at` tells the host.
         """
-        wrapped, num = prepared.wrapped, len(batches)
-        total: dict[str, Tensor] = {}
+        wrapped, scale, num = prepared.wrapped, prepared.scale, len(inputs)
+        total: Tensors = {}
+        outputs: list[Tensors] = []
         finite = torch.ones((), dtype=torch.bool, device=self.world.device)
         self.waiting.here()
-        with self._on_stage(prepared, other), contextlib.ExitStack() as exchange:
+        with self._on_stage(prepared, others), contextlib.ExitStack() as exchange:
             wrapped.zero_grad()
-            for index, batch in enumerate(batches):
-                with wrapped.micro_step(last=index == num - 1):
-                    loss, scalars = wrapped(other.phase.network, batch, terms)
-                    finite = torch.isfinite(loss.detach()) & finite
-                    if index == num - 1:
+            for index, micro_batch in enumerate(inputs):
+                last = index == num - 1
+                with wrapped.micro_step(last=last and self.reduces_gradients):
+                    result = wrapped(networks, micro_batch, step.terms)
+                    finite = torch.isfinite(result.loss.detach()) & finite
+                    if last:
                         self.waiting.here()
                         exchange.enter_context(self.waiting.exchange())
-                    scaled = loss if prepared.scale is None else loss * prepared.scale.scale
+                    scaled = result.loss if scale is None else result.loss * scale.scale
                     wrapped.backward(scaled / num)
-                for name, value in scalars.items():
+                for name, value in result.scalars.items():
                     total[name] = total[name] + value / num if name in total else value / num
-            prepared.finite, prepared.images_seen = finite, images_seen
+                outputs.append(result.outputs)
+            prepared.finite, prepared.at = finite, step.at
             wrapped.step()
-        total[f"grad_norm_{prepared.phase.name}"] = prepared.norm
-        if prepared.scale is not None:
-            total[f"loss_scale_{prepared.phase.name}"] = prepared.scale.scale.clone()
-        return total
+        total["grad_norm"] = prepared.norm
+        if scale is not None:
+            total["loss_scale"] = scale.scale.clone()
+        return StepResult(total, inputs, outputs)
 
     def forget_compiled(self) -> None:
         """Drop all compiled graphs: those of phases that are not used any more.
@@ -233,11 +252,11 @@ class Engine:
         """images_seen of the first non-finite step, -1 if there is none; waits for the device."""
         return self._first_bad.item()
 
-    def _judge(self, prepared: Prepared) -> None:
-        """The last word before Adam: from the first non-finite loss or gradient on, no update.
+    def _guard(self, prepared: Prepared) -> None:
+        """Before the optimizer: clip, and from the first non-finite loss or gradient on, no update.
 
-        In float16 gradients that overflow are skipped too, but end the run only if the loss itself
-        is not finite or the loss scale cannot be lowered any more.
+        In float16 steps whose gradients overflow are skipped too, but end the run only if the loss
+        itself is not finite or the loss scale cannot be lowered any more.
         """
         gradients = [
             _local(p.grad)
@@ -258,24 +277,32 @@ class Engine:
         else:
             norm = norm / scale.scale
             halt = torch.maximum(halt, overflow * (scale.scale <= SMALLEST))
-        verdict = torch.stack([halt, overflow])
+        flags = torch.stack([halt, overflow])
         if self.world.size > 1:
-            dist.all_reduce(verdict, op=dist.ReduceOp.MAX)  # all skip, or none
-        halt, overflow = verdict.unbind()
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)  # all skip, or none
+        halt, overflow = flags.unbind()
         first = (halt > 0) & (self._halt == 0)
-        self._first_bad = torch.where(first, float(prepared.images_seen), self._first_bad)
+        self._first_bad = torch.where(first, float(prepared.at), self._first_bad)
         self._halt = torch.maximum(self._halt, halt)
-        # What GradScaler does for fp16: the fused kernel leaves everything as it is if found_inf.
-        # Where Adam is offloaded, both belong on the host.
+        skip = torch.maximum(self._halt, overflow)
+        if prepared.clip is not None:
+            clip(gradients, norm, prepared.clip)
+        # Where the optimizer is offloaded, the flags belong on the host.
         place = gradients[0].device if gradients else self.world.device
-        optimizer = prepared.optimizer
-        found_inf = torch.maximum(self._halt, overflow).to(place)
-        optimizer.grad_scale = None if scale is None else scale.scale.to(place, copy=True)  # type: ignore[attr-defined]
-        optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        loss_scale = None if scale is None else scale.scale.to(place, copy=True)
+        apply_flags(prepared.optimizer, gradients, skip.to(place), loss_scale)
         if scale is not None:
             scale.update(overflow)
             norm = torch.where(overflow > 0, 0.0, norm)
         prepared.norm = norm
+
+
+@torch.no_grad()
+def constrain(prepared: Prepared) -> None:
+    """After the optimizer: project what it holds (`Phase.constrain`)."""
+    prepared.phase.constrain(
+        p for group in prepared.optimizer.param_groups for p in group["params"]
+    )
 
 
 def _local(gradient: Tensor) -> Tensor:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 import shutil
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from bigan.distributed.world import World
-from bigan.engine.wrapped import Batch
+from bigan.engine.wrapped import Networks
 from bigan.errors import RunError
-from bigan.objectives.gan import Phase
+from bigan.objectives.base import Phase, Tensors, Terms
 
 OTHERS_SECONDS = 120.0  # within which the others fail, too, if they are going to
 _num_agreements = itertools.count()  # the same on all ranks: each asks as often as the others
@@ -30,7 +30,7 @@ def compile_backend(choice: str, device: torch.device) -> tuple[str | None, str]
 
 
 def compile_now(
-    phase: Phase, other: nn.Module, batches: dict[tuple, Batch], world: World
+    phase: Phase, networks: Networks, inputs: Mapping[Terms, Tensors], world: World
 ) -> tuple[float, str]:
     """Compile a phase by running each combination of terms; returns (seconds, why it failed or "").
 
@@ -41,10 +41,10 @@ def compile_now(
     began = time.monotonic()
     why = ""
     try:
-        for terms, batch in batches.items():
-            loss, _ = phase(other, batch, terms)
+        for terms, micro_batch in inputs.items():
+            result = phase(networks, micro_batch, terms)
             parameters = [p for p in phase.parameters() if p.requires_grad]
-            torch.autograd.grad(loss, parameters, allow_unused=True)
+            torch.autograd.grad(result.loss, parameters, allow_unused=True)
     except Exception as error:
         lines = str(error).strip().splitlines()
         why = f"{type(error).__name__}: {lines[0][:160] if lines else ''}"

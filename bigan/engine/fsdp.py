@@ -1,14 +1,14 @@
-"""Every process holds a slice of each weight, its gradient and its moments: torch's `fully_shard`.
+"""Every process holds a slice of each parameter, gradient and optimizer state: `fully_shard`.
 
-The whole phase is one unit that is gathered before the forward and sliced again after the backward.
-Slicing layer by layer would free weights that the second backward of a gradient penalty still
-needs; so memory is saved between the steps and in Adam's state, not within a backward.
+The whole phase is one unit that is gathered before the forward and resharded after the backward.
+Resharding layer by layer would free weights that the second backward of a gradient penalty still
+needs; so memory is saved between the steps and in the optimizer, not within a backward.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -21,64 +21,75 @@ from torch.distributed.tensor import DTensor
 from bigan.checkpoint import Piece
 from bigan.distributed.world import World
 from bigan.engine.unit import Unit
-from bigan.engine.wrapped import MOMENTS, Batch, NewOptimizer, ReadRange
-from bigan.objectives.gan import Phase, Scalars
+from bigan.engine.wrapped import Networks, NewOptimizer, ReadRange, StateShapes
+from bigan.objectives.base import Phase, Result, Tensors, Terms
 
 
 class _Slice(NamedTuple):
     """This process's rows of one parameter."""
 
-    key: str  # the parameter's name in the network
-    shape: tuple[int, ...]  # of the whole parameter
-    start: int  # the slice's first entry in the flattened parameter
-    values: nn.Parameter  # what the optimiser steps: the memory that FSDP gathers from
+    name: str  # of the parameter in the phase
+    shape: tuple[int, ...]  # of the unsharded parameter
+    start: int  # first element of the slice in the flattened parameter
+    values: nn.Parameter  # what the optimizer updates: the memory that FSDP gathers from
     gathered: nn.Parameter | None  # FSDP's parameter, which receives the gradient; None: a scalar
 
 
 class FullySharded:
-    """A phase under FSDP2, its network cut along the first axis of each parameter.
+    """A phase under FSDP2, each trainable parameter sharded along its first axis.
 
-    The optimiser gets the slices as plain tensors. FSDP2 does not take scalars (an attention's
-    gain): they are whole on all processes and belong to rank 0's optimiser, which tells the others.
-    Weights must be final when this is built; they are laid out row by row from then on.
+    The optimizer gets the slices as plain tensors. FSDP2 does not take scalars (the gain of an
+    attention layer): all processes hold them and rank 0's optimizer updates and broadcasts them.
+    Parameters that are not trained stay unsharded. Weights must be final when this is built; they
+    are laid out row-major from then on.
     """
 
     sharded = True
 
-    def __init__(self, phase: Phase, new_optimizer: NewOptimizer, world: World) -> None:
-        self.phase = phase
-        phase.requires_grad_(True)
-        phase.network.to(memory_format=torch.contiguous_format)  # FSDP2 takes no channels-last
+    def __init__(
+        self,
+        phase: Phase,
+        trainable: tuple[str, ...],
+        new_optimizer: NewOptimizer,
+        world: World,
+    ) -> None:
+        self.phase, self.trainable = phase, trainable
+        phase.to(memory_format=torch.contiguous_format)  # FSDP2 takes no channels-last
         self._world = world
-        self._named = [(k, tuple(p.shape)) for k, p in phase.network.named_parameters()]
-        self._scalars = [p for p in phase.network.parameters() if p.ndim == 0]
+        parameters = dict(phase.named_parameters())
+        for name in trainable:
+            parameters[name].requires_grad_(True)
+        self._named = [(name, tuple(parameters[name].shape)) for name in trainable]
+        self._scalars = [parameters[name] for name in trainable if parameters[name].ndim == 0]
+        kept = set(self._scalars) | {p for n, p in parameters.items() if n not in trainable}
         mesh = init_device_mesh(world.device.type, (world.size,))
         unit = Unit(phase)
-        fully_shard(unit, mesh=mesh, ignored_params=set(self._scalars))
+        fully_shard(unit, mesh=mesh, ignored_params=kept)
         assert isinstance(unit, FSDPModule)
         self._unit, self._call = unit, unit.__call__
-        # Micro-batches share one gathering; `step` and the end of `whole` undo it.
+        # Micro-batches share one gathering; `step` and the end of `unsharded` undo it.
         unit.set_reshard_after_backward(False)
-        self._sliced = [p for p in phase.network.parameters() if isinstance(p, DTensor)]
+        self._sharded = [p for p in phase.parameters() if isinstance(p, DTensor)]
         self._slices = list(self._own_slices())
         self.optimizer = new_optimizer(s.values for s in self._slices)
-        self._uses = 0  # of `whole`, nested
+        self._uses = 0  # of `unsharded`, nested
 
     def _own_slices(self) -> Iterator[_Slice]:
-        parameters = dict(self.phase.network.named_parameters())
-        for key, shape in self._named:
-            parameter = parameters[key]
+        parameters = dict(self.phase.named_parameters())
+        for name, shape in self._named:
+            parameter = parameters[name]
             if isinstance(parameter, DTensor):
                 rows = -(-shape[0] // self._world.size)  # of all ranks but the last ones
                 first = min(self._world.rank * rows, shape[0])
                 start = first * (parameter.numel() // shape[0])
                 local = nn.Parameter(parameter.to_local().detach())
-                yield _Slice(key, shape, start, local, parameter)
+                yield _Slice(name, shape, start, local, parameter)
             elif self._world.is_main:
-                yield _Slice(key, shape, 0, parameter, None)
+                yield _Slice(name, shape, 0, parameter, None)
 
-    def __call__(self, other: nn.Module, batch: Batch, terms: tuple) -> tuple[Tensor, Scalars]:
-        return self._call(other, batch, terms)
+    def __call__(self, networks: Networks, inputs: Tensors, terms: Terms) -> Result:
+        result: Result = self._call(networks, inputs, terms)
+        return result
 
     @contextlib.contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
@@ -90,11 +101,11 @@ class FullySharded:
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        for parameter in [*self._sliced, *self._scalars]:
+        for parameter in [*self._sharded, *self._scalars]:
             parameter.grad = None
 
     def step(self) -> None:
-        """The optimiser's step; the weights are no longer whole afterwards, until asked for."""
+        """The optimizer's step; the parameters are sharded afterwards."""
         self._unit.reshard()  # or the next gathering would find the old weights still there
         for part in self._slices:
             if part.gathered is not None:
@@ -102,7 +113,7 @@ class FullySharded:
                 part.values.grad = gradient.to_local() if isinstance(gradient, DTensor) else None
         self._average_scalar_gradients()
         self.optimizer.step()
-        self._share_scalars()
+        self._broadcast_scalars()
 
     def _average_scalar_gradients(self) -> None:
         if self._scalars and self._world.size > 1:
@@ -112,7 +123,7 @@ class FullySharded:
                 parameter.grad = gradient
 
     @torch.no_grad()
-    def _share_scalars(self) -> None:
+    def _broadcast_scalars(self) -> None:
         if self._scalars and self._world.size > 1:
             joined = torch.stack([p.detach() for p in self._scalars])
             dist.broadcast(joined, src=0)
@@ -120,8 +131,8 @@ class FullySharded:
                 parameter.copy_(value)
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
-        """Gathered inside, at most once however deep; what is written to a parameter is lost."""
+    def unsharded(self) -> Iterator[None]:
+        """Gathered inside, once however deep it is nested; writes to parameters are lost."""
         self._uses += 1
         self._unit.unshard()
         try:
@@ -132,41 +143,43 @@ class FullySharded:
                 self._unit.reshard()
 
     def freeze(self, frozen: bool) -> None:
-        # FSDP copies the slices' flags to the gathered weights, and only when it gathers them.
-        for parameter in [*self._sliced, *self.phase.network.parameters()]:
+        # FSDP copies the flags of the shards to the gathered weights only when it gathers them.
+        parameters = dict(self.phase.named_parameters())
+        for parameter in [*self._sharded, *(parameters[name] for name in self.trainable)]:
             parameter.requires_grad_(not frozen)
 
-    def pieces(self, name: str) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[Piece]:
         for part in self._slices:
-            state = self.optimizer.state.get(part.values, {})
-            if "step" in state:
-                key = f"optimizers/{name}.{part.key}.step"
-                everywhere = part.gathered is not None  # a scalar is stepped on rank 0 alone
-                yield Piece(key, (), 0, state["step"], replicated=everywhere)
-            if part.values.numel() == 0:  # fewer rows than processes
-                continue
-            tensors = {f"networks/{name}.{part.key}": part.values.detach()}
-            for moment in MOMENTS:
-                if moment in state:
-                    tensors[f"optimizers/{name}.{part.key}.{moment}"] = state[moment]
-            for key, tensor in tensors.items():
-                yield Piece(key, part.shape, part.start, tensor.reshape(-1), replicated=False)
+            tensors = {}
+            if part.values.numel():  # none: fewer rows than processes
+                tensors[f"networks/{part.name}"] = part.values.detach()
+            for key, value in self.optimizer.state.get(part.values, {}).items():
+                name = f"optimizers/{part.name}.{key}"
+                if not isinstance(value, Tensor):
+                    continue
+                if value.ndim == 0:  # a number of steps; of a scalar parameter on rank 0 alone
+                    yield Piece(name, (), 0, value, replicated=part.gathered is not None)
+                elif value.numel():
+                    tensors[name] = value
+            for name, tensor in tensors.items():
+                yield Piece(name, part.shape, part.start, tensor.reshape(-1), replicated=False)
 
-    def load_moments(self, name: str, read: ReadRange) -> None:
+    def load_state(self, shapes: Mapping[str, StateShapes], read: ReadRange) -> None:
         for part in self._slices:
             state, values = self.optimizer.state[part.values], part.values
-            stem = f"optimizers/{name}.{part.key}"
-            state["step"] = read(f"{stem}.step", 0, 1).reshape(()).to(values.device)
-            for moment in MOMENTS:
-                if values.numel() == 0:
-                    state[moment] = torch.zeros_like(values).detach()
-                    continue
-                found = read(f"{stem}.{moment}", part.start, part.start + values.numel())
-                state[moment] = found.reshape(values.shape).to(values.device, values.dtype)
+            for key, shape in shapes[part.name].items():
+                stored = f"optimizers/{part.name}.{key}"
+                if shape == ():
+                    state[key] = read(stored, 0, 1).reshape(()).to(values.device)
+                elif values.numel() == 0:
+                    state[key] = torch.zeros_like(values).detach()
+                else:
+                    found = read(stored, part.start, part.start + values.numel())
+                    state[key] = found.reshape(values.shape).to(values.device, values.dtype)
 
     def close(self) -> None:
-        """Give the network whole weights of its own again, so that another engine may take it."""
-        for module in self.phase.network.modules():
+        """Give the networks unsharded parameters again, so that another engine may take them."""
+        for module in self.phase.modules():
             for key, parameter in module.named_parameters(recurse=False):
                 if isinstance(parameter, DTensor):
                     module.register_parameter(key, nn.Parameter(parameter.full_tensor().detach()))

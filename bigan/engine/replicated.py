@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from bigan.checkpoint import Piece
-from bigan.engine.wrapped import MOMENTS, Batch, NewOptimizer, ReadRange
-from bigan.objectives.gan import Phase, Scalars
+from bigan.engine.wrapped import Networks, NewOptimizer, ReadRange, StateShapes
+from bigan.objectives.base import Phase, Result, Tensors, Terms
 
 
 class Replicated:
@@ -20,17 +20,26 @@ class Replicated:
 
     sharded = False
 
-    def __init__(self, phase: Phase, new_optimizer: NewOptimizer, accelerator: Accelerator) -> None:
-        self.phase = phase
-        self.optimizer = new_optimizer(phase.network.parameters())
+    def __init__(
+        self,
+        phase: Phase,
+        trainable: tuple[str, ...],
+        new_optimizer: NewOptimizer,
+        accelerator: Accelerator,
+    ) -> None:
+        self.phase, self.trainable = phase, trainable
+        parameters = dict(phase.named_parameters())
+        self._parameters = {name: parameters[name] for name in trainable}
+        self.optimizer = new_optimizer(self._parameters.values())
         self._accelerator = accelerator
-        phase.requires_grad_(True)  # DDP never reduces what is frozen when it is wrapped
-        with warnings.catch_warnings():  # its newer name for broadcast_buffers is too new for us
+        self.freeze(False)  # DDP never reduces what is frozen when it is wrapped
+        with warnings.catch_warnings():  # the new name of broadcast_buffers needs a newer torch
             warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
             self._module: nn.Module = accelerator.prepare_model(phase)
 
-    def __call__(self, other: nn.Module, batch: Batch, terms: tuple) -> tuple[Tensor, Scalars]:
-        return self._module(other, batch, terms)
+    def __call__(self, networks: Networks, inputs: Tensors, terms: Terms) -> Result:
+        result: Result = self._module(networks, inputs, terms)
+        return result
 
     def micro_step(self, last: bool) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if last else self._accelerator.no_sync(self._module)
@@ -44,30 +53,34 @@ class Replicated:
     def step(self) -> None:
         self.optimizer.step()
 
-    def whole(self) -> contextlib.AbstractContextManager[object]:
+    def unsharded(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
 
     def freeze(self, frozen: bool) -> None:
-        self.phase.network.requires_grad_(not frozen)
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(not frozen)
 
-    def pieces(self, name: str) -> Iterator[Piece]:
-        for key, parameter in self.phase.network.named_parameters():
-            yield _whole(f"networks/{name}.{key}", parameter.detach())
-            for moment, tensor in self.optimizer.state.get(parameter, {}).items():
-                yield _whole(f"optimizers/{name}.{key}.{moment}", tensor)
+    def pieces(self) -> Iterator[Piece]:
+        for name, parameter in self._parameters.items():
+            yield _complete(f"networks/{name}", parameter.detach())
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    yield _complete(f"optimizers/{name}.{key}", value)
 
-    def load_moments(self, name: str, read: ReadRange) -> None:
-        for key, parameter in self.phase.network.named_parameters():
+    def load_state(self, shapes: Mapping[str, StateShapes], read: ReadRange) -> None:
+        for name, parameter in self._parameters.items():
             state = self.optimizer.state[parameter]
-            stem = f"optimizers/{name}.{key}"
-            state["step"] = read(f"{stem}.step", 0, 1).reshape(()).to(parameter.device)
-            for moment in MOMENTS:  # they lie in memory as their parameter does (channels-last)
-                values = read(f"{stem}.{moment}", 0, parameter.numel()).view(parameter.shape)
-                state[moment] = torch.empty_like(parameter).copy_(values).detach()
+            for key, shape in shapes[name].items():
+                stored = f"optimizers/{name}.{key}"
+                if shape == ():
+                    state[key] = read(stored, 0, 1).reshape(()).to(parameter.device)
+                else:  # it lies in memory as its parameter does (channels-last)
+                    values = read(stored, 0, parameter.numel()).view(parameter.shape)
+                    state[key] = torch.empty_like(parameter).copy_(values).detach()
 
     def close(self) -> None:
         pass
 
 
-def _whole(name: str, tensor: Tensor) -> Piece:
+def _complete(name: str, tensor: Tensor) -> Piece:
     return Piece(name, tuple(tensor.shape), 0, tensor, replicated=True)

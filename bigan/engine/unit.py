@@ -1,11 +1,11 @@
-"""A shell around a phase, for engines that hang hooks on the module they are given."""
+"""A module around a phase, for engines that register hooks on the module they are given."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
-from bigan.engine.wrapped import Batch
-from bigan.objectives.gan import Phase, Scalars
+from bigan.engine.wrapped import Networks
+from bigan.objectives.base import Phase, Result, Tensors, Terms
 
 
 class Unit(nn.Module):
@@ -19,5 +19,6 @@ class Unit(nn.Module):
         super().__init__()
         self.phase = phase
 
-    def forward(self, other: nn.Module, batch: Batch, terms: tuple) -> tuple[Tensor, Scalars]:
-        return self.phase(other, batch, terms)
+    def forward(self, networks: Networks, inputs: Tensors, terms: Terms) -> Result:
+        result: Result = self.phase(networks, inputs, terms)
+        return result

@@ -1,68 +1,83 @@
-"""What every engine makes of a phase: the interface behind which their differences end."""
+"""What every engine makes of a phase: the interface that hides their differences."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from bigan.checkpoint import Piece
-from bigan.objectives.gan import Phase, Scalars
+from bigan.objectives.base import Phase, Result, Tensors, Terms
 
-Batch = tuple[Tensor | None, ...]
-NewOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Adam]
-ReadRange = Callable[[str, int, int], Tensor]  # (key, start, stop) -> float32 [stop - start], CPU
-MOMENTS = ("exp_avg", "exp_avg_sq")
+Networks = Mapping[str, nn.Module]
+NewOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+ReadRange = Callable[[str, int, int], Tensor]  # (key, start, stop) -> [stop - start], CPU
+# Optimizer state of one parameter in a checkpoint: name -> shape, () or that of the parameter.
+StateShapes = Mapping[str, tuple[int, ...]]
 
 
 class Wrapped(Protocol):
-    """One phase, the network it trains and its optimiser under one engine.
+    """One phase and its optimizer under one engine.
 
     A step is `zero_grad`; for each micro-batch, inside `micro_step`, a call and `backward`; `step`.
-    The gradients are then means over the processes, and the optimiser holds them all or, if
-    `sharded`, this process's part.
+    The gradients are then means over the processes, and the optimizer holds all of them or, if
+    `sharded`, the part of this process. Only `trainable` parameters have gradients and state.
     """
 
     phase: Phase
-    optimizer: torch.optim.Adam  # its learning rate may be set at any time between two steps
+    optimizer: torch.optim.Optimizer
     sharded: bool
+    trainable: tuple[str, ...]  # names in the phase: "generator.linear.weight"
 
-    def __call__(self, other: nn.Module, batch: Batch, terms: tuple) -> tuple[Tensor, Scalars]:
+    def __call__(self, networks: Networks, inputs: Tensors, terms: Terms) -> Result:
         """The phase's forward; the gradients of the last micro-batch's backward are reduced."""
 
     def micro_step(self, last: bool) -> contextlib.AbstractContextManager[object]:
-        """Around forward and backward of one micro-batch; only the `last` is communicated."""
+        """Around forward and backward of one micro-batch; only the `last` communicates."""
 
     def backward(self, loss: Tensor) -> None:
         """`loss` is divided by the number of micro-batches already."""
 
     def zero_grad(self) -> None:
-        """Forget the gradients of the step before."""
+        """Drop the gradients of the step before."""
 
     def step(self) -> None:
         """Exactly one `optimizer.step()`, with its hooks."""
 
-    def whole(self) -> contextlib.AbstractContextManager[object]:
-        """Inside, the network's parameters are complete plain tensors; may be nested.
+    def unsharded(self) -> contextlib.AbstractContextManager[object]:
+        """Inside, the phase's parameters are complete plain tensors; may be nested.
 
-        For power iterations, the average, and for the other player's phase.
+        For power iterations, the EMA, and phases that read these networks.
         """
 
     def freeze(self, frozen: bool) -> None:
-        """Whether the network's parameters get no gradients; called inside `whole`."""
+        """Whether the trainable parameters get no gradients; called inside `unsharded`."""
 
-    def pieces(self, name: str) -> Iterator[Piece]:
-        """This process's part of the parameters and of Adam's state of network `name`.
+    def pieces(self) -> Iterator[Piece]:
+        """This process's part of the trainable parameters and of the optimizer's state.
 
-        Named "networks/<name>.<parameter>" and "optimizers/<name>.<parameter>.exp_avg",
-        ".exp_avg_sq" (float32) and ".step" (a number of steps).
+        Named "networks/<name>" and "optimizers/<name>.<state>", <name> as in `trainable` and
+        <state> as the optimizer calls it ("exp_avg", "square_avg", "step").
         """
 
-    def load_moments(self, name: str, read: ReadRange) -> None:
-        """Set Adam's state from the tensors that `pieces` would name so."""
+    def load_state(self, shapes: Mapping[str, StateShapes], read: ReadRange) -> None:
+        """Set the optimizer's state from the tensors that `pieces` names so.
+
+        `shapes`: parameter name -> its state in the checkpoint.
+        """
 
     def close(self) -> None:
-        """Let go of what the engine holds beside the networks."""
+        """Release what the engine holds beside the networks."""
+
+
+def trainable_names(phase: Phase, is_trainable: Callable[[str], bool]) -> tuple[str, ...]:
+    """Names of the trained parameters; all others lose `requires_grad` for good."""
+    names = []
+    for name, parameter in phase.named_parameters():
+        parameter.requires_grad_(is_trainable(name))
+        if parameter.requires_grad:
+            names.append(name)
+    return tuple(names)

@@ -1,9 +1,10 @@
-"""DeepSpeed ZeRO-1 and ZeRO-2: whole weights everywhere, Adam's state in equal parts.
+"""DeepSpeed ZeRO-1 and ZeRO-2: unsharded weights, the optimizer's state in equal partitions.
 
-DeepSpeed lays all weights of a network into one flat tensor; each process keeps the moments of
-its part, steps it, and the parts are gathered again. ZeRO-2 also scatters gradients as soon as
-they are there, at every micro-batch; ZeRO-1 keeps them whole until the last. Weights and moments
-are float32: lower precision is autocast inside the phases and our own loss scale, as everywhere.
+DeepSpeed lays the trainable weights of a phase into one flat tensor; each process keeps the state
+of its partition, updates it, and the partitions are gathered again. ZeRO-2 also reduces and
+scatters gradients at every micro-batch; ZeRO-1 keeps them unsharded until the last. Weights and
+state are float32: lower precision is autocast inside the phases and our own loss scale, as under
+all engines.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -22,9 +23,9 @@ from torch import Tensor, nn
 from bigan.checkpoint import Piece
 from bigan.distributed.world import World
 from bigan.engine.unit import Unit
-from bigan.engine.wrapped import MOMENTS, Batch, NewOptimizer, ReadRange
+from bigan.engine.wrapped import Networks, NewOptimizer, ReadRange, StateShapes
 from bigan.errors import LaunchError, RunError
-from bigan.objectives.gan import Phase, Scalars
+from bigan.objectives.base import Phase, Result, Tensors, Terms
 
 MAX_BUCKET_ENTRIES = 50_000_000  # gradients reduced at once: 200 MB
 
@@ -70,8 +71,8 @@ def settings(stage: int, offload: bool, accumulation: int, bucket: int, pin: boo
         "steps_per_print": 1_000_000_000,
         "timers": {"throughput": {"enabled": False}},  # it would wait for the device in every step
         "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,  # the client's torch Adam: nothing is compiled,
-        "zero_force_ds_cpu_optimizer": False,  # and its fused kernel can skip a step
+        "zero_allow_untested_optimizer": True,  # the client's torch optimizer: nothing is compiled,
+        "zero_force_ds_cpu_optimizer": False,  # and fused kernels can skip a step
     }
 
 
@@ -87,8 +88,8 @@ class _Span(NamedTuple):
 class Zero:
     """A phase under a DeepSpeed engine of its own, ZeRO `stage` 1 or 2.
 
-    With `offload` Adam's state and step live in host memory. Weights must be final when this is
-    built; they are laid out row by row from then on. Raises `LaunchError` without deepspeed.
+    With `offload` the optimizer's state and step are in host memory. Weights must be final when
+    this is built; they are laid out row-major from then on. Raises `LaunchError` without deepspeed.
     """
 
     sharded = True
@@ -96,6 +97,7 @@ class Zero:
     def __init__(
         self,
         phase: Phase,
+        trainable: tuple[str, ...],
         new_optimizer: NewOptimizer,
         world: World,
         accumulation: int,
@@ -103,14 +105,16 @@ class Zero:
         offload: bool = False,
     ) -> None:
         deepspeed = load_deepspeed(world.device)
-        self.phase = phase
-        phase.requires_grad_(True)  # what is frozen now would never be reduced
-        phase.network.to(memory_format=torch.contiguous_format)
-        self.optimizer = new_optimizer(phase.network.parameters())
-        sizes = [p.numel() for p in phase.network.parameters()]
+        self.phase, self.trainable = phase, trainable
+        phase.to(memory_format=torch.contiguous_format)
+        named = dict(phase.named_parameters())
+        self._parameters = {name: named[name] for name in trainable}
+        self.freeze(False)  # what is frozen now would never be reduced
+        self.optimizer = new_optimizer(self._parameters.values())
+        sizes = [p.numel() for p in self._parameters.values()]
         bucket = max(min(sum(sizes), MAX_BUCKET_ENTRIES), *sizes)
         bucket += bucket % 2  # it wants an even number
-        with _not_broadcast(phase.network):
+        with _not_broadcast(phase):
             self._engine, self._zero, *_ = deepspeed.initialize(
                 model=Unit(phase),
                 optimizer=self.optimizer,
@@ -131,7 +135,7 @@ class Zero:
         size = self._partition.numel()
         base = world.rank * size
         total = 0
-        for key, parameter in self.phase.network.named_parameters():
+        for key, parameter in self._parameters.items():
             if parameter.untyped_storage().data_ptr() != flat.untyped_storage().data_ptr():
                 raise RuntimeError(f"deepspeed did not lay {key} into its flat tensor")
             offset = parameter.storage_offset() - flat.storage_offset()
@@ -142,8 +146,9 @@ class Zero:
         if not total <= size * world.size == flat.numel():
             raise RuntimeError("deepspeed's flat tensor is not cut into one part per process")
 
-    def __call__(self, other: nn.Module, batch: Batch, terms: tuple) -> tuple[Tensor, Scalars]:
-        return self._engine(other, batch, terms)
+    def __call__(self, networks: Networks, inputs: Tensors, terms: Terms) -> Result:
+        result: Result = self._engine(networks, inputs, terms)
+        return result
 
     @contextlib.contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
@@ -159,50 +164,56 @@ class Zero:
     def step(self) -> None:
         self._engine.step()
 
-    def whole(self) -> contextlib.AbstractContextManager[object]:
+    def unsharded(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
 
     def freeze(self, frozen: bool) -> None:
-        self.phase.network.requires_grad_(not frozen)
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(not frozen)
 
-    def pieces(self, name: str) -> Iterator[Piece]:
-        for key, parameter in self.phase.network.named_parameters():
-            yield Piece(
-                f"networks/{name}.{key}",
-                tuple(parameter.shape),
-                0,
-                parameter.detach().reshape(-1),
-                replicated=True,
-            )
+    def pieces(self) -> Iterator[Piece]:
+        for name, parameter in self._parameters.items():
+            data = parameter.detach().reshape(-1)
+            yield Piece(f"networks/{name}", tuple(parameter.shape), 0, data, replicated=True)
         state = self.optimizer.state.get(self._partition, {})
-        for span in self._spans if state else []:
-            stem = f"optimizers/{name}.{span.key}"
-            yield Piece(f"{stem}.step", (), 0, state["step"], replicated=True)
-            for moment in MOMENTS if span.at.start < span.at.stop else ():
-                part = state[moment][span.at]
-                yield Piece(f"{stem}.{moment}", span.shape, span.start, part, replicated=False)
+        for span in self._spans:
+            for key, value in state.items():
+                name = f"optimizers/{span.key}.{key}"
+                if not isinstance(value, Tensor):
+                    continue
+                if value.ndim == 0:  # a number of steps
+                    yield Piece(name, (), 0, value, replicated=True)
+                elif span.at.start < span.at.stop:
+                    yield Piece(name, span.shape, span.start, value[span.at], replicated=False)
 
-    def load_moments(self, name: str, read: ReadRange) -> None:
+    def load_state(self, shapes: Mapping[str, StateShapes], read: ReadRange) -> None:
         """Raises `RunError` if the parameters took different numbers of steps."""
         device = self._partition.device
-        # Entries between and behind the parameters are padding: zero, and zero they stay.
-        state: dict[str, Tensor] = {m: torch.zeros_like(self._partition.detach()) for m in MOMENTS}
-        steps = {}
+        # Elements between and behind the parameters are padding: zero, and zero they stay.
+        state = {
+            key: torch.zeros_like(self._partition.detach())
+            for name in self.trainable
+            for key, shape in shapes[name].items()
+            if shape != ()
+        }
+        numbers: dict[str, set[float]] = {}
         for span in self._spans:
-            stem = f"optimizers/{name}.{span.key}"
-            steps[span.key] = read(f"{stem}.step", 0, 1).item()
             length = span.at.stop - span.at.start
-            for moment in MOMENTS if length else ():
-                state[moment][span.at] = read(
-                    f"{stem}.{moment}", span.start, span.start + length
-                ).to(device)
-        if len(set(steps.values())) != 1:
-            raise RunError(
-                f"optimizers/{name}: its parameters have taken different numbers of Adam steps "
-                f"({min(steps.values()):g} to {max(steps.values()):g}), which ZeRO cannot keep; "
-                "go on with the engine that wrote this checkpoint"
-            )
-        state["step"] = torch.tensor(next(iter(steps.values())), device=device)
+            for key in shapes[span.key]:
+                name = f"optimizers/{span.key}.{key}"
+                if key not in state:
+                    numbers.setdefault(key, set()).add(read(name, 0, 1).item())
+                elif length:
+                    part = read(name, span.start, span.start + length)
+                    state[key][span.at] = part.to(device)
+        for key, found in numbers.items():
+            if len(found) != 1:
+                raise RunError(
+                    f"optimizers/{self.trainable[0].partition('.')[0]}: its parameters differ in "
+                    f"{key} ({min(found):g} to {max(found):g}), which ZeRO cannot keep; continue "
+                    "with the engine that wrote this checkpoint"
+                )
+            state[key] = torch.tensor(found.pop(), device=device)
         self.optimizer.state[self._partition] = state
 
     def close(self) -> None:
@@ -211,16 +222,16 @@ class Zero:
 
 
 @contextlib.contextmanager
-def _not_broadcast(network: nn.Module) -> Iterator[None]:
+def _not_broadcast(phase: nn.Module) -> Iterator[None]:
     """Inside, DeepSpeed leaves the parameters alone that it would broadcast from rank 0.
 
     They are equal already, and its way of doing it fails on scalars. The mark is its own, for
     parameters that differ between processes on purpose.
     """
-    for parameter in network.parameters():
+    for parameter in phase.parameters():
         parameter.ds_optim_param = True  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        for parameter in network.parameters():
+        for parameter in phase.parameters():
             del parameter.ds_optim_param  # type: ignore[attr-defined]

@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from bigan import models
 from bigan.checkpoint import snapshots
 from bigan.data.dataset import open_level
+from bigan.data.shards import Manifest
 from bigan.distributed.world import World, on_main, once, together
 from bigan.errors import UserError
 from bigan.evaluation import features, metrics, moments, reference, sampling
-from bigan.layers.batchnorm import normalisation_layers
-from bigan.layers.mapping import has_latent_average
 from bigan.layers.resampling import repeated
-from bigan.run_config import RunConfig, misfits
+from bigan.objectives.samplers import Sampler
+from bigan.run_config import RunConfig, misfits, setup_of
+from bigan.run_folder import RunFolder
 
-FOLDER = "evaluation"
-WEIGHTS = "weights.safetensors"  # of a snapshot
 LEAST = 0.02  # as truncation: less than 1.6 % of all normal numbers are within
 SMALL = 10_000  # fewer images than this bias a 2048-dimensional FID visibly upwards
 
 
 @dataclass(frozen=True)
 class Task:
-    """A snapshot to measure: hash, time (ns) and size (bytes) of its weights file."""
+    """A snapshot to measure: hash, time (ns) and size (bytes) of its weights."""
 
     folder: Path
     sha256: str
@@ -47,9 +44,33 @@ class Task:
 
 
 def stamp(folder: Path) -> tuple[int, int]:
-    """Time (ns) and size (bytes) of a snapshot's weights; FileNotFoundError if there are none."""
-    status = (folder / WEIGHTS).stat()
-    return status.st_mtime_ns, status.st_size
+    """Newest time (ns) and total size (bytes) of the weights of a snapshot.
+
+    Raises FileNotFoundError if there are none.
+    """
+    found = [path.stat() for path in weights(folder)]
+    return max(s.st_mtime_ns for s in found), sum(s.st_size for s in found)
+
+
+def weights(folder: Path) -> list[Path]:
+    """The files of the networks of a snapshot; FileNotFoundError if there are none."""
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise FileNotFoundError(f"{folder}: no weights")
+    return found
+
+
+def choose_sampler(config: RunConfig) -> tuple[str, Sampler]:
+    """`evaluation.sampler`, or the first one of the objective; `UserError` if there is none."""
+    counts = (1,) * config.model.num_classes  # which samplers there are does not depend on them
+    samplers = config.objective.build(setup_of(config, counts)).samplers
+    name = config.evaluation.sampler or next(iter(samplers))
+    if name not in samplers:
+        raise UserError(
+            f"evaluation.sampler = {name!r}: objective.name = {config.objective.name} has the "
+            f"sampler(s) {', '.join(samplers)}"
+        )
+    return name, samplers[name]
 
 
 @dataclass(frozen=True)
@@ -64,20 +85,32 @@ class Record:
 
 
 class Judge:
-    """Extractor, reference moments and protocol of a run, ready to measure one generator."""
+    """Extractor, reference moments and protocol of a run, ready to measure snapshots."""
 
     def __init__(
         self, run_dir: Path, config: RunConfig, world: World, device: torch.device
     ) -> None:
         settings = config.evaluation
         self.config, self.world, self.device = config, world, device
-        self.manifest = on_main(
-            world, lambda: open_level(config.data.path, config.model.resolution, config.data)
-        )
+        self.sampler_name, sampler = on_main(world, lambda: choose_sampler(config))
+        data = config.streams[sampler.reference]
+        resolution = config.model.resolution
+        self.manifest = on_main(world, lambda: open_level(data.path, resolution, data))
+        self.inputs: Manifest | None = None
+        if sampler.inputs is not None:
+            source = config.streams[sampler.inputs]
+            self.inputs = on_main(world, lambda: open_level(source.path, resolution, source))
+            available = self.inputs.num_samples(settings.split)
+            settings = settings.model_copy(
+                update={"num_samples": min(settings.num_samples, available)}
+            )
+            self.config = config.model_copy(update={"evaluation": settings})
         self._check_fit(config, "config.yaml")
-        generator, _ = models.build(config.model, "meta")
-        self.normalises = bool(normalisation_layers(generator))
-        self.has_mean_latent = has_latent_average(generator)
+        counts = tuple(self.manifest.class_counts(settings.split))
+        objective = config.objective.build(setup_of(config, counts))
+        self.sampler = objective.samplers[self.sampler_name]
+        used = {name: objective.networks[name] for name in self.sampler.networks}
+        self.normalises = sampling.has_batchnorm(used)
         self.check(settings.truncation)
         self.extractor = together(
             world, lambda: features.create(settings.extractor, settings.weights_path, device)
@@ -88,19 +121,26 @@ class Judge:
             settings.split,
             world,
             settings.batch,
-            run_dir / FOLDER,
-            config.data,
+            RunFolder(run_dir).evaluation,
+            data,
         )
 
+    @property
+    def truncates_mean(self) -> bool:
+        """Whether a truncation is psi, the factor on the distance from a mean latent."""
+        return self.sampler.truncates == "w"
+
     def check(self, truncation: float | None) -> None:
-        """`UserError`, on all ranks, if there is no such truncation for this generator."""
+        """`UserError`, on all ranks, if there is no such truncation for this sampler."""
         if truncation is None:
             return
-        if truncation < LEAST:
+        if not self.sampler.truncates:
+            why = f"sampler {self.sampler_name} takes none; leave it out"
+        elif truncation < LEAST:
             why = f"so small a bound is hardly ever met; use {LEAST} or more"
-        elif self.has_mean_latent and truncation > 1:
+        elif self.truncates_mean and truncation > 1:
             why = (
-                f"{self.config.model.name} has a mean latent, so this is psi, the share of a "
+                f"{self.config.model.name} has a mean latent, so this is psi, the factor on a "
                 "latent's distance from it; use 1 or less"
             )
         else:
@@ -108,10 +148,11 @@ class Judge:
         raise once(self.world, UserError(f"truncation {truncation:g}: {why}"))
 
     def protocol(self, truncation: float | None) -> dict[str, object]:
-        """All that the numbers of a generator depend on, but for the generator itself."""
+        """All that the numbers of a snapshot depend on, besides its networks."""
         settings = self.config.evaluation
         content: dict[str, object] = {
             **reference.describe(self.extractor, self.manifest, settings.split),
+            "sampler": self.sampler_name,
             "num_samples": settings.num_samples,
             "batch": settings.batch,
             "seed": settings.seed,
@@ -119,55 +160,58 @@ class Judge:
             "label_law": f"class counts of split {settings.split}",
             "quantisation": sampling.QUANTISATION,
             "splits": settings.splits if settings.num_samples >= metrics.SPLITS_FROM else 1,
-            "generator": "averaged weights, standing batch statistics",
+            "networks": "EMA weights, standing batch statistics",
         }
         if self.config.growth:
             content["enlarged"] = "lower resolutions by repeating pixels"
+        if self.inputs is not None:
+            content["inputs_fingerprint"] = self.inputs.fingerprint
         if truncation is not None:
             content["truncation_law"] = (
                 "psi: latents moved towards their mean"
-                if self.has_mean_latent
+                if self.truncates_mean
                 else "values of z beyond it drawn again"
             )
             if self.normalises:
-                content["generator"] = (
-                    "averaged weights, batch statistics of such latents: "
+                content["networks"] = (
+                    "EMA weights, batch statistics of such latents: "
                     f"{self.config.train.standing_batches} x {sampling.standing_batch(self.config)}"
                 )
         return content
 
     def measure(self, task: Task, truncation: float | None) -> Record:
-        """Sample the snapshot's generator and compare; the same record on every rank.
+        """Sample from the snapshot and compare; the same record on every rank.
 
-        With a `truncation`, its standing BatchNorm statistics are accumulated anew from latents
-        that are truncated alike.
+        With a `truncation`, standing BatchNorm statistics are accumulated from latents that are
+        truncated alike.
         """
         started = time.perf_counter()
         settings, extractor = self.config.evaluation, self.extractor
         home = moments.home(self.device)
-        counts = self.manifest.class_counts(settings.split)
         rows = metrics.Rows(settings.num_samples, extractor.num_classes, home)
 
-        def load() -> tuple[nn.Module, RunConfig]:
-            generator, recipe = snapshots.load(task.folder, self.device)
-            self._check_fit(recipe, str(task.folder))
-            return generator, self.config.model_copy(
-                update={
-                    "model": recipe.model,  # of the stage, where it grows
-                    "evaluation": settings.model_copy(update={"truncation": truncation}),
-                }
-            )
+        def load() -> snapshots.Snapshot:
+            snapshot = snapshots.load(task.folder, self.device)
+            self._check_fit(snapshot.config, str(task.folder))
+            return snapshot
 
-        generator, recipe = together(self.world, load)
+        snapshot = together(self.world, load)
+        networks = {name: snapshot.networks[name] for name in self.sampler.networks}
         if truncation is not None:
             sampling.accumulate_statistics(
-                generator, recipe, counts, task.images_seen, self.world, self.device
+                networks,
+                self.sampler,
+                self.config.train,
+                task.images_seen,
+                truncation,
+                sampling.standing_batch(self.config),
+                replace(self.world, device=self.device),
             )
 
         def own_part() -> moments.Moments:
             total = moments.empty(extractor.dim, home)
             for start, images in sampling.generate(
-                generator, recipe, counts, self.world, self.device
+                networks, self.sampler, settings, truncation, self.world, self.device, self.inputs
             ):
                 sampled, logits = extractor(repeated(images, self.manifest.resolution))
                 rows.fill(start, logits.to(home))
@@ -183,7 +227,7 @@ class Judge:
             return Record(
                 images_seen=task.images_seen,
                 metrics={extractor.distance_key: distance, extractor.score_key: score.mean},
-                protocol={**self.protocol(truncation), "generator_sha256": task.sha256},
+                protocol={**self.protocol(truncation), "snapshot_sha256": task.sha256},
                 score_std=score.std,
                 seconds=time.perf_counter() - started,
             )

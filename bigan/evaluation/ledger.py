@@ -18,7 +18,8 @@ from bigan import atomic_files
 from bigan.checkpoint import snapshots
 from bigan.errors import UserError
 from bigan.evaluation import reference
-from bigan.evaluation.judge import FOLDER, WEIGHTS, Record, Task, stamp
+from bigan.evaluation.judge import Record, Task, stamp, weights
+from bigan.run_folder import RunFolder
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Ledger:
 
         `DONE` is looked at before the snapshots: one written in between is then never missed.
         """
-        finished = (self.run_dir / snapshots.DONE).exists()
+        finished = RunFolder(self.run_dir).done.exists()
         for folder in snapshots.find(self.run_dir):
             try:
                 task = self.task(folder)
@@ -75,13 +76,21 @@ class Ledger:
         now = stamp(folder)
         known = self._tasks.get(folder)
         if known is None or known.stamp != now:
-            with (folder / WEIGHTS).open("rb") as file:
-                known = Task(folder, hashlib.file_digest(file, "sha256").hexdigest(), now)
+            known = Task(folder, weights_sha256(folder), now)
             self._tasks[folder] = known
         return known
 
     def _path(self, images_seen: int) -> Path:
-        return self.run_dir / FOLDER / f"{images_seen}.json"
+        return RunFolder(self.run_dir).evaluation / f"{images_seen}.json"
+
+
+def weights_sha256(folder: Path) -> str:
+    """Hash of the networks of a snapshot: names and contents of their files."""
+    total = hashlib.sha256()
+    for path in weights(folder):
+        with path.open("rb") as file:
+            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
 
 
 def as_content(record: Record) -> dict[str, Any]:
@@ -104,7 +113,7 @@ def is_of(content: object, protocol: Mapping[str, object], task: Task) -> bool:
     """Whether `content`, read from a file, is a whole record of `task` under `protocol`."""
     if not isinstance(content, dict) or not content.keys() >= _KEYS:
         return False
-    wanted = reference.fingerprint({**protocol, "generator_sha256": task.sha256})
+    wanted = reference.fingerprint({**protocol, "snapshot_sha256": task.sha256})
     return bool(content["fingerprint"] == wanted)
 
 

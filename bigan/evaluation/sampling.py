@@ -1,52 +1,28 @@
-"""Images from a generator for evaluation: the same ones on any number of processes.
+"""Images of a sampler for evaluation: the same ones on any number of processes.
 
-Latents and labels are drawn block by block from (seed, stream, block number), so which rank makes
-a block does not matter. The law of the labels is that of the data set.
-
-Truncation buys fidelity with variety. For most generators it bounds z (Brock et al. 2019, section
-3.1); for one with a mean latent it is psi (Karras et al. 2019, appendix B), its own network's part.
+Random inputs are drawn block by block from (seed, stream, block number), so it does not matter
+which rank samples a block. Labels follow the class frequencies of the data set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bigan import models, rng
+from bigan import models
+from bigan.data.shards import Manifest
+from bigan.data.stream import sequential
 from bigan.distributed.world import World, sum_over_ranks, together
 from bigan.errors import RunError
 from bigan.layers.batchnorm import collecting_statistics, normalisation_layers
-from bigan.layers.mapping import has_latent_average
-from bigan.run_config import RunConfig
+from bigan.objectives.samplers import Sampler
+from bigan.run_config import EvaluationConfig, RunConfig, TrainConfig
 
 QUANTISATION = "clamp(round(127.5 x + 127.5), 0, 255)"
-
-
-def latents(
-    seed: int, stream: str, counter: int, shape: Sequence[int], truncation: float | None
-) -> Tensor:
-    """Standard normal float32 z of `shape`; values with |z| > truncation are drawn again.
-
-    That is BigGAN's truncation trick (Brock et al. 2019, sec. 3.1); with None nothing is redrawn.
-    """
-    generator = rng.numpy_generator(seed, stream, counter)
-    z = generator.standard_normal(shape, dtype=np.float32)
-    if truncation is not None:
-        while (outside := np.abs(z) > truncation).any():
-            z[outside] = generator.standard_normal(int(outside.sum()), dtype=np.float32)
-    return torch.from_numpy(z)
-
-
-def applied(generator: nn.Module, truncation: float | None) -> tuple[float | None, dict[str, Any]]:
-    """What `truncation` means: (bound on |z| or None, arguments of the generator's forward)."""
-    if truncation is not None and has_latent_average(generator):
-        return None, {"truncation_psi": truncation}
-    return truncation, {}
+Networks = Mapping[str, nn.Module]
 
 
 def standing_batch(config: RunConfig) -> int:
@@ -54,65 +30,98 @@ def standing_batch(config: RunConfig) -> int:
     return config.evaluation.standing_batch or config.train.micro_batch or config.train.batch
 
 
+def has_batchnorm(networks: Networks) -> bool:
+    """Whether any of the networks has BatchNorm layers."""
+    return any(normalisation_layers(network) for network in networks.values())
+
+
 def accumulate_statistics(
-    generator: nn.Module,
-    config: RunConfig,
-    class_counts: Sequence[int],
+    networks: Networks,
+    sampler: Sampler,
+    train: TrainConfig,
     images_seen: int,
+    truncation: float | None,
+    batch: int,
     world: World,
-    device: torch.device,
 ) -> None:
-    """Replace the standing BatchNorm statistics by those of `evaluation.truncation`, in place.
+    """Replace the standing BatchNorm statistics by those of a truncation, in place.
 
     The activations of truncated latents have other means and variances, so the statistics of one
-    truncation do not serve another (Brock et al. 2019). The draws are those behind the snapshot,
-    drawn again where they lie outside. All ranks take part, each with whole batches: how many
-    there are does not matter. Nothing happens without BatchNorm.
+    truncation do not serve another (Brock et al. 2019). The draws are those of the snapshot,
+    truncated. All ranks take part, each with complete batches of `batch` images: how many there
+    are does not matter. Without BatchNorm nothing happens.
     """
-    if not normalisation_layers(generator):
+    if not has_batchnorm(networks):
         return
-    train, num = config.train, standing_batch(config)
-    bound, arguments = applied(generator, config.evaluation.truncation)
 
     def own_part() -> None:
         for index in range(world.rank, train.standing_batches, world.size):
             stream = f"standing/{index}"  # as in training
-            shape = (num, config.model.z_dim)
-            z = latents(train.seed, f"{stream}/z", images_seen, shape, bound)
-            labels = rng.labels(train.seed, f"{stream}/labels", images_seen, num, class_counts)
-            generator(z.to(device), labels.to(device), **arguments)
+            draws = sampler.draws(train.seed, stream, images_seen, batch, truncation)
+            sampler(networks, _on(world.device, draws))
 
-    with collecting_statistics(generator, partial(sum_over_ranks, world)):
+    normalizing = nn.ModuleList(n for n in networks.values() if normalisation_layers(n))
+    with collecting_statistics(normalizing, partial(sum_over_ranks, world)):
         together(world, own_part)
 
 
 @torch.no_grad()
 def generate(
-    generator: nn.Module,
-    config: RunConfig,
-    class_counts: Sequence[int],
+    networks: Networks,
+    sampler: Sampler,
+    settings: EvaluationConfig,
+    truncation: float | None,
     world: World,
-    device: torch.device | str | None = None,
+    device: torch.device,
+    inputs: Manifest | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """This rank's part of `evaluation.num_samples` images: (position of the first, images).
+    """This rank's part of `settings.num_samples` images: (position of the first, images).
 
-    Images are uint8 [m, C, R, R] on `device` (default: the world's), m = `evaluation.batch` but
-    for the last block; block b belongs to rank b modulo the world's size. The generator must be
-    in evaluation mode. Raises `RunError` if it returns values that are not finite.
+    Images are uint8 [m, C, R, R] on `device`, m = `settings.batch` but for the last block; block b
+    belongs to rank b modulo the world size. A sampler with an input stream gets the images of
+    `inputs`, in the order of `settings.split`. The networks must be in evaluation mode. Raises
+    `RunError` if an image is not finite.
     """
-    if generator.training:
-        raise ValueError("the generator must be in evaluation mode (standing statistics)")
-    device = world.device if device is None else torch.device(device)
-    settings, batch = config.evaluation, config.evaluation.batch
-    num_blocks = -(-settings.num_samples // batch)
-    bound, arguments = applied(generator, settings.truncation)
-    for block in range(world.rank, num_blocks, world.size):
-        start = block * batch
-        shape = (batch, config.model.z_dim)
-        z = latents(settings.seed, "evaluation/z", block, shape, bound)
-        labels = rng.labels(settings.seed, "evaluation/labels", block, batch, class_counts)
-        num = min(batch, settings.num_samples - start)
-        images = generator(z[:num].to(device), labels[:num].to(device), **arguments)
+    if any(network.training for network in networks.values()):
+        raise ValueError("the networks must be in evaluation mode (standing statistics)")
+    for start, tensors in _inputs(sampler, settings, truncation, world, inputs):
+        images = sampler(networks, _on(device, tensors))
         if not bool(images.isfinite().all()):
-            raise RunError("the generator's images are not finite: nothing can be measured")
+            raise RunError("the sampled images are not finite: nothing can be measured")
         yield start, models.to_uint8(images)
+
+
+def _inputs(
+    sampler: Sampler,
+    settings: EvaluationConfig,
+    truncation: float | None,
+    world: World,
+    manifest: Manifest | None,
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """(position of the first image, inputs of a block) of this rank's blocks."""
+    seed, batch, total = settings.seed, settings.batch, settings.num_samples
+    if sampler.inputs is None or manifest is None:
+        for block in range(world.rank, -(-total // batch), world.size):
+            start = block * batch
+            num = min(batch, total - start)
+            draws = sampler.draws(seed, "evaluation", block, batch, truncation)
+            yield start, {key: tensor[:num] for key, tensor in draws.items()}
+        return
+    for images in sequential(manifest, settings.split, world, batch):
+        start = int(images.positions[0])
+        num = min(len(images.labels), total - start)
+        if num <= 0:
+            continue
+        draws = sampler.draws(seed, "evaluation", start, num, truncation)
+        yield (
+            start,
+            draws
+            | {
+                f"{sampler.inputs}.pixels": images.real[:num],
+                f"{sampler.inputs}.labels": images.labels[:num],
+            },
+        )
+
+
+def _on(device: torch.device, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.to(device) for key, tensor in tensors.items()}

@@ -21,11 +21,12 @@ import torch
 from bigan.checkpoint import snapshots
 from bigan.distributed.world import World, on_main, once
 from bigan.errors import UserError
-from bigan.evaluation.judge import FOLDER, Judge, Record, Task
+from bigan.evaluation.judge import Judge, Record, Task
 from bigan.evaluation.ledger import Ledger, as_content, is_of, read_json, write_json
 from bigan.evaluation.truncation_picture import draw
 from bigan.evaluation.watcher import line, publish, run_config
 from bigan.reporting.tracker import Tracker
+from bigan.run_folder import RunFolder
 
 Echo = Callable[[str], None]
 
@@ -135,7 +136,7 @@ class Table:
 
     def __init__(self, run_dir: Path, judge: Judge, task: Task) -> None:
         self.judge, self.task = judge, task
-        self.path = run_dir / FOLDER / f"truncation-{task.images_seen}.json"
+        self.path = RunFolder(run_dir).evaluation / f"truncation-{task.images_seen}.json"
         self.contents: dict[float | None, dict[str, Any]] = {}
 
     def read(self, ledger: Ledger) -> None:
@@ -183,7 +184,7 @@ def finish(table: Table, tracker: Tracker | None, echo: Echo) -> None:
     """Rank 0: the table as file, picture, artifacts and lines."""
     table.write()
     judge, picture = table.judge, table.path.with_suffix(".png")
-    symbol = "psi" if judge.has_mean_latent else "t"
+    symbol = "psi" if judge.truncates_mean else "t"
     values = {t: content["metrics"] for t, content in table.rows().items()}
     keys = (judge.extractor.distance_key, judge.extractor.score_key)
     title = f"{table.path.resolve().parents[1].name}, images_seen {table.task.images_seen}"

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from bigan import config as configs
 from bigan.checkpoint import snapshots
 from bigan.distributed.world import World, on_main
 from bigan.errors import UserError
@@ -26,7 +25,8 @@ from bigan.evaluation.judge import Judge, Record
 from bigan.evaluation.ledger import Ledger, as_content
 from bigan.reporting.plots import curves
 from bigan.reporting.tracker import Tracker
-from bigan.run_config import RunConfig
+from bigan.run_config import RunConfig, load_config
+from bigan.run_folder import RunFolder
 
 
 def evaluate(
@@ -91,7 +91,7 @@ def publish(
         logged = {f"eval/{key}": value for key, value in record.metrics.items()}
         tracker.log(record.images_seen, logged)
     ledger.write(record)
-    curves(ledger.run_dir, ledger.run_dir / "curves.png")
+    curves(ledger.run_dir, RunFolder(ledger.run_dir).curves)
 
 
 def run_config(
@@ -103,11 +103,11 @@ def run_config(
     echo: Callable[[str], None],
 ) -> RunConfig:
     """The recipe of the run, waited for if `watch`: its config.yaml."""
-    path = run_dir / "config.yaml"
+    path = RunFolder(run_dir).config
 
     def look() -> RunConfig | None:
         if path.is_file() and (watch or snapshots.find(run_dir)):
-            return configs.load(RunConfig, path, overrides)
+            return load_config(path, overrides)
         if watch:
             return None
         if not run_dir.is_dir():

@@ -1,46 +1,58 @@
-"""The averaged generator: half-life in images, ramp-up, hard copy until its start."""
+"""Exponential moving averages (EMA) of networks: half-life in images, ramp-up, start."""
 
 from __future__ import annotations
 
 import copy
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from bigan.run_config import EmaConfig
+from bigan.config import Frozen
 from bigan.schedules import annealed, ema_decay
 
 
-def averaged_copy(generator: nn.Module) -> nn.Module:
-    """A frozen copy of `generator`, the starting point of the average."""
-    return copy.deepcopy(generator).eval().requires_grad_(False)
+class EmaConfig(Frozen):
+    """EMA of the networks that samples are made with, e.g. `generator_ema`."""
+
+    halflife_images: Annotated[float, Field(gt=0)]
+    rampup: Annotated[float, Field(gt=0)] | None = None  # half-life <= rampup * images_seen
+    start_images: Annotated[int, Field(ge=0)] = 0  # a plain copy until then (BigGAN)
+    # Reached along half a cosine over `anneal_images`.
+    halflife_end_images: Annotated[float, Field(gt=0)] | None = None
+
+
+def ema_copy(network: nn.Module) -> nn.Module:
+    """A frozen copy of `network` in evaluation mode, from which the EMA starts."""
+    return copy.deepcopy(network).eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def update(
     average: nn.Module,
-    generator: nn.Module,
+    network: nn.Module,
     config: EmaConfig,
     images_seen: int,
     step_images: int,
     anneal_images: int | None = None,
     born: int = 0,
 ) -> None:
-    """Move `average` towards `generator` in place; call once per generator step.
+    """Move `average` towards `network` in place; call once per training step.
 
-    The ramp-up counts from `born`, where the network's newest layers began to learn: their first
-    values are noise, and would stay in the average for long.
+    The ramp-up counts from `born`, where the newest layers of a growing network began to learn:
+    their initial values are noise, and would stay in the average for long.
 
-    Parameters are averaged. Buffers of the same name (singular vectors) are copied: averaging
-    unit vectors would not give unit vectors. The average's own standing statistics are collected
-    anew for every snapshot, so what is copied over them does not matter.
+    Parameters are averaged. Buffers of the same name (singular vectors) are copied: the mean of
+    unit vectors is no unit vector. Standing BatchNorm statistics of the average are collected
+    for every snapshot, so what is copied over them does not matter.
     """
     halflife = annealed(
         images_seen, config.halflife_images, config.halflife_end_images, anneal_images
     )
     decay = ema_decay(images_seen, step_images, halflife, config.rampup, config.start_images, born)
     averaged: list[Tensor] = list(average.parameters())
-    current: list[Tensor] = list(generator.parameters())
+    current: list[Tensor] = list(network.parameters())
     torch._foreach_lerp_(averaged, current, 1.0 - decay)
-    for mine, live in zip(average.buffers(), generator.buffers(), strict=True):
+    for mine, live in zip(average.buffers(), network.buffers(), strict=True):
         mine.copy_(live)

@@ -1,115 +1,105 @@
 """Progressive growing as a sequence of stages (Karras et al. 2018, arXiv:1710.10196).
 
-A stage is a stretch of the run in which nothing about the networks changes but `alpha`. Its recipe
-is complete: networks of its resolution, its images, batch and learning rate. A run that does not
-grow is one stage. Whoever trains enters one stage after the other: new networks take over all
-weights of the same name from the last ones, and Adam begins anew (the published code, too, resets
-it at the start and at the end of each fade-in).
-
-Stages follow from the recipe alone, so a resumed run finds itself where it was.
+Within a stage nothing about the networks changes but `alpha`. At a stage boundary new networks take
+over all weights of the same name and shape, and the optimizers start from zero state, as the
+published code does at the start and at the end of each fade-in. Stages follow from the config
+alone, so a resumed run finds its stage from `images_seen`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import nn
 
-from bigan.run_config import GrowthConfig, LevelConfig, RunConfig, fades
+from bigan.config import Frozen, Positive
 
 
-@dataclass(frozen=True)
-class Stage:
-    """From `start` to before `end`, in real images; both are step boundaries."""
+class LevelConfig(Frozen):
+    """Settings of one resolution of a growing model; None: as in `train` and `optimizer`.
 
-    index: int
+    With a `batch` and no `micro_batch`, the share of a process is one micro-batch.
+    """
+
+    resolution: Positive
+    batch: Positive | None = None
+    micro_batch: Positive | None = None
+    lr: Annotated[float, Field(gt=0)] | None = None  # of all phases
+
+
+class GrowthConfig(Frozen):
+    """Progressive growing: the resolution doubles up to that of the model.
+
+    Lengths are in real images. A resolution fades in over `fade_images`, then stays for
+    `stable_images`; the last one stays until `train.total_images`.
+    """
+
+    start_resolution: Positive = 4
+    stable_images: Positive = 600_000
+    fade_images: Positive = 600_000
+    levels: tuple[LevelConfig, ...] = ()
+
+    def level(self, resolution: int) -> LevelConfig:
+        """Settings of a resolution."""
+        found = (level for level in self.levels if level.resolution == resolution)
+        return next(found, LevelConfig(resolution=resolution))
+
+    def check(self, resolution: int) -> None:
+        """Raises ValueError unless a model of `resolution` can grow like this."""
+        possible = [4 * 2**i for i in range(9) if 4 * 2**i <= resolution]
+        if self.start_resolution not in possible[:-1]:
+            raise ValueError(
+                f"growth.start_resolution = {self.start_resolution}: use a power of two from 4 "
+                f"to {resolution // 2}, below model.resolution = {resolution}"
+            )
+        named = [level.resolution for level in self.levels]
+        for size in named:
+            if size not in possible or size < self.start_resolution:
+                raise ValueError(
+                    f"growth.levels: {size} px is no resolution between "
+                    f"{self.start_resolution} and {resolution} px"
+                )
+        if len(set(named)) != len(named):
+            raise ValueError("growth.levels: each resolution may be given once")
+
+
+class Span(NamedTuple):
+    """A stage: from `start` to before `end`, in real images; both are step boundaries."""
+
+    resolution: int
+    fading: bool
     start: int
     end: float  # infinity: until the run ends
-    config: RunConfig
-    born: int = 0  # images_seen at which its newest layers began to learn
-
-    @property
-    def resolution(self) -> int:
-        return self.config.model.resolution
-
-    @property
-    def fading(self) -> bool:
-        """Whether its resolution fades in."""
-        return fades(self.config)
-
-    def alpha(self, images_seen: int) -> float:
-        """Share of the new resolution in the step that begins at `images_seen`, 0 to 1."""
-        if not self.fading:
-            return 1.0
-        return min(1.0, (images_seen - self.start) / (self.end - self.start))
-
-    def __str__(self) -> str:
-        return f"{self.resolution} px{', fading in' if self.fading else ''}"
+    born: int  # images_seen at which its newest layers began to learn
 
 
-def stages(config: RunConfig) -> tuple[Stage, ...]:
-    """The stages of a run, in order; the last one has no end."""
-    growth = config.growth
-    if growth is None:
-        return (Stage(0, 0, math.inf, config),)
-    found: list[Stage] = []
-    resolution, start, nominal = growth.start_resolution, 0, 0
+def spans(growth: GrowthConfig, resolution: int, step_images: dict[int, int]) -> list[Span]:
+    """The stages up to `resolution`; `step_images`: resolution -> images per training step.
+
+    A stage ends with the step in which its length is reached.
+    """
+    found: list[Span] = []
+    size, start, nominal = growth.start_resolution, 0, 0
     while True:
         born = start
-        for fading in (False,) if not found else (True, False):
-            recipe = _at(config, growth, resolution, fading)
+        for fading in (True, False) if found else (False,):
             nominal += growth.fade_images if fading else growth.stable_images
-            step = recipe.train.batch * recipe.train.num_d_steps
+            step = step_images[size]
             end = start + math.ceil((nominal - start) / step) * step
-            last = resolution == config.model.resolution and not fading
-            found.append(Stage(len(found), start, math.inf if last else end, recipe, born))
+            last = size == resolution and not fading
+            found.append(Span(size, fading, start, math.inf if last else end, born))
             start = end
         if last:
-            return tuple(found)
-        resolution *= 2
-
-
-def grown(config: RunConfig) -> RunConfig:
-    """The recipe of the last stage, which is one that does not grow."""
-    return stages(config)[-1].config
-
-
-def stage_at(stages: tuple[Stage, ...], images_seen: int) -> Stage:
-    """The stage of the step that begins at `images_seen`."""
-    return next(stage for stage in stages if images_seen < stage.end)
-
-
-def _at(config: RunConfig, growth: GrowthConfig, resolution: int, fading: bool) -> RunConfig:
-    """The recipe of one stage."""
-    level = next(
-        (level for level in growth.levels if level.resolution == resolution),
-        LevelConfig(resolution=resolution),
-    )
-    train, optimizer = {}, {}
-    if level.batch is not None:
-        train = {"batch": level.batch, "micro_batch": level.micro_batch}
-    elif level.micro_batch is not None:
-        train = {"micro_batch": level.micro_batch}
-    if level.lr is not None:
-        optimizer = {
-            name: getattr(config.optimizer, name).model_copy(update={"lr": level.lr})
-            for name in ("g", "d")
-        }
-    return config.model_copy(
-        update={
-            "growth": None,
-            "model": config.model.model_copy(update={"resolution": resolution, "fading": fading}),
-            "train": config.train.model_copy(update=train),
-            "optimizer": config.optimizer.model_copy(update=optimizer),
-        }
-    )
+            return found
+        size *= 2
 
 
 @torch.no_grad()
 def inherit(new: nn.Module, former: nn.Module) -> None:
-    """Copy every weight and buffer of the same name and shape, in place; alpha stays `new`'s."""
+    """Copy every weight and buffer of the same name and shape, in place, but for `alpha`."""
     known = former.state_dict()
     for name, tensor in new.state_dict().items():
         if name != "alpha" and name in known and known[name].shape == tensor.shape:
@@ -118,5 +108,5 @@ def inherit(new: nn.Module, former: nn.Module) -> None:
 
 @torch.no_grad()
 def set_alpha(network: nn.Module, alpha: float) -> None:
-    """What `network` is to show of its new resolution, in place; it keeps its compiled graph."""
+    """Set the share of the new resolution, in place: the compiled graph stays valid."""
     network.get_buffer("alpha").fill_(alpha)

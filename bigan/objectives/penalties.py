@@ -5,23 +5,59 @@ traced by torch.compile as one full graph, and it stays right under DDP and ZeRO
 whole penalty is computed inside the wrapped module. Call them in float32, outside autocast:
 half-precision norms of gradients overflow.
 
-Each of `PENALTIES` takes (discriminator, real, real_labels, fake, fake_labels, mix, target): images
-[B, C, R, R] in [-1, 1], labels int64 [B], mix [B] uniform in [0, 1) and the norm to be reached
-where they are used; each returns a scalar without its weight.
+Each of `PENALTIES` takes what is penalized and a `PenaltyBatch`, and returns a 0-d tensor without
+its weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from bigan.config import ConfigError
+from bigan.config import ConfigError, Frozen, NonNegative, Positive
 from bigan.layers.batchnorm import normalisation_layers
 
 Discriminator = Callable[[Tensor, Tensor], Tensor]
-Penalty = Callable[[Discriminator, Tensor, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+
+
+class PenaltyConfig(Frozen):
+    """One gradient penalty of the discriminator, always computed in float32."""
+
+    name: Literal["r1", "r2", "wgan_gp"]
+    # r1, r2: gamma (the loss holds gamma / 2); wgan_gp: lambda; None: `initial_weight`
+    weight: NonNegative | None = None
+    weight_end: NonNegative | None = None  # reached along half a cosine over `anneal_images`
+    every: Positive = 1  # lazy regularization: at every k-th discriminator step, times k
+    separate_step: bool = False  # lazy, in an optimizer step after the main one (StyleGAN2)
+    target: Annotated[float, Field(gt=0)] = 1.0  # wgan_gp: target norm (ProGAN, CIFAR-10: 750)
+
+    def initial_weight(self, resolution: int, batch: int) -> float:
+        """`weight`, or the default where it is None.
+
+        r1 and r2: gamma = 0.0002 * resolution^2 / batch (Karras et al. 2020, arXiv:2006.06676,
+        appendix C, the heuristic of its "auto" configuration); wgan_gp: 10 (Gulrajani et al. 2017).
+        """
+        if self.weight is not None:
+            return self.weight
+        return 10.0 if self.name == "wgan_gp" else 0.0002 * resolution**2 / batch
+
+
+class PenaltyBatch(NamedTuple):
+    """Images that a penalty is computed on."""
+
+    real: Tensor  # float32 [B, C, R, R] in [-1, 1]
+    real_labels: Tensor  # int64 [B]
+    fake: Tensor  # float32 [B, C, R, R]; `real` where the penalty does not use it
+    fake_labels: Tensor  # int64 [B]
+    mix: Tensor | None = None  # float32 [B], uniform in [0, 1), for wgan_gp
+    target: float = 1.0  # norm of the gradient, for wgan_gp
+
+
+Penalty = Callable[[Discriminator, PenaltyBatch], Tensor]
 
 
 def refuse_batchnorm(key: str, network: nn.Module) -> None:
@@ -53,51 +89,27 @@ def squared_gradient_norms(discriminator: Discriminator, images: Tensor, labels:
     return gradient.square().flatten(1).sum(1)
 
 
-def r1(
-    discriminator: Discriminator,
-    real: Tensor,
-    real_labels: Tensor,
-    fake: Tensor,
-    fake_labels: Tensor,
-    mix: Tensor | None,
-    target: float = 1.0,
-) -> Tensor:
+def r1(discriminator: Discriminator, batch: PenaltyBatch) -> Tensor:
     """1/2 E[||dD/dx||^2] on real images (Mescheder et al. 2018, eq. 9); weight it by gamma."""
-    return 0.5 * squared_gradient_norms(discriminator, real, real_labels).mean()
+    return 0.5 * squared_gradient_norms(discriminator, batch.real, batch.real_labels).mean()
 
 
-def r2(
-    discriminator: Discriminator,
-    real: Tensor,
-    real_labels: Tensor,
-    fake: Tensor,
-    fake_labels: Tensor,
-    mix: Tensor | None,
-    target: float = 1.0,
-) -> Tensor:
+def r2(discriminator: Discriminator, batch: PenaltyBatch) -> Tensor:
     """The same on generated images (Mescheder et al. 2018, eq. 10)."""
-    return 0.5 * squared_gradient_norms(discriminator, fake, fake_labels).mean()
+    return 0.5 * squared_gradient_norms(discriminator, batch.fake, batch.fake_labels).mean()
 
 
-def wgan_gp(
-    discriminator: Discriminator,
-    real: Tensor,
-    real_labels: Tensor,
-    fake: Tensor,
-    fake_labels: Tensor,
-    mix: Tensor | None,
-    target: float = 1.0,
-) -> Tensor:
+def wgan_gp(discriminator: Discriminator, batch: PenaltyBatch) -> Tensor:
     """E[(||dD/dx^|| - t)^2] / t^2 on random mixtures x^ (Gulrajani et al. 2017, eq. 3, with t = 1).
 
     A mixture is judged as a member of its real image's class. ProGAN's `target` t of 750 for CIFAR
     lets a discriminator be steep (Karras et al. 2018, appendix A).
     """
-    assert mix is not None
-    mixed = torch.lerp(fake, real, mix.view(-1, 1, 1, 1))
+    assert batch.mix is not None
+    mixed = torch.lerp(batch.fake, batch.real, batch.mix.view(-1, 1, 1, 1))
     # The root's slope is infinite at zero: an epsilon inside keeps a flat discriminator finite.
-    norms = (squared_gradient_norms(discriminator, mixed, real_labels) + 1e-12).sqrt()
-    return (norms - target).square().mean() / target**2
+    norms = (squared_gradient_norms(discriminator, mixed, batch.real_labels) + 1e-12).sqrt()
+    return (norms - batch.target).square().mean() / batch.target**2
 
 
 def path_lengths(synthesis: Callable[[Tensor], Tensor], ws: Tensor, noise: Tensor) -> Tensor:

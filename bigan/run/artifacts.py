@@ -1,4 +1,4 @@
-"""What a run leaves behind: pictures, snapshots, checkpoints. A full disk does not end it.
+"""The files that a run writes: sample grids, snapshots, checkpoints. A full disk does not end it.
 
 Every rank calls these methods; rank 0 draws and writes, except for checkpoints, of which each
 rank writes its part in the background.
@@ -14,82 +14,80 @@ from bigan.distributed.world import on_main, once
 from bigan.errors import RunError
 from bigan.reporting import image_grids
 from bigan.reporting.tracker import Tracker
-from bigan.run import folder
-from bigan.run.state import GRID_COLUMNS, Training
+from bigan.run import folder, sample_grids
+from bigan.run.state import TrainState
+from bigan.run_folder import RunFolder
 
 
-class Outputs:
-    """The files of one life of a run. `tracker` is None on all ranks but 0."""
+class Artifacts:
+    """The files of one attempt of a run. `tracker` is None on all ranks but 0."""
 
-    def __init__(self, training: Training, tracker: Tracker | None) -> None:
-        config = training.config
-        self._training = training
+    def __init__(self, state: TrainState, tracker: Tracker | None) -> None:
+        config = state.config
+        self._state = state
         self._tracker = tracker
+        self._folder = RunFolder(config.run_dir)
         self.saver = Saver(
             config.run_dir,
-            training.world,
+            state.world,
             keep=config.train.checkpoint_keep,
             milestone_images=config.train.checkpoint_milestone_images,
-            echo=training.engine.echo,
+            echo=state.engine.echo,
         )
         self._unwritten = ""  # the last thing that could not be written, and why
 
-    def picture(self) -> None:
-        """The sample grid of this moment, as a file and in the tracker."""
-        self._attempt("a sample picture", self._picture)
+    def sample_grids(self) -> None:
+        """The sample grid of every sampler, as a file and in the tracker."""
+        self._attempt("a sample grid", self._sample_grids)
 
     def snapshot(self) -> None:
-        """The averaged generator with its statistics, its sample grid, and the curves so far."""
-        training = self._training
-        training.collect_standing_statistics()
-        seen, run_dir = training.progress.images_seen, training.config.run_dir
+        """The networks of the samplers with their statistics, sample grids, and the curves."""
+        state, run_dir = self._state, self._folder.path
+        state.collect_standing_statistics()
+        seen = state.progress.images_seen
+        networks = state.snapshot_networks
 
         def write() -> None:
-            checkpoint.require_finite(seen, {"ema": training.average})
-            self._picture()
-            snapshots.write(run_dir, seen, training.average, training.config)
-            image_grids.curves(run_dir, run_dir / "curves.png")
+            checkpoint.require_finite(seen, networks)
+            self._sample_grids()
+            classes = dict(zip(state.class_names, state.class_counts, strict=True))
+            snapshots.write(run_dir, seen, networks, state.config, classes)
+            image_grids.curves(run_dir, self._folder.curves)
 
         self._attempt(f"snapshot {seen}", write)
 
     def checkpoint(self) -> None:
-        """Begin to save the complete state; training may go on at once."""
-        self.saver.save(self._training.progress, self._training.pieces())
+        """Begin to save the complete state; training may continue at once."""
+        self.saver.save(self._state.progress, self._state.pieces())
 
     def close(self) -> None:
         """Wait for the save under way; raises `RunError` if the newest state is not on disk."""
         self.saver.finish()
         why = self.saver.verdict() or self._unwritten
         if why:
-            problem = RunError(f"trained to the end of this life, but not all was kept: {why}")
-            raise once(self._training.world, problem)
+            problem = RunError(f"training ended, but not all of it was saved: {why}")
+            raise once(self._state.world, problem)
 
     def finish(self) -> None:
         """The pictures of the whole run, then its completion marker; on rank 0."""
-        run_dir = self._training.config.run_dir
-        grids = [path for path in (run_dir / "samples").glob("*.png") if path.stem.isdigit()]
-        grids.sort(key=lambda path: int(path.stem))
-        image_grids.contact_sheet(
-            [(int(path.stem), path) for path in grids], run_dir / "timeline.png"
-        )
+        grids = [path for path in self._folder.samples.glob("*.png") if path.stem.isdigit()]
+        numbered = sorted((int(path.stem), path) for path in grids)
+        image_grids.contact_sheet(numbered, self._folder.timeline)
         if self._tracker:
-            self._tracker.artifact(run_dir / "timeline.png")
-            self._tracker.artifact(run_dir / "curves.png")
-        folder.finish(self._training.config, self._training.progress.images_seen)
+            self._tracker.artifact(self._folder.timeline)
+            self._tracker.artifact(self._folder.curves)
+        folder.finish(self._state.config, self._state.progress.images_seen)
 
-    def _picture(self) -> None:
-        training = self._training
-        seen = training.progress.images_seen
-        path = training.config.run_dir / "samples" / f"{seen}.png"
-        rows = [training.class_names[label] for label in training.grid_labels()]
-        if not getattr(training.config.model, "conditional", True):
-            rows = []  # the rows differ by their latents only
-        image_grids.save_grid(path, training.sample_grid(), columns=GRID_COLUMNS, row_labels=rows)
-        if self._tracker:
-            self._tracker.picture(seen, "samples", path)
+    def _sample_grids(self) -> None:
+        seen = self._state.progress.images_seen
+        for index, (name, sampler) in enumerate(self._state.objective.samplers.items()):
+            path = self._folder.sample_grid(seen, name if index else None)
+            sample_grids.save(path, self._state, sampler)
+            if self._tracker:
+                self._tracker.picture(seen, f"samples/{name}" if index else "samples", path)
 
     def _attempt(self, what: str, write: Callable[[], None]) -> None:
-        """Write on rank 0. If the disk refuses, say so and go on: the next one may succeed."""
+        """Write on rank 0. If the disk is full, report it and continue."""
 
         def on_disk() -> str:
             try:
@@ -98,10 +96,10 @@ class Outputs:
                 return f"{what} could not be written ({error.strerror or error})"
             return ""
 
-        why = on_main(self._training.world, on_disk)
+        why = on_main(self._state.world, on_disk)
         self._unwritten = why
         if why:
-            run_dir = self._training.config.run_dir
-            self._training.engine.echo(
-                f"{run_dir}: {why}; training goes on, what is there stays; make room for the next"
+            self._state.engine.echo(
+                f"{self._folder.path}: {why}; training continues and existing files are intact; "
+                "free some space for the next one"
             )

@@ -19,11 +19,9 @@ import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import Field
-
-from bigan.config import Frozen
+from bigan.run_config import CollapseConfig
 
 NEVER = -1  # in place of the beginning of an episode: there is none
 MIN_TICKS = 3  # behind a reference
@@ -31,36 +29,9 @@ TINY = 1e-9  # a gap that is none
 WINDOW_BATCHES, WINDOW_TICKS = 50, 4  # a window has at least so many of both
 BASELINE_WINDOWS = 10
 SPECTRAL = "spectral/"
+LOGITS = "train/discriminator/logits"
 GAP = "|D(real) - D(fake)|"
 PEAK = "largest |D(real) - D(fake)|"
-
-Positive = Annotated[int, Field(gt=0)]
-Ratio = Annotated[float, Field(gt=1)]
-Floor = Annotated[float, Field(ge=0)]
-
-
-class CollapseConfig(Frozen):
-    """When training counts as collapsing, and what is done then.
-
-    A number has risen too far when its median exceeds `ratio * max(median before, floor)`. The gap
-    has vanished when all of a window is below its median before over `vanished_ratio`. In healthy
-    runs on the digits the gap stays within a factor of 3.5 of its median before, and singular
-    values below 1.7 times `max(median before, floor)`.
-    """
-
-    # stop: end the run. rollback: go on from the last checkpoint before it, with lower learning
-    # rates, or stop if there is none
-    action: Literal["warn", "stop", "rollback"] = "warn"
-    window_images: Positive | None = None  # None: 50 batches, and 4 ticks at least
-    baseline_images: Positive | None = None  # behind the median before; None: 10 windows
-    min_images: Positive | None = None  # after the start, or a growth: nothing; None: 10 windows
-    gap_ratio: Ratio = 4.0
-    gap_floor: Floor = 2.0  # the hinge loss is content with a gap of 2
-    vanished_ratio: Ratio = 20.0
-    singular_ratio: Ratio = 4.0
-    singular_floor: Floor = 1.0  # about that of a layer as it is initialised
-    lr_factor: Annotated[float, Field(gt=0, le=1)] = 0.5  # of both networks, at every rollback
-    max_rollbacks: Annotated[int, Field(ge=0)] = 3  # then stop
 
 
 class Spans(NamedTuple):
@@ -96,9 +67,9 @@ class Tick(NamedTuple):
 
         Keys: `GAP`, and "g.<layer>" and "d.<layer>" of singular values.
         """
-        if "train/logits_real" not in report:
+        if f"{LOGITS}_real" not in report:
             return None
-        values = {GAP: abs(report["train/logits_real"] - report["train/logits_fake"])}
+        values = {GAP: abs(report[f"{LOGITS}_real"] - report[f"{LOGITS}_fake"])}
         for key, value in report.items():
             if key.startswith(SPECTRAL):
                 values[key.removeprefix(SPECTRAL).replace("/", ".", 1)] = value

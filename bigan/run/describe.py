@@ -1,4 +1,4 @@
-"""What a recipe amounts to, without any data or weights: everything is built on the meta device."""
+"""The networks, schedule and memory of a config, built on the meta device without data."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bigan import augment, models
 from bigan.config import leaves
-from bigan.objectives import gan, growth
-from bigan.objectives.growth import Stage
+from bigan.objectives.base import Objective, Step, variants
+from bigan.run.stages import Stage
+from bigan.run.stages import stages as all_stages
 from bigan.run_config import RunConfig, accumulation_steps, check_groups
 
 Description = dict[str, Any]
@@ -30,28 +30,33 @@ def describe(config: RunConfig, world_size: int = 1) -> Description:
     """Networks, phases, schedule in images, estimated memory per process and resolved values.
 
     Of a model that grows the last stage is described: its networks are the largest. Raises
-    `ConfigError` if the recipe cannot run on `world_size` processes.
+    `ConfigError` if the config cannot run on `world_size` processes.
     """
-    stages = growth.stages(config)
+    stages = all_stages(config)
     for stage in stages:
         check_groups(stage.config, world_size)
-    recipe, config = config, stages[-1].config
+    whole_run, config = config, stages[-1].config
     accumulation = accumulation_steps(config.train, world_size)
-    generator, discriminator = models.build(config.model, "meta")
+    # Any classes do: nothing that is described depends on their counts.
+    objective = config.objective.build(stages[-1].setup((1,) * config.model.num_classes))
     train = config.train
-    per_step = train.batch * train.num_d_steps
     steps, end = num_steps(stages)
     micro = train.batch // (world_size * accumulation)
     return {
-        "parameters": {"G": num_parameters(generator), "D": num_parameters(discriminator)},
+        "parameters": {n: num_parameters(module) for n, module in objective.networks.items()},
         "phases": [
-            {"name": name, "trains": {"d": "D", "g": "G"}[name], "images": train.batch}
-            for name in gan.order(config)
+            {
+                "name": step.phase,
+                "terms": list(step.terms),
+                "trains": list(objective.phases[step.phase].trains),
+                "images": step.num_images,
+            }
+            for step in objective.steps(0)
         ],
         "schedule": {
             "total_images": end,
             "steps": steps,
-            "images_per_step": per_step,
+            "images_per_step": config.images_per_step,
             "micro_batch": micro,
             "accumulation_steps": accumulation,
             "world_size": world_size,
@@ -65,13 +70,13 @@ def describe(config: RunConfig, world_size: int = 1) -> Description:
                 "fading": stage.fading,
                 "images": [stage.start, int(min(stage.end, end))],
                 "batch": stage.config.train.batch,
-                "lr": [stage.config.optimizer.g.lr, stage.config.optimizer.d.lr],
+                "lr": {name: entry.lr for name, entry in stage.config.optimizer.items()},
             }
             for stage in stages
             if len(stages) > 1 and stage.start < end
         ],
-        "memory_bytes": estimate_memory(config, generator, discriminator, micro),
-        "config": recipe.model_dump(mode="json"),
+        "memory_bytes": estimate_memory(config, objective, micro),
+        "config": whole_run.model_dump(mode="json"),
     }
 
 
@@ -82,33 +87,28 @@ def num_steps(stages: tuple[Stage, ...]) -> tuple[int, int]:
     for stage in stages:
         if stage.start >= end:
             break
-        per_step = stage.config.train.batch * stage.config.train.num_d_steps
+        per_step = stage.config.images_per_step
         here = math.ceil((min(stage.end, end) - stage.start) / per_step)
         steps, reached = steps + here, stage.start + here * per_step
     return steps, reached
 
 
-def estimate_memory(
-    config: RunConfig, generator: nn.Module, discriminator: nn.Module, micro_batch: int
-) -> dict[str, int]:
-    """Bytes per process: weights, gradients, Adam moments and what backward keeps.
+def estimate_memory(config: RunConfig, objective: Objective, micro_batch: int) -> dict[str, int]:
+    """Bytes per process: weights, gradients, optimizer state and what backward keeps.
 
     The last is counted for the eager phases in float32 by running them on the meta device: with
-    bf16 about half of it is kept, and compiled fusion keeps less again. The allocator's slack and
-    temporary buffers are not in it.
+    bf16 about half of it is kept, and compiled fusion keeps less again. The slack of the allocator
+    and temporary buffers are not in it. The optimizer is taken to be Adam.
     """
-    weights = 4 * (2 * num_parameters(generator) + num_parameters(discriminator))  # with average
-    trained = 4 * (num_parameters(generator) + num_parameters(discriminator))
+    trained = 4 * sum(num_parameters(network) for network in objective.networks.values())
+    averaged = 4 * sum(num_parameters(objective.networks[name]) for name in objective.averaged)
+    frozen = 4 * sum(num_parameters(network) for network in objective.frozen.values())
     activations = max(
-        _kept_for_backward(phase, other, config, micro_batch, terms)
-        for phase, other in (
-            (gan.DiscriminatorPhase(discriminator, config, (1,)), generator),
-            (gan.GeneratorPhase(generator, config, (1,)), discriminator),
-        )
-        for terms in phase.variants()
+        _kept_for_backward(objective, step, config, micro_batch)
+        for step in variants(objective, config.images_per_step)
     )
     parts = {
-        "weights": weights,
+        "weights": trained + averaged + frozen,
         "gradients": trained,
         "optimizer": 2 * trained,
         "activations": activations,
@@ -117,45 +117,27 @@ def estimate_memory(
 
 
 def _kept_for_backward(
-    phase: gan.Phase,
-    other: nn.Module,
-    config: RunConfig,
-    micro_batch: int,
-    terms: gan.Terms,
+    objective: Objective, step: Step, config: RunConfig, micro_batch: int
 ) -> int:
     """Bytes made by the forward that are alive after it; then the backward runs, too."""
-    model = config.model
-    micro_batch = micro_batch * phase.num_images(terms) // config.train.batch
+    phase, model = objective.phases[step.phase], config.model
+    num = micro_batch * step.num_images // config.train.batch
+    inputs = phase.draws(0, num, step.terms) | phase.values(0)
+    shape = (micro_batch, model.resolution, model.resolution, model.image_channels)
+    for name in phase.streams:
+        inputs[f"{name}.pixels"] = torch.empty(shape, dtype=torch.uint8, device="meta")
+        inputs[f"{name}.labels"] = torch.empty(micro_batch, dtype=torch.int64, device="meta")
+    networks = {name: (objective.networks | objective.frozen)[name] for name in phase.reads}
     made = Storages()
     with torch.device("meta"):
-        z = torch.empty(micro_batch, model.z_dim)
-        labels = torch.zeros(micro_batch, dtype=torch.int64)
-        columns, strength = augment.num_columns(config.augment), torch.empty(())
-        draws = torch.empty(micro_batch, columns) if columns else None
-        batch: tuple
-        shape = (micro_batch, model.resolution, model.resolution, model.image_channels)
-        real = torch.empty(shape, dtype=torch.uint8)
-        if isinstance(phase, gan.DiscriminatorPhase):
-            batch = gan.DiscriminatorBatch(
-                real,
-                labels,
-                z,
-                labels,
-                mix=torch.empty(micro_batch),
-                augment_real=draws,
-                augment_fake=draws,
-                strength=strength,
-            )
-        else:
-            shown = (real, labels, None, draws) if phase.shows_real else ()
-            batch = gan.GeneratorBatch(z, labels, draws, strength, *shown)
-            batch = batch._replace(path_mean=torch.empty(()))
-        other.requires_grad_(False)
+        inputs = {key: tensor.to("meta") for key, tensor in inputs.items()}
+        for network in networks.values():
+            network.requires_grad_(False)
         phase.requires_grad_(True)
         with made:
-            loss, _ = phase(other, batch, terms)
+            result = phase(networks, inputs, step.terms)
         kept = made.alive_bytes()
-        loss.backward()
+        result.loss.backward()
         phase.zero_grad()
     return kept
 
@@ -197,15 +179,15 @@ def _is_tensor(value: object) -> bool:
 
 def as_text(description: Description) -> str:
     """The description for people."""
-    parameters, schedule = description["parameters"], description["schedule"]
-    memory, config = description["memory_bytes"], description["config"]
-    model = config["model"]
+    schedule, memory = description["schedule"], description["memory_bytes"]
+    config, model = description["config"], description["config"]["model"]
     gib = {name: f"{size / 2**30:.2f}" for name, size in memory.items()}
+    networks = ", ".join(f"{n} {num:,}" for n, num in description["parameters"].items())
     order = " -> ".join(phase["name"] for phase in description["phases"])
-    stages = description["stages"]
     lines = [
         f"model      {model['name']} {model['resolution']} px, {model['num_classes']} classes",
-        f"networks   G {parameters['G']:,} parameters, D {parameters['D']:,} parameters",
+        f"objective  {config['objective']['name']}",
+        f"parameters {networks}",
         f"step       {order}: {schedule['images_per_step']:,} images, "
         f"{schedule['accumulation_steps']} x {schedule['micro_batch']} per process on "
         f"{schedule['world_size']} process(es)",
@@ -214,11 +196,12 @@ def as_text(description: Description) -> str:
         f"memory     {gib['total']} GiB per process (weights {gib['weights']}, gradients "
         f"{gib['gradients']}, optimizer {gib['optimizer']}, activations {gib['activations']})",
     ]
-    for stage in stages:
+    for stage in description["stages"]:
         start, end = stage["images"]
         how = "fading in" if stage["fading"] else "stable"
+        rates = ", ".join(f"{name} {lr:g}" for name, lr in stage["lr"].items())
         lines.append(
             f"stage      {stage['resolution']:>4} px {how:9}  {start:>12,} to {end:>12,}  "
-            f"batch {stage['batch']}, lr G {stage['lr'][0]:g}, D {stage['lr'][1]:g}"
+            f"batch {stage['batch']}, lr {rates}"
         )
     return "\n".join([*lines, "values", *(f"  {key} = {value}" for key, value in leaves(config))])

@@ -1,10 +1,4 @@
-"""The run folder: what makes the same command restart a run, and refuses to mix two runs.
-
-runs/<name>/config.yaml  environment.json  metrics.jsonl  mlflow.json  curves.png  timeline.png
-            checkpoints/<images_seen>/  snapshots/<images_seen>/  samples/<images_seen>.png
-            evaluation/  DONE (written last, when all images have been seen)
-            REQUEUE (stopped before its end)  STOP (made by a user: stop at the next boundary)
-"""
+"""What makes the same command resume a run, and refuses to mix two runs in one folder."""
 
 from __future__ import annotations
 
@@ -15,15 +9,15 @@ from typing import Any
 
 from bigan import atomic_files, checkpoint
 from bigan import config as configs
-from bigan.checkpoint.snapshots import DONE
 from bigan.config import ConfigError
 from bigan.distributed import signals
 from bigan.reporting.tracker import environment
-from bigan.run_config import RunConfig
+from bigan.run_config import RunConfig, load_config
+from bigan.run_folder import RunFolder
 
-# What may differ between two lives of a run: how it is executed, shown and kept, and its length.
+# What may differ between two attempts of a run: how it is executed, shown and kept, and its length.
 # Everything else would make it another experiment.
-FREE = (
+MAY_CHANGE = (
     "run_dir",
     "engine",
     "compile",
@@ -57,10 +51,10 @@ FREE = (
 def check(config: RunConfig) -> Path | None:
     """The checkpoint to resume from, or None for a new run; changes nothing on disk.
 
-    Raises `ConfigError` if the folder holds a run of another recipe, or something else entirely.
+    Raises `ConfigError` if the folder holds a run of another config, or something else.
     """
     folder = config.run_dir
-    stored = folder / "config.yaml"
+    stored = RunFolder(folder).config
     _require_writable(folder)
     if not stored.exists():
         # A killed first start leaves at most a temporary file: config.yaml is written first.
@@ -69,12 +63,12 @@ def check(config: RunConfig) -> Path | None:
                 f"{folder}: not empty and not a run (no config.yaml in it); use another run_dir"
             )
         return None
-    old, new = _fixed(configs.load(RunConfig, stored)), _fixed(config)
+    old, new = _fixed(load_config(stored)), _fixed(config)
     for key, before, now in configs.differences(old, new):
-        if not any(key == free or key.startswith(f"{free}.") for free in FREE):
+        if not _may_change(key):
             raise ConfigError(
                 f"{folder}: this run has {key} = {before!r}, not {now!r}; use another "
-                f"run_dir=... for another experiment, or {key}={before} to go on"
+                f"run_dir=... for another experiment, or {key}={before} to resume"
             )
     newest = checkpoint.latest(folder)
     if newest is not None:
@@ -83,32 +77,40 @@ def check(config: RunConfig) -> Path | None:
 
 
 def _fixed(config: RunConfig) -> dict[str, Any]:
-    """Its settings, without those of `FREE` that are inside a list."""
+    """Its settings, streams by name, without those of `MAY_CHANGE` that are inside a list."""
     settings = config.model_dump(mode="json")
+    settings["data"] = {n: data.model_dump(mode="json") for n, data in config.streams.items()}
     for level in (settings["growth"] or {}).get("levels", ()):
         del level["micro_batch"]
     return settings
 
 
+def _may_change(key: str) -> bool:
+    parts = key.split(".")
+    if parts[0] == "data":  # data.<stream>.path
+        key = ".".join(["data", *parts[2:]])
+    return any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
+
+
 def prepare(config: RunConfig) -> None:
     """Create or refresh the folder; call on rank 0 once everything has been checked."""
-    folder = config.run_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("config.yaml", "environment.json"):  # not all: an evaluator may be writing here
-        atomic_files.remove_leftovers(folder, name)
-    atomic_files.write_atomic(folder / "config.yaml", configs.dump(config))
-    for name in ("checkpoints", "snapshots", "samples"):
-        (folder / name).mkdir(exist_ok=True)
-        atomic_files.remove_leftovers(folder / name)
+    folder = RunFolder(config.run_dir)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    for path in (folder.config, folder.environment):  # an evaluator may be writing other files
+        atomic_files.remove_leftovers(folder.path, path.name)
+    atomic_files.write_atomic(folder.config, configs.dump(config))
+    for path in (folder.checkpoints, folder.snapshots, folder.samples):
+        path.mkdir(exist_ok=True)
+        atomic_files.remove_leftovers(path)
     record = json.dumps(environment(), indent=2, sort_keys=True) + "\n"
-    atomic_files.write_atomic(folder / "environment.json", record)
-    (folder / DONE).unlink(missing_ok=True)
-    signals.clear(folder)
+    atomic_files.write_atomic(folder.environment, record)
+    folder.done.unlink(missing_ok=True)
+    signals.clear(folder.path)
 
 
 def finish(config: RunConfig, images_seen: int) -> None:
     """Mark the run as complete; call on rank 0 after everything else has been written."""
-    atomic_files.write_atomic(config.run_dir / DONE, f"{images_seen}\n")
+    atomic_files.write_atomic(RunFolder(config.run_dir).done, f"{images_seen}\n")
 
 
 def _require_writable(folder: Path) -> None:

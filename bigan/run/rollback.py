@@ -12,48 +12,49 @@ the run writes them again, as after any resume.
 
 from __future__ import annotations
 
-import contextlib
-import json
 from pathlib import Path
 
 from torch import Tensor
 
-from bigan import atomic_files, checkpoint
-from bigan.checkpoint import Saver
+from bigan import checkpoint
+from bigan.checkpoint import Saver, snapshots
 from bigan.distributed.world import broadcast, on_main
 from bigan.errors import RunError
 from bigan.layers import spectral
 from bigan.reporting.metrics_log import read_metrics
 from bigan.run.collapse import NEVER, SPECTRAL, Detector, Sign, Tick, history, spans
-from bigan.run.state import Training
+from bigan.run.state import TrainState
 
 NUM_NAMED = 2  # signs in a warning
-SHOWN = ("logits_real", "logits_fake", "loss_d", "loss_g", "grad_norm_d", "grad_norm_g")
+SHOWN = (
+    "discriminator/logits_real", "discriminator/logits_fake", "discriminator/loss",
+    "generator/loss", "discriminator/grad_norm", "generator/grad_norm",
+)  # fmt: skip
 
 
-def singular_values(training: Training) -> dict[str, Tensor]:
+def singular_values(state: TrainState) -> dict[str, Tensor]:
     """ "spectral/<network>/<layer>" -> largest singular value, of every layer that is normalised.
 
     Scalars on the device, estimated by power iteration; all ranks take part.
     """
     found: dict[str, Tensor] = {}
-    for name, prepared in training.prepared.items():
-        network = training.networks[name]
-        if any(True for _ in spectral.spectral_layers(network)):
-            with prepared.wrapped.whole():
-                values = spectral.singular_values(network)
-            found |= {f"{SPECTRAL}{name}/{layer}": value for layer, value in values.items()}
+    for prepared in state.prepared.values():
+        for name, network in prepared.phase.named_children():
+            if any(True for _ in spectral.spectral_layers(network)):
+                with prepared.wrapped.unsharded():
+                    values = spectral.singular_values(network)
+                found |= {f"{SPECTRAL}{name}/{layer}": value for layer, value in values.items()}
     return found
 
 
-class Recovery:
+class Rollback:
     """Judges every tick of a run; all methods are called by all ranks."""
 
-    def __init__(self, training: Training, saver: Saver) -> None:
-        self._training, self._saver = training, saver
-        self._config, train = training.recipe.collapse, training.recipe.train
+    def __init__(self, state: TrainState, saver: Saver) -> None:
+        self._state, self._saver = state, saver
+        self._config, train = state.run_config.collapse, state.run_config.train
         self._lengths = spans(self._config, train.batch, train.tick_images)
-        self._run_dir = training.recipe.run_dir
+        self._run_dir = state.run_config.run_dir
         self._healthy: Path | None = None
         self._restore()
 
@@ -64,7 +65,7 @@ class Recovery:
 
     def _restore(self) -> None:
         """Know what the run knew at this point of its progress."""
-        progress = self._training.progress
+        progress = self._state.progress
         self._detector = Detector(self._config, self._lengths)
 
         def restore() -> int:
@@ -73,40 +74,40 @@ class Recovery:
                 self._detector.restore(ticks, progress.collapse_began)
             return self._detector.began
 
-        progress.collapse_began = on_main(self._training.world, restore)
+        progress.collapse_began = on_main(self._state.world, restore)
         self._trust()
 
     def _trust(self) -> None:
         """Have the saver keep what a collapse, now or in the next ticks, would be undone with."""
-        progress = self._training.progress
+        progress = self._state.progress
         recent = progress.images_seen - self._lengths.hindsight
         ill = progress.collapse_began != NEVER
         self._saver.trusted_until = progress.collapse_began if ill else recent
 
     def judge(self, report: dict[str, float]) -> None:
         """After a tick. Raises `RunError` if the run must stop."""
-        training = self._training
-        progress = training.progress
+        state = self._state
+        progress = state.progress
         tick = Tick.of(progress.images_seen, report)
         if tick is None:
             return
         signs: list[Sign] = []
         began = NEVER
-        if training.world.is_main:
+        if state.world.is_main:
             signs = self._detector.look(tick)
             began = self._detector.began
-        began, signs = broadcast(training.world, (began, signs))
+        began, signs = broadcast(state.world, (began, signs))
         known = progress.collapse_began != NEVER
         progress.collapse_began = began
         self._trust()
         if not signs or (known and self._config.action == "warn"):
             return
         self._saver.finish()  # the checkpoint under way may be the one to go back to
-        self._healthy = on_main(training.world, lambda: self._decide(signs, report))
+        self._healthy = on_main(state.world, lambda: self._decide(signs, report))
 
     def _decide(self, signs: list[Sign], report: dict[str, float]) -> Path | None:
         """The checkpoint to go back to, or None to go on; on rank 0. Raises `RunError`."""
-        config, progress = self._config, self._training.progress
+        config, progress = self._config, self._state.progress
         healthy = checkpoint.newest_until(self._run_dir, progress.collapse_began)
         says = describe(signs, report, progress.images_seen, progress.collapse_began)
         best = best_snapshot(self._run_dir)
@@ -120,7 +121,7 @@ class Recovery:
             )
         if config.action == "warn":
             kept = " and is kept" if healthy else ""
-            self._training.engine.echo(f"{says}{kept}; training goes on ({way_out})")
+            self._state.engine.echo(f"{says}{kept}; training goes on ({way_out})")
             return None
         if config.action == "stop":
             raise RunError(
@@ -138,7 +139,7 @@ class Recovery:
                 f"with learning rates at {progress.lr_factor:g} of the recipe's; raise it, or use "
                 "another run_dir with another recipe"
             )
-        self._training.engine.echo(
+        self._state.engine.echo(
             f"{says}; going back there, all learning rates are multiplied by {config.lr_factor:g} "
             f"(rollback {progress.rollbacks + 1} of {config.max_rollbacks})"
         )
@@ -146,10 +147,10 @@ class Recovery:
 
     def go_back(self) -> None:
         """Be in the healthy state again, with lower learning rates; `Training.prepare` follows."""
-        training, healthy = self._training, self._healthy
+        state, healthy = self._state, self._healthy
         assert healthy is not None
-        rollbacks = training.progress.rollbacks + 1
-        lr_factor = training.progress.lr_factor * self._config.lr_factor
+        rollbacks = state.progress.rollbacks + 1
+        lr_factor = state.progress.lr_factor * self._config.lr_factor
 
         def settle() -> None:
             try:
@@ -161,15 +162,15 @@ class Recovery:
                     f"({error.strerror or error}); see to it, the same command tries again"
                 ) from None
 
-        on_main(training.world, settle)
-        attempt = training.progress.attempt
-        training.close()
-        training.build(training.stages[0])  # an engine's networks cannot always be loaded into
-        training.resume(healthy)
-        training.engine.forget_compiled()
-        training.progress.attempt = attempt  # it is the same life
-        training.progress.rollbacks = rollbacks  # whatever a node's file cache says
-        training.progress.lr_factor = lr_factor
+        on_main(state.world, settle)
+        attempt = state.progress.attempt
+        state.close()
+        state.build(state.stages[0])  # an engine's networks cannot always be loaded into
+        state.resume(healthy)
+        state.engine.forget_compiled()
+        state.progress.attempt = attempt  # it is the same life
+        state.progress.rollbacks = rollbacks  # whatever a node's file cache says
+        state.progress.lr_factor = lr_factor
         self._healthy = None
         self._restore()
 
@@ -187,20 +188,17 @@ def describe(signs: list[Sign], report: dict[str, float], images_seen: int, bega
 
 
 def best_snapshot(run_dir: Path) -> tuple[int, str, float] | None:
-    """(images_seen, metric, value) of the lowest distance among the evaluator's results so far.
+    """(images_seen, metric, value) of the lowest distance that the evaluator has logged so far.
 
-    By the metric of the newest result; only of snapshots that are still there.
+    By the metric of the newest line; only of snapshots that still exist.
     """
-    found = []
-    for path in (run_dir / "evaluation").glob("*.json"):
-        if not path.stem.isdigit() or not atomic_files.is_complete(
-            run_dir / "snapshots" / path.stem
-        ):
-            continue
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            for metric, value in json.loads(path.read_text())["metrics"].items():
-                if metric.startswith(("fd/", "fid/")):
-                    found.append((int(path.stem), metric, float(value)))
+    existing = {int(folder.name) for folder in snapshots.find(run_dir)}
+    found = [
+        (record["images_seen"], key.removeprefix("eval/"), float(value))
+        for record in read_metrics(run_dir)
+        for key, value in record.items()
+        if key.startswith(("eval/fd/", "eval/fid/")) and record["images_seen"] in existing
+    ]
     if not found:
         return None
     metric = max(found)[1]

@@ -1,19 +1,21 @@
-"""The state of a run on its device, and what can be done to it; `trainer` says when."""
+"""The state of a run on its devices, and the training step that advances it."""
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from bigan import augment, checkpoint, models, rng
+from bigan import checkpoint, rng
 from bigan.checkpoint import Piece, Progress, Reader
+from bigan.config import ConfigError
 from bigan.data.fetch import BadSample
 from bigan.data.stream import Batch
 from bigan.distributed.world import sum_over_ranks, together
@@ -24,134 +26,144 @@ from bigan.layers.batchnorm import (
     normalisation_layers,
     set_process_group,
 )
-from bigan.layers.mapping import follow_latents, has_latent_average, mean_latent
-from bigan.layers.resampling import repeated
 from bigan.layers.spectral import power_iteration
-from bigan.objectives import ema, gan, growth
-from bigan.run.statistics import RunningMean, Statistics
-from bigan.run_config import (
-    AdamConfig,
-    RunConfig,
-    accumulation_steps,
-    check_groups,
-    corrected,
-    own_step_every,
-)
-from bigan.schedules import annealed, warmup
+from bigan.objectives import ema, growth
+from bigan.objectives.base import Objective, Step, Tensors, init_stream, variants
+from bigan.objectives.samplers import Sampler
+from bigan.run.stages import Stage, stages
+from bigan.run.statistics import Statistics
+from bigan.run_config import RunConfig, accumulation_steps, check_groups
 
-GRID_COLUMNS = 10
-GRID_ROWS = 16
+Streams = Mapping[str, Iterator[Batch]]
+OnStep = Callable[[Step], None]
 
 
-class Training:
-    """Networks, their average, optimisers, counters and prepared phases of one run.
+class TrainState:
+    """Networks, their EMAs, optimizers, counters and prepared phases of one run.
 
-    `recipe` is that of the whole run, `config` that of the stage it is in (`growth`): the same
-    where nothing grows. `classes` maps each class name to its number of training images.
+    `run_config` is that of the whole run, `config` that of the current stage (run/stages.py): the
+    same unless the model grows. `classes` maps each class name to its number of training images.
     """
 
-    def __init__(self, recipe: RunConfig, engine: Engine, classes: dict[str, int]) -> None:
-        self.recipe = recipe
-        self.stages = growth.stages(recipe)
+    def __init__(self, run_config: RunConfig, engine: Engine, classes: dict[str, int]) -> None:
+        self.run_config = run_config
+        self.stages = stages(run_config)
         self.engine = engine
         self.world = engine.world
         self.class_names = tuple(classes)
         self.class_counts = tuple(classes.values())
-        for stage in self.stages:  # now, not when it begins
+        for stage in self.stages:  # now, not when the stage begins
             check_groups(stage.config, self.world.size)
-        self.networks: dict[str, nn.Module] = {}
-        self.strength: augment.Strength | None = None  # of the augmentation, if it has one
-        if isinstance(recipe.augment, augment.ada.Config):
-            self.strength = augment.Strength(recipe.augment, recipe.anneal_images, self.world)
-            if self.strength.adaptive:
-                self.networks["augment"] = self.strength.adaptive  # part of the state
-        self.path_length: RunningMean | None = None
-        if recipe.path_length:
-            self.path_length = RunningMean(recipe.path_length.decay).to(self.world.device)
-            self.networks["path_length"] = self.path_length
         self.progress = Progress()
-        self.former_forward_images = 0  # of the life before this one; 0: there was none
+        self.former_forward_images = 0  # of the attempt before this one; 0: there was none
         self.prepared: dict[str, Prepared] = {}
+        self.state: dict[str, nn.Module] = {}  # buffers of the run, besides the networks
         self._resumed: Reader | None = None
-        self.scales: dict[str, LossScale] = {}
         self.build(self.stages[0])
-        if recipe.precision == "fp16":
-            self.scales = {name: LossScale(self.world.device) for name in self.phases}
-            self.networks |= {f"scale_{name}": scale for name, scale in self.scales.items()}
+        self.scales: dict[str, LossScale] = {}
+        if run_config.precision == "fp16":
+            self.scales = {name: LossScale(self.world.device) for name in self.objective.phases}
+            self.state |= {f"loss_scale_{name}": scale for name, scale in self.scales.items()}
         self.bad: list[BadSample] = []  # replaced on this rank since the last tick
         self.data_seconds = 0.0  # spent waiting for images since the last tick
         self.statistics = Statistics(self.world)
 
-    def build(self, stage: growth.Stage) -> None:
-        """New networks of a stage, their average, and the phases that train them."""
-        self._last: dict[str, list[Any]] = {}  # micro-batches of the last main step of a phase
+    def build(self, stage: Stage) -> None:
+        """New networks of a stage, their EMAs, and the phases that train them."""
+        self._batches: dict[str, list[Tensors]] = {}  # current batch of each stream
         self.stage = stage
         self.config = config = stage.config
-        self.generator, self.discriminator = models.build(config.model, "meta")
-        for name, network in (("g", self.generator), ("d", self.discriminator)):
+        self.objective: Objective = config.objective.build(stage.setup(self.class_counts))
+        for name, module in self.objective.state.items():
+            module.to(self.world.device)
+            if name in self.state:
+                module.load_state_dict(self.state[name].state_dict())
+        self.state |= self.objective.state
+        self.networks = self.objective.networks
+        for name, network in self.networks.items():
             network.to_empty(device="cpu")
-            stream = f"init/{name}" if stage.index == 0 else f"init/{name}/{stage.resolution}"
-            weights = rng.torch_generator(config.train.seed, stream)
-            network.init_weights(weights)  # type: ignore[operator]
+            suffix = "" if stage.index == 0 else f"/{stage.resolution}"
+            generator = rng.torch_generator(config.train.seed, init_stream(name) + suffix)
+            network.init_weights(generator)  # type: ignore[operator]
             network.to(self.world.device)
             network.to(memory_format=self.engine.memory_format)
-        self.average = ema.averaged_copy(self.generator)
-        set_process_group(self.generator, self.engine.process_group)
-        set_process_group(self.average, self.engine.process_group)
-        self.networks |= {"g": self.generator, "d": self.discriminator, "ema": self.average}
-        self._adam: dict[str, AdamConfig] = {  # corrected for steps that only regularise
-            name: corrected(getattr(config.optimizer, name), own_step_every(config, name))
-            for name in ("g", "d")
+        for phase in self.objective.phases.values():
+            with torch.no_grad():
+                phase.constrain(phase.parameters())
+        self.averages = {
+            name: ema.ema_copy(self.networks[name]) for name in self.objective.averaged
         }
-        self._follows_latents = has_latent_average(self.generator)
+        for network in [*self.networks.values(), *self.averages.values()]:
+            set_process_group(network, self.engine.process_group)
+        self.optimizers = {
+            name: config.optimizer[name].corrected(self.objective.separate_steps.get(name))
+            for name in self.objective.phases
+        }
+        check_trainable(config.trainable, self.objective)
         self.accumulation = accumulation_steps(config.train, self.world.size)
         self.progress.forward_images = config.train.batch // self.accumulation
         self.progress.stage = stage.index
-        self.phases = gan.build_phases(
-            config, self.generator, self.discriminator, self.class_counts
-        )
 
-    def enter(self, stage: growth.Stage) -> None:
-        """Go on with the networks of the next stage; `prepare` follows.
+    @property
+    def saved_networks(self) -> dict[str, nn.Module]:
+        """Trained networks and EMAs by the names they have in a checkpoint."""
+        averages = {f"{name}_ema": network for name, network in self.averages.items()}
+        return self.networks | averages
 
-        They take over all weights that the last ones had. So does the average, and what is new in
-        it begins as the generator's; Adam begins anew.
+    @property
+    def snapshot_networks(self) -> dict[str, nn.Module]:
+        """The networks that the samplers use by their file name: EMAs as "generator_ema"."""
+        samplers = self.objective.samplers.values()
+        names = sorted({name for sampler in samplers for name in sampler.networks})
+        found = self.saved_networks | self.objective.frozen
+        return {n: found[n] for n in (f"{n}_ema" if n in self.averages else n for n in names)}
+
+    def sampling_networks(self, sampler: Sampler) -> dict[str, nn.Module]:
+        """The networks of a sampler: their EMA where there is one."""
+        found = self.networks | self.objective.frozen | self.averages
+        return {name: found[name] for name in sampler.networks}
+
+    def enter(self, stage: Stage) -> None:
+        """Continue with the networks of the next stage; `prepare` follows.
+
+        They inherit all weights that the last ones had. So does the EMA, whose new layers begin as
+        the network's; the optimizers begin with empty state.
         """
         self.close()
         self._resumed = None
-        former = {name: self.networks[name] for name in ("g", "d", "ema")}
+        former = self.saved_networks
         self.build(stage)
-        for name, network in former.items():
-            growth.inherit(self.networks[name], network)
+        for name, network in self.saved_networks.items():
+            growth.inherit(network, former[name])
         self.engine.forget_compiled()
 
     def resume(self, folder: Path) -> None:
-        """Take up the state of a checkpoint; every rank takes part.
+        """Load a checkpoint; every rank takes part.
 
-        Before `prepare`, which fills in the rest: what the optimisers hold. Raises
-        `CheckpointError` on all ranks if it is damaged or not of this run.
+        Before `prepare`, which fills in the state of the optimizers. Raises `CheckpointError` on
+        all ranks if it is damaged or not of this run.
         """
 
         def look() -> tuple[Progress, Reader]:
             progress, reader = checkpoint.read_progress(folder), Reader(folder)
             if not 0 <= progress.stage < len(self.stages):
                 raise checkpoint.CheckpointError(
-                    f"{folder}: is of stage {progress.stage}, this recipe has {len(self.stages)}"
+                    f"{folder}: is of stage {progress.stage}, this config has {len(self.stages)}"
                 )
             if progress.stage != self.stage.index:
                 self.build(self.stages[progress.stage])
-            checkpoint.check_fit(reader, self.networks, trained=tuple(self.phases))
+            checkpoint.check_fit(reader, self.saved_networks, self.state)
             expected = self.progress.data_fingerprint
             if expected and progress.data_fingerprint != expected:
                 raise checkpoint.CheckpointError(
-                    f"{folder}: was trained on other images than {self.config.data.path} holds "
-                    "now; restore those, or use another run_dir"
+                    f"{folder}: was trained on other images than the data holds now; restore "
+                    "those, or use another run_dir"
                 )
             return progress, reader
 
         progress, reader = together(self.world, look)
         reader.verify_together(self.world)  # or one rank alone would find it damaged, later
-        together(self.world, lambda: checkpoint.load_networks(reader, self.networks))
+        together(self.world, lambda: checkpoint.load(reader, self.saved_networks, self.state))
         self.former_forward_images = progress.forward_images
         self.progress = replace(
             progress, attempt=progress.attempt + 1, forward_images=self.progress.forward_images
@@ -161,223 +173,259 @@ class Training:
     def prepare(self) -> None:
         """Hand the phases to the engine; networks must be final by then."""
         self.engine.compile_seconds = 0.0
-        self.prepared = {
-            name: self.engine.prepare(
+        patterns = self.config.trainable
+        for name, phase in self.objective.phases.items():
+            self.prepared[name] = self.engine.prepare(
+                name,
                 phase,
-                self._adam[name],
+                self.optimizers[name],
                 accumulation=self.accumulation,
                 scale=self.scales.get(name),
+                is_trainable=partial(is_trainable, patterns),
             )
-            for name, phase in self.phases.items()
-        }
-        for name, prepared in self.prepared.items():
-            if self._resumed is not None:
-                prepared.wrapped.load_moments(name, self._resumed.read_range)
+        if self._resumed is not None:
+            for prepared in self.prepared.values():
+                shapes = checkpoint.optimizer_shapes(self._resumed, prepared.wrapped.trainable)
+                prepared.wrapped.load_state(shapes, self._resumed.read_range)
         self._resumed = None  # and its files are closed: it may be pruned from now on
-        for name, phase in self.phases.items():
-            batches = {terms: self._rehearsal(phase, terms) for terms in phase.variants()}
-            self.engine.rehearse(self.prepared[name], self._other(name), batches)
+        self._warm_up()
 
-    @property
-    def optimizers(self) -> dict[str, torch.optim.Adam]:
-        """Those of the networks in training, once prepared."""
-        return {n: self.prepared[n].optimizer for n in self.networks if n in self.prepared}
-
-    def _other(self, name: str) -> Prepared:
-        return self.prepared["g" if name == "d" else "d"]
+    def _warm_up(self) -> None:
+        """Run every phase once with each combination of terms, on gray images, without a trace."""
+        steps = variants(self.objective, self.config.images_per_step)
+        pixels = {name: self._gray() for name in self.config.streams}
+        outputs: Tensors = {}
+        inputs: dict[str, dict[tuple[str, ...], Tensors]] = {}
+        for step in steps:
+            phase = self.objective.phases[step.phase]
+            first = step._replace(at=0)
+            self._batches = {name: [pixels[name]] for name in phase.streams}
+            (micro_batch,) = self._inputs(first, {}, [outputs], num_micro_batches=1)
+            inputs.setdefault(step.phase, {})[step.terms] = micro_batch
+            if any(
+                step.phase in taken for p in self.objective.phases.values() for taken in p.takes
+            ):
+                with self._unsharded(step.phase), torch.no_grad():
+                    result = phase(self._reads(step.phase), micro_batch, step.terms)
+                outputs |= {f"{step.phase}.{k}": v for k, v in result.outputs.items()}
+        for name, runs in inputs.items():
+            self.engine.warm_up(self.prepared[name], self._others(name), self._reads(name), runs)
+        self._batches = {}
 
     def close(self) -> None:
-        """Let go of the engines; `prepare` makes new ones, whose Adam begins anew."""
+        """Release the engines; `prepare` makes new ones, whose optimizers have empty state."""
         for prepared in self.prepared.values():
             prepared.wrapped.close()
         self.prepared.clear()
 
     def pieces(self) -> Iterator[Piece]:
         """This process's part of everything that a checkpoint holds."""
-        trained: set[int] = set()
-        for name, prepared in self.prepared.items():
-            trained |= {id(parameter) for parameter in self.networks[name].parameters()}
-            yield from prepared.wrapped.pieces(name)
-        for name, network in self.networks.items():
-            for key, tensor in network.state_dict(keep_vars=True).items():
-                if id(tensor) not in trained:
-                    key = f"networks/{name}.{key}"
-                    yield Piece(key, tuple(tensor.shape), 0, tensor.detach(), replicated=True)
+        trained: set[str] = set()
+        for prepared in self.prepared.values():
+            trained |= {f"networks/{name}" for name in prepared.wrapped.trainable}
+            yield from prepared.wrapped.pieces()
+        groups = {"networks": self.saved_networks, "state": self.state}
+        for group, modules in groups.items():
+            for name, module in modules.items():
+                for key, tensor in module.state_dict().items():
+                    key = f"{group}/{name}.{key}"
+                    if key not in trained:
+                        yield Piece(key, tuple(tensor.shape), 0, tensor.detach(), replicated=True)
 
     @property
     def alpha(self) -> float:
         """Share of the newest resolution in the next step; 1 unless it fades in."""
-        return self.stage.alpha(self.progress.images_seen)
+        return self.stage.setup(self.class_counts).alpha(self.progress.images_seen)
 
-    def step(self, stream: Iterator[Batch]) -> None:
-        """One training step: every phase in order, then the average."""
-        before = self.progress.images_seen
-        if self.stage.fading:
-            for name in ("g", "d"):
-                growth.set_alpha(self.networks[name], self.alpha)
-        for name in gan.order(self.config):
-            self.phase_step(name, stream)
-        now = self.progress.images_seen
-        with self.prepared["g"].wrapped.whole():
-            self._follow_latents()
-            ema.update(
-                self.average,
-                self.generator,
-                self.config.ema,
-                now,
-                now - before,
-                self.config.anneal_images,
-                self.stage.born,
-            )
+    def advance(
+        self, streams: Streams, steps: Sequence[Step] | None = None, on_step: OnStep | None = None
+    ) -> None:
+        """One training step: the optimizer steps of the objective in order, then the EMAs.
 
-    def phase_step(self, name: str, stream: Iterator[Batch]) -> None:
-        """One optimiser step of one phase, and one more if a regulariser with its own is due.
-
-        A phase that reads images moves `images_seen` on.
+        `steps`: others than those of the objective; `on_step` is called after each one.
         """
-        phase, images_seen = self.phases[name], self.progress.images_seen
-        if self.strength is not None:
-            self.strength.schedule(images_seen)
-        terms = phase.terms(images_seen)
-        self._last[name] = batches = self._micro_batches(phase, terms, stream)
-        scalars = self._optimise(name, terms, batches)
-        own_terms = phase.own_terms(images_seen)
-        if own_terms:
-            if phase.num_images(own_terms) != phase.num_images(terms):
-                batches = self._micro_batches(phase, own_terms, stream)
-            scalars = self._optimise(name, own_terms, batches) | scalars
-        if gan.PATH_LENGTH in own_terms and self.path_length is not None:
-            self.path_length.follow(scalars["path_length"], self.world)
-        if phase.uses_data:
-            self.progress.images_seen += self.config.train.batch
-            if self.strength is not None:
-                batch = self.config.train.batch
-                scalars |= self.strength.follow(scalars, images_seen, batch)
-        self.statistics.add(scalars)
+        before = self.progress.images_seen
+        self.objective.begin(before)
+        outputs: list[Tensors] = [{} for _ in range(self.accumulation)]
+        scalars: dict[tuple[str, int], Tensors] = {}  # of a phase and counter; the main step's win
+        for step in self.objective.steps(before) if steps is None else steps:
+            phase, prepared = self.objective.phases[step.phase], self.prepared[step.phase]
+            inputs = self._inputs(step, streams, outputs)
+            with self._unsharded(step.phase):
+                self._iterate_singular_vectors(step.phase)
+                self._set_hyperparameters(step)
+                others, reads = self._others(step.phase), self._reads(step.phase)
+                result = self.engine.step(prepared, others, reads, inputs, step)
+                logged = result.scalars | phase.after_step(step, result, self.world)
+            for collected, new in zip(outputs, result.outputs, strict=True):
+                collected |= {f"{step.phase}.{key}": value for key, value in new.items()}
+            known = scalars.setdefault((step.phase, step.at), {})
+            known |= {f"train/{step.phase}/{k}": v for k, v in logged.items()} | known
+            if step.fresh:
+                self.progress.images_seen += step.num_images
+            if on_step is not None:
+                on_step(step)
+        for found in scalars.values():
+            self.statistics.add(found)
+        self._update_averages(before)
 
-    def _optimise(
-        self, name: str, terms: gan.Terms, batches: list[tuple]
-    ) -> dict[str, torch.Tensor]:
-        """One optimiser step of a network on these micro-batches; its scalars."""
-        images_seen, anneal = self.progress.images_seen, self.config.anneal_images
-        settings = self._adam[name]
-        share = warmup(images_seen, self.config.train.batch, settings.warmup_images)
-        share *= self.progress.lr_factor
-        for group in self.prepared[name].optimizer.param_groups:
-            group["lr"] = share * annealed(images_seen, settings.lr, settings.lr_end, anneal)
-            if settings.beta2_end is not None:
-                beta2 = annealed(images_seen, settings.beta2, settings.beta2_end, anneal)
-                group["betas"] = (settings.beta1, beta2)
-        with self.prepared["g"].wrapped.whole(), self.prepared["d"].wrapped.whole():
-            power_iteration(self.generator)
-            power_iteration(self.discriminator)
-            return self.engine.step(
-                self.prepared[name], self._other(name), batches, terms, images_seen
-            )
+    def _inputs(
+        self,
+        step: Step,
+        streams: Streams,
+        outputs: Sequence[Tensors],
+        num_micro_batches: int | None = None,
+    ) -> list[Tensors]:
+        """Inputs of each micro-batch of this rank: draws, values, images, earlier outputs."""
+        phase, num = self.objective.phases[step.phase], num_micro_batches or self.accumulation
+        if step.fresh and streams:
+            for name in phase.streams:
+                self._batches[name] = self._read(name, streams[name], step)
+        draws = phase.draws(step.at, step.num_images, step.terms)
+        values = self._on_device(phase.values(step.at))
+        return [
+            self._on_device(self._slice(draws, index, step.num_images))
+            | values
+            | {
+                f"{name}.{key}": tensor
+                for name in phase.streams
+                for key, tensor in self._batches[name][index].items()
+            }
+            | {name: outputs[index][name] for name in phase.takes}
+            for index in range(num)
+        ]
 
-    def _follow_latents(self) -> None:
-        """Move the running mean of a generator's intermediate latents, if it keeps one."""
-        if not self._follows_latents:
-            return
-        batches = self._last["g"]
-        mean = torch.stack([mean_latent(self.generator, b.z, b.fake_labels) for b in batches])
-        mean = mean.mean(0)
-        sum_over_ranks(self.world, mean)
-        follow_latents(self.generator, mean / self.world.size)
-
-    def _micro_batches(
-        self, phase: gan.Phase, terms: gan.Terms, stream: Iterator[Batch]
-    ) -> list[tuple]:
-        """This rank's slices of the global micro-batches that make one optimiser step."""
-        num, images_seen = phase.num_images(terms), self.progress.images_seen
-        draws = phase.draws(images_seen, num, terms)
-        batches: list[tuple] = []
+    def _read(self, name: str, stream: Iterator[Batch], step: Step) -> list[Tensors]:
+        """The next batch of a stream: this rank's micro-batches of one optimizer step."""
+        mirror: Tensors = {}
+        if self.config.streams[name].mirror:
+            key = "d/mirror" if name == "images" else f"{name}/mirror"
+            uniform = rng.uniform(self.config.train.seed, key, step.at, (step.num_images,))
+            mirror = {"mirror": uniform < 0.5}
+        batches = []
         for index in range(self.accumulation):
-            mine = self._slice(draws, index, num)
-            if phase.uses_data:
-                began = time.monotonic()
-                images = next(stream)
-                self.data_seconds += time.monotonic() - began
-                self.bad += images.bad
-                mine |= {"real": images.real, "labels": images.labels}
-            elif phase.shows_real and gan.ADVERSARIAL in terms:
-                seen = self._last["d"][index]
-                mine |= {key: getattr(seen, key) for key in ("real", "labels")}
-                if seen.mirror is not None:
-                    mine["mirror"] = seen.mirror
-            batches.append(self._batch(phase, terms, mine))
+            began = time.monotonic()
+            images = next(stream)
+            self.data_seconds += time.monotonic() - began
+            self.bad += images.bad
+            flips = self._on_device(self._slice(mirror, index, step.num_images))
+            batches.append({"pixels": images.real, "labels": images.labels} | flips)
         return batches
 
-    def _slice(
-        self, draws: dict[str, torch.Tensor], index: int, num: int
-    ) -> dict[str, torch.Tensor]:
+    def _gray(self) -> Tensors:
+        """A micro-batch of gray images, for the warm-up."""
+        model = self.config.model
+        num = self.config.train.batch // self.accumulation // self.world.size
+        shape = (num, model.resolution, model.resolution, model.image_channels)
+        gray: Tensors = {
+            "pixels": torch.full(shape, 128, dtype=torch.uint8),
+            "labels": torch.zeros(num, dtype=torch.int64),
+        }
+        if any(stream.mirror for stream in self.config.streams.values()):
+            gray["mirror"] = torch.zeros(num, dtype=torch.bool)
+        return self._on_device(gray)
+
+    def _slice(self, draws: Tensors, index: int, num: int) -> Tensors:
         """This rank's part of the `index`-th micro-batch of `num` global draws."""
         each = num // self.accumulation
-        share = self.world.share(each)
-        start = index * each
+        share, start = self.world.share(each), index * each
         return {k: t[start + share.start : start + share.stop] for k, t in draws.items()}
 
-    def _batch(self, phase: gan.Phase, terms: gan.Terms, tensors: dict[str, torch.Tensor]) -> tuple:
-        on_device = {k: t.to(self.world.device, non_blocking=True) for k, t in tensors.items()}
-        if self.strength is not None:
-            on_device["strength"] = self.strength.p
-        if isinstance(phase, gan.DiscriminatorPhase):
-            weights = phase.penalty_weights(self.progress.images_seen)
-            if weights is not None:
-                on_device["weights"] = weights.to(self.world.device, non_blocking=True)
-        if self.path_length is not None and gan.PATH_LENGTH in terms:
-            on_device["path_mean"] = self.path_length.mean
-        return phase.batch_type(**on_device)
+    def _on_device(self, tensors: Tensors) -> Tensors:
+        return {k: t.to(self.world.device, non_blocking=True) for k, t in tensors.items()}
 
-    def _rehearsal(self, phase: gan.Phase, terms: gan.Terms) -> tuple:
-        """A micro-batch as of a step, of grey images; it draws nothing from the stream."""
-        num = phase.num_images(terms)
-        mine = self._slice(phase.draws(0, num, terms), 0, num)
-        if phase.shows_real and (phase.uses_data or gan.ADVERSARIAL in terms):
-            model, num = self.config.model, len(mine["z"])
-            shape = (num, model.resolution, model.resolution, model.image_channels)
-            mine["real"] = torch.full(shape, 128, dtype=torch.uint8)
-            mine["labels"] = torch.zeros(num, dtype=torch.int64)
-            if self.config.data.mirror:
-                mine["mirror"] = torch.zeros(num, dtype=torch.bool)
-        return self._batch(phase, terms, mine)
+    def _others(self, phase: str) -> list[Prepared]:
+        """The phases that train the networks which a phase reads."""
+        reads = set(self.objective.phases[phase].reads)
+        return [
+            prepared
+            for name, prepared in self.prepared.items()
+            if name != phase and reads & set(prepared.phase.trains)
+        ]
+
+    def _reads(self, phase: str) -> dict[str, nn.Module]:
+        found = self.networks | self.objective.frozen
+        return {name: found[name] for name in self.objective.phases[phase].reads}
+
+    @contextlib.contextmanager
+    def _unsharded(self, phase: str) -> Iterator[None]:
+        """Inside, the networks of a phase and those it reads are complete on every rank."""
+        with contextlib.ExitStack() as stack:
+            for prepared in (self.prepared[phase], *self._others(phase)):
+                stack.enter_context(prepared.wrapped.unsharded())
+            yield
+
+    def _iterate_singular_vectors(self, phase: str) -> None:
+        """One power iteration of every spectral norm that takes part in the step."""
+        for network in self.objective.phases[phase].children():
+            power_iteration(network)
+        for network in self._reads(phase).values():
+            power_iteration(network)
+
+    def _set_hyperparameters(self, step: Step) -> None:
+        """Learning rate and betas that the schedules set for a step."""
+        settings, anneal = self.optimizers[step.phase], self.config.anneal_images
+        lr = settings.lr_at(step.at, self.config.train.batch, anneal, self.progress.lr_factor)
+        for group in self.prepared[step.phase].optimizer.param_groups:
+            group |= {"lr": lr} | settings.group_at(step.at, anneal)
+
+    def _update_averages(self, before: int) -> None:
+        """Move the EMA of each averaged network over the images of this training step."""
+        now = self.progress.images_seen
+        for name, average in self.averages.items():
+            (owner,) = (p for p in self.prepared.values() if name in p.phase.trains)
+            with owner.wrapped.unsharded():
+                ema.update(
+                    average,
+                    self.networks[name],
+                    self.config.ema,
+                    now,
+                    now - before,
+                    self.config.anneal_images,
+                    self.stage.born,
+                )
 
     def collect_standing_statistics(self) -> None:
-        """Accumulate the average's BatchNorm statistics over fresh latents; all ranks take part.
+        """Accumulate the BatchNorm statistics of the EMAs over new samples; all ranks take part.
 
         Brock et al. 2019, section 4.1, "standing statistics": those of the last training batches
-        would be of other weights than the averaged ones. A forward is the joined micro-batch of
-        training, so the result does not depend on how many processes share it.
+        would belong to other weights than the averaged ones. A forward is the joined micro-batch
+        of training, so the result does not depend on how many processes share it.
         """
-        if not normalisation_layers(self.average):
-            return
-        config, seen = self.config, self.progress.images_seen
-        num = config.train.batch // self.accumulation
+        train, seen = self.config.train, self.progress.images_seen
+        num = train.batch // self.accumulation
         share = self.world.share(num)
-        with collecting_statistics(self.average, partial(sum_over_ranks, self.world)):
-            for index in range(config.train.standing_batches):
-                stream = f"standing/{index}"
-                z = rng.normal(config.train.seed, f"{stream}/z", seen, (num, config.model.z_dim))
-                labels = rng.labels(
-                    config.train.seed, f"{stream}/labels", seen, num, self.class_counts
-                )
-                self.average(z[share].to(self.world.device), labels[share].to(self.world.device))
+        for sampler in self.objective.samplers.values():
+            networks = self.sampling_networks(sampler)
+            normalizing = nn.ModuleList(n for n in networks.values() if normalisation_layers(n))
+            if sampler.inputs is not None or not len(normalizing):
+                continue
+            with collecting_statistics(normalizing, partial(sum_over_ranks, self.world)):
+                for index in range(train.standing_batches):
+                    draws = sampler.draws(train.seed, f"standing/{index}", seen, num, None)
+                    mine = self._on_device({k: t[share] for k, t in draws.items()})
+                    sampler(networks, mine)
 
-    def grid_labels(self) -> list[int]:
-        """The class of each row of the sample grid, at most `GRID_ROWS` of them, evenly chosen."""
-        num = self.config.model.num_classes
-        return [round(i) for i in torch.linspace(0, num - 1, min(num, GRID_ROWS)).tolist()]
 
-    @torch.no_grad()
-    def sample_grid(self) -> torch.Tensor:
-        """uint8 [rows * columns, C, R, R]: one row per class, the same latents at every call."""
-        config = self.config
-        labels = torch.tensor(self.grid_labels()).repeat_interleave(GRID_COLUMNS)
-        z = rng.normal(config.train.seed, "grid/z", 0, (len(labels), config.model.z_dim))
-        chunk = config.train.micro_batch or config.train.batch
-        parts = [
-            self.average(a.to(self.world.device), b.to(self.world.device))
-            for a, b in zip(z.split(chunk), labels.split(chunk), strict=True)
-        ]
-        images = models.to_uint8(torch.cat(parts)).cpu()
-        return repeated(images, self.recipe.model.resolution)  # of a growing model they are smaller
+def is_trainable(patterns: Sequence[str] | None, name: str) -> bool:
+    """Whether a parameter ("generator.linear.weight") matches one of the `trainable` patterns."""
+    return patterns is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def check_trainable(patterns: Sequence[str] | None, objective: Objective) -> None:
+    """Raises `ConfigError` for a pattern without a parameter, or a phase without a pattern."""
+    if patterns is None:
+        return
+    names = {
+        phase: [name for name, _ in module.named_parameters()]
+        for phase, module in objective.phases.items()
+    }
+    every = [name for found in names.values() for name in found]
+    for pattern in patterns:
+        if not fnmatch.filter(every, pattern):
+            raise ConfigError(
+                f"trainable: {pattern!r} matches no parameter; they are named as {every[0]}"
+            )
+    for phase, found in names.items():
+        if not any(is_trainable(patterns, name) for name in found):
+            raise ConfigError(f"trainable: no parameter of phase {phase} is left to train")

@@ -1,7 +1,9 @@
-"""The training images of a run: looked at beforehand, opened where it goes on, and counted."""
+"""The data streams of a run: checked beforehand, opened where training continues, and counted."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,13 +11,14 @@ import torch
 from bigan.data import resampled
 from bigan.data.dataset import open_level, open_manifest
 from bigan.data.resampled import ResampledStream
+from bigan.data.settings import DataConfig
 from bigan.data.shards import Manifest
 from bigan.data.stream import Batch, Endless, ShardStream
 from bigan.distributed.world import World, broadcast, gather, together
 from bigan.errors import UserError
-from bigan.objectives.growth import stages
-from bigan.run.state import Training
-from bigan.run_config import RunConfig, misfits
+from bigan.run.stages import stages
+from bigan.run.state import TrainState
+from bigan.run_config import IMAGES, RunConfig, misfits
 
 NAMED_BAD_IMAGES = 10  # at most, of those found in one tick
 
@@ -29,34 +32,44 @@ class Images:
 
 
 def check_data(config: RunConfig) -> Images:
-    """Look at the training images; raises `UserError` if they do not fit the model.
+    """Check the images of every stream; raises `UserError` if they do not fit the model.
 
-    Those of every resolution that the model grows through, before any of it begins.
+    Classes are those of the stream "images", or of the first one where none has that name.
     """
-    if config.data.mode == "resampled":  # no manifest: nothing is known but where they are
+    found = {name: _check_stream(config, name, data) for name, data in config.streams.items()}
+    first = found.get(IMAGES) or next(iter(found.values()))
+    if len(found) == 1:
+        return first
+    joined = "/".join(f"{name}:{images.fingerprint}" for name, images in found.items())
+    return Images(first.classes, joined)
+
+
+def _check_stream(config: RunConfig, name: str, data: DataConfig) -> Images:
+    """Images of one stream, of every resolution that the model grows through."""
+    if data.mode == "resampled":  # no manifest: only the URLs are known
         if config.growth:
             raise UserError("growth needs packed images at every resolution: data.mode=resampled")
-        resampled.expand(config.data.path, config.data.allow_pipe)
+        resampled.expand(data.path, data.allow_pipe)
         classes = {str(label): 1 for label in range(config.model.num_classes)}
-        return Images(classes, f"resampled/{config.data.path}")
+        return Images(classes, f"resampled/{data.path}")
     if config.growth is None:
-        return _images(config, open_manifest(config.data.path, config.data))
+        return _images(config, data, open_manifest(data.path, data))
     found = []
     for level in {stage.resolution: stage.config for stage in stages(config)}.values():
-        manifest = open_level(level.data.path, level.model.resolution, level.data)
-        whole = manifest.resolution == config.model.resolution  # no pyramid: `Shrunk` makes one
-        found.append(_images(config if whole else level, manifest))
+        manifest = open_level(data.path, level.model.resolution, data)
+        full = manifest.resolution == config.model.resolution  # no pyramid: `Shrunk` makes one
+        found.append(_images(config if full else level, data, manifest))
     if any(images.classes != found[0].classes for images in found):
         raise UserError(
-            f"{config.data.path}: the resolutions hold different images; pack them anew, together "
+            f"{data.path}: the resolutions hold different images; pack them again, together "
             "(`bigan pack --pyramid`)"
         )
     return Images(found[0].classes, "/".join(dict.fromkeys(i.fingerprint for i in found)))
 
 
-def _images(config: RunConfig, manifest: Manifest) -> Images:
+def _images(config: RunConfig, data: DataConfig, manifest: Manifest) -> Images:
     """Raises `UserError` if the images of `manifest` do not fit the model of `config`."""
-    counts = manifest.class_counts(config.data.split)
+    counts = manifest.class_counts(data.split)
     wrong = [
         f"{what} {found} but model.{key} = {wanted}"
         for what, key, wanted, found in misfits(config.model, manifest)
@@ -70,10 +83,10 @@ def _images(config: RunConfig, manifest: Manifest) -> Images:
 
 
 class Shrunk(Endless):
-    """A stream of images whose resolution is a multiple of the one asked for.
+    """A stream whose images are downsampled by an integer factor.
 
-    Shrunk on the device, to the very bytes that a packed pyramid holds at that resolution: means of
-    f x f pixels, a half rounded up.
+    On the device, to the bytes that a packed pyramid holds at that resolution: means of f x f
+    pixels, a half rounded up.
     """
 
     def __init__(self, stream: Endless, factor: int) -> None:
@@ -91,48 +104,82 @@ class Shrunk(Endless):
         self._stream.close()
 
 
-def open_stream(training: Training) -> Endless:
-    """The images from `images_seen` on; each rank looks at the files it will read."""
-    config, model = training.config, training.config.model
-    if config.data.mode == "resampled":
+class OpenStreams(dict[str, Endless]):
+    """The open streams of a run by name; a context manager that closes them."""
+
+    def __enter__(self) -> OpenStreams:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in self.values():
+            stream.close()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that the order of the streams depends on."""
+        return "/".join(stream.fingerprint for stream in self.values())
+
+
+def open_streams(state: TrainState) -> OpenStreams:
+    """The streams from `images_seen` on; each rank opens the files that it reads."""
+    opened = OpenStreams()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(opened)
+        for name, data in state.config.streams.items():
+            opened[name] = _open_stream(state, data, order_seed(state.config.train.seed, name))
+        stack.pop_all()
+    return opened
+
+
+def order_seed(seed: int, stream: str) -> int:
+    """Seed of the order of a stream: a function of (seed, stream), `seed` itself for "images"."""
+    if stream == IMAGES:
+        return seed
+    digest = hashlib.blake2b(f"{seed}/stream/{stream}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _open_stream(state: TrainState, data: DataConfig, seed: int) -> Endless:
+    config, model = state.config, state.config.model
+    if data.mode == "resampled":
         return ResampledStream(
-            config.data.path,
+            data.path,
             shape=(model.resolution, model.resolution, model.image_channels),
             num_classes=model.num_classes,
-            seed=config.train.seed,
-            world=training.world,
+            seed=seed,
+            world=state.world,
             batch=config.train.batch,
-            accumulation=training.accumulation,
-            images_seen=training.progress.images_seen,
-            fetch=config.data,
+            accumulation=state.accumulation,
+            images_seen=state.progress.images_seen,
+            fetch=data,
         )
     level: Manifest | None = None  # one resolution of several
-    if training.recipe.growth is not None:
-        level = open_level(config.data.path, model.resolution, config.data)
+    if state.run_config.growth is not None:
+        level = open_level(data.path, model.resolution, data)
     stream = ShardStream(
-        level or config.data.path,
-        config.data.split,
-        seed=config.train.seed,
-        world=training.world,
+        level or data.path,
+        data.split,
+        seed=seed,
+        world=state.world,
         batch=config.train.batch,
-        accumulation=training.accumulation,
-        images_seen=training.progress.images_seen,
-        block=config.data.block,
-        fetch=config.data,
+        accumulation=state.accumulation,
+        images_seen=state.progress.images_seen,
+        block=data.block,
+        fetch=data,
     )
     factor = level.resolution // model.resolution if level else 1
     return stream if factor == 1 else Shrunk(stream, factor)
 
 
-def count_bad(training: Training) -> None:
+def count_bad(state: TrainState) -> None:
     """Count and name the images that had to be replaced since the last tick, over all ranks."""
-    if training.config.data.on_bad == "stop":
+    if all(data.on_bad == "stop" for data in state.config.streams.values()):
         return
-    found = [bad for part in gather(training.world, training.bad) for bad in part]
-    training.bad.clear()
-    training.progress.bad_images += len(found)
+    found = [bad for part in gather(state.world, state.bad) for bad in part]
+    state.bad.clear()
+    state.progress.bad_images += len(found)
     for bad in sorted(found, key=lambda bad: bad.position)[:NAMED_BAD_IMAGES]:
-        training.engine.echo(f"passed over {bad}; the next sample took its place")
+        state.engine.echo(f"skipped {bad}; the next sample replaced it")
 
 
 def agree_on_data(world: World, fingerprint: str) -> None:

@@ -1,18 +1,16 @@
-"""The loop: phases over the stream, a tick now and then, a snapshot and a checkpoint when due."""
+"""The training loop: steps, and at each tick metrics, sample grids, snapshots and checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from bigan import checkpoint
 from bigan.checkpoint import Progress
-from bigan.data import resampled
-from bigan.data.stream import Batch, Endless
 from bigan.distributed.heartbeat import Heartbeat, is_communication_error
 from bigan.distributed.launch import disconnect
 from bigan.distributed.replica_check import SlowRanks, check_replicas
@@ -20,21 +18,21 @@ from bigan.distributed.signals import GRACE_SECONDS, StopFlag, asked, write_requ
 from bigan.distributed.world import barrier, largest, on_main, together
 from bigan.engine import Echo, Engine
 from bigan.errors import RunError
-from bigan.layers.batchnorm import normalisation_layers
-from bigan.objectives.growth import stage_at
 from bigan.reporting.tracker import Status, Tracker
 from bigan.run import folder
-from bigan.run.artifacts import Outputs
-from bigan.run.rollback import Recovery, singular_values
-from bigan.run.state import Training
-from bigan.run.streams import agree_on_data, check_data, count_bad, open_stream
-from bigan.run_config import (
-    RunConfig,
-    accumulation_steps,
-    corrected,
-    own_step_every,
-    penalty_weight,
+from bigan.run.artifacts import Artifacts
+from bigan.run.remarks import remarks
+from bigan.run.rollback import Rollback, singular_values
+from bigan.run.stages import stage_at
+from bigan.run.state import TrainState
+from bigan.run.streams import (
+    OpenStreams,
+    agree_on_data,
+    check_data,
+    count_bad,
+    open_streams,
 )
+from bigan.run_config import RunConfig, accumulation_steps
 from bigan.schedules import due
 
 STOP_CHECK_SECONDS = 2.0  # at most, between two looks at the stop flags of all ranks
@@ -70,34 +68,34 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag) -
     accumulation_steps(config.train, world.size)
     images = on_main(world, lambda: check_data(config))
     resume_from = on_main(world, lambda: folder.check(config))
-    training = Training(config, engine, images.classes)
-    progress, total = training.progress, config.train.total_images
-    training.progress.data_fingerprint = images.fingerprint
+    state = TrainState(config, engine, images.classes)
+    progress, total = state.progress, config.train.total_images
+    state.progress.data_fingerprint = images.fingerprint
     if resume_from:
-        training.resume(resume_from)
-        progress = training.progress
+        state.resume(resume_from)
+        progress = state.progress
         echo(f"resuming {config.run_dir} at images_seen = {progress.images_seen}")
         if progress.images_seen >= total:
-            on_main(world, lambda: finish_again(training))
+            on_main(world, lambda: finish_again(state))
             echo(f"{config.run_dir}: already complete at images_seen = {progress.images_seen}")
             return 0
-    enter_stage(training)
-    with together(world, lambda: open_stream(training)) as stream:
-        agree_on_data(world, stream.fingerprint)
+    enter_stage(state)
+    with together(world, lambda: open_streams(state)) as streams:
+        agree_on_data(world, streams.fingerprint)
         on_main(world, lambda: folder.prepare(config))
         if world.is_main:
             stop.before_leaving = lambda number: leave_marker(config.run_dir, number)
         tracker = Tracker(config.run_dir, config.tracking, role="train") if world.is_main else None
-        outputs = Outputs(training, tracker)
+        artifacts = Artifacts(state, tracker)
         status: Status = "FAILED"
         try:
             if tracker:
                 tracker.params(config.model_dump(mode="json"))
-            for remark in remarks(training):
+            for remark in remarks(state):
                 echo(remark)
-            loop = Loop(training, outputs, tracker, on_tick, stop)
-            code = run_stages(training, loop, stream)
-            progress = training.progress
+            loop = Loop(state, artifacts, tracker, on_tick, stop)
+            code = run_stages(state, loop, streams)
+            progress = state.progress
             status = "KILLED" if code else "FINISHED"
         finally:
             patience = 60.0 if status == "FINISHED" else 10.0  # a stopped run has a grace time
@@ -109,95 +107,46 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag) -
                 f"stopped by signal {code - 128} at images_seen = {progress.images_seen}; "
                 "the same command goes on from there"
             )
-        training.close()
+        state.close()
     return code
 
 
-def enter_stage(training: Training) -> None:
+def enter_stage(state: TrainState) -> None:
     """Go on to the stage that the run has reached; a run that does not grow is in its only one."""
-    stage = stage_at(training.stages, training.progress.images_seen)
-    if stage is not training.stage:
-        training.enter(stage)
+    stage = stage_at(state.stages, state.progress.images_seen)
+    if stage is not state.stage:
+        state.enter(stage)
 
 
-def run_stages(training: Training, loop: Loop, stream: Endless) -> int:
-    """One stage after the other, `stream` being that of the first; 0, or 128 + a stop signal.
+def run_stages(state: TrainState, loop: Loop, streams: OpenStreams) -> int:
+    """One stage after the other, `streams` being those of the first; 0, or 128 + a stop signal.
 
     Where training collapses it may go back: to the former state, perhaps of a former stage.
     """
-    world, num = training.world, len(training.stages)
+    world, num = state.world, len(state.stages)
     began = time.monotonic()
     while True:
-        with stream:
-            training.prepare()
+        with streams:
+            state.prepare()
             if num > 1:
-                seconds = time.monotonic() - began - training.engine.compile_seconds
-                training.engine.echo(
-                    f"stage {training.stage.index + 1} of {num}: {training.stage}, batch "
-                    f"{training.config.train.batch}, from images_seen = "
-                    f"{training.progress.images_seen} (ready in {seconds:.1f} s)"
+                seconds = time.monotonic() - began - state.engine.compile_seconds
+                state.engine.echo(
+                    f"stage {state.stage.index + 1} of {num}: {state.stage}, batch "
+                    f"{state.config.train.batch}, from images_seen = "
+                    f"{state.progress.images_seen} (ready in {seconds:.1f} s)"
                 )
-            code = loop.run(stream)
+            code = loop.run(streams)
         began = time.monotonic()
-        if loop.recovery.going_back:
-            loop.recovery.go_back()
+        if loop.rollback.going_back:
+            loop.rollback.go_back()
         elif code:
             return code
-        elif training.progress.images_seen >= training.config.train.total_images:
+        elif state.progress.images_seen >= state.config.train.total_images:
             loop.finish()
             return 0
-        enter_stage(training)
-        stream = together(world, lambda: open_stream(training))
-        agree_on_data(world, stream.fingerprint)
-
-
-def remarks(training: Training) -> list[str]:
-    """What a reader of the config might not expect of it."""
-    train, recipe = training.config.train, training.recipe
-    joined, step = train.batch // training.accumulation, train.batch * train.num_d_steps
-    said = []
-    if training.config.data.mode == "resampled":
-        said.append(resampled.NOTE)
-    if joined != train.batch and normalisation_layers(training.generator):
-        said.append(
-            f"BatchNorm sees {joined} images at a time (micro_batch x processes), not train.batch"
-        )
-    former = training.former_forward_images
-    if former not in (0, joined) and normalisation_layers(training.generator):
-        share, rest = divmod(former, training.world.size)
-        keep = f"train.micro_batch={share} keeps it" if not rest else "use fewer processes"
-        said.append(
-            f"BatchNorm saw {former} images at a time before, now {joined}: this is not the same "
-            f"training any more ({keep})"
-        )
-    for penalty in recipe.penalties:
-        if penalty.weight is None:
-            weight = penalty_weight(penalty, training.config)
-            why = "" if penalty.name == "wgan_gp" else " = 0.0002 * resolution^2 / batch"
-            said.append(f"weight of {penalty.name}: {weight:.6g}{why}")
-    for name in ("g", "d"):
-        every = own_step_every(recipe, name)
-        if every:
-            adam = corrected(getattr(recipe.optimizer, name), every)
-            said.append(
-                f"optimizer.{name}: a step for regularisation alone after every {every}, so lr "
-                f"{adam.lr:.6g}, beta1 {adam.beta1:.6g}, beta2 {adam.beta2:.6g}"
-            )
-    last = training.stages[-1]
-    if last.start >= train.total_images:
-        said.append(
-            f"train.total_images = {train.total_images} ends the run before {last} begins at "
-            f"{last.start}"
-        )
-    if train.total_images % step and len(training.stages) == 1:
-        end = -(-train.total_images // step) * step
-        said.append(f"a training step takes {step} images: the run ends at images_seen = {end}")
-    if training.progress.rollbacks:
-        said.append(
-            f"after {training.progress.rollbacks} rollback(s) all learning rates are multiplied by "
-            f"{training.progress.lr_factor:g}"
-        )
-    return said
+        enter_stage(state)
+        streams = together(world, lambda: open_streams(state))
+        agree_on_data(world, streams.fingerprint)
 
 
 class Loop:
@@ -209,39 +158,39 @@ class Loop:
 
     def __init__(
         self,
-        training: Training,
-        outputs: Outputs,
+        state: TrainState,
+        artifacts: Artifacts,
         tracker: Tracker | None,
         on_tick: OnTick,
         stop: StopFlag,
     ) -> None:
-        self.training = training
-        self.config, self.world = training.config.train, training.world
-        self.outputs = outputs
+        self.state = state
+        self.config, self.world = state.config.train, state.world
+        self.artifacts = artifacts
         self.tracker = tracker
         self.on_tick = on_tick
         self.stop = stop
-        self.slow_ranks = SlowRanks(training.world)
-        self.recovery = Recovery(training, outputs.saver)
+        self.slow_ranks = SlowRanks(state.world)
+        self.rollback = Rollback(state, artifacts.saver)
         self.steps_between = self.steps_to_check = 1  # of looking at the stop flags
         self.num_steps = 0  # since the last tick
         self.save_seconds = 0.0  # for which the last save held up the training
-        self.began, self.counted = time.monotonic(), training.progress.images_seen
+        self.began, self.counted = time.monotonic(), state.progress.images_seen
 
-    def run(self, stream: Iterator[Batch]) -> int:
+    def run(self, streams: OpenStreams) -> int:
         """Until the stage or the run ends; returns 0, or 128 + the signal that ended it early.
 
         Also 0 if a collapse has to be gone back from (`recovery.going_back`).
         """
-        training, config, progress = self.training, self.config, self.training.progress
+        state, config, progress = self.state, self.config, self.state.progress
         if progress.images_seen == 0:
-            training.collect_standing_statistics()
-            self.outputs.picture()
+            state.collect_standing_statistics()
+            self.artifacts.sample_grids()
         self.began, self.counted, self.num_steps = time.monotonic(), progress.images_seen, 0
-        end = min(config.total_images, training.stage.end)
+        end = min(config.total_images, state.stage.end)
         while progress.images_seen < end:
             before = progress.images_seen
-            training.step(stream)
+            state.advance(streams)
             self.stop.alive()
             self.num_steps += 1
             seen = progress.images_seen
@@ -253,13 +202,13 @@ class Loop:
             if not at_tick and not self.stop_agreed():
                 continue
             stop = self.tick()
-            if self.recovery.going_back:  # before anything of this state is saved
+            if self.rollback.going_back:  # before anything of this state is saved
                 return 0
             if at_check or stop:
                 self.check_replicas()
             with self.stop.patient():  # a save may take longer than the grace time
                 if at_snapshot:
-                    self.outputs.snapshot()
+                    self.artifacts.snapshot()
                 if at_checkpoint or stop:
                     self.checkpoint()
                 if stop and not last:
@@ -271,19 +220,19 @@ class Loop:
     def finish(self) -> None:
         """Once all images have been seen: everything on disk, then the mark that it is."""
         with self.stop.patient():
-            self.outputs.close()
-            on_main(self.world, self.outputs.finish)
+            self.artifacts.close()
+            on_main(self.world, self.artifacts.finish)
             barrier(self.world)
 
     def checkpoint(self) -> None:
         """Begin to save; what of it holds up the training is counted."""
         began = time.monotonic()
-        self.outputs.checkpoint()
+        self.artifacts.checkpoint()
         self.save_seconds = time.monotonic() - began
 
     def leave(self, number: int) -> None:
         """End this life with its state saved, and say so to the scheduler."""
-        run_dir, saver = self.training.config.run_dir, self.outputs.saver
+        run_dir, saver = self.state.config.run_dir, self.artifacts.saver
         saver.finish()
 
         def mark() -> None:
@@ -291,16 +240,16 @@ class Loop:
                 leave_marker(run_dir, number)
 
         on_main(self.world, mark)
-        self.outputs.close()
+        self.artifacts.close()
 
     def tick(self) -> int:
         """Take the numbers off the device, log and show them; returns the stop signal, or 0."""
-        training, progress = self.training, self.training.progress
-        engine, saver = training.engine, self.outputs.saver
+        state, progress = self.state, self.state.progress
+        engine, saver = state.engine, self.artifacts.saver
         shared = sum(engine.waiting.collect())
         seconds = max(time.monotonic() - self.began, 1e-9)
-        training.statistics.add(singular_values(training))
-        means, agreed = training.statistics.collect(
+        state.statistics.add(singular_values(state))
+        means, agreed = state.statistics.collect(
             stop=self.stop_signal(),
             halted_at=engine.halted_at(),
             saving=saver.poll(),
@@ -308,46 +257,46 @@ class Loop:
         )
         if agreed["halted_at"] >= 0:
             saver.finish()  # what was sound is kept
-            on_main(self.world, partial(give_up, training, int(agreed["halted_at"]), means))
+            on_main(self.world, partial(give_up, state, int(agreed["halted_at"]), means))
         self.steps_between = max(1, int(STOP_CHECK_SECONDS / agreed["step_seconds"]))
         self.steps_to_check = self.steps_between
         self.stop.grace_seconds = max(GRACE_SECONDS, 3 * agreed["step_seconds"])
         saver.settle(not agreed["saving"])
-        count_bad(training)
+        count_bad(state)
         progress.seconds += seconds
-        report = {n if "/" in n else f"train/{n}": value for n, value in means.items()}
-        if training.config.data.on_bad == "skip":
+        report = dict(means)
+        if any(data.on_bad == "skip" for data in state.config.streams.values()):
             report["train/bad_images"] = progress.bad_images
-        if len(training.stages) > 1:
-            report["train/resolution"] = training.stage.resolution
-            report["train/alpha"] = training.alpha
+        if len(state.stages) > 1:
+            report["train/resolution"] = state.stage.resolution
+            report["train/alpha"] = state.alpha
         if progress.rollbacks:
             report["train/lr_factor"] = progress.lr_factor
         report["train/images_per_second"] = (progress.images_seen - self.counted) / seconds
-        report["train/data_wait"] = training.data_seconds / seconds  # 0 to 1
+        report["train/data_wait"] = state.data_seconds / seconds  # 0 to 1
         if self.save_seconds:
             report["train/save_stall_seconds"] = self.save_seconds
             self.save_seconds = 0.0
         ranks, remark = self.slow_ranks.report(
-            (seconds - shared) / self.num_steps, training.data_seconds / self.num_steps
+            (seconds - shared) / self.num_steps, state.data_seconds / self.num_steps
         )
-        training.data_seconds = 0.0
+        state.data_seconds = 0.0
         if remark:
             engine.echo(remark)
         if self.tracker:
             attempt = {"train/attempt": progress.attempt}
             self.tracker.log(progress.images_seen, report | ranks | attempt)
             self.on_tick(progress, report)
-        self.recovery.judge(report)
+        self.rollback.judge(report)
         return int(agreed["stop"])
 
     def check_replicas(self) -> None:
         """All ranks must hold the same weights before any of them is saved."""
-        training = self.training
+        state = self.state
         try:
-            check_replicas(self.world, training.networks, training.progress.images_seen)
+            check_replicas(self.world, state.networks, state.progress.images_seen)
         except RunError:
-            self.outputs.saver.finish()  # the former state, which was sound
+            self.artifacts.saver.finish()  # the former state, which was sound
             raise
 
     def stop_agreed(self) -> bool:
@@ -360,7 +309,7 @@ class Loop:
 
     def stop_signal(self) -> int:
         """This rank's stop signal, or 0; rank 0 also looks for the file STOP."""
-        if self.stop.signal == 0 and self.world.is_main and asked(self.training.config.run_dir):
+        if self.stop.signal == 0 and self.world.is_main and asked(self.state.config.run_dir):
             return signal.SIGTERM
         return self.stop.signal
 
@@ -371,17 +320,17 @@ def leave_marker(run_dir: Path, number: int) -> None:
     write_requeue(run_dir, number, int(newest.name) if newest else 0)
 
 
-def finish_again(training: Training) -> None:
+def finish_again(state: TrainState) -> None:
     """Finish a run whose last checkpoint was its last act, and deliver what the tracker missed."""
-    tracker = Tracker(training.config.run_dir, training.config.tracking, role="train")
-    Outputs(training, tracker).finish()
+    tracker = Tracker(state.config.run_dir, state.config.tracking, role="train")
+    Artifacts(state, tracker).finish()
     tracker.close("FINISHED")
 
 
-def give_up(training: Training, images_seen: int, means: dict[str, float]) -> None:
+def give_up(state: TrainState, images_seen: int, means: dict[str, float]) -> None:
     """Raise the `RunError` of a non-finite step: what and when, what is kept, what to try."""
     names = [name for name, value in means.items() if not abs(value) < float("inf")]
-    newest = checkpoint.latest(training.config.run_dir)
+    newest = checkpoint.latest(state.config.run_dir)
     kept = f"the last checkpoint {newest} is intact" if newest else "there is no checkpoint yet"
     raise RunError(
         f"{', '.join(names) or 'a loss'} became non-finite at images_seen = {images_seen}; no "

@@ -1,0 +1,48 @@
+"""What happens to gradients right before an optimizer's step: clipping, unscaling, skipping."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def clip(gradients: Sequence[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scale `gradients` in place so that their global norm, `norm` (0-d), is at most `max_norm`.
+
+    As `torch.nn.utils.clip_grad_norm_` (Pascanu et al. 2013, arXiv:1211.5063, algorithm 1), which
+    cannot be told that `norm` belongs to gradients sharded over processes.
+    """
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    if gradients:
+        torch._foreach_mul_(list(gradients), factor.to(gradients[0].device))
+
+
+@torch.no_grad()
+def apply_flags(
+    optimizer: torch.optim.Optimizer,
+    gradients: Sequence[Tensor],
+    skip: Tensor,
+    loss_scale: Tensor | None,
+) -> None:
+    """Have the coming step unscale gradients, and change nothing where `skip` (0-d) is not 0.
+
+    Fused kernels take both as `grad_scale` and `found_inf`, as `torch.amp.GradScaler` hands them
+    over, and leave weights and state as they are. For optimizers without a fused kernel (RMSprop)
+    the gradients are unscaled and zeroed here, and a momentum buffer is zeroed: the weights do not
+    move, but the running mean of squared gradients decays.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.grad_scale = loss_scale  # type: ignore[attr-defined]
+        optimizer.found_inf = skip  # type: ignore[attr-defined]
+        return
+    for gradient in gradients:
+        if loss_scale is not None:
+            gradient.div_(loss_scale)
+        gradient.copy_(torch.where(skip > 0, 0.0, gradient))  # NaN * 0 is NaN
+    for state in optimizer.state.values():
+        buffer = state.get("momentum_buffer")
+        if buffer is not None:
+            buffer.mul_(1 - skip)

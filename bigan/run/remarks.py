@@ -1,0 +1,79 @@
+"""What a reader of a config might not expect of it; printed at the start of a run."""
+
+from __future__ import annotations
+
+from bigan.data import resampled
+from bigan.layers.batchnorm import normalisation_layers
+from bigan.run.state import TrainState
+
+
+def remarks(state: TrainState) -> list[str]:
+    """One line each."""
+    return [
+        *([resampled.NOTE] if _is_resampled(state) else []),
+        *_batchnorm(state),
+        *state.objective.remarks(),
+        *_optimizers(state),
+        *_lengths(state),
+    ]
+
+
+def _is_resampled(state: TrainState) -> bool:
+    return any(data.mode == "resampled" for data in state.config.streams.values())
+
+
+def _batchnorm(state: TrainState) -> list[str]:
+    """How many images BatchNorm sees, and whether a resume changes it."""
+    if not any(normalisation_layers(network) for network in state.networks.values()):
+        return []
+    train, lines = state.config.train, []
+    joined, former = train.batch // state.accumulation, state.former_forward_images
+    if joined != train.batch:
+        lines.append(
+            f"BatchNorm sees {joined} images at a time (micro_batch x processes), not train.batch"
+        )
+    if former not in (0, joined):
+        share, rest = divmod(former, state.world.size)
+        keep = f"train.micro_batch={share} keeps it" if not rest else "use fewer processes"
+        lines.append(
+            f"BatchNorm saw {former} images at a time before, now {joined}: this changes the "
+            f"training ({keep})"
+        )
+    return lines
+
+
+def _optimizers(state: TrainState) -> list[str]:
+    """Hyperparameters that are corrected for separate regularization steps."""
+    lines = []
+    for name, every in state.objective.separate_steps.items():
+        settings = state.optimizers[name]
+        betas = "".join(
+            f", {key} {getattr(settings, key):.6g}"
+            for key in ("beta1", "beta2")
+            if key in type(settings).model_fields
+        )
+        lines.append(
+            f"optimizer.{name}: corrected for a separate regularization step after every {every}: "
+            f"lr {settings.lr:.6g}{betas}"
+        )
+    return lines
+
+
+def _lengths(state: TrainState) -> list[str]:
+    """Where the run ends, and rollbacks so far."""
+    train, step, last = state.config.train, state.config.images_per_step, state.stages[-1]
+    progress, lines = state.progress, []
+    if last.start >= train.total_images:
+        lines.append(
+            f"train.total_images = {train.total_images} ends the run before {last} begins at "
+            f"{last.start}"
+        )
+    if train.total_images % step and len(state.stages) == 1:
+        end = -(-train.total_images // step) * step
+        lines.append(f"a training step takes {step} images: the run ends at images_seen = {end}")
+    if progress.rollbacks:
+        lines.append(
+            f"after {progress.rollbacks} rollback(s) all learning rates are multiplied by "
+            f"{progress.lr_factor:g}"
+        )
+    return lines
