@@ -7,24 +7,17 @@ from pathlib import Path
 from commands import TEN_CLASSES
 
 from bigan import config as configs
-from bigan.data.stream import ShardStream
 from bigan.engine import Engine
-from bigan.run.state import Training
+from bigan.run.state import TrainState
+from bigan.run.streams import OpenStreams, open_streams
 from bigan.run_config import RunConfig
 
 
-def make(config: RunConfig) -> tuple[Training, ShardStream]:
-    """A prepared training of `config` on the digits' classes, and its stream from the start."""
-    training = Training(config, Engine(config, print), TEN_CLASSES)
-    training.prepare()
-    stream = ShardStream(
-        config.data.path,
-        seed=config.train.seed,
-        world=training.world,
-        batch=config.train.batch,
-        accumulation=training.accumulation,
-    )
-    return training, stream
+def make(config: RunConfig) -> tuple[TrainState, OpenStreams]:
+    """A prepared train state of `config` on the digits' classes, and its streams."""
+    state = TrainState(config, Engine(config, print), TEN_CLASSES)
+    state.prepare()
+    return state, open_streams(state)
 
 
 MODELS: dict[str, dict[str, object]] = {
@@ -51,7 +44,7 @@ def evaluated(
         "run_dir": str(run_dir),
         "data": {"path": str(data)},
         "model": MODELS[model],
-        "optimizer": {"g": {"lr": 1e-4}, "d": {"lr": 1e-4}},
+        "optimizer": {"generator": {"lr": 1e-4}, "discriminator": {"lr": 1e-4}},
         "ema": {"halflife_images": 100},
         "train": {"total_images": 100, "batch": 10} | (train or {}),
         "evaluation": {

@@ -72,6 +72,7 @@ class Phase(nn.Module):
     reads: tuple[str, ...] = ()  # other networks that the forward uses, passed in frozen
     streams: tuple[str, ...] = ()  # data streams
     takes: tuple[str, ...] = ()  # outputs of earlier phases, as "<phase>.<name>"
+    after_step_uses_networks = False  # they are unsharded for it then
 
     @property
     def trains(self) -> tuple[str, ...]:
@@ -100,7 +101,7 @@ class Phase(nn.Module):
     def after_step(self, step: Step, result: StepResult, world: World) -> Tensors:
         """Updates of the run's state (running means, ADA); returns further scalars to log.
 
-        The networks of the phase and of `reads` are unsharded; all ranks call it.
+        All ranks call it.
         """
         return {}
 

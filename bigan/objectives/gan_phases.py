@@ -263,6 +263,7 @@ class GeneratorPhase(_GANPhase):
         self.generator = generator
         if self.paired:  # it is shown the real images of the last discriminator step, too
             self.streams = ("images",)
+        self.after_step_uses_networks = setup.model.latent_space == "w"  # for the mean latent
         self._inputs: list[Tensors] = []  # of the last main step
 
     def draws(self, at: int, num: int, terms: Terms) -> Tensors:

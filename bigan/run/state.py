@@ -256,6 +256,7 @@ class TrainState:
                 self._set_hyperparameters(step)
                 others, reads = self._others(step.phase), self._reads(step.phase)
                 result = self.engine.step(prepared, others, reads, inputs, step)
+            with self._unsharded(step.phase, phase.after_step_uses_networks):
                 logged = result.scalars | phase.after_step(step, result, self.world)
             for collected, new in zip(outputs, result.outputs, strict=True):
                 collected |= {f"{step.phase}.{key}": value for key, value in new.items()}
@@ -348,10 +349,10 @@ class TrainState:
         return {name: found[name] for name in self.objective.phases[phase].reads}
 
     @contextlib.contextmanager
-    def _unsharded(self, phase: str) -> Iterator[None]:
-        """Inside, the networks of a phase and those it reads are complete on every rank."""
+    def _unsharded(self, phase: str, needed: bool = True) -> Iterator[None]:
+        """Inside, if `needed`, the networks of a phase and those it reads are unsharded."""
         with contextlib.ExitStack() as stack:
-            for prepared in (self.prepared[phase], *self._others(phase)):
+            for prepared in (self.prepared[phase], *self._others(phase)) if needed else ():
                 stack.enter_context(prepared.wrapped.unsharded())
             yield
 

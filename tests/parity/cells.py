@@ -22,8 +22,8 @@ from bigan.atomic_files import numbered_folders
 from bigan.checkpoint import Reader, Saver
 from bigan.distributed.launch import disconnect
 from bigan.engine import Engine
-from bigan.run.state import Training
-from bigan.run.streams import open_stream
+from bigan.run.state import TrainState
+from bigan.run.streams import open_streams
 from bigan.run.trainer import enter_stage
 from bigan.run_config import RunConfig
 
@@ -32,49 +32,57 @@ SMOKE = ROOT / "configs" / "smoke" / "digits.yaml"
 CLASSES = {str(digit): 1 for digit in range(10)}
 STEPS = 3
 
-R1 = "penalties=[{name: r1, weight: 10.0}]"
-WGAN_GP = "penalties=[{name: wgan_gp, weight: 10.0}]"
+R1 = "objective.penalties=[{name: r1, weight: 10.0}]"
+WGAN_GP = "objective.penalties=[{name: wgan_gp, weight: 10.0}]"
 MICRO = "train.micro_batch=10"  # per process, of two
 # With momentum, so that Adam's first moment tells of all three gradients.
-COMMON = ["optimizer.g.beta1=0.5", "optimizer.d.beta1=0.5", "train.batch=40"]
+COMMON = ["optimizer.generator.beta1=0.5", "optimizer.discriminator.beta1=0.5", "train.batch=40"]
 CELLS: dict[str, list[str]] = {
     "no penalty": [],
     "r1": [R1],
     "wgan-gp": [WGAN_GP],
-    "lazy r1": ["penalties=[{name: r1, weight: 10.0, every: 2}]"],
+    "lazy r1": ["objective.penalties=[{name: r1, weight: 10.0, every: 2}]"],
     "r1 + accumulation": [R1, MICRO],
     "wgan-gp + accumulation": [WGAN_GP, MICRO],
-    "two d steps": [R1, "train.num_d_steps=2"],
+    "two d steps": [R1, "objective.discriminator_steps=2"],
     "attention + orthogonal": [
-        "train.orthogonal_weight=0.01", "model.attention_resolutions=[8]", "ema.start_images=80",
+        "objective.orthogonal_weight=0.01", "model.attention_resolutions=[8]",
+        "ema.start_images=80",
     ],
     "ada + r1": [R1, "augment={name: ada, initial: 0.5, every_images: 40, rampup_images: 1000}"],
     "bf16 + r1": [R1, "precision=bf16"],
     "fp16 + r1": [R1, "precision=fp16"],
-    "r1 in its own step": ["penalties=[{name: r1, weight: 10.0, every: 2, own_step: true}]"],
+    "r1 in a separate step": [
+        "objective.penalties=[{name: r1, weight: 10.0, every: 2, separate_step: true}]"
+    ],
     "growth": [
         "model={name: progan, resolution: 16, num_classes: 10, image_channels: 1, z_dim: 16, "
         "base_channels: 64, max_channels: 8}",
         "growth={start_resolution: 8, stable_images: 40, fade_images: 120}",
-        "loss=wasserstein", "penalties=[{name: wgan_gp}]", "drift_weight=0.001",
+        "objective.loss=wasserstein", "objective.penalties=[{name: wgan_gp}]",
+        "objective.drift_weight=0.001",
     ],
     "stylegan2": [
         "model={name: stylegan2, resolution: 16, num_classes: 10, image_channels: 1, z_dim: 16, "
         "w_dim: 16, channel_base: 128, max_channels: 8, mapping_layers: 2}",
-        "loss=non_saturating", "penalties=[{name: r1, every: 2, own_step: true}]",
-        "path_length={every: 2}",
+        "objective.loss=non_saturating",
+        "objective.penalties=[{name: r1, every: 2, separate_step: true}]",
+        "objective.path_length={every: 2}",
     ],
     "r3gan": [
         "model={name: r3gan, resolution: 16, num_classes: 10, conditional: true, "
         "image_channels: 1, z_dim: 16, widths: [16, 16, 8], group_size: 8, embedding_dim: 8}",
-        "loss=relativistic", "anneal_images=120", "optimizer.d.beta2_end=0.9999",
-        "penalties=[{name: r1, weight: 1.0, weight_end: 0.1}, {name: r2, weight: 1.0}]",
+        "objective.loss=relativistic", "anneal_images=120",
+        "optimizer.discriminator.beta2_end=0.9999",
+        "objective.penalties=[{name: r1, weight: 1.0, weight_end: 0.1}, {name: r2, weight: 1.0}]",
     ],
 }  # fmt: skip
+# Optimizer state that tells of the gradient of the first step: Adam, SGD, RMSprop.
+MOMENTS = (".exp_avg", ".momentum_buffer", ".square_avg")
 AFTER_FIRST = {"growth": 1}  # the step after which the engines have made one; else 0
 
 
-def recipe(digits: Path, place: Path, *overrides: str) -> RunConfig:
+def cell_config(digits: Path, place: Path, *overrides: str) -> RunConfig:
     where = [f"data.path={digits}", f"run_dir={place}"]
     return configs.load(RunConfig, SMOKE, [*where, *COMMON, *overrides])
 
@@ -84,29 +92,30 @@ def train_cell(config: RunConfig, cell: str) -> tuple[dict[str, float], list[str
     messages: list[str] = []
     engine = Engine(config, messages.append)
     engine.memory_format = torch.contiguous_format  # as in the sharding engines: the same kernels
-    training = Training(config, engine, CLASSES)
-    training.prepare()
-    for scale in training.scales.values():
+    state = TrainState(config, engine, CLASSES)
+    state.prepare()
+    for scale in state.scales.values():
         # At the edge, half the images per process (their mean: twice the gradient) overflow first.
         scale.scale.fill_(256)
-    saver = Saver(config.run_dir, training.world, keep=2, echo=print)
-    stream = open_stream(training)
+    saver = Saver(config.run_dir, state.world, keep=2, echo=print)
+    streams = open_streams(state)
     for step in range(STEPS):
-        training.step(stream)
+        state.advance(streams)
         if step in (AFTER_FIRST.get(cell, 0), STEPS - 1):
-            saver.save(training.progress, training.pieces())
-        stage = training.stage
-        enter_stage(training)
-        if training.stage is not stage:  # new networks and engines, moments from zero
-            stream.close()
-            stream = open_stream(training)
-            training.prepare()
-    stream.close()
-    means, _ = training.statistics.collect()
+            saver.save(state.progress, state.pieces())
+        stage = state.stage
+        enter_stage(state)
+        if state.stage is not stage:  # new networks and engines, optimizers without state
+            with streams:
+                pass
+            streams = open_streams(state)
+            state.prepare()
+    with streams:
+        means, _ = state.statistics.collect()
     saver.finish()
     assert not saver.verdict(), saver.verdict()
-    assert training.engine.halted_at() == -1
-    training.close()
+    assert engine.halted_at() == -1
+    state.close()
     return means, messages
 
 
@@ -127,12 +136,12 @@ def difference(ours: Result, reference: Result) -> Difference:
     a, b = ours.tensors(-1), reference.tensors(-1)
     assert a.keys() == b.keys(), a.keys() ^ b.keys()
     for key, tensor in b.items():
-        if key.startswith("networks/") or key.endswith(".step"):
+        if key.startswith(("networks/", "state/")) or key.endswith(".step"):
             state = max(state, (a[key] - tensor).abs().max().item())
     a, b = ours.tensors(0), reference.tensors(0)
     gradients = 0.0
-    for network in ("g", "d"):
-        keys = [k for k in b if k.startswith(f"optimizers/{network}.") and k.endswith(".exp_avg")]
+    for network in {key.split("/")[1].partition(".")[0] for key in b if "optimizers/" in key}:
+        keys = [k for k in b if k.startswith(f"optimizers/{network}.") and k.endswith(MOMENTS)]
         apart = torch.stack([(a[k] - b[k]).square().sum() for k in keys]).sum()
         size = torch.stack([b[k].square().sum() for k in keys]).sum()
         gradients = max(gradients, (apart / size).sqrt().item())
@@ -165,7 +174,7 @@ def main() -> None:
         losses[engine] = {}
         for cell in sys.argv[4].split(","):
             overrides = [*CELLS[cell], f"engine={engine}", "compile=eager"]
-            config = recipe(digits, run_dir(folder, engine, cell), *overrides)
+            config = cell_config(digits, run_dir(folder, engine, cell), *overrides)
             losses[engine][cell], _ = train_cell(config, cell)
     last = Engine(config, print)
     if last.world.is_main:

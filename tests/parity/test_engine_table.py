@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cells import CELLS, MICRO, Result, difference, recipe, run_dir, train_cell
+from cells import CELLS, MICRO, Result, cell_config, difference, run_dir, train_cell
 from commands import ROOT, environment, free_port
 
 BOUND = 1e-4  # float32, other orders of summation
@@ -30,7 +30,7 @@ def reference(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
             place = tmp_path_factory.mktemp("reference")
             # The joined micro-batch of two processes is one of twice the size.
             overrides = [o.replace(MICRO, "train.micro_batch=20") for o in CELLS[cell]]
-            config = recipe(digits, place, *overrides, "engine=single", "compile=eager")
+            config = cell_config(digits, place, *overrides, "engine=single", "compile=eager")
             losses, _ = train_cell(config, cell)
             known[cell] = Result(losses, place)
         return known[cell]
@@ -84,7 +84,7 @@ def test_the_comparison_sees_a_wrong_gradient(
     """A penalty that counts twice is far over the bounds."""
     assert difference(reference("r1"), reference("r1")) == (0, 0)
     doubled = [o.replace("10.0", "20.0") for o in CELLS["r1"]]
-    config = recipe(digits, tmp_path / "run", *doubled, "engine=single", "compile=eager")
+    config = cell_config(digits, tmp_path / "run", *doubled, "engine=single", "compile=eager")
     losses, _ = train_cell(config, "r1")
     wrong = difference(Result(losses, tmp_path / "run"), reference("r1"))
     assert wrong.gradients > 100 * BOUND

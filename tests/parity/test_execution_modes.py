@@ -16,16 +16,16 @@ from torch._dynamo.utils import counters
 
 from bigan import config as configs
 from bigan.engine import Engine
-from bigan.run.state import Training
-from bigan.run.streams import open_stream
+from bigan.run.state import TrainState
+from bigan.run.streams import open_streams
 from bigan.run.trainer import enter_stage
 from bigan.run_config import RunConfig
 
 PENALTIES = {
-    "none": "penalties=[]",
-    "r1": "penalties=[{name: r1, weight: 10.0}]",
-    "wgan_gp": "penalties=[{name: wgan_gp, weight: 10.0}]",
-    "lazy_r1": "penalties=[{name: r1, weight: 10.0, every: 2}]",
+    "none": "objective.penalties=[]",
+    "r1": "objective.penalties=[{name: r1, weight: 10.0}]",
+    "wgan_gp": "objective.penalties=[{name: wgan_gp, weight: 10.0}]",
+    "lazy_r1": "objective.penalties=[{name: r1, weight: 10.0, every: 2}]",
 }
 AUGMENT = {
     "diffaugment": ["augment={name: diffaugment}"],
@@ -42,23 +42,24 @@ def three_steps(config: RunConfig) -> tuple[State, list[str]]:
     """Networks after three steps, and the losses on the way, by the real trainer's parts."""
     messages: list[str] = []
     engine = Engine(config, messages.append)
-    training = Training(config, engine, TEN_CLASSES)
-    training.prepare()
-    stream = open_stream(training)
+    state = TrainState(config, engine, TEN_CLASSES)
+    state.prepare()
+    streams = open_streams(state)
     for _ in range(3):
-        training.step(stream)
-        stage = training.stage
-        enter_stage(training)
-        if training.stage is not stage:
-            stream.close()
-            stream = open_stream(training)
-            training.prepare()
-    stream.close()
-    means, _ = training.statistics.collect()
-    state: State = {f"loss/{k}": torch.tensor(v) for k, v in means.items()}
-    for name, network in training.networks.items():
-        state |= {f"{name}.{k}": t.detach().clone() for k, t in network.state_dict().items()}
-    return state, messages
+        state.advance(streams)
+        stage = state.stage
+        enter_stage(state)
+        if state.stage is not stage:
+            with streams:
+                pass
+            streams = open_streams(state)
+            state.prepare()
+    with streams:
+        means, _ = state.statistics.collect()
+    found: State = {f"loss/{k}": torch.tensor(v) for k, v in means.items()}
+    for name, module in (state.saved_networks | state.state).items():
+        found |= {f"{name}.{k}": t.detach().clone() for k, t in module.state_dict().items()}
+    return found, messages
 
 
 def largest_difference(a: State, b: State, relative: bool = False) -> float:
@@ -115,7 +116,7 @@ def test_aot_eager_is_bitwise_eager_with_augmentation(
     assert difference == 0
 
 
-@pytest.mark.parametrize("cell", ["growth", "stylegan2", "r3gan", "r1 in its own step"])
+@pytest.mark.parametrize("cell", ["growth", "stylegan2", "r3gan", "r1 in a separate step"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_families_agree(
     recipe: Callable[..., RunConfig],
@@ -161,7 +162,7 @@ def test_a_penalty_matters(
         assert any(
             not torch.equal(plain[k], t)
             for k, t in reference(recipe(PENALTIES[name])).items()
-            if k.startswith("d.") and k in plain
+            if k.startswith("discriminator.") and k in plain
         )
 
 
@@ -177,12 +178,13 @@ def test_accumulation_leaves_the_discriminator_step_unchanged(
     states = []
     for micro_batch in (10, 40):
         config = recipe(PENALTIES[penalty], f"train.micro_batch={micro_batch}")
-        training = Training(config, Engine(config, print), TEN_CLASSES)
-        training.generator.eval()
-        training.prepare()
-        with open_stream(training) as stream:
-            training.phase_step("d", stream)
-        gradients = {k: p.grad for k, p in training.discriminator.named_parameters()}
+        state = TrainState(config, Engine(config, print), TEN_CLASSES)
+        state.networks["generator"].eval()
+        state.prepare()
+        with open_streams(state) as streams:
+            state.advance(streams, steps=state.objective.steps(0)[:1])
+        discriminator = state.networks["discriminator"]
+        gradients = {k: p.grad for k, p in discriminator.named_parameters()}
         states.append({k: t for k, t in gradients.items() if t is not None})
     largest = max(t.abs().max().item() for t in states[1].values())
     difference = largest_difference(*states) / largest
