@@ -118,17 +118,6 @@ def test_the_mean_latent_follows_on_request_only() -> None:
         follow_latents(discriminator, mean)
 
 
-def test_labels_matter_to_conditional_networks_alone() -> None:
-    for conditional in (False, True):
-        config = tiny(conditional=conditional)
-        generator, discriminator = networks(config)
-        z, labels, images = batch(config)
-        others = (labels + 1) % config.num_classes
-        for network, inputs in ((generator, z), (discriminator, images)):
-            same = torch.isclose(network(inputs, labels), network(inputs, others))
-            assert same.all() == (not conditional)
-
-
 def test_the_generator_can_be_averaged() -> None:
     """The averaged copy has the mean latent among its buffers."""
     generator, _ = networks(tiny())
