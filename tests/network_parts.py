@@ -1,4 +1,4 @@
-"""What the tests of every family of networks need: networks, a batch, a penalty in one forward."""
+"""What the tests of networks share: networks, a batch, a penalty in one forward."""
 
 from __future__ import annotations
 
@@ -17,12 +17,27 @@ def built(config: AnyModel, device: str = "cpu") -> list[Any]:
     return list(models.build(config, device).values())
 
 
-def networks(config: AnyModel) -> tuple[Any, Any]:
-    """(generator, discriminator), initialised from fixed seeds."""
-    generator, discriminator = built(config)
-    generator.init_weights(torch.Generator().manual_seed(0))
-    discriminator.init_weights(torch.Generator().manual_seed(1))
-    return generator, discriminator
+def networks(config: AnyModel) -> list[Any]:
+    """The networks of `config`, initialised from the fixed seeds 0, 1, ..."""
+    pair = built(config)
+    for seed, network in enumerate(pair):
+        network.init_weights(torch.Generator().manual_seed(seed))
+    return pair
+
+
+def trained(network: nn.Module) -> nn.Module:
+    """`network` with biases, gains, zero weights and `alpha` moved from their initial values."""
+    draw = torch.Generator().manual_seed(3)
+    for parameter in network.parameters():
+        noise = torch.randn(parameter.shape, generator=draw).to(parameter)
+        if parameter.ndim < 2:
+            parameter.data += 0.3 * noise + (0.5 if parameter.numel() == 1 else 0)
+        elif not parameter.any():
+            parameter.data += 0.5 / parameter[0].numel() ** 0.5 * noise
+    for name, buffer in network.named_buffers():
+        if name == "alpha":
+            buffer.fill_(0.3)
+    return network
 
 
 def batch(config: AnyModel, num: int = 8) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,6 +49,12 @@ def batch(config: AnyModel, num: int = 8) -> tuple[Tensor, Tensor, Tensor]:
         torch.randint(config.num_classes, (num,), generator=draw),
         torch.rand(size, generator=draw) * 2 - 1,
     )
+
+
+def inputs(config: AnyModel, name: str, num: int = 8) -> tuple[Tensor, Tensor]:
+    """The inputs of the network of this name: latents or images, and labels."""
+    z, labels, images = batch(config, num)
+    return (z if name in ("generator", "decoder") else images), labels
 
 
 class R1(nn.Module):

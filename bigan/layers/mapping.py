@@ -84,8 +84,8 @@ class Mapping(nn.Module):
 class AveragedMapping(Layer):
     """z [B, z_dim], labels int64 [B] -> ws [B, num_ws, w_dim]: w once per layer that uses it.
 
-    `truncation_psi` < 1 draws w towards its mean over z and labels (Karras et al. 2019,
-    appendix B).
+    `truncation_psi` < 1 moves w towards its mean over z and labels: mean + psi (w - mean) (Karras
+    et al. 2019, appendix B). It is one number, or a tensor [B] with one psi per image.
     """
 
     w_average: Tensor
@@ -102,9 +102,11 @@ class AveragedMapping(Layer):
         """Mean latent 0; nothing is drawn."""
         self.w_average.zero_()
 
-    def forward(self, z: Tensor, labels: Tensor, truncation_psi: float = 1.0) -> Tensor:
+    def forward(self, z: Tensor, labels: Tensor, truncation_psi: float | Tensor = 1.0) -> Tensor:
         w = self.network(z, labels)
-        if truncation_psi != 1:
+        if isinstance(truncation_psi, Tensor):
+            w = torch.lerp(self.w_average, w, truncation_psi.to(w.dtype)[:, None])
+        elif truncation_psi != 1:
             w = torch.lerp(self.w_average, w, truncation_psi)
         return w[:, None].expand(-1, self.num_ws, -1)
 

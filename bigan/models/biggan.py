@@ -7,6 +7,7 @@ discriminator. Widths and parameter counts follow the published implementations 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Literal
 
@@ -22,8 +23,9 @@ from bigan.layers.batchnorm import BatchNorm2d, ConditionalBatchNorm2d
 from bigan.layers.spectral import SNConv2d, SNEmbedding, SNLinear
 from bigan.models.base import ModelConfig
 
-# Block widths in units of `channels`: block i goes from entry i to entry i + 1.
-GENERATOR_WIDTHS: dict[int, tuple[int, ...]] = {
+# Channels of the generator's maps in units of `channels`, from 4 px up to the resolution of the
+# images. BigGAN-deep has the same; its discriminator mirrors them.
+WIDTHS: dict[int, tuple[int, ...]] = {
     16: (4, 4, 4),
     32: (4, 4, 4, 4),
     64: (16, 16, 8, 4, 2),
@@ -31,7 +33,8 @@ GENERATOR_WIDTHS: dict[int, tuple[int, ...]] = {
     256: (16, 16, 8, 8, 4, 2, 1),
     512: (16, 16, 8, 8, 4, 2, 1, 1),
 }
-# Output widths of the discriminator's blocks; below, how many of them (the first) halve the image.
+# Output widths of the blocks of BigGAN's discriminator, of which the first NUM_HALVINGS halve the
+# image.
 DISCRIMINATOR_WIDTHS: dict[int, tuple[int, ...]] = {
     16: (4, 4, 4),
     32: (4, 4, 4, 4),
@@ -43,31 +46,62 @@ DISCRIMINATOR_WIDTHS: dict[int, tuple[int, ...]] = {
 NUM_HALVINGS = {16: 2, 32: 2, 64: 4, 128: 5, 256: 6, 512: 7}
 
 
-class Config(ModelConfig):
-    """Everything that decides the shape and the initial values of both networks.
+class SharedConfig(ModelConfig):
+    """What the configs of BigGAN and of BigGAN-deep have in common.
 
-    The epsilons are the paper's, raised to 1e-4 for low precision (appendix C, recalled from the
-    paper); the authors' PyTorch code uses 1e-6 and 1e-5.
+    The epsilons are the paper's, 1e-4 for low precision (appendix C). The authors' PyTorch code
+    uses 1e-6 and 1e-5.
     """
 
-    name: Literal["biggan"]
+    name: str
     resolution: Literal[16, 32, 64, 128, 256, 512]
     num_classes: Positive
-    z_dim: Positive  # whole latent; with hierarchical=true a multiple of blocks + 1 (20 per slot)
+    z_dim: Positive
     image_channels: Literal[1, 3] = 3
-    channels: Positive = 96  # width multiplier "ch"
-    discriminator_channels: Positive | None = None  # its own multiplier; none: `channels`
-    shared_dim: Positive = 128  # class embedding shared by all conditional BatchNorms
-    hierarchical: bool = True  # a slice of z for the first layer and for each block
-    attention_resolutions: tuple[Positive, ...] = (64,)  # those a network does not reach: no effect
-    init: Literal["orthogonal", "normal"] = "orthogonal"  # normal: N(0, 0.02), used for CIFAR
+    channels: Positive  # width multiplier "ch"
+    shared_dim: Positive = 128  # class embedding shared by all layers that are given the class
+    attention_resolutions: tuple[Positive, ...] = (64,)  # no effect where a network has no such map
+    init: Literal["orthogonal", "normal"] = "orthogonal"  # normal: N(0, 0.02^2), used for CIFAR
     sn_eps: PositiveFloat = 1e-4
     bn_eps: PositiveFloat = 1e-4
 
     @property
+    def generator_widths(self) -> tuple[int, ...]:
+        """Channels of the generator's maps at 4 px, 8 px, ..., resolution."""
+        return tuple(self.channels * width for width in WIDTHS[self.resolution])
+
+    @field_validator("attention_resolutions")
+    @classmethod
+    def _reachable(cls, resolutions: tuple[int, ...]) -> tuple[int, ...]:
+        return reachable(resolutions)
+
+    def check_attention(self, layers: Iterable[tuple[int, int]], keys: str) -> None:
+        """ValueError if attention is impossible at one of the (resolution, channels) `layers`.
+
+        `keys` names the config keys that decide the channels.
+        """
+        for resolution, channels in layers:
+            if resolution in self.attention_resolutions and channels % 8:
+                raise ValueError(
+                    f"attention_resolutions: {resolution} has {channels} channels, and attention "
+                    "needs a multiple of 8; leave it out (attention_resolutions=[]) or use a "
+                    f"multiple of 8 for {keys}"
+                )
+
+
+class Config(SharedConfig):
+    """The shape and the initial values of both networks."""
+
+    name: Literal["biggan"]
+    z_dim: Positive  # of the complete latent; if hierarchical a multiple of blocks + 1 (20 each)
+    channels: Positive = 96
+    discriminator_channels: Positive | None = None  # its own multiplier; none: `channels`
+    hierarchical: bool = True  # a slice of z for the first layer and for each block
+
+    @property
     def num_blocks(self) -> int:
         """Residual blocks of the generator, each doubling the resolution."""
-        return len(GENERATOR_WIDTHS[self.resolution]) - 1
+        return len(WIDTHS[self.resolution]) - 1
 
     @property
     def z_chunk(self) -> int:
@@ -75,28 +109,10 @@ class Config(ModelConfig):
         return self.z_dim // (self.num_blocks + 1) if self.hierarchical else self.z_dim
 
     @property
-    def generator_widths(self) -> tuple[int, ...]:
-        """Channels entering the first block, then leaving each block."""
-        return tuple(self.channels * width for width in GENERATOR_WIDTHS[self.resolution])
-
-    @property
     def discriminator_widths(self) -> tuple[int, ...]:
         """Channels leaving each discriminator block."""
         channels = self.discriminator_channels or self.channels
         return tuple(channels * width for width in DISCRIMINATOR_WIDTHS[self.resolution])
-
-    @property
-    def attention_channels(self) -> list[tuple[int, int]]:
-        """(resolution, channels) of each attention layer of both networks."""
-        generator = [(8 * 2**i, c) for i, c in enumerate(self.generator_widths[1:])]
-        halving = self.discriminator_widths[: NUM_HALVINGS[self.resolution]]
-        discriminator = [(self.resolution // 2**i, c) for i, c in enumerate(halving, start=1)]
-        return [at for at in generator + discriminator if at[0] in self.attention_resolutions]
-
-    @field_validator("attention_resolutions")
-    @classmethod
-    def _reachable(cls, resolutions: tuple[int, ...]) -> tuple[int, ...]:
-        return reachable(resolutions)
 
     @model_validator(mode="after")
     def _shapes(self) -> Config:
@@ -108,13 +124,10 @@ class Config(ModelConfig):
                 f"and {self.num_blocks} blocks) of a {self.resolution} px hierarchical generator; "
                 f"use z_dim={nearest}, or hierarchical=false"
             )
-        for resolution, channels in self.attention_channels:
-            if channels % 8:
-                raise ValueError(
-                    f"attention_resolutions: {resolution} has {channels} channels, and attention "
-                    "needs a multiple of 8; leave it out (attention_resolutions=[]) or use "
-                    "channels and discriminator_channels that are multiples of 8"
-                )
+        halving = self.discriminator_widths[: NUM_HALVINGS[self.resolution]]
+        layers = [(8 * 2**i, width) for i, width in enumerate(self.generator_widths[1:])]
+        layers += [(self.resolution // 2**i, width) for i, width in enumerate(halving, start=1)]
+        self.check_attention(layers, "channels and discriminator_channels")
         return self
 
 

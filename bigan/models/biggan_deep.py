@@ -13,58 +13,30 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from bigan.config import Positive, PositiveFloat
+from bigan.config import Positive
 from bigan.layers import init
-from bigan.layers.attention import SelfAttention, reachable
+from bigan.layers.attention import SelfAttention
 from bigan.layers.batchnorm import BatchNorm2d, ConditionalBatchNorm2d
 from bigan.layers.spectral import SNConv2d, SNEmbedding, SNLinear
-from bigan.models.base import ModelConfig
+from bigan.models.biggan import WIDTHS, SharedConfig
 
-# Channels in units of `channels`: of the 4 x 4 map, then of the map at each doubling. The blocks of
-# both networks follow from them. Nothing is published for 16 px, and no agreed form for 32 px:
-# those two are ours, of constant width as BigGAN's for CIFAR.
-WIDTHS: dict[int, tuple[int, ...]] = {
-    16: (4, 4, 4),
-    32: (4, 4, 4, 4),
-    64: (16, 16, 8, 4, 2),
-    128: (16, 16, 8, 4, 2, 1),
-    256: (16, 16, 8, 8, 4, 2, 1),
-    512: (16, 16, 8, 8, 4, 2, 1, 1),
-}
-BOTTLENECK = 4  # a block's wider end has this many times the channels of its 3 x 3 convolutions
+# A block's wider end has this many times the channels of its 3 x 3 convolutions.
+BOTTLENECK = 4
 
 
-class Config(ModelConfig):
-    """Everything that decides the shape and the initial values of both networks.
+class Config(SharedConfig):
+    """The shape and the initial values of both networks.
 
-    The epsilons are the paper's, raised to 1e-4 for low precision (appendix C, recalled from the
-    paper).
+    Nothing is published for 16 px, and no agreed form for 32 px: those two are ours, of constant
+    width as BigGAN's for CIFAR.
     """
 
     name: Literal["biggan_deep"]
-    resolution: Literal[16, 32, 64, 128, 256, 512]
-    num_classes: Positive
     z_dim: Positive = 128  # never split: the first layer and every block receive all of z
-    image_channels: Literal[1, 3] = 3
-    channels: Positive = 128  # width multiplier "ch"
-    shared_dim: Positive = 128  # class embedding shared by the first layer and all BatchNorms
-    attention_resolutions: tuple[Positive, ...] = (64,)  # those a network does not reach: no effect
-    init: Literal["orthogonal", "normal"] = "orthogonal"  # normal: N(0, 0.02)
-    sn_eps: PositiveFloat = 1e-4
-    bn_eps: PositiveFloat = 1e-4
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels at 4 px, 8 px, ... up to the resolution of the images; the same in G and D."""
-        return tuple(self.channels * width for width in WIDTHS[self.resolution])
-
-    @field_validator("attention_resolutions")
-    @classmethod
-    def _reachable(cls, resolutions: tuple[int, ...]) -> tuple[int, ...]:
-        return reachable(resolutions)
+    channels: Positive = 128
 
     @model_validator(mode="after")
     def _shapes(self) -> Config:
@@ -78,13 +50,8 @@ class Config(ModelConfig):
                 f"{self.resolution} px, and a bottleneck needs a multiple of {BOTTLENECK}; "
                 f"use channels={nearest}"
             )
-        for i, width in enumerate(self.widths):
-            if 4 * 2**i in self.attention_resolutions and width % 8:
-                raise ValueError(
-                    f"attention_resolutions: {4 * 2**i} has {width} channels, and attention needs "
-                    "a multiple of 8; leave it out (attention_resolutions=[]) or use channels "
-                    "that are a multiple of 8"
-                )
+        layers = ((4 * 2**i, width) for i, width in enumerate(self.generator_widths))
+        self.check_attention(layers, "channels")
         return self
 
 
@@ -133,7 +100,7 @@ class Generator(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        widths, eps = config.widths, config.sn_eps
+        widths, eps = config.generator_widths, config.sn_eps
         cond_dim = config.shared_dim + config.z_dim
         # Deliberately not spectrally normalised (nor orthogonally regularised).
         self.shared = nn.Embedding(config.num_classes, config.shared_dim)
@@ -205,7 +172,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.config = config
         eps = config.sn_eps
-        widths = config.widths[::-1]
+        widths = config.generator_widths[::-1]
         self.from_image = SNConv2d(config.image_channels, widths[0], 3, eps=eps)
         self.blocks = nn.ModuleList()
         self.attention = nn.ModuleDict()  # index of the block before it -> layer

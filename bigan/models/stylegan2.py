@@ -172,7 +172,8 @@ class Generator(nn.Module):
     In training mode a share `style_mixing` of the images takes a second latent from a random layer
     on (mixing regularisation, Karras et al. 2019, section 3.1). The key of an image, which decides
     this and the noise, is a hash of its z unless `noise_key` int64 [B] in [0, 2^63) is given.
-    `truncation_psi` < 1 trades variety for quality, if the mean latent has been followed.
+    `truncation_psi` < 1, one number or a tensor [B], trades variety for quality; it needs a mean
+    latent that has been kept up to date.
     """
 
     def __init__(self, config: Config) -> None:
@@ -200,13 +201,13 @@ class Generator(nn.Module):
         z: Tensor,
         labels: Tensor,
         noise_key: Tensor | None = None,
-        truncation_psi: float = 1.0,
+        truncation_psi: float | Tensor = 1.0,
     ) -> Tensor:
         keys = hashing.keys(z) if noise_key is None else noise_key
         return self.synthesis(self.latents(z, labels, keys, truncation_psi), keys)
 
     def latents(
-        self, z: Tensor, labels: Tensor, keys: Tensor, truncation_psi: float = 1.0
+        self, z: Tensor, labels: Tensor, keys: Tensor, truncation_psi: float | Tensor = 1.0
     ) -> Tensor:
         """ws [B, num_ws, w_dim] as `synthesis` is to get them: mixed, in training mode."""
         ws = self.mapping(z, labels, truncation_psi)
