@@ -13,8 +13,8 @@ from pydantic import Field, field_validator, model_validator
 
 from bigan.augment import AugmentConfig, NoAugment
 from bigan.config import ConfigError, Frozen
+from bigan.data.format.manifest import Manifest
 from bigan.data.settings import DataConfig
-from bigan.data.shards import Manifest
 from bigan.models import ModelConfig
 from bigan.run.collapse import CollapseConfig
 

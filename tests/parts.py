@@ -7,7 +7,7 @@ from pathlib import Path
 from commands import TEN_CLASSES
 
 from bigan import config as configs
-from bigan.data.stream import ShardStream
+from bigan.data.streaming.stream import ShardStream
 from bigan.engine import Engine
 from bigan.run.state import Training
 from bigan.run_config import RunConfig

@@ -32,7 +32,7 @@ PACK_OPTIONS = (
 
 
 def pack_command(arguments: argparse.Namespace) -> int:
-    from bigan.data.pack import BAD, pack
+    from bigan.data.packing.pack import BAD, pack
 
     destination = arguments.destination
     options = {name: getattr(arguments, name) for name in PACK_OPTIONS}
@@ -56,7 +56,7 @@ def pack_command(arguments: argparse.Namespace) -> int:
 
 
 def verify_command(arguments: argparse.Namespace) -> int:
-    from bigan.data.verify import verify
+    from bigan.data.packing.verify import verify
 
     with _image_bar(f"verifying {arguments.folder}") as progress:
         report = verify(

@@ -11,7 +11,7 @@ from torch import nn
 
 from bigan import models
 from bigan.checkpoint import snapshots
-from bigan.data.dataset import open_level
+from bigan.data.streaming.dataset import open_level
 from bigan.distributed.world import World, on_main, once, together
 from bigan.errors import UserError
 from bigan.evaluation import features, metrics, moments, reference, sampling

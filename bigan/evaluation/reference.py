@@ -18,9 +18,9 @@ import safetensors.torch
 import torch
 
 from bigan import atomic_files
+from bigan.data.format.manifest import Manifest
 from bigan.data.settings import Fetch
-from bigan.data.shards import Manifest
-from bigan.data.stream import sequential
+from bigan.data.streaming.stream import sequential
 from bigan.distributed.world import World, on_main, together
 from bigan.errors import UserError
 from bigan.evaluation import moments

@@ -14,8 +14,8 @@ from torch import nn
 
 from bigan import augment, checkpoint, models, rng
 from bigan.checkpoint import Piece, Progress, Reader
-from bigan.data.fetch import BadSample
-from bigan.data.stream import Batch
+from bigan.data.streaming.fetchers import BadSample
+from bigan.data.streaming.stream import Batch
 from bigan.distributed.world import sum_over_ranks, together
 from bigan.engine import Engine, Prepared
 from bigan.engine.loss_scale import LossScale

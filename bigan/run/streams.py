@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bigan.data import resampled
-from bigan.data.dataset import open_level, open_manifest
-from bigan.data.resampled import ResampledStream
-from bigan.data.shards import Manifest
-from bigan.data.stream import Batch, Endless, ShardStream
+from bigan.data.format.manifest import Manifest
+from bigan.data.streaming import resampled
+from bigan.data.streaming.dataset import open_level, open_manifest
+from bigan.data.streaming.resampled import ResampledStream
+from bigan.data.streaming.stream import Batch, Endless, ShardStream
 from bigan.distributed.world import World, broadcast, gather, together
 from bigan.errors import UserError
 from bigan.objectives.growth import stages

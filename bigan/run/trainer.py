@@ -11,8 +11,8 @@ from pathlib import Path
 
 from bigan import checkpoint
 from bigan.checkpoint import Progress
-from bigan.data import resampled
-from bigan.data.stream import Batch, Endless
+from bigan.data.streaming import resampled
+from bigan.data.streaming.stream import Batch, Endless
 from bigan.distributed.heartbeat import Heartbeat, is_communication_error
 from bigan.distributed.launch import disconnect
 from bigan.distributed.replica_check import SlowRanks, check_replicas

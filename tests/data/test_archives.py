@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bigan.data import DataError, archives
-from bigan.data.sources import open_source
+from bigan.data import DataError
+from bigan.data.packing import archives
+from bigan.data.packing.sources import open_source
 
 RNG = np.random.default_rng(0)
 NUM = 6  # images per batch

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from bigan.data import convert
-from bigan.data.convert import square, to_square
-from bigan.data.decode import BadImageError, first_line
+from bigan.data.format import convert
+from bigan.data.format.codec import BadImageError, first_line
+from bigan.data.format.convert import square, to_square
 
 SIZE = (8, 8)
 RNG = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from bigan.data import device as devices
+from bigan.data.streaming import device as devices
 
 
 class Event:

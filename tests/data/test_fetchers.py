@@ -18,15 +18,16 @@ import pytest
 import torch
 from web import Web, serving
 
-from bigan.data import DataError, cache, local, remote, workers
-from bigan.data import fetch as fetching
-from bigan.data.dataset import open_manifest
-from bigan.data.pack import pack
-from bigan.data.plan import Order, grouped
+from bigan.data import DataError
+from bigan.data.format.manifest import Manifest
+from bigan.data.packing.pack import pack
 from bigan.data.settings import DataConfig, Fetch
-from bigan.data.shards import Manifest
-from bigan.data.stream import Batch, ShardStream, sequential
-from bigan.data.streamed import Streamed
+from bigan.data.streaming import cache, local_shards, remote, workers
+from bigan.data.streaming import fetchers as fetching
+from bigan.data.streaming.dataset import open_manifest
+from bigan.data.streaming.order import Order, grouped
+from bigan.data.streaming.stream import Batch, ShardStream, sequential
+from bigan.data.streaming.streamed_shards import Streamed
 from bigan.distributed.world import World
 
 BLOCK = 400
@@ -373,7 +374,9 @@ def test_a_broken_data_set_is_not_skipped(digits: Path, monkeypatch: pytest.Monk
         raise fetching.BadImageError("not today")
 
     monkeypatch.setattr(fetching, "decode_into", refuse)
-    monkeypatch.setattr(local.LocalShards, "read_raw", lambda self, p, s, *_: list(range(len(s))))
+    monkeypatch.setattr(
+        local_shards.LocalShards, "read_raw", lambda self, p, s, *_: list(range(len(s)))
+    )
     with pytest.raises(DataError, match="no image decodes"):
         take(digits, 1, fetch=Fetch(on_bad="skip"))
 
@@ -472,7 +475,7 @@ def test_a_damaged_index_stops_every_mode(digits: Path, tmp_path: Path, mode: st
 
 def test_members_are_the_same_from_disk_and_stream(digits: Path) -> None:
     manifest = Manifest.load(digits)
-    exact = local.LocalShards(manifest, "train")
+    exact = local_shards.LocalShards(manifest, "train")
     streamed = Streamed(manifest, "train", iter(()), threading.Event(), 1, False)
     for sample in (0, 101, 1296):
         assert streamed.member(sample) == exact.member(sample)
@@ -480,7 +483,7 @@ def test_members_are_the_same_from_disk_and_stream(digits: Path) -> None:
 
 def test_raw_reads_are_whole_or_not_at_all(digits: Path, tmp_path: Path) -> None:
     shutil.copytree(digits, tmp_path / "d")
-    shards = local.LocalShards(Manifest.load(tmp_path / "d"), "train")
+    shards = local_shards.LocalShards(Manifest.load(tmp_path / "d"), "train")
     out, numbers = np.zeros((6, 8, 8, 1), np.uint8), np.arange(6)
     assert shards.read_raw(numbers, numbers, out, lambda: True) == []
     assert not out.any()  # stopped before the first one

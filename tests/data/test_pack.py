@@ -16,11 +16,12 @@ import pytest
 from PIL import Image
 
 from bigan import atomic_files
-from bigan.data import DataError, pack_plan, sources
-from bigan.data.decode import BadImageError, Encoding, decode_into, encode
-from bigan.data.pack import HOPELESS, Packed, pack, pack_source
-from bigan.data.pack_shard import Record
-from bigan.data.shards import Manifest
+from bigan.data import DataError
+from bigan.data.format.codec import BadImageError, Encoding, decode_into, encode
+from bigan.data.format.manifest import Manifest
+from bigan.data.packing import pack_plan, sources
+from bigan.data.packing.pack import HOPELESS, Packed, pack, pack_source
+from bigan.data.packing.pack_shard import Record
 
 DIGITS = {  # the digits at each size, as the first version of the packer wrote them
     8: "f12bae61de47f8a26cf0cf30ffb9f4c0",

@@ -23,9 +23,9 @@ from PIL import Image
 
 from bigan import atomic_files
 from bigan.data import DataError
-from bigan.data.pack import Packed, pack
-from bigan.data.pack_claim import STAMP
-from bigan.data.shards import Manifest
+from bigan.data.format.manifest import Manifest
+from bigan.data.packing.pack import Packed, pack
+from bigan.data.packing.pack_lock import STAMP
 
 Part = tuple[int, int]
 

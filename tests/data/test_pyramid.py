@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bigan.data import DataError, sources
-from bigan.data.decode import Pixels
-from bigan.data.pack import Packed, pack, pack_source
-from bigan.data.pack_shard import Record, halvings
-from bigan.data.shards import Manifest
-from bigan.data.stream import sequential
+from bigan.data import DataError
+from bigan.data.format.codec import Pixels
+from bigan.data.format.manifest import Manifest
+from bigan.data.packing import sources
+from bigan.data.packing.pack import Packed, pack, pack_source
+from bigan.data.packing.pack_shard import Record, halvings
+from bigan.data.streaming.stream import sequential
 from bigan.distributed.world import World
 
 LEVELS = ("r0004", "r0008", "r0016", "r0032")

@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from bigan.data import DataError, sources
-from bigan.data.convert import square
-from bigan.data.decode import BadImageError
-from bigan.data.listing import assign_splits, number_labels, split_of, unit_hash, unsafe
-from bigan.data.sources import open_source
+from bigan.data import DataError
+from bigan.data.format.codec import BadImageError
+from bigan.data.format.convert import square
+from bigan.data.packing import sources
+from bigan.data.packing.listing import assign_splits, number_labels, split_of, unit_hash, unsafe
+from bigan.data.packing.sources import open_source
 
 NOISE = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
 

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 import torch
 
-from bigan.data import DataError, local, sources
-from bigan.data import fetch as fetching
-from bigan.data.pack import pack, pack_source
-from bigan.data.plan import Order
+from bigan.data import DataError
+from bigan.data.format.manifest import Manifest
+from bigan.data.packing import sources
+from bigan.data.packing.pack import pack, pack_source
 from bigan.data.settings import Fetch
-from bigan.data.shards import Manifest
-from bigan.data.stream import Batch, ShardStream, sequential
+from bigan.data.streaming import fetchers as fetching
+from bigan.data.streaming import local_shards
+from bigan.data.streaming.order import Order
+from bigan.data.streaming.stream import Batch, ShardStream, sequential
 from bigan.distributed.world import World
 
 NUM = 1297
@@ -306,7 +308,9 @@ def test_close_does_not_wait_for_a_slow_batch(
         time.sleep(0.01)
 
     monkeypatch.setattr(fetching, "decode_into", slow)
-    monkeypatch.setattr(local.LocalShards, "read_raw", lambda self, p, s, *_: list(range(len(s))))
+    monkeypatch.setattr(
+        local_shards.LocalShards, "read_raw", lambda self, p, s, *_: list(range(len(s)))
+    )
     batches = open_stream(digits, batch=12, prefetch=40)
     next(batches)
     bigger = open_stream(digits, batch=1200, prefetch=3)
@@ -332,7 +336,7 @@ def test_dropped_stream_stops_its_threads(digits: Path) -> None:
 
 def test_interpreter_exits_with_an_open_stream(digits: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from bigan.data.stream import ShardStream;"
+        "import sys; from pathlib import Path; from bigan.data.streaming.stream import ShardStream;"
         "from bigan.distributed.world import World;"
         "s = ShardStream(Path(sys.argv[1]), seed=0, world=World(), batch=640);"
         "print(len(next(s).labels))"
@@ -348,7 +352,7 @@ def test_few_open_files_serve_many_shards(
     """Files are closed and opened again under the threads' feet without a wrong byte."""
     pack("digits", tmp_path / "many", resolution=8, shard_size=10)
     want = joined(take(tmp_path / "many", 60, threads=1))
-    monkeypatch.setattr(local, "MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(local_shards, "MAX_OPEN_SHARDS", 2)
     with open_stream(tmp_path / "many", threads=8, prefetch=16) as batches:
         got = []
         for _ in range(60):

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bigan.data import DataError, tario
-from bigan.data.adopt import adopt
-from bigan.data.decode import Encoding, encode
-from bigan.data.pack import pack
-from bigan.data.shards import COLUMNS, Manifest, Shard, content_fingerprint, index_name
-from bigan.data.verify import Report, verify
+from bigan.data import DataError
+from bigan.data.format.codec import Encoding, encode
+from bigan.data.format.manifest import COLUMNS, Manifest, Shard, content_fingerprint, index_name
+from bigan.data.format.tar import Member, index_shard, shard_bytes, walk_tar
+from bigan.data.packing.index_in_place import adopt
+from bigan.data.packing.pack import pack
+from bigan.data.packing.verify import Report, verify
 
 CLASSES = ("cat", "dog", "owl")
 Sample = tuple[str, bytes, int]  # key, image bytes, label
@@ -51,7 +52,7 @@ def write(
     (folder / "index").mkdir(parents=True)
     entries, rows = [], {}
     for name, members in shards.items():
-        data = tario.shard_bytes(iter(members), encoder)
+        data = shard_bytes(iter(members), encoder)
         (folder / name).write_bytes(data)
         split = name.rpartition("-")[0]
         histogram = np.bincount([label for _, _, label in members], minlength=len(CLASSES))
@@ -67,7 +68,7 @@ def write(
         )
         columns = rows.setdefault(split, {name: [] for name in COLUMNS})
         number = len(set(columns["shard"]))
-        for offset, size, label in zip(*tario.index_shard(data, encoder, name), strict=True):
+        for offset, size, label in zip(*index_shard(data, encoder, name), strict=True):
             for column, value in zip(COLUMNS, (offset, size, label, number), strict=True):
                 columns[column].append(value)
     hashes = {}
@@ -119,8 +120,8 @@ def flip(file: Path, position: int, bits: int = 1) -> None:
     file.write_bytes(data)
 
 
-def member(file: Path, name: str) -> tario.Member:
-    return next(m for m in tario.walk_tar(file.read_bytes(), "") if m.name == name)
+def member(file: Path, name: str) -> Member:
+    return next(m for m in walk_tar(file.read_bytes(), "") if m.name == name)
 
 
 @pytest.fixture
@@ -307,7 +308,7 @@ def test_shards_whose_members_are_not_what_the_index_says(pngs: Path) -> None:
     shards["train-000000.tar"][2:3] = []  # a sample is gone
     shards["train-000001.tar"][3] = (*shards["train-000001.tar"][3][:2], 2)  # another label
     for name, members in shards.items():
-        (pngs / name).write_bytes(tario.shard_bytes(iter(members), "png"))
+        (pngs / name).write_bytes(shard_bytes(iter(members), "png"))
     reseal(pngs)
     report = verify(pngs)
     assert has(report, "train-000000.tar: holds 6 samples, but manifest.json says 7")
@@ -814,7 +815,7 @@ def test_deep_uses_the_original_names_if_they_are_known(tmp_path: Path) -> None:
     folder = deep_folder(tmp_path / "animals")
     for shard in Manifest.read(folder).shardlist:
         data = (folder / shard.url).read_bytes()
-        offsets, _, _ = tario.index_shard(data, "png", "")
+        offsets, _, _ = index_shard(data, "png", "")
         keys = [f"{shard.split}/{shard.url[-5]}/{row}.jpg" for row in range(len(offsets))]
         record = {"sha256": shard.sha256, "offsets": offsets, "keys": keys}
         (folder / "index" / f"{shard.url[:-4]}.json").write_text(json.dumps(record))

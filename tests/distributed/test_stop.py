@@ -267,7 +267,7 @@ if __name__ == "__main__":
     import itertools
     from pathlib import Path
     from bigan.data.settings import Fetch
-    from bigan.data.stream import ShardStream
+    from bigan.data.streaming.stream import ShardStream
     from bigan.distributed.world import World
     settings = dict(seed=0, world=World(), batch=32, block=400)
     fetch = Fetch(backend="processes", threads=1)

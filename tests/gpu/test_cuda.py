@@ -11,7 +11,7 @@ import torch
 from commands import ROOT, SMOKE, TEN_CLASSES, launch
 
 from bigan.checkpoint import Piece, Progress, Reader, Saver, snapshots
-from bigan.data.stream import ShardStream
+from bigan.data.streaming.stream import ShardStream
 from bigan.distributed.world import World
 from bigan.engine import Engine
 from bigan.run.state import Training

@@ -17,7 +17,7 @@ import pytest
 from commands import ROOT, SMOKE, environment, launch
 from namespaces import Node, machines
 
-from bigan.data.shards import Manifest
+from bigan.data.format.manifest import Manifest
 
 PORT = "29411"  # every machine has its own ports
 BATCH = 40  # of the smoke recipe
@@ -30,7 +30,7 @@ from pathlib import Path
 
 def main(folder, *arguments):
     from bigan.cli.main import main as bigan
-    from bigan.data.stream import ShardStream
+    from bigan.data.streaming.stream import ShardStream
 
     given, deliver = [], ShardStream.__next__
 

@@ -18,8 +18,8 @@ from bigan import config as configs
 from bigan.augment.discriminator_inputs import real_images
 from bigan.checkpoint import snapshots
 from bigan.config import ConfigError
-from bigan.data.pack import pack
-from bigan.data.stream import ShardStream
+from bigan.data.packing.pack import pack
+from bigan.data.streaming.stream import ShardStream
 from bigan.distributed.world import World
 from bigan.engine import Engine
 from bigan.evaluation.watcher import evaluate

@@ -1,0 +1,347 @@
+"""`bigan verify`: is a packed folder what its manifest says? Every problem is found in one go.
+
+Checked are the manifest, which files are there, sizes and sha256 of shards and index files, every
+tar header and the end of each tar, every label and position against the index, counts, and that
+every image decodes to its shape (shard_scan.py). Shards are checked in threads and mapped, so that
+memory does not depend on their size. What the images look like is the subject of findings.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigan import config as configs
+from bigan.config import ConfigError
+from bigan.data import DataError
+from bigan.data.format.manifest import MANIFEST, PLAN, PYRAMID, Manifest, Shard
+from bigan.data.format.tar import tar_files, walk_tar
+from bigan.data.packing.findings import Note, findings
+from bigan.data.packing.shard_scan import (
+    Problem,
+    Scan,
+    check_hashes,
+    check_records,
+    is_adopted,
+    mapped,
+    read_index,
+    scan_shard,
+)
+
+MAX_LINES = 100  # of problems, and of notes, in a text; as_dict() has them all
+MAX_RESOLUTION = 2**14  # pixels; a damaged manifest must not make us allocate more
+LEFTOVER_SECONDS = 3600  # a younger temporary may belong to a pack that is running
+REPAIR = (
+    f"delete what is damaged and the {MANIFEST} beside it, and run the same `bigan pack` again: "
+    f"it writes what is missing (for a damaged {PLAN}: into a new folder)"
+)
+GET_AGAIN = (
+    f"get the damaged shards again, then delete {MANIFEST} and index/ so that they are indexed anew"
+)
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found. `num_images` were decoded; `notes` are no errors."""
+
+    folder: Path
+    num_shards: int
+    num_images: int
+    problems: tuple[Problem, ...]
+    notes: tuple[Note, ...] = ()
+    contact_sheet: Path | None = None
+    advice: str = REPAIR  # for the case that there are problems
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def as_text(self) -> str:
+        """A summary line, then a line per problem and per note (the first 100 of each)."""
+        images, shards = _count(self.num_images, "image"), _count(self.num_shards, "shard")
+        verdict = "ok" if self.ok else _count(len(self.problems), "problem")
+        lines = [f"{self.folder}: {verdict} ({shards}, {images} decoded)"]
+        lines += _first([f"  {problem.where}: {problem.what}" for problem in self.problems])
+        lines += [] if self.ok else [self.advice]
+        lines += _first([f"note: {note.what}" for note in self.notes])
+        lines += [f"contact sheet: {self.contact_sheet}"] if self.contact_sheet else []
+        return "\n".join(map(_printable, lines))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole report as plain JSON values."""
+        sheet = self.contact_sheet
+        return {
+            "folder": str(self.folder),
+            "ok": self.ok,
+            "num_shards": self.num_shards,
+            "num_images": self.num_images,
+            "problems": [asdict(problem) for problem in self.problems],
+            "notes": [asdict(note) for note in self.notes],
+            "contact_sheet": None if sheet is None else str(sheet),
+        }
+
+
+def verify(
+    folder: Path,
+    *,
+    deep: bool = False,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Check everything in a packed `folder` (or pyramid of folders); no problem ends the search.
+
+    `deep` also looks at the pixels (duplicates, constant images, class balance, statistics) and
+    writes <folder>/contact_sheet.png; of a pyramid, at those of its largest level.
+    `jobs` threads (None: one per core, at most 16) need the memory of an image each; in all there
+    are some 100 bytes for each sample.
+    `progress(images done, images in all)` is called after each shard.
+    Raises `DataError` only if the folder is no data set or was not packed to the end.
+    """
+    folder = Path(folder)
+    levels, problems = _open(folder)
+    total = sum(shard.nsamples for level in levels for shard in level.shards)
+    done = 0
+    executor = ThreadPoolExecutor(jobs or min(16, os.cpu_count() or 1))
+    try:
+        for level in levels:
+            problems += level.named(_check_listing(level))
+            if level.manifest is None:
+                problems += level.named(_walk_all(level.folder))
+                continue
+            problems += level.named(check_records(level.manifest))
+            index, wrong = read_index(level.manifest, level.shards)
+            problems += level.named(wrong)
+            scan = partial(scan_shard, level.manifest, deep and level is levels[-1])
+            for found in executor.map(scan, level.shards, [index.get(s.url) for s in level.shards]):
+                level.scans.append(found)
+                problems += level.named(found.problems)
+                done += found.shard.nsamples
+                if progress:
+                    progress(done, total)
+    finally:
+        executor.shutdown(cancel_futures=True)  # Ctrl-C: only what has begun is finished
+    problems += _compare_levels(levels)
+
+    notes = [note for level in levels for note in _leftovers(level)]
+    sheet = None
+    if deep and levels and levels[-1].manifest:
+        looks, sheet = findings(levels[-1].manifest, levels[-1].scans, folder)
+        notes += looks
+    return Report(
+        folder=folder,
+        num_shards=sum(len(level.shards) for level in levels),
+        num_images=sum(int(s.decoded.sum()) for level in levels for s in level.scans),
+        problems=tuple(problems),
+        notes=tuple(notes),
+        contact_sheet=sheet,
+        advice=GET_AGAIN if any(level.is_adopted for level in levels) else REPAIR,
+    )
+
+
+# --- folders and manifests ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Level:
+    """One data folder: of a pyramid one resolution, otherwise the only one, without a name."""
+
+    name: str
+    folder: Path
+    manifest: Manifest | None  # None: it cannot be used at all
+    shards: tuple[Shard, ...]
+    scans: list[Scan] = field(default_factory=list)  # of `shards`
+
+    @property
+    def is_adopted(self) -> bool:
+        """Whether the shards are the user's originals; `bigan pack` leaves its plan beside its."""
+        if self.manifest is None:
+            return not (self.folder / PLAN).is_file()
+        return is_adopted(self.manifest)
+
+    def named(self, problems: Iterable[Problem]) -> list[Problem]:
+        """The same problems as seen from the folder of the pyramid."""
+        start = f"{self.name}/" if self.name else ""
+        return [Problem(start + problem.where, problem.what) for problem in problems]
+
+
+def _open(folder: Path) -> tuple[list[_Level], list[Problem]]:
+    """The data folders to check, smallest first, with the problems of their manifests."""
+    if (folder / MANIFEST).exists() or not (folder / PYRAMID).is_file():
+        level, problems = _open_level("", folder)
+        return [level], problems
+    content, names, problems = _read_pyramid(folder)
+    levels = []
+    for name in names:
+        try:
+            level, wrong = _open_level(name, folder / name)
+        except DataError as error:
+            problems.append(Problem(name, str(error).removeprefix(f"{folder / name}: ")))
+        else:
+            levels.append(level)
+            problems += level.named(wrong)
+    return levels, problems + _check_pyramid(folder, content, names, levels)
+
+
+def _read_pyramid(folder: Path) -> tuple[dict[str, Any], list[str], list[Problem]]:
+    """(content of pyramid.json, names of the levels, problems)."""
+    problems = []
+    content: dict[str, Any] = {}
+    try:
+        content = json.loads((folder / PYRAMID).read_text(encoding="utf-8"))
+        names = content["levels"]
+        if not names or not all(isinstance(n, str) and re.fullmatch(r"r\d+", n) for n in names):
+            raise ValueError("its levels are not names of folders")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = {}
+        names = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
+        if not names:
+            raise DataError(f"{folder / PYRAMID}: cannot be read: {error}") from None
+        problems.append(Problem(PYRAMID, f"cannot be read: {error}"))
+    return content, names, problems
+
+
+def _check_pyramid(
+    folder: Path, content: dict[str, Any], names: list[str], levels: list[_Level]
+) -> list[Problem]:
+    """pyramid.json and the plan beside it against the levels; folders of levels it does not list.
+
+    A level that is listed but missing has been reported when it was opened.
+    """
+    problems = [
+        Problem(path.name, f"is not listed in {PYRAMID}: a level was removed from the list, or "
+                           "the folder is a stray one")
+        for path in sorted(folder.glob("r*"))
+        if re.fullmatch(r"r\d+", path.name) and path.is_dir() and path.name not in names
+    ]  # fmt: skip
+    manifests = [level.manifest for level in levels if level.manifest]
+    if not content or len(manifests) < len(names):
+        return problems
+    top = manifests[-1]
+    resolutions = [manifest.resolution for manifest in manifests]
+    expected = {"plan": top.plan, "name": top.name, "levels": names, "resolutions": resolutions}
+    wrong = [key for key in expected | content if content.get(key) != expected.get(key)]
+    if resolutions != sorted(set(resolutions)):
+        wrong.append("levels")
+    problems += [Problem(PYRAMID, f"its {key!r} is not that of the levels") for key in wrong]
+    plan = {name: top.records[name] for name in (PLAN,) if name in top.records}
+    return problems + check_hashes(folder, plan)
+
+
+def _open_level(name: str, folder: Path) -> tuple[_Level, list[Problem]]:
+    """Raises `DataError` if `folder` has no manifest; a wrong manifest is used where possible."""
+    problems = []
+    manifest: Manifest | None
+    try:
+        manifest = Manifest.read(folder)
+    except DataError as error:
+        if not (folder / MANIFEST).is_file():
+            raise
+        problems.append(Problem(MANIFEST, str(error).removeprefix(f"{folder / MANIFEST}: ")))
+        manifest = _read_leniently(folder)
+    listed = {} if manifest is None else {s.url: s for s in manifest.shardlist if _is_safe(s)}
+    return _Level(name, folder, manifest, tuple(listed.values())), problems
+
+
+def _read_leniently(folder: Path) -> Manifest | None:
+    """A manifest that contradicts itself, so that the search goes on; None if it is no manifest."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = configs.validate(Manifest, {**content, "folder": str(folder)}, MANIFEST)
+    except (OSError, ValueError, TypeError, ConfigError):
+        return None
+    possible = 0 < manifest.resolution <= MAX_RESOLUTION and manifest.channels in (1, 3)
+    return manifest if possible else None
+
+
+def _is_safe(shard: Shard) -> bool:
+    """Whether a wrong manifest may be followed: no path leads out of the folder."""
+    plain = Path(shard.url).name == shard.url and Path(shard.split).name == shard.split
+    return plain and shard.nsamples >= 0
+
+
+def _check_listing(level: _Level) -> list[Problem]:
+    """Shards in the folder that the manifest does not list."""
+    if level.manifest is None:
+        return []
+    listed = {shard.url for shard in level.shards}
+    what = f"is not listed in {MANIFEST}: "
+    what += "delete that and index/" if level.is_adopted else "remove it from the folder"
+    return [Problem(file.name, what) for file in tar_files(level.folder) if file.name not in listed]
+
+
+def _walk_all(folder: Path) -> list[Problem]:
+    """Without a manifest only the tars themselves can be checked."""
+    problems = []
+    for file in tar_files(folder):
+        try:
+            with mapped(file) as data:
+                for _ in walk_tar(data, file.name):
+                    pass
+        except OSError as error:
+            problems.append(Problem(file.name, f"cannot be read: {error.strerror}"))
+        except DataError as error:
+            problems.append(Problem(file.name, str(error).removeprefix(f"{file.name}: ")))
+    return problems
+
+
+def _leftovers(level: _Level) -> list[Note]:
+    """Temporaries of writers that were killed."""
+    found = []
+    for file in sorted([*level.folder.glob(".*.tmp"), *level.folder.glob("index/.*.tmp")]):
+        try:
+            age = time.time() - file.lstat().st_mtime
+        except OSError:  # gone by now: its writer lives
+            continue
+        if age > LEFTOVER_SECONDS:
+            name = file.relative_to(level.folder).as_posix()
+            where = f"{level.name}/{name}" if level.name else name
+            found.append(Note("leftover", f"{where}: left by a killed writer; may be deleted"))
+    return found
+
+
+def _compare_levels(levels: list[_Level]) -> list[Problem]:
+    """All levels of a pyramid hold the same samples with the same labels."""
+    problems = []
+    whole = [level for level in levels if level.manifest]
+    for level in whole[:-1]:
+        top = whole[-1]
+        if [shard.url for shard in level.shards] != [shard.url for shard in top.shards]:
+            problems.append(Problem(level.name, f"lists other shards than {top.name}"))
+        labels = {scan.shard.url: scan.label for scan in top.scans if not scan.problems}
+        for scan in level.scans:
+            name = scan.shard.url
+            if name not in labels or scan.problems:  # nothing to compare with, or reported
+                continue
+            if not np.array_equal(scan.label, labels[name]):
+                what = f"samples or labels differ from those in {top.name}"
+                problems.append(Problem(f"{level.name}/{name}", what))
+    return problems
+
+
+# --- text ---------------------------------------------------------------------------------------
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _first(lines: list[str]) -> list[str]:
+    more = len(lines) - MAX_LINES
+    return lines if more <= 0 else [*lines[:MAX_LINES], f"  ... and {more:,} more"]
+
+
+def _printable(line: str) -> str:
+    """Names come from files of others: no line breaks, terminal codes or lone surrogates."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
