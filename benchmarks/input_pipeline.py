@@ -125,7 +125,7 @@ def exact(folder: Path, num: int, threads: int | None) -> Iterable[Batch]:
 
 def normalised(folder: Path, num: int, threads: int | None) -> Iterable[torch.Tensor]:
     for batch in exact(folder, num, threads):
-        yield as_images(batch.real, None)
+        yield as_images(batch.pixels, None)
 
 
 EPOCHS = itertools.count()

@@ -98,7 +98,7 @@ def compute(
     def own_part() -> Moments:
         total = moments.empty(extractor.dim, moments.home(extractor.device))
         for part in sequential(manifest, split, world, batch, fetch):
-            features, _ = extractor(part.real.permute(0, 3, 1, 2))
+            features, _ = extractor(part.pixels.permute(0, 3, 1, 2))
             total = moments.merge(total, moments.of(features))
         return total
 

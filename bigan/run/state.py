@@ -299,7 +299,7 @@ class Training:
                 images = next(stream)
                 self.data_seconds += time.monotonic() - began
                 self.bad += images.bad
-                mine |= {"real": images.real, "labels": images.labels}
+                mine |= {"real": images.pixels, "labels": images.labels}
             elif phase.shows_real and gan.ADVERSARIAL in terms:
                 seen = self._last["d"][index]
                 mine |= {key: getattr(seen, key) for key in ("real", "labels")}

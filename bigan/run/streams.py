@@ -83,9 +83,9 @@ class Shrunk(Endless):
 
     def __next__(self) -> Batch:
         batch, f = next(self._stream), self._factor
-        tiles = batch.real.unflatten(2, (-1, f)).unflatten(1, (-1, f))  # [B, H/f, f, W/f, f, C]
+        tiles = batch.pixels.unflatten(2, (-1, f)).unflatten(1, (-1, f))  # [B, H/f, f, W/f, f, C]
         sums = tiles.sum((2, 4), dtype=torch.int32)
-        return replace(batch, real=((sums + f * f // 2) // (f * f)).to(torch.uint8))
+        return replace(batch, pixels=((sums + f * f // 2) // (f * f)).to(torch.uint8))
 
     def close(self) -> None:
         self._stream.close()

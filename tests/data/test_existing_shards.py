@@ -49,7 +49,7 @@ def tars(tmp_path: Path) -> Path:
 
 
 def numbers(batches: list) -> list[int]:
-    return [round((float(im.float().mean()) - 4) / 8) for b in batches for im in b.real]
+    return [round((float(im.float().mean()) - 4) / 8) for b in batches for im in b.pixels]
 
 
 def test_tars_of_webdataset_are_indexed_at_first_use(tars: Path) -> None:
@@ -159,7 +159,7 @@ def test_packed_tars_are_read_by_plain_webdataset(tmp_path: Path) -> None:
     theirs = list(dataset)
     (ours,) = sequential(tmp_path / "digits", "train", World(), 2000)
     assert [label for _, label in theirs] == ours.labels.tolist()
-    pairs = zip(theirs, ours.real.numpy(), strict=True)
+    pairs = zip(theirs, ours.pixels.numpy(), strict=True)
     assert all(np.array_equal(theirs, ours[..., 0]) for (theirs, _), ours in pairs)
 
 
@@ -182,7 +182,7 @@ def test_resampled_draws_shards_at_random(tars: Path) -> None:
     assert set(seen) == set(range(30))
     assert len({tuple(numbers([b])) for b in batches}) > 50
     for batch in batches[:5]:
-        assert batch.real.shape == (20, SIZE, SIZE, 3)
+        assert batch.pixels.shape == (20, SIZE, SIZE, 3)
         for number, label in zip(numbers([batch]), batch.labels.tolist(), strict=True):
             assert label == number % CLASSES
     assert [int(b.positions[0]) for b in batches] == list(range(0, 1200, 20))
@@ -198,7 +198,7 @@ def test_resampled_draws_shards_at_random(tars: Path) -> None:
 def test_resampled_reads_urls_and_resizes(tars: Path) -> None:
     with serving(tars) as web:
         batches = resample(f"{web.url}/set-{{0000..0001}}.tar", 5, shape=(8, 8, 1))
-    assert batches[0].real.shape == (20, 8, 8, 1)
+    assert batches[0].pixels.shape == (20, 8, 8, 1)
 
 
 def test_resampled_bad_samples(tars: Path) -> None:

@@ -57,7 +57,7 @@ def take(data: object, num: int = 40, fetch: Fetch | None = None, **changes: obj
 def same(left: list[Batch], right: list[Batch]) -> bool:
     pairs = list(zip(left, right, strict=True))
     return all(
-        torch.equal(a.real, b.real)
+        torch.equal(a.pixels, b.pixels)
         and torch.equal(a.labels, b.labels)
         and np.array_equal(a.positions, b.positions)
         for a, b in pairs
@@ -313,7 +313,7 @@ def test_after_the_last_sample_comes_the_first(digits: Path, damaged: tuple[Path
     flip(folder / manifest.shards("train")[-1].url, int(manifest.load_index("train").offset[-1]))
     *_, end = sequential(folder, "train", World(), 500, Fetch(on_bad="skip"))
     first = next(iter(sequential(digits, "train", World(), 1)))
-    assert torch.equal(end.real[-1:], first.real)
+    assert torch.equal(end.pixels[-1:], first.pixels)
     assert end.labels[-1] == first.labels[0]
     assert (end.bad[-1].position, end.bad[-1].replacement) == (1296, 0)
 
@@ -330,10 +330,10 @@ def test_skipping_puts_the_next_sample_in_place(
     folder, sample = damaged
     """In order over an epoch's end, whoever decodes: threads, memory, worker processes."""
     good, got = take(digits, 30), take(folder, 30, fetch=Fetch(on_bad="skip", **how))
-    images = torch.cat([b.real for b in sequential(digits, "train", World(), 500)])
+    images = torch.cat([b.pixels for b in sequential(digits, "train", World(), 500)])
     labels = torch.cat([b.labels for b in sequential(digits, "train", World(), 500)])
     for before, after in zip(good, got, strict=True):
-        expected = before.real.clone()
+        expected = before.pixels.clone()
         if 100 in before.positions:
             row = before.positions.tolist().index(100)
             expected[row] = images[sample + 1]
@@ -345,7 +345,7 @@ def test_skipping_puts_the_next_sample_in_place(
         else:
             assert after.bad == ()
             assert torch.equal(after.labels, before.labels)
-        assert torch.equal(after.real, expected)
+        assert torch.equal(after.pixels, expected)
 
 
 def test_skipping_is_the_same_after_a_resume_and_on_other_ranks(
@@ -357,8 +357,8 @@ def test_skipping_is_the_same_after_a_resume_and_on_other_ranks(
     assert same(whole[2:], again)
     assert [b.bad for b in again] == [b.bad for b in whole[2:]]
     ranks = [take(damaged[0], 6, fetch=fetch, world=World(r, 2)) for r in range(2)]
-    joined = [torch.cat([ranks[0][i].real, ranks[1][i].real]) for i in range(6)]
-    assert all(torch.equal(a.real, b) for a, b in zip(whole, joined, strict=True))
+    joined = [torch.cat([ranks[0][i].pixels, ranks[1][i].pixels]) for i in range(6)]
+    assert all(torch.equal(a.pixels, b) for a, b in zip(whole, joined, strict=True))
     assert sum(len(b.bad) for rank in ranks for b in rank) == 1
 
 
@@ -499,7 +499,7 @@ def test_worker_processes_use_the_cache(digits: Path, web: Web, tmp_path: Path) 
     answer = rows[np.arange(48), np.arange(48)]
     assert isinstance(answer, tuple)
     (want,) = itertools.islice(sequential(digits, "train", World(), 48), 1)
-    assert torch.equal(answer[0], want.real)
+    assert torch.equal(answer[0], want.pixels)
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
 
 

@@ -46,7 +46,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
 def read_all(folder: Path, split: str) -> tuple[Pixels, list[int]]:
     """Images uint8 [N, H, W, C] and labels of a split, as the stream delivers them."""
     batches = list(sequential(folder, split, World(), 7))
-    images = np.concatenate([batch.real.numpy() for batch in batches])
+    images = np.concatenate([batch.pixels.numpy() for batch in batches])
     return images, [label for batch in batches for label in batch.labels.tolist()]
 
 

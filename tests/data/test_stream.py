@@ -50,7 +50,7 @@ def take(folder: Path, num: int, **changes: object) -> list[Batch]:
 
 def joined(batches: list[Batch]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return (
-        torch.cat([b.real for b in batches]).numpy(),
+        torch.cat([b.pixels for b in batches]).numpy(),
         torch.cat([b.labels for b in batches]).numpy(),
         np.concatenate([b.positions for b in batches]),
     )
@@ -84,12 +84,12 @@ def test_batches_are_the_samples_of_the_order(digits: Path) -> None:
 
 def test_batch_types(digits: Path) -> None:
     (batch,) = take(digits, 1, accumulation=2)
-    assert batch.real.dtype == torch.uint8
-    assert batch.real.shape == (24, 8, 8, 1)
+    assert batch.pixels.dtype == torch.uint8
+    assert batch.pixels.shape == (24, 8, 8, 1)
     assert batch.labels.dtype == torch.int64
     assert batch.labels.shape == (24,)
     assert batch.positions.dtype == np.int64
-    assert batch.real.permute(0, 3, 1, 2).is_contiguous(memory_format=torch.channels_last)
+    assert batch.pixels.permute(0, 3, 1, 2).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_sequential_shows_the_source_once(digits: Path) -> None:
@@ -180,11 +180,11 @@ def test_a_batch_that_is_kept_is_not_overwritten(digits: Path) -> None:
     """Neither the batch, nor one of which only a view is left; the memory of others is reused."""
     with open_stream(digits) as batches:
         first = next(batches)
-        view = next(batches).real.permute(0, 3, 1, 2)[:, :, 2:]
-        copies = first.real.clone(), view.clone()
-        addresses = {next(batches).real.data_ptr() for _ in range(50)}
-        assert first.real.data_ptr() not in addresses
-    assert torch.equal(first.real, copies[0])
+        view = next(batches).pixels.permute(0, 3, 1, 2)[:, :, 2:]
+        copies = first.pixels.clone(), view.clone()
+        addresses = {next(batches).pixels.data_ptr() for _ in range(50)}
+        assert first.pixels.data_ptr() not in addresses
+    assert torch.equal(first.pixels, copies[0])
     assert torch.equal(view, copies[1])
     assert len(addresses) <= 6  # prefetch + the one in use + the one being dropped
 

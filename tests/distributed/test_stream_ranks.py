@@ -31,7 +31,7 @@ dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 world = World(dist.get_rank(), dist.get_world_size())
 
 def describe(b):
-    hashes = [hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16] for image in b.real]
+    hashes = [hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16] for image in b.pixels]
     return list(zip(b.positions.tolist(), hashes, b.labels.tolist()))
 
 stream = ShardStream(

@@ -22,9 +22,9 @@ from bigan.data.streaming.fetchers import BadSample
 
 @dataclass(frozen=True)
 class HostBatch:
-    """real: uint8 [m, H, W, C]. labels: int64 [m]. Both in host memory."""
+    """pixels: uint8 [m, H, W, C]. labels: int64 [m]. Both in host memory."""
 
-    real: Tensor
+    pixels: Tensor
     labels: Tensor
 
 
@@ -38,7 +38,7 @@ class Sent(Protocol):
     """A batch that is being copied."""
 
     def arrive(self) -> tuple[Tensor, Tensor]:
-        """(real, labels), ready for the stream that is current now."""
+        """(pixels, labels), ready for the stream that is current now."""
         ...
 
 
@@ -95,7 +95,7 @@ class _Here:
     batch: HostBatch
 
     def arrive(self) -> tuple[Tensor, Tensor]:
-        return self.batch.real, self.batch.labels
+        return self.batch.pixels, self.batch.labels
 
 
 class ToCuda:
@@ -127,28 +127,28 @@ class ToCuda:
                 return self._free.pop(index)
         self._made += 1
         with torch.cuda.device(self._device):
-            real = torch.empty((num, *self._shape), dtype=torch.uint8, pin_memory=True)
-            return HostBatch(real, torch.empty(num, dtype=torch.int64, pin_memory=True))
+            pixels = torch.empty((num, *self._shape), dtype=torch.uint8, pin_memory=True)
+            return HostBatch(pixels, torch.empty(num, dtype=torch.int64, pin_memory=True))
 
     def send(self, batch: HostBatch) -> Sent:
         event = torch.cuda.Event()
         with torch.cuda.stream(self._stream):
-            real = batch.real.to(self._device, non_blocking=True)
+            pixels = batch.pixels.to(self._device, non_blocking=True)
             labels = batch.labels.to(self._device, non_blocking=True)
             event.record(self._stream)
         self._copying.append((event, batch))
-        return _OnItsWay(real, labels, event)
+        return _OnItsWay(pixels, labels, event)
 
 
 @dataclass(frozen=True)
 class _OnItsWay:
-    real: Tensor
+    pixels: Tensor
     labels: Tensor
     event: torch.cuda.Event
 
     def arrive(self) -> tuple[Tensor, Tensor]:
-        current = torch.cuda.current_stream(self.real.device)
+        current = torch.cuda.current_stream(self.pixels.device)
         current.wait_event(self.event)
-        for tensor in (self.real, self.labels):
+        for tensor in (self.pixels, self.labels):
             tensor.record_stream(current)  # its memory was taken on the side stream
-        return self.real, self.labels
+        return self.pixels, self.labels

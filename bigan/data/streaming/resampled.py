@@ -135,7 +135,7 @@ class ResampledStream(Endless):
         samples: Iterator[dict[str, Any]],
         decoders: ThreadPoolExecutor,
     ) -> list[BadSample]:
-        real, labels = host.real.numpy(), host.labels.numpy()
+        pixels, labels = host.pixels.numpy(), host.labels.numpy()
         replaced: list[BadSample] = []
         row = 0
         while row < len(positions) and not self._stop.is_set():
@@ -148,7 +148,7 @@ class ResampledStream(Endless):
                         raise DataError(f"{bad}; data.on_bad=skip passes over single ones")
                     replaced.append(bad)
                     continue
-                real[row], labels[row] = outcome
+                pixels[row], labels[row] = outcome
                 row += 1
         return replaced
 

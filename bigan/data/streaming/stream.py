@@ -6,7 +6,7 @@ samples get into memory. Threads decode whole micro-batches ahead of the consume
 and reads release Python's lock, so there need be no worker processes, no shared memory and no fork
 beside CUDA.
 
-Pixels stay uint8 HWC until the device: `real.permute(0, 3, 1, 2)` is channels-last without a copy.
+Pixels stay uint8 HWC until the device: `pixels.permute(0, 3, 1, 2)` is channels-last without a copy.
 The stream is rank-aware: never hand it to `accelerator.prepare`, which would divide it once more.
 """
 
@@ -44,12 +44,12 @@ EVALUATION_BLOCK = 8_192  # samples that `sequential` holds encoded at a time wh
 class Batch:
     """One rank's micro-batch of m images.
 
-    real: uint8 [m, H, W, C] and labels: int64 [m], on the device of the run. positions: int64 [m],
+    pixels: uint8 [m, H, W, C] and labels: int64 [m], on the device of the run. positions: int64 [m],
     each image's place in the endless order; in `sequential` the place within the split. bad: which
     of these images did not decode and were replaced (`data.on_bad=skip`).
     """
 
-    real: Tensor
+    pixels: Tensor
     labels: Tensor
     positions: Indices
     bad: tuple[BadSample, ...] = ()
@@ -236,8 +236,8 @@ def delivered(reading: Reading, transfer: Transfer) -> Generator[Batch, None, No
             if not sent:
                 break
             positions, bad, on_its_way = sent.popleft()
-            real, labels = on_its_way.arrive()
-            yield Batch(real, labels, positions, tuple(bad))
+            pixels, labels = on_its_way.arrive()
+            yield Batch(pixels, labels, positions, tuple(bad))
         if failure is not None:
             raise failure
     finally:
@@ -257,7 +257,7 @@ def _in_threads(
     waiting = collections.deque()
 
     def read(positions: Indices, samples: Indices, host: HostBatch) -> list[BadSample]:
-        bad = fetcher.read(positions, samples, host.real.numpy())
+        bad = fetcher.read(positions, samples, host.pixels.numpy())
         fill_labels(host.labels.numpy(), fetcher.index, positions, samples, bad)
         return bad
 
