@@ -5,7 +5,6 @@ A snapshot is done when its json carries the fingerprint of the protocol asked f
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -17,8 +16,8 @@ from typing import Any
 from bigan import atomic_files
 from bigan.checkpoint import snapshots
 from bigan.errors import UserError
-from bigan.evaluation import reference
 from bigan.evaluation.judge import FOLDER, WEIGHTS, Record, Task, stamp
+from bigan.hashes import fingerprint, sha256_of_file
 
 
 @dataclass
@@ -75,8 +74,7 @@ class Ledger:
         now = stamp(folder)
         known = self._tasks.get(folder)
         if known is None or known.stamp != now:
-            with (folder / WEIGHTS).open("rb") as file:
-                known = Task(folder, hashlib.file_digest(file, "sha256").hexdigest(), now)
+            known = Task(folder, sha256_of_file(folder / WEIGHTS), now)
             self._tasks[folder] = known
         return known
 
@@ -91,7 +89,7 @@ def as_content(record: Record) -> dict[str, Any]:
         "metrics": record.metrics,
         "score_std": record.score_std,
         "seconds": round(record.seconds, 3),
-        "fingerprint": reference.fingerprint(record.protocol),
+        "fingerprint": fingerprint(record.protocol),
         "protocol": record.protocol,
         "versions": _versions(),
     }
@@ -104,7 +102,7 @@ def is_of(content: object, protocol: Mapping[str, object], task: Task) -> bool:
     """Whether `content`, read from a file, is a whole record of `task` under `protocol`."""
     if not isinstance(content, dict) or not content.keys() >= _KEYS:
         return False
-    wanted = reference.fingerprint({**protocol, "generator_sha256": task.sha256})
+    wanted = fingerprint({**protocol, "generator_sha256": task.sha256})
     return bool(content["fingerprint"] == wanted)
 
 

@@ -8,9 +8,6 @@ the data's content and the split. Anything else computed before is left alone, n
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
@@ -26,11 +23,7 @@ from bigan.errors import UserError
 from bigan.evaluation import moments
 from bigan.evaluation.features import Extractor
 from bigan.evaluation.moments import Moments
-
-
-def fingerprint(content: Mapping[str, object]) -> str:
-    """32 hexadecimal digits of the sha256 of plain data; equal content, equal fingerprint."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+from bigan.hashes import fingerprint
 
 
 def describe(extractor: Extractor, manifest: Manifest, split: str) -> dict[str, object]:
