@@ -22,9 +22,8 @@ from bigan.data import DataError
 from bigan.data.format.manifest import Manifest
 from bigan.data.packing.pack import pack
 from bigan.data.settings import DataConfig, Fetch
-from bigan.data.streaming import cache, local_shards, remote, workers
+from bigan.data.streaming import cache, local_shards, remote
 from bigan.data.streaming import fetchers as fetching
-from bigan.data.streaming.dataset import open_manifest
 from bigan.data.streaming.order import Order, grouped
 from bigan.data.streaming.stream import Batch, ShardStream, sequential
 from bigan.data.streaming.streamed_shards import Streamed
@@ -114,10 +113,6 @@ def test_groups_end_with_the_blocks() -> None:
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(ValueError, match="processes cannot be used"):
-        Fetch(mode="stream", backend="processes")
-    with pytest.raises(ValueError, match="processes cannot be used"):
-        Fetch(mode="resampled", backend="processes")
     assert [Fetch().num_threads(r) for r in (32, 64, 65, 256)] == [1, 1, 2, 2]
     assert Fetch(threads=5).num_threads(32) == 5
     assert DataConfig(path="data/digits/").path == "data/digits"
@@ -184,7 +179,7 @@ def test_no_data_set_at_the_url(web: Web) -> None:
     with pytest.raises(DataError, match=r"nowhere/manifest\.json: cannot be read.*error: 404"):
         take(f"{web.url}/nowhere")
     assert web.requests["nowhere/manifest.json"] == 1  # it will not appear by asking again
-    with pytest.raises(DataError, match="unknown kind of URL"):
+    with pytest.raises(DataError, match="unsupported URL scheme"):
         take("gopher://host/data")
 
 
@@ -323,7 +318,7 @@ def test_a_damaged_shard_is_not_streamed(damaged: tuple[Path, int]) -> None:
         take(damaged[0], fetch=Fetch(mode="stream", on_bad="skip"))
 
 
-@pytest.mark.parametrize("how", [{}, {"mode": "resident"}, {"backend": "processes"}])
+@pytest.mark.parametrize("how", [{}, {"mode": "resident"}])
 def test_skipping_puts_the_next_sample_in_place(
     digits: Path, damaged: tuple[Path, int], how: dict
 ) -> None:
@@ -377,7 +372,7 @@ def test_a_broken_data_set_is_not_skipped(digits: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         local_shards.LocalShards, "read_raw", lambda self, p, s, *_: list(range(len(s)))
     )
-    with pytest.raises(DataError, match="no image decodes"):
+    with pytest.raises(DataError, match=r"no image from .* decodes"):
         take(digits, 1, fetch=Fetch(on_bad="skip"))
 
 
@@ -390,7 +385,7 @@ def test_read_errors_are_not_skipped(digits: Path, tmp_path: Path) -> None:
         next(stream)
         for shard in (tmp_path / "d").glob("train-*.tar"):
             os.truncate(shard, 1000)
-        with pytest.raises(DataError, match="ends before byte"):
+        with pytest.raises(DataError, match="is shorter than"):
             list(itertools.islice(stream, 30))
 
 
@@ -447,7 +442,7 @@ def test_cache_evicts_what_was_used_longest_ago(digits: Path, web: Web, tmp_path
 
 def test_cache_in_an_impossible_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cannot be the data\.cache"):
+    with pytest.raises(DataError, match=r"cannot be used as data\.cache"):
         cache.NodeCache(tmp_path / "file" / "cache", "http://host/data")
 
 
@@ -491,28 +486,6 @@ def test_raw_reads_are_whole_or_not_at_all(digits: Path, tmp_path: Path) -> None
     os.truncate(tmp_path / "d" / "train-000000.tar", end - 1)
     assert shards.read_raw(numbers, numbers, out, lambda: False) == [5]
     shards.close()
-
-
-def test_worker_processes_use_the_cache(digits: Path, web: Web, tmp_path: Path) -> None:
-    fetch = Fetch(mode="exact", backend="processes", cache=tmp_path / "cache")
-    rows = workers._Rows(open_manifest(web.url, fetch), "train", fetch)
-    answer = rows[np.arange(48), np.arange(48)]
-    assert isinstance(answer, tuple)
-    (want,) = itertools.islice(sequential(digits, "train", World(), 48), 1)
-    assert torch.equal(answer[0], want.pixels)
-    assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
-
-
-def test_worker_processes_stop_naming_shard_and_member(
-    damaged: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def here(rows: workers._Rows, sampler: workers._Places, **_: object) -> Iterator[object]:
-        return (rows[place] for place in sampler)
-
-    monkeypatch.setattr(workers, "DataLoader", here)  # in this process: quick
-    with pytest.raises(DataError, match=rf"bad sample {damaged[1]:09d}\.npy") as error:
-        take(damaged[0], fetch=Fetch(backend="processes"))
-    assert "\n" not in str(error.value)
 
 
 def test_a_dropped_stream_of_a_url_ends_its_threads(web: Web, tmp_path: Path) -> None:

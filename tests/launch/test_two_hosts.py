@@ -129,14 +129,14 @@ def test_two_machines_train_as_one(
     tmp_path: Path,
     on_one_host: Callable[[int], str],
 ) -> None:
-    """The same weights; over nodes, ranks and decoding processes every image exactly once.
+    """The same weights; over nodes, ranks and decoding threads every image exactly once.
 
     Dividing by the local rank, for one, would show half of the images to nobody.
     """
     trainer = tmp_path / "trainer.py"
     trainer.write_text(RECORDING_TRAINER)
     arguments = recipe_arguments(digits, tmp_path / "run")
-    decoding = ["data.backend=processes", "data.threads=2"]
+    decoding = ["data.threads=2"]
     with machines(2) as nodes:
         run_on(
             nodes,

@@ -1,15 +1,14 @@
-"""Shards of a remote data set on a disk of the node: downloaded once, verified, shared, bounded.
+"""A bounded cache of remote shards on a disk of the node, shared by its processes.
 
-A cached shard is named by its sha256, so two data sets cannot be mixed up, and it is there under
-that name only when size and hash are right. The processes of a node share the folder: a lock file
-per shard lets one download it while the others wait. A shard may be evicted at any time; whoever
-has it open goes on reading, and whoever comes next downloads it again.
+A cached shard is named by its sha256, so data sets cannot be confused, and it has that name only
+after its size and hash have been verified. A lock file per shard lets one process download it while
+the others wait. A shard may be evicted at any time: processes that have it open continue to read
+it, later ones download it again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,17 +22,15 @@ from bigan import atomic_files
 from bigan.data import DataError
 from bigan.data.format.manifest import Shard
 from bigan.data.streaming import remote
-
-POLL_SECONDS = 0.05  # between two tries for a lock
+from bigan.file_lock import locked
 
 
 class NodeCache:
     """Cached copies of the shards below the URL `base`, in `folder`.
 
-    `limit_bytes` bounds what the finished shards take together; shards being downloaded come on
-    top, one per connection, and evicted ones that a process still has open (`LocalShards` keeps no
-    more than fit half of the limit). None means no bound. Safe to use from several threads and
-    processes.
+    `limit_bytes` (None: no limit) bounds the complete shards. Shards in download, one per
+    connection, and evicted shards that a process has open are extra (`LocalShards` keeps at most
+    half of the limit open). Safe to use from several threads and processes.
     """
 
     def __init__(
@@ -47,32 +44,31 @@ class NodeCache:
         self.transfers = remote.Transfers()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            atomic_files.remove_leftovers(folder, shared=True)  # half downloads of killed processes
+            atomic_files.remove_leftovers(folder, shared=True)  # of killed processes
         except OSError as error:
-            raise DataError(f"{folder}: cannot be the data.cache: {error.strerror}") from None
+            raise DataError(f"{folder}: cannot be used as data.cache: {error.strerror}") from None
 
     def open(self, shard: Shard) -> int:
-        """A descriptor of the shard's copy, to be closed by the caller; downloads it if needed.
+        """A descriptor of the cached shard, to be closed by the caller; downloads it if needed.
 
-        Raises `DataError` if the shard cannot be had.
+        Raises `DataError` if the download fails.
         """
         while True:
             self.fetch(shard)
-            with contextlib.suppress(FileNotFoundError):  # evicted in between
+            with contextlib.suppress(FileNotFoundError):  # evicted meanwhile
                 descriptor = os.open(self._file(shard), os.O_RDONLY)
-                os.utime(descriptor)  # evicted last
+                os.utime(descriptor)  # least recently used shards are evicted first
                 return descriptor
 
     def fetch(self, shard: Shard) -> None:
-        """Make sure that a verified copy of the shard is here, at least at this moment."""
+        """Download and verify the shard unless it is cached; it may be evicted at any time."""
         file = self._file(shard)
         if file.exists():
             return
         try:
-            lock = self.folder / f"{shard.sha256}.lock"
-            with _locked(lock, self.transfers.stopped, remove=True):
-                if not file.exists():  # else another process was faster
-                    self._make_room(shard.filesize)
+            with self._locked(f"{shard.sha256}.lock", remove=True):
+                if not file.exists():  # otherwise another process has downloaded it
+                    self._evict(shard.filesize)
                     remote.download(
                         remote.join(self.base, shard.url),
                         file,
@@ -82,18 +78,36 @@ class NodeCache:
                         transfers=self.transfers,
                     )
                     self.num_downloads += 1
+        except InterruptedError:
+            raise DataError(f"{self.folder}: the stream was closed") from None
         except OSError as error:
             raise DataError(f"{self.folder}: cannot be written: {error.strerror}") from None
+
+    @contextlib.contextmanager
+    def _locked(self, name: str, remove: bool = False) -> Iterator[None]:
+        """Hold the lock file `name`; raises `InterruptedError` if the stream is closed meanwhile.
+
+        With `remove` the file is deleted afterwards. A process that waits for it then locks a
+        deleted file while another one locks a new file: at worst a shard is downloaded twice, with
+        the same bytes.
+        """
+        path = self.folder / name
+        with path.open("w") as file, locked(file.fileno(), self.transfers.stopped):
+            try:
+                yield
+            finally:
+                if remove:
+                    path.unlink(missing_ok=True)
 
     def _file(self, shard: Shard) -> Path:
         return self.folder / f"{shard.sha256}.tar"
 
-    def _make_room(self, needed: int) -> None:
-        """Delete the shards used longest ago until `needed` more bytes are below the limit."""
+    def _evict(self, needed: int) -> None:
+        """Delete the least recently used shards until `needed` more bytes are below the limit."""
         if self.limit_bytes is None:
             return
-        # Two evictors at a time would delete too much.
-        with _locked(self.folder / "eviction.lock", self.transfers.stopped):
+        # Two processes that evict at once would delete too much.
+        with self._locked("eviction.lock"):
             found = []
             for path in self.folder.glob("*.tar"):
                 with contextlib.suppress(FileNotFoundError):
@@ -108,10 +122,10 @@ class NodeCache:
 
 
 class ReadAhead:
-    """Brings the shards of the next block into a cache while the present one is read.
+    """Downloads the shards of the next block into a cache while the current one is read.
 
     `blocks` yields the (positions, samples) of one block after the other, `shard_of` is the index
-    column. Failures are left to whoever needs the shard.
+    column. A failed download raises in the thread that needs the shard.
     """
 
     def __init__(
@@ -134,10 +148,10 @@ class ReadAhead:
         self._started = False
 
     def reached(self, position: int) -> None:
-        """Say that samples from `position` on are being read."""
+        """Report that samples from `position` on are being read."""
         if position > self._position:
             with self._moved:
-                if not self._started:  # only now: a stream that is never read costs nothing
+                if not self._started:  # not earlier: an unused stream costs nothing
                     self._started = True
                     self._thread.start()
                 self._position = max(position, self._position)
@@ -157,7 +171,7 @@ class ReadAhead:
                 with contextlib.suppress(DataError):
                     self._cache.fetch(self._shards[number])
 
-        begun = -1  # go on once somebody has read as far as this
+        begun = -1  # position that reading must reach before the next block is downloaded
         with ThreadPoolExecutor(self._connections, "bigan-cache") as executor:
             for positions, samples in self._blocks:
                 if not len(positions):
@@ -169,25 +183,3 @@ class ReadAhead:
                     return
                 list(executor.map(fetch, np.unique(self._shard_of[samples]).tolist()))
                 begun = int(positions[0])
-
-
-@contextlib.contextmanager
-def _locked(path: Path, stopped: threading.Event, remove: bool = False) -> Iterator[None]:
-    """Hold the file lock `path`; it is released with the process, whatever ends it.
-
-    With `remove` the file is deleted afterwards. Somebody who waits for it then locks a file
-    without a name, and somebody else a new one: at worst a shard is downloaded twice, to the same
-    bytes.
-    """
-    with path.open("w") as file:
-        while True:  # not one long wait: who holds it may be waiting for a silent server
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            if stopped.wait(POLL_SECONDS):
-                raise DataError(f"{path}: given up, the stream was closed")
-        try:
-            yield
-        finally:
-            if remove:
-                path.unlink(missing_ok=True)

@@ -1,12 +1,11 @@
-"""From what a recipe calls `data.path` to a manifest: a packed folder, its URL, or foreign tars."""
+"""From `data.path` to a manifest: a packed folder, its URL, or a folder of existing tars."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
-from bigan import atomic_files
+from bigan import atomic_files, hashes
 from bigan.data import DataError
 from bigan.data.format.manifest import MANIFEST, PLAN, PYRAMID, Manifest, level_folder
 from bigan.data.settings import Fetch
@@ -14,11 +13,11 @@ from bigan.data.streaming import remote
 
 
 def open_manifest(data: str | Path | Manifest, fetch: Fetch | None = None) -> Manifest:
-    """The manifest of a data set, checked as far as that is quick.
+    """The manifest of a data set, after checks that do not read the shards.
 
-    A folder of tars that `bigan pack` did not write is indexed at its first use. Of a remote data
-    set the manifest and the index are copied to the node (below `fetch.cache`, or the user's cache
-    folder); the shards stay where they are. Raises `DataError`, one line.
+    A folder of tars that `bigan pack` did not write is indexed at its first use. The manifest and
+    the index of a remote data set are copied to the node (into `fetch.cache`, or the user's cache
+    folder), its shards are not. Raises `DataError`, one line.
     """
     if isinstance(data, Manifest):
         return data
@@ -28,21 +27,22 @@ def open_manifest(data: str | Path | Manifest, fetch: Fetch | None = None) -> Ma
     folder = Path(path)
     known = any((folder / name).exists() for name in (MANIFEST, PLAN, PYRAMID))
     if folder.is_dir() and not known and any(folder.glob("*.tar")):
-        from bigan.data.packing.index_in_place import adopt
+        from bigan.data.packing.index_in_place import index_in_place
 
-        return adopt(folder)
+        return index_in_place(folder)
     if any(character in path for character in "{}") or folder.is_file():
         raise DataError(
-            f"{path}: give the folder that holds the shards; they are indexed at first use "
-            "(data.mode=resampled takes a list of shards, with statistical guarantees only)"
+            f"{path}: is not a folder; give the folder of the shards, which are indexed at first "
+            "use (only data.mode=resampled takes a pattern of shards)"
         )
     return Manifest.load(folder)
 
 
 def open_level(path: str, resolution: int, fetch: Fetch) -> Manifest:
-    """The manifest at `resolution` of a pyramid (`bigan pack --pyramid`), else of the set itself.
+    """The manifest of one level of a pyramid (`bigan pack --pyramid`), or of a plain data set.
 
-    Which one it is shows in the manifest's resolution. Raises `DataError` as `open_manifest` does.
+    `resolution` (pixels) selects the level; a plain data set may have another resolution. Raises
+    `DataError` like `open_manifest`.
     """
     if not remote.is_remote(path):
         pyramid = (Path(path) / PYRAMID).is_file()
@@ -54,13 +54,13 @@ def open_level(path: str, resolution: int, fetch: Fetch) -> Manifest:
 
 
 def _remote(base: str, fetch: Fetch) -> Manifest:
-    """Copy manifest and index of the data set below the URL `base` to this node."""
+    """Copy manifest and index of the data set at the URL `base` to this node."""
     text = remote.read(
         remote.join(base, MANIFEST), size=None, sha256=None, allow_pipe=fetch.allow_pipe
     )
-    name = hashlib.sha256(base.encode()).hexdigest()[:16] + hashlib.sha256(text).hexdigest()[:16]
+    name = hashes.sha256(base.encode())[:16] + hashes.sha256(text)[:16]
     folder = (fetch.cache or _user_cache()) / "manifests" / name
-    _keep(folder / MANIFEST, text, base)
+    _store(folder / MANIFEST, text, base)
     try:
         manifest = Manifest.read(folder)
     except DataError as error:
@@ -71,22 +71,22 @@ def _remote(base: str, fetch: Fetch) -> Manifest:
         data = remote.read(
             remote.join(base, file), size=None, sha256=sha256, allow_pipe=fetch.allow_pipe
         )
-        _keep(folder / file, data, base)
+        _store(folder / file, data, base)
     return manifest.model_copy(update={"remote": base})
 
 
-def _keep(file: Path, content: bytes, base: str) -> None:
+def _store(file: Path, content: bytes, base: str) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_files.write_atomic(file, content)
     except OSError as error:
         raise DataError(
-            f"{file}: cannot keep the index of {base}: {error.strerror}; set data.cache"
+            f"{file}: cannot store the index of {base}: {error.strerror}; set data.cache"
         ) from None
 
 
 def _has(file: Path, sha256: str) -> bool:
-    return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == sha256
+    return file.is_file() and hashes.sha256_of_file(file) == sha256
 
 
 def _user_cache() -> Path:

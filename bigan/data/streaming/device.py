@@ -1,7 +1,7 @@
-"""Batches on their way to the device: pinned buffers that are reused, copies on a side stream.
+"""Host buffers of batches and their copies to the device, on a side stream.
 
-A buffer is written by decoding threads, copied to the device by DMA, and taken again only after
-the event behind its copy has completed; until then the copy engine may still be reading it.
+A pinned buffer is written by decoding threads, copied to the device by DMA, and reused only after
+the event recorded behind its copy has completed; until then the copy engine may read it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class HostBatch:
     labels: Tensor
 
 
-MAX_FREE = 8  # buffers that wait for their next use on a CPU; others are freed
+MAX_FREE = 8  # unused buffers kept on a CPU; further ones are freed
 
-# Filled buffers in order: (positions int64 [m], images, which of them were replaced).
+# Filled buffers in order: (positions int64 [m], batch, replaced images).
 Reading = Generator[tuple[NDArray[np.int64], HostBatch, Sequence[BadSample]], None, None]
 
 
@@ -38,34 +38,34 @@ class Sent(Protocol):
     """A batch that is being copied."""
 
     def arrive(self) -> tuple[Tensor, Tensor]:
-        """(pixels, labels), ready for the stream that is current now."""
+        """(pixels, labels), usable on the current CUDA stream."""
         ...
 
 
 class Transfer(Protocol):
-    """Buffers in host memory and the way from there to the device."""
+    """Buffers in host memory and their copies to the device."""
 
-    depth: int  # batches to keep on the device, the one in use included
+    depth: int  # batches kept on the device, including the one in use
 
     def take(self, num: int) -> HostBatch:
         """A buffer for `num` images, to be filled."""
         ...
 
     def send(self, batch: HostBatch) -> Sent:
-        """Start bringing a filled buffer to the device; the buffer belongs to the transfer."""
+        """Start the copy of a filled buffer, which the transfer owns from now on."""
         ...
 
 
 def transfer_to(device: torch.device, shape: tuple[int, int, int], prefetch: int) -> Transfer:
-    """The way from host memory to `device` for images of `shape` [H, W, C]."""
+    """The transfer to `device` for images of `shape` [H, W, C]."""
     return ToCuda(device, shape, prefetch) if device.type == "cuda" else ToCpu(shape)
 
 
 class ToCpu:
-    """Nothing to copy: the consumer gets the buffer itself.
+    """No copy: the consumer gets the buffer itself.
 
-    A buffer is used again when nobody holds its batch, nor any view of it, any more: fresh memory
-    costs a page fault per 4 KiB, as much as copying the pixels.
+    A buffer is reused when its batch and all views of it are garbage: new memory costs a page fault
+    per 4 KiB, as much as a copy of the pixels.
     """
 
     depth = 1
@@ -77,7 +77,7 @@ class ToCpu:
     def take(self, num: int) -> HostBatch:
         kept = next((k for k, b in enumerate(self._free) if len(b) == num), None)
         buffer = np.empty((num, *self._shape), np.uint8) if kept is None else self._free.pop(kept)
-        # The tensor and all its views keep this array alive, so it goes with the last of them.
+        # The tensor and all its views keep this array alive; the last of them releases it.
         view = buffer[:]
         weakref.finalize(view, self._give_back, buffer).atexit = False
         return HostBatch(torch.from_numpy(view), torch.empty(num, dtype=torch.int64))
@@ -87,11 +87,11 @@ class ToCpu:
             self._free.append(buffer)
 
     def send(self, batch: HostBatch) -> Sent:
-        return _Here(batch)
+        return _NoCopy(batch)
 
 
 @dataclass(frozen=True)
-class _Here:
+class _NoCopy:
     batch: HostBatch
 
     def arrive(self) -> tuple[Tensor, Tensor]:
@@ -99,9 +99,9 @@ class _Here:
 
 
 class ToCuda:
-    """Pinned buffers in a ring, copied on a stream of their own, one batch ahead of the consumer.
+    """A ring of pinned buffers, copied on a side stream, one batch ahead of the consumer.
 
-    Memory: prefetch + 4 buffers of one micro-batch in the host, 2 on the device.
+    Memory: prefetch + 4 micro-batches on the host, 2 on the device.
     """
 
     depth = 2
@@ -120,7 +120,7 @@ class ToCuda:
             self._free.append(self._copying.popleft()[1])
         if not self._free and self._made >= self._limit and self._copying:
             event, batch = self._copying.popleft()
-            event.synchronize()  # the copy engine is behind: waiting here costs the step nothing
+            event.synchronize()  # the copies lag behind; waiting here does not delay the step
             self._free.append(batch)
         for index, batch in enumerate(self._free):
             if len(batch.labels) == num:
@@ -137,11 +137,11 @@ class ToCuda:
             labels = batch.labels.to(self._device, non_blocking=True)
             event.record(self._stream)
         self._copying.append((event, batch))
-        return _OnItsWay(pixels, labels, event)
+        return _CudaCopy(pixels, labels, event)
 
 
 @dataclass(frozen=True)
-class _OnItsWay:
+class _CudaCopy:
     pixels: Tensor
     labels: Tensor
     event: torch.cuda.Event
@@ -150,5 +150,5 @@ class _OnItsWay:
         current = torch.cuda.current_stream(self.pixels.device)
         current.wait_event(self.event)
         for tensor in (self.pixels, self.labels):
-            tensor.record_stream(current)  # its memory was taken on the side stream
+            tensor.record_stream(current)  # it was allocated on the side stream
         return self.pixels, self.labels

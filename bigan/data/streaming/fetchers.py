@@ -1,13 +1,13 @@
-"""Fetchers: three ways from a sample number to its pixels, over the one order.
+"""Fetchers: three ways to read the pixels of sample numbers, all in the same order.
 
-    exact      index + pread on shards of a local disk, or of the node's cache (`local.py`)
-    stream     shards read front to back, the encoded samples of two blocks in memory
-               (`streamed.py`)
+    exact      index + pread on shards of a local disk or of the node's cache (local_shards.py)
+    stream     shards read sequentially, the encoded samples of two blocks in memory
+               (streamed_shards.py)
     resident   the whole split decoded once, then copied row by row
 
-A fetcher has `read(positions, samples, out)`, which fills `out` and returns what it had to replace.
-Only an image that does not decode may be replaced, by the sample after it: the same one whoever
-reads it, whenever. A read error is never passed over, or a flaky disk would change the data.
+`read(positions, samples, out)` fills `out` and returns the replaced samples. Only an image that
+does not decode is replaced, by the next decodable sample, which does not depend on the reader. A
+read error is never skipped, otherwise a faulty disk would change the data.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from bigan.data.streaming.streamed_shards import Streamed
 Indices = NDArray[np.int64]
 Blocks = Callable[[], Iterator[tuple[Indices, Indices]]]
 
-CHECKSUM_BYTES = 2**30  # a local data set up to here is hashed before it is used
-MAX_REPLACEMENTS = 100  # bad samples in a row: the data set is broken, not a sample
+CHECKSUM_BYTES = 2**30  # local data sets up to this size are verified before use
+MAX_REPLACEMENTS = 100  # consecutive bad samples that are accepted
 RESIDENT_CHUNK = 256  # samples decoded at a time
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """An image that did not decode, at `position` of the run; sample `replacement` is shown there.
+    """An image that did not decode, at `position` of the order, and its replacement.
 
-    `replacement` is the number within the split, None for shards without an index.
+    `replacement` is a sample number within the split, None for shards without an index.
     """
 
     position: int
@@ -58,16 +58,17 @@ class BadSample:
 
 
 class Fetcher(Protocol):
-    """What the stream needs: labels, the images' shape, and pixels of sample numbers."""
+    """Source of the stream: manifest, index, and the pixels of sample numbers."""
 
     manifest: Manifest
     index: Index
     stop: threading.Event
 
     def read(self, positions: Indices, samples: Indices, out: Pixels) -> list[BadSample]:
-        """Decode `samples` into `out`, uint8 [len(samples), H, W, C]; safe in several threads.
+        """Decode `samples` into `out`, uint8 [len(samples), H, W, C]; thread-safe.
 
-        Returns early once `stop` is set. Raises `DataError` naming shard and member.
+        Returns the replaced samples, early once `stop` is set. Raises `DataError` that names shard
+        and member.
         """
         ...
 
@@ -75,24 +76,24 @@ class Fetcher(Protocol):
 
 
 class Encoded(Protocol):
-    """Where a `Decoder` has the encoded bytes from."""
+    """Source of encoded samples for a `Decoder`."""
 
     manifest: Manifest
     index: Index
 
     def images(self, positions: Indices, samples: Indices) -> Iterator[bytes]:
-        """The encoded bytes of `samples`, one after the other."""
+        """The encoded bytes of each of `samples`."""
         ...
 
     def member(self, sample: int) -> tuple[bytes, str, str]:
-        """(encoded bytes, shard, member name) of one sample, however long it takes."""
+        """(encoded bytes, shard, member name) of one sample; may be slow."""
         ...
 
     def close(self) -> None: ...
 
 
 class Decoder:
-    """A fetcher that decodes what an `Encoded` source hands out."""
+    """A fetcher that decodes the samples of an `Encoded` source."""
 
     def __init__(self, source: Encoded, stop: threading.Event, on_bad: str) -> None:
         self.manifest = source.manifest
@@ -127,13 +128,13 @@ class Decoder:
         bad = BadSample(position, shard, member, str(error))
         if self._on_bad == "stop":
             raise DataError(
-                f"{bad}; `bigan verify` lists all of them; pack the data again, or pass over them "
-                "with data.on_bad=skip"
+                f"{bad}; `bigan verify` lists all of them; pack the data again, or skip them with "
+                "data.on_bad=skip"
             ) from error
         return bad
 
     def _replace(self, sample: int, out: Pixels) -> int:
-        """Decode the next good sample into `out` instead; returns which one that was."""
+        """Decode the next usable sample into `out`; returns its number."""
         num = len(self.index.label)
         for step in range(1, min(MAX_REPLACEMENTS, num)):
             other = (sample + step) % num
@@ -142,14 +143,13 @@ class Decoder:
                 decode_into(out, data, self.manifest.encoder)
                 return other
         _, shard, member = self._source.member(sample)
-        raise DataError(f"{shard}: from {member} on no image decodes; pack the data again")
+        raise DataError(f"{shard}: no image from {member} on decodes; pack the data again")
 
 
 class Resident:
     """A split decoded once into memory, uint8 [num_samples, H, W, C].
 
-    Raises `DataError` if that is more than `limit_bytes`, and what `decoder` raises. The decoder
-    is closed again.
+    Closes `decoder`. Raises `DataError` for more than `limit_bytes`, and the errors of `decoder`.
     """
 
     def __init__(self, decoder: Decoder, threads: int, limit_bytes: int) -> None:
@@ -178,7 +178,7 @@ class Resident:
             decoder.close()
 
     def read(self, positions: Indices, samples: Indices, out: Pixels) -> list[BadSample]:
-        np.take(self._pixels, samples, axis=0, out=out, mode="clip")  # "raise" would buffer
+        np.take(self._pixels, samples, axis=0, out=out, mode="clip")  # mode "raise" would buffer
         if not self._bad:
             return []
         places = zip(positions.tolist(), samples.tolist(), strict=True)
@@ -196,36 +196,31 @@ def fill_labels(
     samples: Indices,
     bad: Sequence[BadSample],
 ) -> None:
-    """The labels of what is shown: of `samples`, or of what was put in the place of a bad one."""
+    """Write the labels of `samples` into `out`, those of the replacements for bad samples."""
     out[:] = index.label[samples]
     for each in bad:
         out[each.position - int(positions[0])] = index.label[each.replacement]
 
 
 def resolve_mode(manifest: Manifest, fetch: Fetch) -> str:
-    """The fetcher to use: `auto` is exact where shards can be had on disk, else stream."""
+    """The fetcher for `fetch.mode`; `auto` is exact if the shards are or can be on disk."""
     if fetch.mode != "auto":
         return fetch.mode
     return "exact" if manifest.remote is None or fetch.cache else "stream"
 
 
 def make_fetcher(manifest: Manifest, split: str, blocks: Blocks, fetch: Fetch) -> Fetcher:
-    """The fetcher of `split` for samples that will be asked for in the order of `blocks()`.
+    """The fetcher of `split` for samples that will be requested in the order of `blocks()`.
 
-    Raises `DataError` if index or shards are damaged: a local data set of up to `CHECKSUM_BYTES`
-    is compared with its checksums, everything remote whenever it arrives.
+    Raises `DataError` if index or shards are damaged: local data sets of up to `CHECKSUM_BYTES` are
+    compared with their checksums now, remote shards when they arrive.
     """
     mode, stop = resolve_mode(manifest, fetch), threading.Event()
-    if fetch.backend == "processes" and mode != "exact":
-        raise DataError(
-            f"data.backend=processes reads shards on a disk, but data.mode is {mode} here; give "
-            "data.cache=FOLDER, or use data.backend=threads"
-        )
     on_disk = manifest.remote is None or fetch.cache is not None
     if mode == "exact" and not on_disk:
         raise DataError(
-            f"{manifest.remote}: data.mode=exact needs the shards on a disk; give one with "
-            "data.cache=FOLDER, or use data.mode=stream"
+            f"{manifest.remote}: data.mode=exact needs shards on a disk; set data.cache=FOLDER, "
+            "or use data.mode=stream"
         )
     if manifest.remote is None and mode != "stream":
         manifest.verify_checksums(CHECKSUM_BYTES)
@@ -248,7 +243,7 @@ def make_fetcher(manifest: Manifest, split: str, blocks: Blocks, fetch: Fetch) -
 
 
 def consecutive(start: int, stop: int, step: int) -> Iterator[Indices]:
-    """start, ..., stop - 1 in runs of `step`, the last one shorter."""
+    """start, ..., stop - 1 in arrays of `step` numbers, the last one shorter."""
     return (np.arange(i, min(i + step, stop)) for i in range(start, stop, step))
 
 

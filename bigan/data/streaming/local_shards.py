@@ -1,4 +1,4 @@
-"""Encoded samples in any order, by pread, on shards of a local disk or of the node's cache."""
+"""Random access (pread) to encoded samples in shards on a local disk or in the node's cache."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ MAX_OPEN_SHARDS = 256  # file descriptors per process
 
 
 class _OpenFile:
-    """A file that is closed with its last user: a cache may drop it while a thread still reads.
+    """A reference-counted descriptor: it may be dropped here while another thread reads it.
 
-    Closing a descriptor under a reader could let it read another file that got the same number.
+    Closing a descriptor during a read could make the reader read a new file with the same number.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -44,10 +44,10 @@ class _OpenFile:
 
 
 class LocalShards:
-    """The encoded samples of a split; safe to use from several threads.
+    """The encoded samples of a split; thread-safe.
 
-    With a `cache` the shards are those of a remote data set; `ahead` brings those of the next block
-    while the present one is read.
+    With a `cache` the shards are those of a remote data set; `ahead` downloads the shards of the
+    next block while the current one is read.
     """
 
     def __init__(
@@ -66,30 +66,30 @@ class LocalShards:
         self._lock = threading.Lock()
         self._max_open = MAX_OPEN_SHARDS
         if cache is not None and cache.limit_bytes is not None:
-            # An evicted shard takes space as long as it is open here.
+            # An evicted shard occupies space while it is open here.
             largest = max(shard.filesize for shard in self.shards)
             self._max_open = max(1, min(MAX_OPEN_SHARDS, cache.limit_bytes // largest // 2))
 
     def images(self, positions: Indices, samples: Indices) -> Iterator[bytes]:
-        """The encoded bytes of `samples`, which the run reads at `positions`."""
-        self._note(positions)
+        """The encoded bytes of each of `samples`, which are read at `positions` of the order."""
+        self._report_position(positions)
         for shard, size, offset in self._places(samples):
             yield self._read(shard, size, offset)
 
     def read_raw(
         self, positions: Indices, samples: Indices, out: Pixels, stopped: Callable[[], bool]
     ) -> list[int]:
-        """Read raw pixels straight into `out`; returns the rows where that was not possible.
+        """Read raw pixels directly into `out`; returns the rows that need decoding.
 
-        For .npy members as bigan writes them: what follows the header is the image. Ends early
-        once `stopped`.
+        For .npy members in bigan's own format: a fixed header followed by the pixels. Returns early
+        once `stopped()`.
         """
-        self._note(positions)
+        self._report_position(positions)
         header = npy_header(out.shape[1:])
         found = bytearray(len(header))
         each = out[0].nbytes
         pixels = memoryview(out.reshape(-1))  # type: ignore[arg-type]
-        odd = []
+        others = []
         for row, (shard, size, offset) in enumerate(self._places(samples)):
             if stopped():
                 return []
@@ -101,8 +101,8 @@ class LocalShards:
                         continue
                 except OSError as error:
                     raise self._unreadable(shard, offset, error) from error
-            odd.append(row)
-        return odd
+            others.append(row)
+        return others
 
     def member(self, sample: int) -> tuple[bytes, str, str]:
         """(encoded bytes, shard, member name) of one sample."""
@@ -119,7 +119,7 @@ class LocalShards:
         with self._lock:
             self._open.clear()
 
-    def _note(self, positions: Indices) -> None:
+    def _report_position(self, positions: Indices) -> None:
         if self._ahead is not None and len(positions):
             self._ahead.reached(int(positions[0]))
 
@@ -137,8 +137,8 @@ class LocalShards:
             raise self._unreadable(shard, offset, error) from error
         if len(data) != size:
             raise DataError(
-                f"{self._name(shard)}: ends before byte {offset + size}; was it changed? "
-                "`bigan verify` tells"
+                f"{self._name(shard)}: is shorter than {offset + size} bytes and was changed; run "
+                "`bigan verify`"
             )
         return data
 

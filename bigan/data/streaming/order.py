@@ -1,15 +1,15 @@
-"""Which position of the run reads which sample, and which rank reads which positions: pure.
+"""The order of samples, and the positions each rank reads. Pure functions.
 
-The order is one endless sequence of samples, a function of (shard sizes, seed, block) alone. In
+The order is an endless sequence of samples, a function of (shard sizes, seed, block) alone. In
 every epoch the shards are permuted, consecutive permuted shards form blocks of about `block`
-samples, and the samples of each block are permuted: random order at full speed on disks that like
-locality. No number of processes, batch size or thread count enters, so the whole state of the
-input pipeline is one integer, the position (= `images_seen`), and a run may go on with another
-number of ranks without losing or repeating a sample.
+samples, and the samples of each block are permuted, so reads are local and the order is well mixed.
+It does not depend on the number of processes, the batch size or the number of threads. The state of
+the input pipeline is therefore one integer, the position (= `images_seen`), and a run can resume
+with another number of ranks without losing or repeating a sample.
 
-Permutations are the stable argsort of raw 64-bit words of Philox: NumPy promises those words for
-ever, while `Generator.permutation` may change between versions. `ORDER_VERSION` changes whenever
-the order does; golden values in the tests hold it in place.
+Permutations are the stable argsort of raw 64-bit words of Philox: NumPy guarantees these words,
+while `Generator.permutation` may change between versions. `ORDER_VERSION` changes with the order;
+the tests compare golden values.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Indices = NDArray[np.int64]
 
 
 def permutation(num: int, seed: int, stream: str, counter: int = 0) -> Indices:
-    """A random permutation of range(num), the same on every platform and NumPy version."""
+    """A random permutation of range(num), equal on all platforms and NumPy versions."""
     words = rng.numpy_generator(seed, stream, counter).bit_generator.random_raw(num)
     return np.argsort(words, kind="stable")
 
@@ -36,11 +36,11 @@ def permutation(num: int, seed: int, stream: str, counter: int = 0) -> Indices:
 class Order:
     """The endless order of samples: position -> sample index.
 
-    `shard_sizes` holds the number of samples of each shard; sample indices count through the
-    shards in that order. `block` is about how many samples are shuffled together: a block is made
-    of whole shards, so it is never smaller than a shard. Looking up a run of positions costs one
-    permutation per block entered; only the latest epoch's shard order and the latest block are
-    remembered, so memory is O(shards + block) and there is no other state.
+    `shard_sizes` is the number of samples of each shard; sample indices are counted through the
+    shards in that order. `block` is the approximate number of samples that are shuffled together:
+    a block consists of entire shards, at least one. A lookup of consecutive positions costs one
+    permutation per block. The shard order of the latest epoch and the latest block are cached:
+    memory is O(shards + block).
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, block: int) -> None:
@@ -56,7 +56,7 @@ class Order:
         self._block: tuple[int, int, Indices] | None = None
 
     def samples(self, start: int, stop: int) -> Indices:
-        """Sample indices at positions start, ..., stop - 1; epochs follow each other endlessly."""
+        """Sample indices at positions start, ..., stop - 1, across any number of epochs."""
         pieces = []
         while start < stop:
             epoch, offset = divmod(start, self.num_samples)
@@ -67,11 +67,11 @@ class Order:
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
     def at(self, positions: Indices) -> Indices:
-        """Sample indices at `positions`, an increasing run of consecutive positions."""
+        """Sample indices at `positions`, which must be consecutive and increasing."""
         return self.samples(int(positions[0]), int(positions[-1]) + 1)
 
     def block_ends(self, start: int) -> Iterator[int]:
-        """Where the blocks end, as positions: those after `start`, endlessly."""
+        """The positions at which blocks end, endlessly, from the first one after `start`."""
         epoch, offset = divmod(start, self.num_samples)
         while True:
             shards, edges = self._shards_of(epoch)
@@ -80,7 +80,7 @@ class Order:
             epoch, offset = epoch + 1, 0
 
     def _shards_of(self, epoch: int) -> tuple[Indices, Indices]:
-        """(permuted shard numbers, edges of blocks as counts of shards) of one epoch."""
+        """(permuted shard numbers, block boundaries as numbers of shards) of one epoch."""
         if self._epoch is None or self._epoch[0] != epoch:
             shards = permutation(len(self._sizes), self.seed, f"order-{ORDER_VERSION}", epoch)
             ends = np.cumsum(self._sizes[shards])
@@ -92,7 +92,7 @@ class Order:
         return self._epoch[1:]
 
     def _block_at(self, epoch: int, offset: int) -> tuple[int, Indices]:
-        """(offset of its first sample, its samples in order) of the block that holds `offset`."""
+        """(offset of the first sample, samples in order) of the block that contains `offset`."""
         if self._block is not None:
             known_epoch, low, order = self._block
             if known_epoch == epoch and low <= offset < low + len(order):
@@ -114,7 +114,7 @@ class Order:
 def grouped(
     parts: Iterable[tuple[Indices, Indices]], ends: Iterator[int]
 ) -> Iterator[tuple[Indices, Indices]]:
-    """Regroup (positions, samples) parts, in order of position, so that groups end at `ends`."""
+    """Regroup consecutive (positions, samples) parts into groups that end at `ends`."""
     end = next(ends)
     held: list[tuple[Indices, Indices]] = []
     for positions, samples in parts:
@@ -135,25 +135,27 @@ def _joined(parts: list[tuple[Indices, Indices]]) -> tuple[Indices, Indices]:
 
 
 def rank_positions(images_seen: int, batch: int, accumulation: int, world: World) -> list[Indices]:
-    """The positions this rank reads in the optimiser step that begins at `images_seen`.
+    """The positions this rank reads in the optimizer step that starts at `images_seen`.
 
-    The step reads positions [images_seen, images_seen + batch), cut into `accumulation` global
-    micro-batches of consecutive positions; of each, every rank takes its slice. So the images
-    that cross-replica BatchNorm joins in one forward pass are the same for every number of ranks
-    with the same `accumulation`. Returns `accumulation` runs of batch / accumulation / world.size
-    consecutive positions; raises ValueError if that is not a whole number.
+    The step reads positions [images_seen, images_seen + batch), divided into `accumulation` global
+    micro-batches of consecutive positions, of which each rank reads its slice. The images that
+    cross-replica BatchNorm reduces over in one forward pass are therefore the same for every number
+    of ranks with the same `accumulation`. Returns `accumulation` arrays of batch / accumulation /
+    world.size consecutive positions; raises ValueError if that is not an integer.
     """
     if batch % accumulation:
-        raise ValueError(f"{batch} images cannot be cut evenly into {accumulation} micro-batches")
-    joined = batch // accumulation
-    mine = world.share(joined)
-    firsts = range(images_seen, images_seen + batch, joined)
+        raise ValueError(
+            f"{batch} images cannot be divided evenly into {accumulation} micro-batches"
+        )
+    micro_batch = batch // accumulation  # over all ranks
+    mine = world.share(micro_batch)
+    firsts = range(images_seen, images_seen + batch, micro_batch)
     return [np.arange(first + mine.start, first + mine.stop) for first in firsts]
 
 
 def rank_range(num: int, world: World) -> range:
-    """This rank's consecutive part of `num` samples: each exactly once over all ranks, no padding.
+    """This rank's consecutive part of `num` samples, without padding.
 
-    Parts differ by at most one sample; with fewer samples than ranks some are empty.
+    The sizes of the parts differ by at most one; with fewer samples than ranks some are empty.
     """
     return range(num * world.rank // world.size, num * (world.rank + 1) // world.size)

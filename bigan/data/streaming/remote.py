@@ -1,8 +1,8 @@
-"""Shards behind a URL, read front to back through WebDataset's `gopen`, and always verified.
+"""Verified downloads of files at a URL, through WebDataset's `gopen` and external programs.
 
-A transfer that breaks off, or a command that fails with exit code 0, looks like a short file; so
-every download is compared with the size and sha256 of the manifest before anyone sees it, and
-tried again if it differs.
+An interrupted transfer, or a command that fails with exit code 0, looks like a short file.
+Therefore every download is compared with the size and sha256 in the manifest before it is used, and
+repeated if it differs.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from bigan import atomic_files
+from bigan import atomic_files, hashes
 from bigan.data import DataError
 
 T = TypeVar("T")
 
 CHUNK_BYTES = 2**20
-WAITS_SECONDS = (0.5, 2.0, 8.0, 20.0)  # between the tries of a download
+WAITS_SECONDS = (0.5, 2.0, 8.0, 20.0)  # between the attempts of a download
 _PROGRAMS = {"http": "curl", "https": "curl", "ftps": "curl", "sftp": "curl", "scp": "curl",
              "s3": "aws", "gs": "gsutil"}  # fmt: skip
 
-# gopen knows no s3://, and its curl waits for ever for a server that has fallen silent.
+# gopen does not support s3://, and its curl has no timeout for a server that sends nothing.
 _CURL = ["curl", "--fail", "--silent", "--show-error", "--location", "--globoff",
          "--connect-timeout", "20", "--speed-limit", "1", "--speed-time", "20"]  # fmt: skip
 _COMMANDS = {
@@ -40,7 +40,7 @@ _COMMANDS = {
 
 
 class Transfers:
-    """The downloads of one stream, so that they end with it, also when a server says nothing."""
+    """The running downloads of one stream, to abort them when it is closed."""
 
     def __init__(self) -> None:
         self.stopped = threading.Event()
@@ -48,7 +48,7 @@ class Transfers:
         self._processes: set[subprocess.Popen[bytes]] = set()
 
     def stop(self) -> None:
-        """End what is under way; whatever begins afterwards ends at once."""
+        """Abort running downloads, and every later one as soon as it starts."""
         with self._lock:
             self.stopped.set()
             for process in self._processes:
@@ -56,6 +56,7 @@ class Transfers:
 
     @contextlib.contextmanager
     def running(self, process: subprocess.Popen[bytes]) -> Iterator[None]:
+        """Register the process of a download for the time of the context."""
         with self._lock:
             self._processes.add(process)
             if self.stopped.is_set():
@@ -68,7 +69,7 @@ class Transfers:
 
 
 def is_remote(path: str) -> bool:
-    """Whether `path` is a URL and not a place in the file system."""
+    """Whether `path` is a URL, not a path in the file system."""
     return "://" in path or path.startswith("pipe:")
 
 
@@ -78,7 +79,7 @@ def join(base: str, name: str) -> str:
 
 
 def check_url(url: str, allow_pipe: bool) -> None:
-    """Raise `DataError` for a URL that cannot be read here, or that would run a command."""
+    """Raise `DataError` for a URL that cannot be read, or that would run a disallowed command."""
     if url.startswith("pipe:"):
         if not allow_pipe:
             raise DataError(
@@ -92,7 +93,7 @@ def check_url(url: str, allow_pipe: bool) -> None:
         )
     scheme = url.partition("://")[0]
     if scheme not in {*_PROGRAMS, "hf", "ais", "file"}:
-        raise DataError(f"{url}: unknown kind of URL; use https://, s3:// or a folder")
+        raise DataError(f"{url}: unsupported URL scheme; use https://, s3:// or a folder")
     program = _PROGRAMS.get(scheme)
     if program and not shutil.which(program):
         raise DataError(f"{url}: reading {scheme}:// needs the program {program!r}; install it")
@@ -100,16 +101,16 @@ def check_url(url: str, allow_pipe: bool) -> None:
 
 @contextlib.contextmanager
 def open_url(url: str, allow_pipe: bool, transfers: Transfers | None = None) -> Iterator[IO[bytes]]:
-    """The bytes behind `url`, front to back; raises OSError if the transfer fails."""
-    import webdataset  # takes seconds to import; local runs never need it
-    from webdataset.gopen import Pipe  # the module's name is shadowed by its function
+    """A stream of the bytes at `url`; raises `OSError` if the transfer fails."""
+    import webdataset  # slow to import, and not needed for local data
+    from webdataset.gopen import Pipe  # a function shadows the name of the module
 
     check_url(url, allow_pipe)
     command = _COMMANDS.get(url.partition("://")[0])
     stream: Any
     if command is not None:
-        whole = [*command, url, *(["-"] if command[0] == "aws" else [])]
-        stream = Pipe(whole, mode="rb", stderr=subprocess.PIPE)
+        arguments = [*command, url, *(["-"] if command[0] == "aws" else [])]
+        stream = Pipe(arguments, mode="rb", stderr=subprocess.PIPE)
     else:
         stream = webdataset.gopen(url, "rb", bufsize=CHUNK_BYTES)
     process = getattr(stream, "proc", None)
@@ -117,12 +118,12 @@ def open_url(url: str, allow_pipe: bool, transfers: Transfers | None = None) -> 
         with (transfers or Transfers()).running(process) if process else contextlib.nullcontext():
             yield stream
     except OSError as error:
-        said = process.stderr.read() if process and process.stderr else b""
-        lines = said.decode(errors="replace").strip().splitlines()
-        raise OSError(lines[-1] if lines else _in_few_words(error)) from error
+        output = process.stderr.read() if process and process.stderr else b""
+        lines = output.decode(errors="replace").strip().splitlines()
+        raise OSError(lines[-1] if lines else _short(error)) from error
     finally:
         if process is not None and process.poll() is None:
-            process.kill()  # the reader has seen enough, or is being stopped
+            process.kill()  # the reader has stopped early
         with contextlib.suppress(OSError):
             stream.close()
         if process is not None and process.stderr:
@@ -137,16 +138,16 @@ def read(
     allow_pipe: bool,
     transfers: Transfers | None = None,
 ) -> bytes:
-    """All bytes behind `url`, verified; raises `DataError` after several tries, or once stopped."""
+    """All bytes at `url`, verified; raises `DataError` after several attempts, or once stopped."""
     transfers = transfers or Transfers()
 
     def attempt() -> bytes:
         with open_url(url, allow_pipe, transfers) as stream:
-            data = b"".join(_pieces(stream, size))
-        _compare(len(data), size, hashlib.sha256(data).hexdigest(), sha256)
+            data = b"".join(_chunks(stream, size))
+        _compare(len(data), size, hashes.sha256(data), sha256)
         return data
 
-    return _persistently(url, attempt, transfers)
+    return _with_retries(url, attempt, transfers)
 
 
 def download(
@@ -158,68 +159,68 @@ def download(
     allow_pipe: bool,
     transfers: Transfers | None = None,
 ) -> None:
-    """Bring what is behind `url` to `file`, whole and verified or not at all."""
+    """Download `url` to `file`, verified and atomically; raises `DataError` like `read`."""
     transfers = transfers or Transfers()
     temporary = atomic_files.temporary_name(file)
 
     def attempt() -> None:
         digest, num = hashlib.sha256(), 0
         with open_url(url, allow_pipe, transfers) as stream, temporary.open("wb") as out:
-            for piece in _pieces(stream, size):
-                digest.update(piece)
-                num += len(piece)
-                out.write(piece)
+            for chunk in _chunks(stream, size):
+                digest.update(chunk)
+                num += len(chunk)
+                out.write(chunk)
             out.flush()
             os.fsync(out.fileno())
         _compare(num, size, digest.hexdigest(), sha256)
         temporary.replace(file)
 
     try:
-        _persistently(url, attempt, transfers)
+        _with_retries(url, attempt, transfers)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _pieces(stream: Any, size: int | None) -> Iterator[bytes]:
-    """The stream in pieces; one byte more than `size` is enough to know that it is too long."""
+def _chunks(stream: Any, size: int | None) -> Iterator[bytes]:
+    """The stream in chunks, up to the first one that exceeds `size`."""
     num = 0
     while size is None or num <= size:
-        piece = stream.read(CHUNK_BYTES)
-        if not piece:
-            if hasattr(stream, "wait_for_child"):  # a short file may be a command that failed
+        chunk = stream.read(CHUNK_BYTES)
+        if not chunk:
+            if hasattr(stream, "wait_for_child"):  # raises if the command failed
                 stream.wait_for_child()
             return
-        num += len(piece)
-        yield piece
+        num += len(chunk)
+        yield chunk
 
 
 def _compare(num: int, size: int | None, digest: str, sha256: str | None) -> None:
     if size is not None and num != size:
-        raise OSError(f"{num:,} bytes arrived, the manifest says {size:,}")
+        raise OSError(f"{num:,} bytes arrived, expected {size:,} as in the manifest")
     if sha256 is not None and digest != sha256:
-        raise OSError("its sha256 is not that of the manifest")
+        raise OSError("its sha256 differs from the manifest")
 
 
-def _persistently(url: str, attempt: Callable[[], T], transfers: Transfers) -> T:
-    """`attempt`, several times if it fails: networks do."""
+def _with_retries(url: str, attempt: Callable[[], T], transfers: Transfers) -> T:
+    """The result of `attempt`, which is repeated after transient errors."""
     began = time.monotonic()
     for wait in (*WAITS_SECONDS, None):
         try:
             return attempt()
         except OSError as error:
-            permanent = re.search(r"error: 4(?!08|29)\d\d", str(error))  # a 404 does not go away
+            permanent = re.search(r"error: 4(?!08|29)\d\d", str(error))  # such as 404
             if wait is None or permanent or transfers.stopped.is_set():
-                tried = "" if permanent else f", tried for {time.monotonic() - began:.0f} s"
+                tried = "" if permanent else f", repeated for {time.monotonic() - began:.0f} s"
                 raise DataError(
-                    f"{url}: cannot be read ({_in_few_words(error)}{tried}); see that the address "
-                    "is right and serves what was packed; the same command then goes on"
+                    f"{url}: cannot be read ({_short(error)}{tried}); check that the "
+                    "address is right and serves the packed files, then run the same command again"
                 ) from None
         transfers.stopped.wait(wait)
     raise AssertionError("unreachable")
 
 
-def _in_few_words(error: OSError) -> str:
-    """What the system or a command said; WebDataset's Pipe would quote the whole command."""
+def _short(error: OSError) -> str:
+    """A short message; that of WebDataset's Pipe contains the whole command."""
     text = " ".join(str(error).split())
     code = re.search(r"exit (-?\d+)", text)
     return f"the command ended with code {code[1]}" if code else text[:200]

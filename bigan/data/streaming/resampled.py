@@ -1,16 +1,15 @@
-"""Foreign shards without a manifest, drawn at random with replacement.
+"""Shards without a manifest, sampled with replacement.
 
-This mode guarantees nothing. It is for sets that somebody else packed and that cannot be copied:
-shard names come as a pattern, `https://host/cc-{00000..01242}.tar`, and WebDataset reads the tars
-front to back. How many samples there are is unknown, so nothing can be counted: in an epoch's worth
-of images some are seen twice and some never, a resumed run draws other shards, and so does another
-number of processes. Every other mode is exact; `bigan pack` makes a set for them.
+For existing data sets that cannot be copied: shard names are a pattern such as
+`https://host/cc-{00000..01242}.tar`, and WebDataset reads the tars sequentially. This mode gives no
+guarantees: the number of samples is unknown, in one epoch some images are seen twice and some
+never, and a resumed run or another world size draws other shards. All other modes are exact and
+need a data set from `bigan pack`.
 """
 
 from __future__ import annotations
 
 import collections
-import hashlib
 import itertools
 import json
 import random
@@ -34,40 +33,40 @@ from bigan.data.streaming.fetchers import MAX_REPLACEMENTS, BadSample
 from bigan.data.streaming.order import rank_positions
 from bigan.data.streaming.stream import Endless, delivered
 from bigan.distributed.world import World
+from bigan.hashes import sha256
 
-SHUFFLE = 1_000  # samples held for shuffling; shards are read front to back
-MAX_BARREN = 20  # shards without a sample in a row, at least: then there are none
+SHUFFLE = 1_000  # samples in the shuffle buffer
+MAX_EMPTY = 20  # consecutive shards without a sample, at least, that are accepted
 
 NOTE = (
-    "data.mode=resampled: shards are drawn with replacement; that each image is seen once per "
-    "epoch, and the same ones after a resume, holds on average only (`bigan pack` gives guarantees)"
+    "data.mode=resampled: shards are sampled with replacement; an epoch contains each image once "
+    "only on average, and a resumed run reads other images (data from `bigan pack` is exact)"
 )
 
 
 def expand(pattern: str, allow_pipe: bool) -> tuple[str, ...]:
-    """The shards of a pattern like "https://host/cc-{00000..01242}.tar", or of a local one.
+    """The shards of a pattern of URLs or local paths such as "https://host/cc-{000..124}.tar".
 
-    Raises `DataError` if one cannot be read here: a missing local file, a kind of URL that is
-    unknown or not allowed.
+    Raises `DataError` for a missing local file and an unsupported or disallowed URL.
     """
-    import webdataset  # takes seconds to import
+    import webdataset  # slow to import
 
     urls = tuple(webdataset.shardlists.expand_urls(pattern))
     for url in urls:
         if remote.is_remote(url):
             remote.check_url(url, allow_pipe)
         elif not Path(url).is_file():
-            raise DataError(f"{url}: no such shard; data.path is a pattern of .tar files")
+            raise DataError(f"{url}: no such shard; set data.path to a pattern of .tar files")
     return urls
 
 
 class ResampledStream(Endless):
-    """`ShardStream` for foreign shards: the same batches and methods, none of its guarantees.
+    """A training stream like `ShardStream` for shards without a manifest, without its guarantees.
 
-    Images are centre-cropped and resized to `shape` [H, W, C] on the fly. A sample needs an image
-    and, with more than one class, a whole number below `num_classes` as its label. Raises
-    `DataError` on construction for shards that cannot be read here, while iterating for a bad
-    sample or shard (`on_bad=stop`) or for too many in a row.
+    Images are centre-cropped and resized to `shape` [H, W, C]. A sample needs an image and, with
+    more than one class, an integer label below `num_classes`. Raises `DataError` on construction
+    for shards that cannot be read; during iteration for an unusable sample or shard
+    (`on_bad=stop`) or too many consecutive ones.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class ResampledStream(Endless):
         self._draws = rng.numpy_generator(seed, f"resampled/{world.rank}", images_seen)
         self._stop = threading.Event()
         inputs = f"{self._urls}/{seed}/{batch}/{accumulation}/{images_seen}/{world.size}"
-        self.fingerprint = hashlib.sha256(inputs.encode()).hexdigest()[:32]
+        self.fingerprint = sha256(inputs.encode())[:32]
 
         def places() -> Iterator[np.ndarray]:
             for start in itertools.count(images_seen, batch):
@@ -145,7 +144,7 @@ class ResampledStream(Endless):
                     url, key = sample["__url__"], sample["__key__"]
                     bad = BadSample(int(positions[row]), url, key, outcome)
                     if self._fetch.on_bad == "stop" or len(replaced) >= MAX_REPLACEMENTS:
-                        raise DataError(f"{bad}; data.on_bad=skip passes over single ones")
+                        raise DataError(f"{bad}; data.on_bad=skip skips single ones")
                     replaced.append(bad)
                     continue
                 pixels[row], labels[row] = outcome
@@ -153,7 +152,7 @@ class ResampledStream(Endless):
         return replaced
 
     def _decode(self, sample: dict[str, Any]) -> tuple[Pixels, int] | str:
-        """(pixels, label), or why there are none."""
+        """(pixels, label), or the reason the sample is unusable."""
         if "__damaged__" in sample:
             return str(sample["__damaged__"])
         image = next((sample[suffix] for suffix in IMAGES if suffix in sample), None)
@@ -163,14 +162,14 @@ class ResampledStream(Endless):
         if label is None and self._num_classes == 1:
             label = 0
         if not isinstance(label, int) or not 0 <= label < self._num_classes:
-            return f"has no label, or none below {self._num_classes}"
+            return f"has no label below {self._num_classes}"
         try:
             return square(image, self._shape[0], self._shape[2], "lanczos", False), label
         except BadImageError as error:
             return str(error)
 
     def _samples(self) -> Iterator[dict[str, Any]]:
-        """Encoded samples of shards drawn with replacement, shuffled a little, endlessly."""
+        """An endless sequence of encoded samples from a shuffle buffer over sampled shards."""
         import webdataset
 
         shuffle = random.Random(self._draws.bit_generator.random_raw())
@@ -179,17 +178,17 @@ class ResampledStream(Endless):
     def _in_shards(self) -> Iterator[dict[str, Any]]:
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
-        barren, damaged = 0, set()
+        empty, damaged = 0, set()
         while not self._stop.is_set():
-            if barren >= max(MAX_BARREN, 2 * len(self._urls)):
-                raise DataError(f"{self._urls[0]} and {barren} more shards hold no sample")
-            barren += 1
+            if empty >= max(MAX_EMPTY, 2 * len(self._urls)):
+                raise DataError(f"{self._urls[0]} and {empty} more shards contain no sample")
+            empty += 1
             url = self._urls[int(self._draws.bit_generator.random_raw() % len(self._urls))]
             try:
                 with _opened(url, self._fetch.allow_pipe) as stream:
                     members = tar_file_expander([{"url": url, "stream": stream}])
                     for sample in group_by_keys(members):
-                        barren = 0
+                        empty = 0
                         yield sample
                         if self._stop.is_set():
                             return
@@ -197,13 +196,13 @@ class ResampledStream(Endless):
                 reason = f"the tar cannot be read to its end ({type(error).__name__})"
                 if self._fetch.on_bad == "stop":
                     raise DataError(f"{url}: {reason}; data.on_bad=skip uses the rest") from None
-                if url not in damaged:  # named once; what stands before the damage is used
+                if url not in damaged:  # report once; the samples before the damage are used
                     damaged.add(url)
                     yield {"__url__": url, "__key__": "(the tar)", "__damaged__": reason}
 
 
 def label_of(sample: dict[str, Any]) -> int | None:
-    """The whole number in a sample's `.cls`, or under "label" or the like in its `.json`."""
+    """The integer in a sample's `.cls`, or under one of `JSON_LABELS` in its `.json`."""
     try:
         if "cls" in sample:
             return int(sample["cls"])

@@ -1,19 +1,18 @@
-"""The input pipeline: shards -> uint8 micro-batches on the device, exact on any number of ranks.
+"""The input pipeline: shards to uint8 micro-batches on the device, exact for any world size.
 
-`ShardStream` is the endless training stream; `sequential` shows every sample of a split once, for
-evaluation. Both know the order in advance (`plan.py`) and leave it to a fetcher (`fetch.py`) how
-samples get into memory. Threads decode whole micro-batches ahead of the consumer; image decoders
-and reads release Python's lock, so there need be no worker processes, no shared memory and no fork
-beside CUDA.
+`ShardStream` is the endless training stream; `sequential` returns every sample of a split once, for
+evaluation. Both know the order in advance (order.py) and read samples through a fetcher
+(fetchers.py). Threads decode micro-batches ahead of the consumer; image decoders and reads release
+Python's lock, so no worker processes are needed.
 
-Pixels stay uint8 HWC until the device: `pixels.permute(0, 3, 1, 2)` is channels-last without a copy.
-The stream is rank-aware: never hand it to `accelerator.prepare`, which would divide it once more.
+Pixels stay uint8 HWC on the way to the device, where `pixels.permute(0, 3, 1, 2)` is channels-last
+without a copy. The stream is rank-aware: do not pass it to `accelerator.prepare`, which would
+divide it again.
 """
 
 from __future__ import annotations
 
 import collections
-import hashlib
 import itertools
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,21 +31,22 @@ from bigan.data.streaming.dataset import open_manifest
 from bigan.data.streaming.device import HostBatch, Reading, Sent, Transfer, transfer_to
 from bigan.data.streaming.fetchers import BadSample, Fetcher, consecutive, fill_labels, make_fetcher
 from bigan.data.streaming.order import ORDER_VERSION, Order, grouped, rank_positions, rank_range
-from bigan.data.streaming.workers import in_processes
 from bigan.distributed.world import World
+from bigan.hashes import sha256
 
 Indices = NDArray[np.int64]
 
-EVALUATION_BLOCK = 8_192  # samples that `sequential` holds encoded at a time when it streams
+EVALUATION_BLOCK = 8_192  # encoded samples held by `sequential` in stream mode
 
 
 @dataclass(frozen=True)
 class Batch:
     """One rank's micro-batch of m images.
 
-    pixels: uint8 [m, H, W, C] and labels: int64 [m], on the device of the run. positions: int64 [m],
-    each image's place in the endless order; in `sequential` the place within the split. bad: which
-    of these images did not decode and were replaced (`data.on_bad=skip`).
+    pixels: uint8 [m, H, W, C] and labels: int64 [m], on the device of the run.
+    positions: int64 [m] on the host, of each image in the endless order; in `sequential`, the
+        sample numbers within the split.
+    bad: those of these images that did not decode and were replaced (`data.on_bad=skip`).
     """
 
     pixels: Tensor
@@ -56,10 +56,9 @@ class Batch:
 
 
 class Endless:
-    """What every training stream is: an endless iterator over batches, and a context manager.
+    """Base of the training streams: an endless iterator over batches, and a context manager.
 
-    `fingerprint` is a hash of all inputs of its order: ranks whose fingerprints differ must not
-    train together.
+    `fingerprint` is a hash of everything the order depends on; it must be equal on all ranks.
     """
 
     fingerprint: str
@@ -72,10 +71,10 @@ class Endless:
         try:
             return next(self._batches)
         except StopIteration:
-            raise RuntimeError("the stream is closed or has failed before") from None
+            raise RuntimeError("the stream is closed or has failed") from None
 
     def close(self) -> None:
-        """Stop the threads and close the shards; may be called twice."""
+        """Stop the threads and close the shards; may be called repeatedly."""
         self._batches.close()
 
     def __enter__(self) -> Self:
@@ -86,19 +85,19 @@ class Endless:
 
 
 class ShardStream(Endless):
-    """This rank's endless stream of training micro-batches, from `images_seen` on.
+    """This rank's endless stream of training micro-batches, starting at `images_seen`.
 
-    Every optimiser step reads `batch` consecutive positions of the global order, cut into
-    `accumulation` joined micro-batches of which each rank gets its slice (`plan.rank_positions`);
-    iteration yields this rank's `Batch` of m = batch / accumulation / world.size images,
-    `accumulation` times a step. The order depends on the data, `seed` and `block` only, not on how
-    the samples are fetched (`fetch`).
+    Every optimizer step reads `batch` consecutive positions of the global order, divided into
+    `accumulation` global micro-batches of which each rank reads its slice
+    (`order.rank_positions`). Iteration yields this rank's `Batch` of m = batch / accumulation /
+    world.size images, `accumulation` times per step. The order depends on the data, `seed` and
+    `block` only, not on `fetch`.
 
-    There is no state to save: make a new stream with another `images_seen`. Use it as a context
-    manager, or `close()` it.
+    There is no state to save: construct a stream with another `images_seen`. Use it as a context
+    manager, or call `close()`.
 
     Raises `DataError` on construction for a missing, incomplete or damaged folder, an unknown
-    split or sizes that do not divide; while iterating, for a sample that cannot be used.
+    split or an indivisible batch; during iteration for an unusable sample.
     """
 
     def __init__(
@@ -132,10 +131,10 @@ class ShardStream(Endless):
             f"{ORDER_VERSION}/{self.manifest.fingerprint}/{split}/{seed}/{block}/{batch}/"
             f"{accumulation}/{images_seen}/{world.size}"
         )
-        self.fingerprint = hashlib.sha256(inputs.encode()).hexdigest()[:32]
+        self.fingerprint = sha256(inputs.encode())[:32]
 
         def micro_batches() -> Iterator[tuple[Indices, Indices]]:
-            order = Order(sizes, seed, block)  # one of its own for each reader
+            order = Order(sizes, seed, block)  # not shared: its cache is not thread-safe
             for start in itertools.count(images_seen, batch):
                 for positions in rank_positions(start, batch, accumulation, world):
                     yield positions, order.at(positions)
@@ -146,7 +145,7 @@ class ShardStream(Endless):
 
         self._fetcher = make_fetcher(self.manifest, split, blocks, fetch)
         self._transfer = transfer_to(world.device, self.manifest.image_shape, fetch.prefetch)
-        self._batches = _ahead(self._fetcher, split, micro_batches(), fetch, self._transfer)
+        self._batches = _ahead(self._fetcher, micro_batches(), fetch, self._transfer)
 
     def close(self) -> None:
         self._fetcher.stop.set()
@@ -161,11 +160,11 @@ def sequential(
     batch: int,
     fetch: Fetch | None = None,
 ) -> Iterator[Batch]:
-    """Every sample of `split` once over all ranks, in order: nothing padded, nothing dropped.
+    """Every sample of `split` exactly once over all ranks, in order, without padding.
 
-    Rank r gets the r-th consecutive part (`plan.rank_range`), in batches of `batch` images, the
-    last one smaller; parts may differ by a sample, so ranks may get different numbers of batches.
-    Raises `DataError` at once for a damaged folder, later for a bad sample.
+    Rank r reads the r-th consecutive part (`order.rank_range`) in batches of `batch` images, the
+    last one smaller. Parts may differ by one sample, so ranks may get different numbers of batches.
+    Raises `DataError` at once for a damaged folder, during iteration for an unusable sample.
     """
     fetch = fetch or Fetch()
     if batch <= 0:
@@ -178,47 +177,40 @@ def sequential(
 
     fetcher = make_fetcher(manifest, split, lambda: parts(EVALUATION_BLOCK), fetch)
     transfer = transfer_to(world.device, manifest.image_shape, fetch.prefetch)
-    return _ahead(fetcher, split, parts(batch), fetch, transfer)
+    return _ahead(fetcher, parts(batch), fetch, transfer)
 
 
 def _check_cache(manifest: Manifest, split: str, block: int, cache_bytes: int) -> None:
-    """A cache that cannot hold two blocks would download every shard again and again."""
+    """Raise `DataError` for a cache below two blocks, which would download shards repeatedly."""
     shards = manifest.shards(split)
     total = sum(shard.filesize for shard in shards)
     share = total * block // manifest.num_samples(split) + max(s.filesize for s in shards)
     if cache_bytes < min(total, 2 * share):
         raise DataError(
             f"data.cache_bytes = {cache_bytes:,} cannot hold two blocks of data.block = {block:,} "
-            f"images, about {min(total, 2 * share):,} bytes; give it more, or start a run with "
+            f"images, about {min(total, 2 * share):,} bytes; increase it, or start a new run with "
             "smaller blocks"
         )
 
 
 def _ahead(
     fetcher: Fetcher,
-    split: str,
     micro_batches: Iterator[tuple[Indices, Indices]],
     fetch: Fetch,
     transfer: Transfer,
 ) -> Generator[Batch, None, None]:
     """Read (positions, samples) micro-batches in order, `fetch.prefetch` of them ahead.
 
-    An error in a thread is raised here, at the batch it belongs to. Closing the generator, also
-    by dropping it, stops the threads.
+    An error in a thread is raised at its batch. Closing or deleting the generator stops the
+    threads.
     """
-    if fetch.backend == "processes":
-        reading = in_processes(
-            fetcher.manifest, split, fetcher.index, micro_batches, fetch, transfer
-        )
-    else:
-        reading = _in_threads(fetcher, micro_batches, fetch, transfer)
-    return delivered(reading, transfer)
+    return delivered(_in_threads(fetcher, micro_batches, fetch, transfer), transfer)
 
 
 def delivered(reading: Reading, transfer: Transfer) -> Generator[Batch, None, None]:
-    """The batches of `reading` on their device, as many ahead of the consumer as it has room for.
+    """The batches of `reading` on the device, `transfer.depth` of them at a time.
 
-    An error is raised when its turn comes, after the batches before it.
+    An error is raised after all batches before it.
     """
     sent: collections.deque[tuple[Indices, Sequence[BadSample], Sent]] = collections.deque()
     failure: Exception | None = None
@@ -235,8 +227,8 @@ def delivered(reading: Reading, transfer: Transfer) -> Generator[Batch, None, No
                     sent.append((positions, bad, transfer.send(host)))
             if not sent:
                 break
-            positions, bad, on_its_way = sent.popleft()
-            pixels, labels = on_its_way.arrive()
+            positions, bad, copy = sent.popleft()
+            pixels, labels = copy.arrive()
             yield Batch(pixels, labels, positions, tuple(bad))
         if failure is not None:
             raise failure
@@ -250,7 +242,7 @@ def _in_threads(
     fetch: Fetch,
     transfer: Transfer,
 ) -> Reading:
-    """Fill host buffers in order, `fetch.prefetch` of them at a time, in `fetch.num_threads`."""
+    """Fill host buffers in order in `fetch.num_threads` threads, `fetch.prefetch` at a time."""
     threads = fetch.num_threads(fetcher.manifest.resolution)
     executor = ThreadPoolExecutor(threads, thread_name_prefix="bigan-data")
     waiting: collections.deque[tuple[Indices, HostBatch, Future[list[BadSample]]]]
@@ -262,7 +254,7 @@ def _in_threads(
         return bad
 
     def submit(positions: Indices, samples: Indices) -> None:
-        # Buffers are taken here, on the consumer's thread and so on its CUDA device.
+        # Allocate on the consumer's thread, and therefore on its CUDA device.
         host = transfer.take(len(samples))
         waiting.append((positions, host, executor.submit(read, positions, samples, host)))
 
@@ -273,12 +265,12 @@ def _in_threads(
             positions, host, future = waiting.popleft()
             bad = future.result()
             if fetcher.stop.is_set():
-                return  # the batch may be half filled
+                return  # the batch may be incomplete
             for next_positions, samples in itertools.islice(micro_batches, 1):
                 submit(next_positions, samples)
             yield positions, host, bad
     finally:
         fetcher.stop.set()
-        fetcher.close()  # ends downloads that threads are waiting for
+        fetcher.close()  # aborts downloads that threads wait for
         executor.shutdown(wait=True, cancel_futures=True)
-        fetcher.close()  # what they opened meanwhile
+        fetcher.close()  # again, for files opened meanwhile

@@ -1,8 +1,7 @@
-"""Encoded samples of shards that are read front to back: from a URL, with nothing on disk."""
+"""Encoded samples of shards that are read sequentially, from a URL, without a copy on disk."""
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,19 +13,20 @@ from bigan.data import DataError
 from bigan.data.format import tar
 from bigan.data.format.manifest import Manifest, Shard
 from bigan.data.streaming import remote
+from bigan.hashes import sha256
 
 Indices = NDArray[np.int64]
 
-PATIENCE_SECONDS = 0.2  # between two looks at `stop` while waiting
+POLL_SECONDS = 0.2  # between two checks of `stop` while waiting
 
 
 class Streamed:
-    """Encoded samples in the order of `blocks`, from shards that are read front to back.
+    """Encoded samples in the order of `blocks`, from shards that are read sequentially.
 
-    `blocks` yields (positions, samples) that belong together: of the shards they lie in, the
-    encoded samples are kept in memory until they have been taken. A block is loaded while the one
-    before it is read, so at most two blocks of this rank are held, and `connections` whole shards
-    while they arrive. Every shard is verified by its sha256 before a sample of it is used.
+    `blocks` yields the (positions, samples) of one block after the other. The encoded samples of a
+    block stay in memory until they are read. A block is loaded while the one before it is read:
+    memory holds at most two blocks of this rank, and `connections` shards while they arrive. The
+    sha256 of every shard is verified before a sample of it is used.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Streamed:
         self._stop = stop
         self._ready: dict[int, bytes] = {}
         self._changed = threading.Condition()
-        self._untaken: dict[int, int] = {}  # block -> samples not yet taken
+        self._unread: dict[int, int] = {}  # block -> samples not yet read
         self._block_of: dict[int, int] = {}  # position -> block
         self._error: Exception | None = None
         self._connections = connections
@@ -53,10 +53,10 @@ class Streamed:
         self._thread = threading.Thread(
             target=self._load_all, args=(iter(blocks),), name="bigan-stream", daemon=True
         )
-        self._started = False  # by the first reader: a stream that is never read costs nothing
+        self._started = False  # at the first read: an unused stream costs nothing
 
     def images(self, positions: Indices, samples: Indices) -> Iterator[bytes]:
-        """The encoded bytes of `samples`, one after the other; ends early once stopped."""
+        """The encoded bytes of each of `samples`; ends early once stopped."""
         with self._changed:
             if not self._started:
                 self._started = True
@@ -71,10 +71,10 @@ class Streamed:
         """(encoded bytes, shard, member name) of one sample; reads its whole shard again."""
         shard = self.shards[int(self.index.shard[sample])]
         offset, size = int(self.index.offset[sample]), int(self.index.size[sample])
-        whole = self._whole(shard)
-        header = whole[offset - tar.BLOCK : offset]
+        data = self._read(shard)
+        header = data[offset - tar.BLOCK : offset]
         name = tar.member_name(header)
-        return whole[offset : offset + size], self.manifest.location(shard), name
+        return data[offset : offset + size], self.manifest.location(shard), name
 
     def close(self) -> None:
         self._stop.set()
@@ -87,18 +87,18 @@ class Streamed:
         self._ready.clear()
 
     def _take(self, position: int) -> bytes | None:
-        """The bytes at `position`, waiting for them; None once the stream is stopped."""
+        """Wait for the bytes at `position`; None once the stream is stopped."""
         with self._changed:
             while position not in self._ready:
                 if self._stop.is_set():
                     return None
                 if self._error is not None:
                     raise self._error
-                self._changed.wait(PATIENCE_SECONDS)
+                self._changed.wait(POLL_SECONDS)
             block = self._block_of.pop(position)
-            self._untaken[block] -= 1
-            if self._untaken[block] == 0:
-                del self._untaken[block]
+            self._unread[block] -= 1
+            if self._unread[block] == 0:
+                del self._unread[block]
                 self._changed.notify_all()
             return self._ready.pop(position)
 
@@ -106,11 +106,11 @@ class Streamed:
         try:
             with ThreadPoolExecutor(self._connections, "bigan-shard") as executor:
                 for number, (positions, samples) in enumerate(blocks):
-                    if not len(positions):  # no part of the block is this rank's
+                    if not len(positions):  # this rank reads nothing of the block
                         continue
                     with self._changed:
-                        while len(self._untaken) > 1 and not self._stop.is_set():
-                            self._changed.wait(PATIENCE_SECONDS)
+                        while len(self._unread) > 1 and not self._stop.is_set():
+                            self._changed.wait(POLL_SECONDS)
                     if self._stop.is_set():
                         return
                     self._load(number, positions, samples, executor)
@@ -123,19 +123,19 @@ class Streamed:
         self, number: int, positions: Indices, samples: Indices, executor: ThreadPoolExecutor
     ) -> None:
         with self._changed:
-            self._untaken[number] = len(positions)
+            self._unread[number] = len(positions)
             self._block_of |= dict.fromkeys(positions.tolist(), number)
         shard_of = self.index.shard[samples]
 
         def load_shard(shard: int) -> None:
             if self._stop.is_set():
                 return
-            whole = self._whole(self.shards[shard])
+            data = self._read(self.shards[shard])
             mine = np.flatnonzero(shard_of == shard)
             offsets = self.index.offset[samples[mine]].tolist()
             sizes = self.index.size[samples[mine]].tolist()
             found = {
-                position: whole[offset : offset + size]
+                position: data[offset : offset + size]
                 for position, offset, size in zip(
                     positions[mine].tolist(), offsets, sizes, strict=True
                 )
@@ -145,9 +145,9 @@ class Streamed:
                 self._changed.notify_all()
 
         for _ in executor.map(load_shard, np.unique(shard_of).tolist()):
-            pass  # raises what a download raised
+            pass  # raises the error of a download
 
-    def _whole(self, shard: Shard) -> bytes:
+    def _read(self, shard: Shard) -> bytes:
         if self.manifest.remote is None:
             return _read_local(self.manifest, shard)
         return remote.read(
@@ -165,6 +165,6 @@ def _read_local(manifest: Manifest, shard: Shard) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    if hashlib.sha256(data).hexdigest() != shard.sha256:
-        raise DataError(f"{path}: damaged (sha256 differs); `bigan verify` tells more")
+    if sha256(data) != shard.sha256:
+        raise DataError(f"{path}: damaged (sha256 differs); `bigan verify` lists the damage")
     return data
