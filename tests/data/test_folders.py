@@ -118,13 +118,13 @@ def test_train_beside_another_class_is_a_class(root: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "folders", "part"),
     [
-        ((), (), "no images here"),
-        (("a/1.png",), ("b",), "b: no images here"),
-        (("1.png",), ("a",), "beside folders (a)"),
+        ((), (), "contains no images"),
+        (("a/1.png",), ("b",), "b: contains no images"),
+        (("1.png",), ("a",), "and folders (a)"),
         (("train/a/1.png", "test/1.png"), (), "test has no class folders"),
         (("train/a/1.png", "test/b/1.png"), (), "class 'b' has no images in train"),
-        (("train/a/1.png", "train/2.png", "test/a/1.png"), (), "beside folders"),
-        (("train/a/1.png",), ("test",), "test: no images here"),
+        (("train/a/1.png", "train/2.png", "test/a/1.png"), (), "and folders"),
+        (("train/a/1.png",), ("test",), "test: contains no images"),
     ],
 )
 def test_unclear_layouts(
@@ -145,7 +145,7 @@ def test_unreadable_class_names(root: Path) -> None:
         open_source(root, resolution=8)
     one_line(error, "a\\nb", "rename")
     os.rename(root / "a\nb", os.fsencode(root) + b"/\xff")  # noqa: PTH104
-    with pytest.raises(DataError, match="unreadable name"):
+    with pytest.raises(DataError, match="unprintable name"):
         open_source(root, resolution=8)
 
 
@@ -229,8 +229,8 @@ def test_entries_and_images_that_do_not_fit(root: Path, tmp_path: Path) -> None:
             ("a/stem.jpg", "is not in labels.csv"),
             ("gone.png", "is listed in labels.csv but missing"),
             ("a/stem", "is listed in labels.csv but missing"),
-            ("../secret.png", "leads out of the folder (listed in labels.csv)"),
-            (f"{tmp_path}/secret.png", "leads out of the folder (listed in labels.csv)"),
+            ("../secret.png", "points outside of the folder (listed in labels.csv)"),
+            (f"{tmp_path}/secret.png", "points outside of the folder (listed in labels.csv)"),
         ])  # fmt: skip
 
 
@@ -241,20 +241,20 @@ def test_entries_and_images_that_do_not_fit(root: Path, tmp_path: Path) -> None:
         ("labels.csv", b"a,b,c\n1.png,2,3\n", "no header"),
         ("labels.csv", b"file,x,label\n1.png,2\n", "line 2 has too few columns"),
         ("labels.csv", b"1.png,\xff\n", "not UTF-8"),
-        ("labels.csv", b"file;label\n1.png;2\n", "separated by ';'; separate them by commas"),
-        ("labels.csv", b"1.png\tdog\n", "separated by '\\t'; separate them by commas"),
+        ("labels.csv", b"file;label\n1.png;2\n", "separated by ';'"),
+        ("labels.csv", b"1.png\tdog\n", "separated by '\\t'"),
         (
             "labels.csv",
             b"1.png,900000\n",
             "1.png has label 900000, which makes 900001 classes of 1",
         ),
         ("labels.csv", b"other.png,a\n", "holds no usable image"),
-        ("dataset.json", b"{", "cannot be read"),
-        ("dataset.json", b"[" * 100_000, "cannot be read"),
+        ("dataset.json", b"{", "is invalid"),
+        ("dataset.json", b"[" * 100_000, "is invalid"),
         ("dataset.json", b'{"images": []}', 'no "labels"'),
         ("dataset.json", b'{"labels": 3}', "neither a list nor"),
         ("dataset.json", b'{"labels": [["1.png"]]}', "expected"),
-        ("dataset.json", b'{"labels": [["1.png", [0, 1]]]}', "neither a whole number"),
+        ("dataset.json", b'{"labels": [["1.png", [0, 1]]]}', "neither an integer"),
     ],
 )
 def test_label_files_that_cannot_be_used(root: Path, name: str, content: bytes, part: str) -> None:
@@ -312,18 +312,18 @@ def test_other_kinds_of_file_are_counted(root: Path) -> None:
     (root / "gone.txt").symlink_to(root / "nowhere")
     folder = open_source(root, resolution=8)
     assert folder.keys == ("a/1.png", "a/2.JFIF", "b/..dots..png", "b/3.jpe")
-    assert (folder.passed_over, folder.bad) == (5, ())
+    assert (folder.num_ignored, folder.bad) == (5, ())
     (root / "gone.txt").unlink()
     with zipfile.ZipFile(root.with_suffix(".zip"), "w") as file:
         for path in (path for path in root.rglob("*") if path.is_file()):  # `write` drops the "./"
             file.writestr(f"./wrap/{path.relative_to(root)}", path.read_bytes())
     archive = open_source(root.with_suffix(".zip"), resolution=8)
-    assert (archive.keys, archive.passed_over, archive.bad) == (folder.keys, 4, ())
+    assert (archive.keys, archive.num_ignored, archive.bad) == (folder.keys, 4, ())
     with zipfile.ZipFile(root.with_suffix(".zip"), "a") as file:
         file.writestr("./", b"")
         file.writestr("read-me.txt", b"?")
     archive = open_source(root.with_suffix(".zip"), resolution=8)
-    assert (archive.keys, archive.passed_over, archive.bad) == (folder.keys, 5, ())
+    assert (archive.keys, archive.num_ignored, archive.bad) == (folder.keys, 5, ())
 
 
 def test_stamp_knows_when_files_were_changed(root: Path) -> None:
@@ -381,13 +381,13 @@ def test_unsafe_and_unreadable_members(root: Path, tmp_path: Path) -> None:
     source = open_source(file, resolution=8)
     assert source.keys == ("1.png", "2.png")
     assert dict(source.bad) == {
-        "../up.png": "leads out of the archive",
-        "/etc/abs.png": "leads out of the archive",
-        "a\\..\\..\\b.png": "leads out of the archive",
-        "c:/d.png": "leads out of the archive",
+        "../up.png": "points outside of the archive",
+        "/etc/abs.png": "points outside of the archive",
+        "a\\..\\..\\b.png": "points outside of the archive",
+        "c:/d.png": "points outside of the archive",
         "bz.png": "is compressed by method 12; use deflate",
         "huge.png": "is larger than 1073741824 bytes",
-        "long.png": "is cut off",
+        "long.png": "is truncated",
         "secret.png": "is encrypted",
         "1.png": "appears twice",
     }
@@ -442,9 +442,9 @@ def test_broken_zips(root: Path) -> None:
         (root / name).write_bytes(content)
         with pytest.raises(DataError) as error:
             open_source(root / name, resolution=8)
-        one_line(error, name, "not a whole zip")
+        one_line(error, name, "damaged zip")
     (root / "none.zip").write_bytes(b"PK\5\6" + bytes(18))
-    with pytest.raises(DataError, match="no images here"):
+    with pytest.raises(DataError, match="contains no images"):
         open_source(root / "none.zip", resolution=8)
     bad = bytearray(data)
     at = data.rindex(b"PK\1\2")

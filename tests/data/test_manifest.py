@@ -74,8 +74,11 @@ def append(file: Path, data: bytes = b"\0") -> None:
         (lambda d: edit(d, lambda m: m["shardlist"][0].update(nsamples=1)), "impossible counts"),
         (lambda d: (d / "train-000002.tar").unlink(), "train-000002.tar: shard is missing"),
         (lambda d: append(d / "test-000000.tar"), "test-000000.tar: shard has"),
-        (lambda d: (d / "train-9.tar").write_bytes(b""), "train-9.tar: shard is not in"),
-        (lambda d: (d / "index" / "test.size.npy").unlink(), "test.size.npy: index is missing"),
+        (lambda d: (d / "train-9.tar").write_bytes(b""), "train-9.tar: shard is not listed"),
+        (
+            lambda d: (d / "index" / "test.size.npy").unlink(),
+            "test.size.npy: index file is missing",
+        ),
     ],
 )
 def test_damaged_folders(copy: Path, damage: Callable[[Path], object], part: str) -> None:
@@ -87,12 +90,12 @@ def test_damaged_folders(copy: Path, damage: Callable[[Path], object], part: str
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such data folder; make it with `bigan pack`"):
+    with pytest.raises(DataError, match="no such data folder; create it with `bigan pack`"):
         Manifest.load(tmp_path / "nowhere")
 
 
 def test_unknown_split(digits: Path) -> None:
-    with pytest.raises(DataError, match="no split 'val'; it holds: train, test"):
+    with pytest.raises(DataError, match="no split 'val'; its splits are: train, test"):
         Manifest.load(digits).num_samples("val")
 
 
@@ -123,7 +126,7 @@ def test_index_that_contradicts_the_manifest(copy: Path, wrong: Callable[[dict],
     wrong(columns)
     for name in names:
         np.save(copy / "index" / f"train.{name}.npy", columns[name])
-    with pytest.raises(DataError, match="contradicts"):
+    with pytest.raises(DataError, match="inconsistent"):
         Manifest.load(copy).load_index("train")
 
 
@@ -166,7 +169,7 @@ def test_no_cut_and_no_flipped_header_is_silent() -> None:
     for broken in damaged:
         with pytest.raises(DataError, match=r"x\.tar: "):
             index_shard(broken, "npy", "x.tar")
-    with pytest.raises(DataError, match=r"000000007\.npy is cut off"):
+    with pytest.raises(DataError, match=r"000000007\.npy is truncated"):
         index_shard(data[: members[15].offset + 7], "npy", "x.tar")
 
 
@@ -175,7 +178,7 @@ def test_no_cut_and_no_flipped_header_is_silent() -> None:
     [
         ([("a.npy", b"x"), ("b.npy", b"x"), ("b.cls", b"1")], "sample a lacks"),
         ([("a.npy", b"x")], "sample a lacks"),
-        ([("a.npy", b"x"), ("a.cls", b"one")], "not a whole number"),
+        ([("a.npy", b"x"), ("a.cls", b"one")], "not an integer"),
         ([("a.npy", b"x"), ("a.cls", b"1"), ("a.npy", b"x")], "twice"),
         ([("a.pyd", b"x"), ("a.cls", b"1")], "unexpected member a.pyd"),
     ],

@@ -146,6 +146,6 @@ def test_the_digits_come_back_exactly(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("resolution", "pyramid"), [(48, 4), (32, 64), (32, 5), (32, 0), (32, -4)])
 def test_impossible_pyramids(resolution: int, pyramid: int, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="doubling does not lead to"):
+    with pytest.raises(DataError, match="doubling does not reach"):
         pack_source(drawn(resolution, num=4), tmp_path / "d", pyramid=pyramid)
     assert not (tmp_path / "d").exists()

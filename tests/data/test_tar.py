@@ -118,14 +118,14 @@ def _headed(name: str, kind: bytes) -> bytes:
 def test_other_members_are_refused(kind: bytes) -> None:
     data = plain(["a.npy"], tarfile.USTAR_FORMAT)
     data = data[:1024] + _headed("odd", kind) + data[1024:]
-    with pytest.raises(DataError, match=r"x\.tar: odd is not a plain file"):
+    with pytest.raises(DataError, match=r"x\.tar: odd is not a regular file"):
         read(data)
 
 
 def test_sparse_files_of_pax_are_refused() -> None:
     member = tarfile.TarInfo("a.npy")
     member.pax_headers = {"GNU.sparse.major": "1"}
-    with pytest.raises(DataError, match=r"a\.npy is not a plain file"):
+    with pytest.raises(DataError, match=r"a\.npy is not a regular file"):
         read(made([member], tarfile.PAX_FORMAT))
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from bigan.data import DataError
 from bigan.data.format.manifest import Manifest
-from bigan.data.packing.index_in_place import adopt
+from bigan.data.packing.index_in_place import index_in_place
 from bigan.data.packing.pack import pack_source
 from bigan.data.packing.sources import digits, open_source
 from bigan.data.packing.webdatasets import Sample, list_samples
@@ -116,7 +116,7 @@ def test_samples_of_a_tar() -> None:
         assert isinstance(samples[0], Sample)
         found = [data[s.offset : s.offset + s.size] for s in samples]
         assert found == [image, b"first", image]
-        assert bad == [("w/plain", "holds no image ()")]
+        assert bad == [("w/plain", "has no image ()")]
 
 
 def test_unusable_samples_are_named() -> None:
@@ -138,16 +138,16 @@ def test_unusable_samples_are_named() -> None:
     )  # fmt: skip
     assert [sample.key for sample in samples] == ["good"]
     assert bad == [
-        ("w/text", "holds no image (txt cls)"),
+        ("w/text", "has no image (txt cls)"),
         ("w/good", "appears twice"),
-        ("w/name", "label b'cat' is no class number"),
-        ("w/minus", "label b'-1' is no class number"),
-        ("w/huge", "label 999999999999999 is no class number"),
-        ("w/real", "label 0.5 is no class number"),
-        ("w/true", "label True is no class number"),
-        ("w/../up.png", "leads out of the tar"),
-        ("w//etc/abs.png", "leads out of the tar"),
-        ("w/a/../../b.png", "leads out of the tar"),
+        ("w/name", "label b'cat' is not a class number"),
+        ("w/minus", "label b'-1' is not a class number"),
+        ("w/huge", "label 999999999999999 is not a class number"),
+        ("w/real", "label 0.5 is not a class number"),
+        ("w/true", "label True is not a class number"),
+        ("w/../up.png", "points outside of the tar"),
+        ("w//etc/abs.png", "points outside of the tar"),
+        ("w/a/../../b.png", "points outside of the tar"),
         ("w/broken", "its .json cannot be read"),
     ]
 
@@ -177,7 +177,7 @@ def test_damaged_tars_give_what_stands_before_the_damage(tmp_path: Path) -> None
     counts = [sum(key.startswith(f"0000{n}/") for key in source.keys) for n in range(4)]
     assert counts == [10, 4, 7, 0]
     damage = {name: reason for name, reason in source.bad if name in ("00001", "00002", "00003")}
-    assert "cut off" in damage["00001"]
+    assert "truncated" in damage["00001"]
     assert "damaged" in damage["00002"]
     assert "empty" in damage["00003"]
     (root / "00000.tar").write_bytes(b"<html>" * 200)
@@ -211,7 +211,7 @@ def test_patterns_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
     for folder in ("s", "t"):
         (tmp_path / folder / "same.tar").write_bytes(tar(("1.png", png(0))))
-    with pytest.raises(DataError, match="two shards have this name"):
+    with pytest.raises(DataError, match="two shards have the same name"):
         open_source(f"{tmp_path}/{{s,t}}/same.tar", resolution=8)
 
 
@@ -248,7 +248,7 @@ def test_shard_that_shrinks_is_a_bad_image(tmp_path: Path) -> None:
     root = shards(tmp_path / "s")
     source = open_source(root, resolution=8)
     (root / "00000.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match="cut off"):
+    with pytest.raises(ValueError, match="truncated"):
         source.read(0)
 
 
@@ -278,7 +278,7 @@ def test_indexing_tars_changes_neither_keys_nor_splits(tmp_path: Path) -> None:
     root = shards(tmp_path / "s", cls=lambda i: i % 3)
     before = open_source(root, resolution=8, val_fraction=0.2, test_fraction=0.2)
     assert before.stamp
-    adopt(root)
+    index_in_place(root)
     after = open_source(root, resolution=8, val_fraction=0.2, test_fraction=0.2)
     for field in dataclasses.fields(before):
         if field.name != "read":
@@ -295,25 +295,25 @@ def test_tars_that_cannot_be_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for content in (file.getvalue(), b"damaged" * 20):
         (tmp_path / "0.tar").write_bytes(tar(("1.npy", content)))
         with pytest.raises(DataError) as error:
-            adopt(tmp_path)
+            index_in_place(tmp_path)
         one_line(error, "0.tar/1 is damaged")
         assert "pickle" not in str(error.value)
     (tmp_path / "0.tar").write_bytes(tar(("1.png", png(0)), ("1.cls", b"900000")))
-    with pytest.raises(DataError, match="label 900000 makes too many classes"):
-        adopt(tmp_path)
+    with pytest.raises(DataError, match="label 900000 implies too many classes"):
+        index_in_place(tmp_path)
     (tmp_path / "0.tar").write_bytes(tar(("1.jfif", jpeg(0)), ("1.cls", b"0")))
-    assert adopt(tmp_path).encoder == "jpg"
+    assert index_in_place(tmp_path).encoder == "jpg"
 
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "some\nfile")
 
     monkeypatch.setattr("bigan.data.packing.index_in_place._shapes", refuse)
     with pytest.raises(DataError, match="cannot be read: Permission denied"):
-        adopt(tmp_path)
+        index_in_place(tmp_path)
 
 
 def test_unfinished_pack_is_no_source(tmp_path: Path) -> None:
     pack_source(digits(8), tmp_path / "packed")
     (tmp_path / "packed" / "manifest.json").unlink()
-    with pytest.raises(DataError, match="not packed to the end"):
+    with pytest.raises(DataError, match="incomplete pack"):
         open_source(tmp_path / "packed")

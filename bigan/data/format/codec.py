@@ -1,15 +1,14 @@
-"""Bytes of one tar member <-> a uint8 HWC image.
+"""Encoding and decoding of uint8 HWC images in tar members.
 
-    npy   raw pixels behind a short header: decoding is a copy
+    npy   raw pixels after a short header; decoding is a copy
     png   lossless
-    jpg   4:4:4, decoded by simplejpeg straight into the batch: the fastest of the strict decoders,
-          bit-identical to PIL's; it also raises on damage to the structure that PIL passes over
+    jpg   4:4:4, decoded by simplejpeg directly into the batch: the fastest strict decoder,
+          bit-identical to PIL, which ignores some structural damage
     webp  lossless, or lossy with a quality
 
-Decoding is strict: a packed image has exactly the resolution and channels of its manifest, so
-anything else is damage and raises `BadImageError`. What no decoder can see are single flipped bits
-inside the compressed data, many of which decode to another picture: the shards' sha256 tells.
-Nothing is ever unpickled.
+Decoding is strict: a packed image has exactly the resolution and channels of its manifest; anything
+else is damage and raises `BadImageError`. No decoder can detect single flipped bits in compressed
+data, many of which decode to another image; the sha256 of the shards does. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ from PIL import Image
 
 Pixels = NDArray[np.uint8]
 
-Encoding = Literal["npy", "png", "jpg", "webp"]  # the member's extension
+Encoding = Literal["npy", "png", "jpg", "webp"]  # suffix of the member
 ENCODINGS: tuple[Encoding, ...] = ("npy", "png", "jpg", "webp")
-JPEG_QUALITY = 95  # of 100, unless a pack asks for another
+JPEG_QUALITY = 95  # default
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in "<_io.BytesIO object at 0x7f12...>"
-_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # PIL does not miss it in a file that was cut off
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # PIL accepts a truncated file without it
 
 
 class BadImageError(ValueError):
-    """Bytes that are not the image they should be; the caller names shard and member."""
+    """Damaged or unexpected image bytes; the caller adds shard and member."""
 
 
 def first_line(error: object) -> str:
-    """What an exception says: one line, the same in every process (no addresses of objects)."""
+    """The first line of an error message, without object addresses: equal in all processes."""
     lines = _ADDRESS.sub("", str(error)).splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -76,14 +75,14 @@ def decode_into(out: Pixels, data: bytes, encoding: Encoding) -> None:
     """Decode `data` into `out`, a C-contiguous uint8 [H, W, C] array of the expected shape.
 
     Raises `BadImageError` if the bytes are damaged or hold another shape or type; `out` may then
-    be half written.
+    be partially written.
     """
     _DECODERS[encoding](out, data)
 
 
 @functools.lru_cache(maxsize=16)
 def npy_header(shape: tuple[int, ...]) -> bytes:
-    """The bytes before the pixels of a uint8 image of `shape` in our own .npy files."""
+    """The bytes before the pixels of a uint8 image of `shape` in .npy files that bigan writes."""
     file = io.BytesIO()
     description = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, description)
@@ -93,12 +92,12 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
 def _decode_npy(out: Pixels, data: bytes) -> None:
     header = npy_header(out.shape)
     start = len(header)
-    if len(data) == start + out.size and data.startswith(header):  # our own files: just a copy
+    if len(data) == start + out.size and data.startswith(header):  # written by bigan
         out[...] = np.frombuffer(data, np.uint8, out.size, start).reshape(out.shape)
         return
     try:
         image = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except Exception as error:  # NumPy raises many kinds; all mean the same here
+    except Exception as error:  # NumPy raises many kinds for damaged files
         raise BadImageError(f"not an .npy image: {first_line(error)}") from error
     if image.dtype != np.uint8 or image.shape != out.shape:
         raise BadImageError(
@@ -111,7 +110,7 @@ def _decode_jpg(out: Pixels, data: bytes) -> None:
     try:
         space = "RGB" if out.shape[2] == 3 else "GRAY"
         image = simplejpeg.decode_jpeg(data, space, buffer=out)
-    except Exception as error:  # ValueError by its documentation; MemoryError for absurd sizes
+    except Exception as error:  # ValueError, or MemoryError for a damaged size
         raise BadImageError(f"does not decode: {first_line(error)}") from error
     if image.shape != out.shape:
         raise BadImageError(f"is {list(image.shape)}, expected {list(out.shape)}")
@@ -119,21 +118,21 @@ def _decode_jpg(out: Pixels, data: bytes) -> None:
 
 def _decode_png(out: Pixels, data: bytes) -> None:
     if not data.endswith(_PNG_END):
-        raise BadImageError("is not a whole PNG file")
+        raise BadImageError("is a truncated PNG file")
     _decode_with_pil(out, data, "PNG", {1: "L", 3: "RGB"}[out.shape[2]])
 
 
 def _decode_webp(out: Pixels, data: bytes) -> None:
     if len(data) < 12 or len(data) < 8 + int.from_bytes(data[4:8], "little"):
-        raise BadImageError("is not a whole WebP file")
-    _decode_with_pil(out, data, "WEBP", "RGB")  # the format knows no grey
+        raise BadImageError("is a truncated WebP file")
+    _decode_with_pil(out, data, "WEBP", "RGB")  # WebP has no grey
 
 
 def _decode_with_pil(out: Pixels, data: bytes, kind: str, mode: str) -> None:
     height, width, channels = out.shape
     try:
         with Image.open(io.BytesIO(data), formats=[kind]) as image:
-            if image.size != (width, height) or image.mode != mode:  # known before any decoding
+            if image.size != (width, height) or image.mode != mode:  # from the header
                 raise BadImageError(
                     f"is {image.mode} {image.width}x{image.height}, "
                     f"expected {mode} {width}x{height}"
@@ -142,7 +141,7 @@ def _decode_with_pil(out: Pixels, data: bytes, kind: str, mode: str) -> None:
             out[...] = pixels[..., :channels]
     except BadImageError:
         raise
-    except Exception as error:  # PIL raises a dozen kinds for damaged files
+    except Exception as error:  # PIL raises many kinds for damaged files
         raise BadImageError(f"does not decode: {first_line(error)}") from error
 
 

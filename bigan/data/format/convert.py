@@ -1,9 +1,9 @@
-"""Bytes or arrays of any picture -> the uint8 square that is packed.
+"""Conversion of image files and arrays to the uint8 squares that are packed.
 
-`square` decides by content, never by a file's extension. In order: decode strictly, turn upright
-(EXIF), lay transparency on white, convert to grey or RGB, cut out the central square, resize.
-An image that already has the size is not resampled. Every refusal is a `BadImageError` with a
-short reason; the caller knows the name of the image.
+The format is detected from the content, not from the suffix. Steps: strict decoding, EXIF
+orientation, transparency composited on white, conversion to grey or RGB, square centre crop,
+resize. An image that already has the size is not resampled. Unusable images raise `BadImageError`
+with a short reason; the caller adds the name of the image.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SUFFIXES = (
     ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".npy", ".pgm", ".png", ".ppm", ".tif",
     ".tiff", ".webp",
 )  # fmt: skip
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # EPS would run a program
-MAX_PIXELS = 2**27  # a larger picture is taken for a decompression bomb
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # EPS would execute a program
+MAX_PIXELS = 2**27  # larger images are refused as decompression bombs
 TRANSFORMS: dict[Resize, str] = {"lanczos": "center-lanczos-v1", "area": "center-area-v1"}
 
 _FILTERS = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
@@ -37,7 +37,7 @@ _TURNS = {  # EXIF 2.32, tag 0x0112
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # PIL does not miss it in a file that was cut off
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # PIL accepts a truncated file without it
 
 
 def square(
@@ -47,23 +47,22 @@ def square(
     resize: Resize = "lanczos",
     allow_upscale: bool = False,
 ) -> Pixels:
-    """The picture in `data` as uint8 [resolution, resolution, channels], channels 1 or 3.
+    """The image file `data` as uint8 [resolution, resolution, channels], channels 1 or 3.
 
-    What becomes of each kind of picture: see `picture` and `to_square`. Raises `BadImageError` for
-    bytes that are not a whole picture and for one smaller than `resolution` on its short side
-    (unless `allow_upscale`).
+    Conversion: see `decode_any` and `to_square`. Raises `BadImageError` for a damaged file and for
+    an image whose short side is below `resolution` (unless `allow_upscale`).
     """
-    return to_square(picture(data), resolution, channels, resize, allow_upscale)
+    return to_square(decode_any(data), resolution, channels, resize, allow_upscale)
 
 
-def picture(data: bytes) -> Image.Image:
+def decode_any(data: bytes) -> Image.Image:
     """Decode BMP, GIF, JPEG, PNG, PPM, TIFF, WebP or .npy bytes; the mode is "L" or "RGB".
 
-    JPEG is decoded by simplejpeg in strict mode, which gives PIL's pixels but raises on damage
-    to the structure where PIL shows a wrong picture; CMYK and YCCK, which it lacks, through PIL. Of
-    an animation the first frame is taken. Raises `BadImageError` for what is cut off, of damaged
-    structure, of more than `MAX_PIXELS` (before decoding it) or of another kind. A flipped bit in a
-    file without checksums (JPEG, BMP) is often just another picture: no decoder can see it.
+    JPEG is decoded by simplejpeg in strict mode, which gives the pixels of PIL but raises for
+    structural damage that PIL accepts; CMYK and YCCK, which simplejpeg lacks, are decoded by PIL.
+    Animations give their first frame. Raises `BadImageError` for truncated or damaged files, other
+    formats, and more than `MAX_PIXELS` (before decoding). A flipped bit in a format without
+    checksums (JPEG, BMP) often decodes to another image and cannot be detected.
     """
     if not data:
         raise BadImageError("is empty (0 bytes)")
@@ -78,24 +77,24 @@ def picture(data: bytes) -> Image.Image:
                 strict.info = image.info  # its EXIF
                 return plain(strict)
             if image.format == "PNG" and _PNG_END not in data:
-                raise BadImageError("is cut off")
+                raise BadImageError("is truncated")
             image.load()
             return plain(image)
     except BadImageError:
         raise
     except UnidentifiedImageError as error:
-        raise BadImageError("is no known kind of image") from error
-    except Exception as error:  # PIL raises a dozen kinds for damaged files
+        raise BadImageError("has an unknown image format") from error
+    except Exception as error:  # PIL raises many kinds for damaged files
         raise BadImageError(f"cannot be read as an image ({first_line(error)})") from error
 
 
 def plain(image: Image.Image | np.ndarray[Any, Any]) -> Image.Image:
     """A PIL image, or an array uint8 [H, W] or [H, W, 1, 3 or 4], as an upright "L" or "RGB" image.
 
-    EXIF orientation is applied. Alpha and transparent palettes are laid on white; palette, 1-bit
-    and CMYK are converted; 16-bit grey is scaled, (x + 128) // 257, which PIL would clip (PIL
-    itself drops the low byte of 16-bit RGB). Raises `BadImageError` for floating-point or 32-bit
-    pixels, which have no agreed range, and for other arrays.
+    EXIF orientation is applied. Alpha and transparent palettes are composited on white; palette,
+    1-bit and CMYK are converted; 16-bit grey is scaled, (x + 128) // 257, where PIL would clip (PIL
+    drops the low byte of 16-bit RGB). Raises `BadImageError` for floating-point or 32-bit pixels,
+    whose range is unknown, and for other arrays.
     """
     if isinstance(image, np.ndarray):
         image = _from_array(image)
@@ -104,7 +103,7 @@ def plain(image: Image.Image | np.ndarray[Any, Any]) -> Image.Image:
     image = _upright(image)
     if image.mode == "F" or deep:
         kind = "floating-point" if image.mode == "F" else "32-bit"
-        raise BadImageError(f"{kind} pixels have no agreed range; convert to 8 or 16 bits")
+        raise BadImageError(f"{kind} pixels have an unknown range; convert to 8 or 16 bits")
     if image.mode.startswith("I"):  # "I;16", "I;16B" or a PGM's "I"
         values = np.asarray(image).astype(np.int64)
         return Image.fromarray(((values + 128) // 257).clip(0, 255).astype(np.uint8))
@@ -122,29 +121,30 @@ def to_square(
     resize: Resize = "lanczos",
     allow_upscale: bool = False,
 ) -> Pixels:
-    """Square centre crop of a picture, resized: uint8 [resolution, resolution, channels].
+    """Resized square centre crop of an image: uint8 [resolution, resolution, channels].
 
-    Takes what `plain` takes. One channel is Rec. 601 luma, rounded (PIL's "L"). "lanczos" is PIL's
-    antialiased Lanczos-3, "area" the mean over the source area (PIL's BOX). Raises `BadImageError`
-    if the short side is below `resolution` (unless `allow_upscale`), and as `plain` does.
+    Accepts what `plain` accepts. One channel is rounded Rec. 601 luma (PIL's "L"). "lanczos" is the
+    antialiased Lanczos-3 of PIL, "area" the mean over the source area (PIL's BOX). Raises
+    `BadImageError` if the short side is below `resolution` (unless `allow_upscale`), and like
+    `plain`.
     """
-    whole = plain(image)
-    side = min(whole.size)
+    full = plain(image)
+    side = min(full.size)
     if side < resolution and not allow_upscale:
         raise BadImageError(
-            f"is {whole.width}x{whole.height}, smaller than {resolution} px; "
-            "--allow-upscale enlarges it"
+            f"is {full.width}x{full.height}, smaller than {resolution} px; "
+            "use --allow-upscale to enlarge it"
         )
-    left, top = (whole.width - side) // 2, (whole.height - side) // 2
-    cut = whole.crop((left, top, left + side, top + side)).convert("L" if channels == 1 else "RGB")
-    fitted = cut.resize((resolution, resolution), _FILTERS[resize])  # a copy if it has the size
+    left, top = (full.width - side) // 2, (full.height - side) // 2
+    cut = full.crop((left, top, left + side, top + side)).convert("L" if channels == 1 else "RGB")
+    fitted = cut.resize((resolution, resolution), _FILTERS[resize])  # a copy if the size is equal
     return np.asarray(fitted).reshape(resolution, resolution, channels)
 
 
 def npy(data: bytes) -> Pixels:
     """The uint8 [H, W], [H, W, 1] or [H, W, 3] array of a .npy file; `BadImageError` otherwise.
 
-    Its size is checked against the header before it is made.
+    The size in the header is checked before allocation.
     """
     file = io.BytesIO(data)
     try:
@@ -153,7 +153,7 @@ def npy(data: bytes) -> Pixels:
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
         else:
             shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
-    except Exception as error:  # NumPy raises many kinds; all mean the same here
+    except Exception as error:  # NumPy raises many kinds for damaged files
         raise BadImageError(f"is not an .npy image ({first_line(error)})") from error
     if dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3))):
         raise BadImageError(
@@ -180,19 +180,19 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
 
 def _check_size(width: int, height: int) -> None:
     if width <= 0 or height <= 0:
-        raise BadImageError(f"is {width}x{height}, without a pixel")
+        raise BadImageError(f"is {width}x{height}, without pixels")
     if width * height > MAX_PIXELS:
         raise BadImageError(f"is {width}x{height}, more than {MAX_PIXELS} pixels")
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF or XMP says, and then without either, so that it is not turned twice.
+    """Apply the EXIF or XMP orientation and remove both, so that it is not applied twice.
 
-    `ImageOps.exif_transpose` also writes the EXIF block anew, which fails for damaged ones.
+    `ImageOps.exif_transpose` also rewrites the EXIF block, which fails for damaged ones.
     """
     try:
         orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # a damaged EXIF block says nothing; the pixels are fine
+    except Exception:  # a damaged EXIF block is ignored
         return image
     if orientation not in range(2, 9):
         return image

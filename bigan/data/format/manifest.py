@@ -1,23 +1,22 @@
-"""A packed data set on disk: manifest, index and tar shards, and the checks they must pass.
+"""A packed data set on disk: manifest, index and tar shards, and their consistency checks.
 
-    <folder>/manifest.json                 written last; without it the folder is not a data set
-             plan.json                     what is packed here; a resumed `bigan pack` compares it
+    <folder>/manifest.json                 written last; without it the pack is incomplete
+             plan.json                     the plan of `bigan pack`, compared when it resumes
              train-000000.tar ...          standard WebDataset shards: <key>.npy|png|jpg|webp and
                                            <key>.cls
              index/<split>.<column>.npy    one entry per sample, in shard order:
                                            offset u64 and size u32 of the image's bytes in its tar,
                                            label i32, shard i32 (number within the split)
-             index/train-000000.json ...   what `bigan pack` noted of each shard it finished, with
-                                           the original name of each sample
+             index/train-000000.json ...   the record of each finished shard, with the original
+                                           names of its samples
 
-The manifest is a superset of `wids-shard-index-v1`, so other WebDataset tools read it too. Index
-files are memory-mapped: all processes of a node share them. For a remote data set the folder is a
-local copy of manifest and index, and `remote` says where the shards are.
+The manifest is a superset of `wids-shard-index-v1`, which other WebDataset tools read. Index files
+are memory-mapped and shared by all processes of a node. For a remote data set the folder is a local
+copy of manifest and index, and `remote` is the URL of the folder with the shards.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +34,7 @@ from bigan.config import ConfigError, Frozen
 from bigan.data import DataError
 from bigan.data.format.codec import Encoding
 from bigan.data.format.tar import tar_files
+from bigan.hashes import fingerprint, sha256, sha256_of_file
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
@@ -50,7 +50,7 @@ COLUMNS: dict[str, type[np.generic]] = {
 
 @dataclass(frozen=True)
 class Index:
-    """Where every sample of a split is; the columns of the module docstring, each [num_samples]."""
+    """The index of a split: the columns of the module docstring, each [num_samples]."""
 
     offset: NDArray[np.uint64]
     size: NDArray[np.uint32]
@@ -59,7 +59,7 @@ class Index:
 
 
 class Shard(Frozen):
-    """One tar: its file name, samples, bytes, hash, and how many samples of each class."""
+    """One tar: file name, number of samples, size in bytes, hash, split and samples per class."""
 
     url: str
     nsamples: int
@@ -70,10 +70,10 @@ class Shard(Frozen):
 
 
 class Manifest(Frozen):
-    """What a packed folder holds. Read it with `Manifest.load`, which also checks the folder."""
+    """The content of a packed folder. `Manifest.load` reads it and checks the folder."""
 
     folder: Path = Field(exclude=True)
-    remote: str | None = Field(default=None, exclude=True)  # URL of the folder that has the shards
+    remote: str | None = Field(default=None, exclude=True)  # URL of the folder with the shards
     kind: Literal["wids-shard-index-v1"] = Field(
         default="wids-shard-index-v1",
         validation_alias="__kind__",
@@ -87,12 +87,14 @@ class Manifest(Frozen):
     classes: tuple[str, ...]  # class names; label i is classes[i]
     encoder: Encoding
     quality: int | None = None  # of a lossy encoder
-    transform: str  # from the original images to these pixels
-    software: dict[str, str] = Field(default_factory=dict)  # versions of what made the bytes
+    transform: str  # conversion from the originals to these pixels
+    software: dict[str, str] = Field(
+        default_factory=dict
+    )  # versions of the libraries the bytes depend on
     samples_per_shard: int = 0  # planned; the last shard of a split may hold fewer
-    num_bad: int = 0  # originals that could not be used and were left out
-    plan: str  # hash of what was packed and how
-    fingerprint: str  # hash of the content; equal fingerprints mean equal samples
+    num_bad: int = 0  # unusable originals that were left out
+    plan: str  # hash of plan.json
+    fingerprint: str  # hash of the content; equal fingerprints, equal samples
     index: dict[str, str]  # file name -> sha256
     records: dict[str, str] = Field(default_factory=dict)  # plan.json, index/*.json -> sha256
     shardlist: tuple[Shard, ...]
@@ -100,22 +102,22 @@ class Manifest(Frozen):
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Read the manifest of `folder` and check it against itself, without a look at the shards.
+        """Read the manifest of `folder` and check its consistency, not the shards.
 
-        Raises `DataError`, one line, if the folder is missing or was not packed to the end, or if
-        the manifest is damaged.
+        Raises `DataError`, one line, if the folder is missing, the pack incomplete, or the
+        manifest damaged.
         """
         folder = Path(folder)
         file = folder / MANIFEST
         if not folder.is_dir():
-            raise DataError(f"{folder}: no such data folder; make it with `bigan pack`")
+            raise DataError(f"{folder}: no such data folder; create it with `bigan pack`")
         if not file.is_file():
             if (folder / PYRAMID).is_file():
                 raise DataError(
-                    f"{folder}: holds several resolutions; choose one of its folders, for example "
+                    f"{folder}: contains several resolutions; choose one of its folders, e.g. "
                     f"{_levels(folder)[-1]}"
                 )
-            state = "was not packed to the end" if (folder / PLAN).is_file() else "is no data set"
+            state = "is an incomplete pack" if (folder / PLAN).is_file() else "is not a data set"
             raise DataError(f"{folder}: {state} (no {MANIFEST}); run `bigan pack`")
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -138,10 +140,10 @@ class Manifest(Frozen):
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """`read`, and look whether the folder holds what the manifest lists.
+        """`read`, and check that the folder has the files that the manifest lists.
 
-        Raises `DataError` if a shard or index file is missing, extra or of another size. Contents
-        are checked by `verify_checksums`, and thoroughly by `bigan verify`.
+        Raises `DataError` if a shard or index file is missing, unlisted or has another size.
+        Contents are checked by `verify_checksums` and, completely, by `bigan verify`.
         """
         manifest = cls.read(folder)
         manifest._check_files()
@@ -153,7 +155,7 @@ class Manifest(Frozen):
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Names of the splits, each with at least one sample."""
+        """Names of the splits; each has at least one sample."""
         return tuple(dict.fromkeys(shard.split for shard in self.shardlist))
 
     @property
@@ -168,11 +170,11 @@ class Manifest(Frozen):
         return str(self.folder / shard.url)
 
     def shards(self, split: str) -> tuple[Shard, ...]:
-        """The shards of `split` in order; raises `DataError` if there is no such split."""
+        """The shards of `split` in order; raises `DataError` for an unknown split."""
         found = tuple(shard for shard in self.shardlist if shard.split == split)
         if not found:
             known = ", ".join(self.splits) or "none"
-            raise DataError(f"{self.folder}: no split {split!r}; it holds: {known}")
+            raise DataError(f"{self.folder}: no split {split!r}; its splits are: {known}")
         return found
 
     def num_samples(self, split: str) -> int:
@@ -184,7 +186,7 @@ class Manifest(Frozen):
         return tuple(sum(column) for column in zip(*histograms, strict=True))
 
     def load_index(self, split: str) -> Index:
-        """The memory-mapped index of `split`; raises `DataError` if it contradicts the manifest."""
+        """The memory-mapped index of `split`; raises `DataError` if it is inconsistent."""
         shards = self.shards(split)
         columns = {}
         for name, dtype in COLUMNS.items():
@@ -198,7 +200,7 @@ class Manifest(Frozen):
                     f"{file}: holds {column.dtype} {list(column.shape)}, expected "
                     f"{np.dtype(dtype)} [{self.num_samples(split)}]; pack the data again"
                 )
-            columns[name] = np.asarray(column)  # a plain view of the map is faster to index
+            columns[name] = np.asarray(column)  # faster to index than a memmap
         index = Index(**columns)
         expected = np.repeat(np.arange(len(shards)), [shard.nsamples for shard in shards])
         ends = index.offset + index.size
@@ -211,7 +213,7 @@ class Manifest(Frozen):
             or counts.tolist() != list(self.class_counts(split))
         ):
             raise DataError(
-                f"{self.folder}: the index of split {split!r} contradicts {MANIFEST}; "
+                f"{self.folder}: the index of split {split!r} is inconsistent with {MANIFEST}; "
                 "pack the data again"
             )
         return index
@@ -219,10 +221,10 @@ class Manifest(Frozen):
     def verify_checksums(
         self, limit_bytes: int | None = None, progress: Callable[[int, int], None] | None = None
     ) -> bool:
-        """Compare the sha256 of every shard and index file; raises `DataError` at the first wrong.
+        """Compare the sha256 of every shard and index file; raises `DataError` at the first error.
 
-        With `limit_bytes`, a larger data set is left alone and the result is False.
-        `progress(bytes done, bytes in all)` is called after each shard.
+        Returns False, without reading, for a data set larger than `limit_bytes`.
+        `progress(bytes done, total bytes)` is called after each shard.
         """
         total = sum(shard.filesize for shard in self.shardlist)
         if limit_bytes is not None and total > limit_bytes:
@@ -237,19 +239,24 @@ class Manifest(Frozen):
         return True
 
     def verify_index(self) -> None:
-        """Compare the sha256 of every index file; raises `DataError` at the first wrong one."""
+        """Compare the sha256 of every index file; raises `DataError` at the first error."""
         for name, expected in self.index.items():
             _check_hash(self.folder / name, expected)
 
     def dump(self) -> str:
-        """The JSON text of manifest.json; the same data set gives the same text."""
+        """The JSON text of manifest.json; equal data sets give equal texts."""
         content = self.model_dump(mode="json", by_alias=True)
         shards = ",\n".join(f"  {json.dumps(shard)}" for shard in content.pop("shardlist"))
         head = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
         return ",\n".join(["{\n" + head[0], *head[1:], ' "shardlist": [\n' + shards + "\n ]\n}\n"])
 
+    def sealed(self) -> Manifest:
+        """A copy with the right `fingerprint` and `checksum`."""
+        manifest = self.model_copy(update={"fingerprint": content_fingerprint(self)})
+        return manifest.model_copy(update={"checksum": _checksum(manifest)})
+
     def _check_names(self) -> None:
-        """No path may lead out of the folder, and every number must be possible."""
+        """Check that no path points outside of the folder and all numbers are consistent."""
         file = self.folder / MANIFEST
         names = [shard.url for shard in self.shardlist]
         for name in names:
@@ -258,10 +265,10 @@ class Manifest(Frozen):
         if len(set(names)) != len(names):
             raise DataError(f"{file}: a shard is listed twice; pack the data again")
         if not names:
-            raise DataError(f"{file}: lists no shard; pack the data again")
+            raise DataError(f"{file}: lists no shards; pack the data again")
         expected = {index_name(split, column) for split in self.splits for column in COLUMNS}
         if set(self.index) != expected or any("/" in split for split in self.splits):
-            raise DataError(f"{file}: lists other index files than expected; pack the data again")
+            raise DataError(f"{file}: lists unexpected index files; pack the data again")
         if self.resolution <= 0 or self.channels not in (1, 3) or not self.classes:
             raise DataError(f"{file}: impossible image size or classes; pack the data again")
         for shard in self.shardlist:
@@ -269,7 +276,7 @@ class Manifest(Frozen):
             consistent = len(histogram) == self.num_classes and min(histogram) >= 0
             if not consistent or sum(histogram) != shard.nsamples or shard.nsamples <= 0:
                 raise DataError(f"{file}: impossible counts for {shard.url}; pack the data again")
-        if self.checksum and self.checksum != _checksum(self):
+        if self.checksum != _checksum(self):
             raise DataError(f"{file}: was edited or is damaged (checksum); pack the data again")
         if self.fingerprint != content_fingerprint(self):
             raise DataError(f"{file}: was edited (its fingerprint is wrong); pack the data again")
@@ -282,7 +289,7 @@ class Manifest(Frozen):
                 raise DataError(f"{self.folder / name}: shard is missing; pack the data again")
             try:
                 size = present[name].stat().st_size
-            except OSError as error:  # a link to a disk that is not mounted, say
+            except OSError as error:  # e.g. a link to an unmounted disk
                 raise DataError(
                     f"{self.folder / name}: shard cannot be read: {error.strerror}"
                 ) from None
@@ -294,20 +301,21 @@ class Manifest(Frozen):
         extra = sorted(present.keys() - listed.keys())
         if extra:
             raise DataError(
-                f"{self.folder / extra[0]}: shard is not in {MANIFEST}; remove it from the folder"
+                f"{self.folder / extra[0]}: shard is not listed in {MANIFEST}; "
+                "remove it from the folder"
             )
         for name in self.index:
             if not (self.folder / name).is_file():
-                raise DataError(f"{self.folder / name}: index is missing; pack the data again")
+                raise DataError(f"{self.folder / name}: index file is missing; pack the data again")
 
 
 def level_name(resolution: int) -> str:
-    """The folder of one resolution within a pyramid: r0008 for 8 px."""
+    """Folder name of one resolution in a pyramid: r0008 for 8 px."""
     return f"r{resolution:04d}"
 
 
 def level_folder(path: str, resolution: int) -> str:
-    """The place of one resolution of the pyramid at `path`, a folder or a URL."""
+    """Path or URL of one resolution of the pyramid at `path`."""
     return f"{path.rstrip('/')}/{level_name(resolution)}"
 
 
@@ -324,12 +332,12 @@ def write_data_set(
     folder: Path,
     shards: Sequence[Shard],
     columns: Mapping[tuple[str, str], Sequence[NDArray[Any]]],
-    **facts: Any,
+    **fields: Any,
 ) -> Manifest:
-    """Write the index files and then the manifest of finished shards; returns what `load` reads.
+    """Write the index files and then the manifest of existing shards; returns the loaded manifest.
 
-    `columns[split, column]` holds the entries of that split's shards, one array per shard, in the
-    order of `shards`; `facts` are the manifest's other fields.
+    `columns[split, column]` has one array per shard of that split, in the order of `shards`;
+    `fields` are the other fields of the manifest.
     """
     (folder / "index").mkdir(exist_ok=True)
     index: dict[str, str] = {}
@@ -338,36 +346,33 @@ def write_data_set(
         np.save(buffer, np.concatenate(arrays).astype(COLUMNS[column]), allow_pickle=False)
         name = index_name(split, column)
         atomic_files.write_atomic(folder / name, buffer.getvalue())
-        index[name] = hashlib.sha256(buffer.getvalue()).hexdigest()
+        index[name] = sha256(buffer.getvalue())
     manifest = Manifest(
-        folder=folder, fingerprint="", index=index, shardlist=tuple(shards), **facts
+        folder=folder, fingerprint="", index=index, shardlist=tuple(shards), **fields
     )
-    manifest = manifest.model_copy(update={"fingerprint": content_fingerprint(manifest)})
-    manifest = manifest.model_copy(update={"checksum": _checksum(manifest)})
-    atomic_files.write_atomic(folder / MANIFEST, manifest.dump())
+    atomic_files.write_atomic(folder / MANIFEST, manifest.sealed().dump())
     return Manifest.load(folder)
 
 
 def content_fingerprint(manifest: Manifest) -> str:
-    """Hash of everything that decides which pixels and labels a sample number means."""
+    """Hash of everything that the pixels and label of a sample number depend on."""
     content: dict[str, Any] = manifest.model_dump(
         mode="json", include={"resolution", "channels", "classes", "encoder", "index"}
     )
     content["shards"] = [
         (shard.url, shard.split, shard.nsamples, shard.sha256) for shard in manifest.shardlist
     ]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+    return fingerprint(content)
 
 
 def _checksum(manifest: Manifest) -> str:
     content = manifest.model_dump(mode="json", by_alias=True, exclude={"checksum"})
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+    return fingerprint(content)
 
 
 def _check_hash(file: Path, expected: str) -> None:
     try:
-        with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = sha256_of_file(file)
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
     if found != expected:

@@ -1,8 +1,7 @@
-"""Data sets in formats of their own: CIFAR-10/100 (Python version) and MNIST's idx files.
+"""Data sets with their own file formats: CIFAR-10/100 (Python version) and MNIST's idx files.
 
-CIFAR's batches are pickles. They are read without running any code: the few constructors that
-occur in them are replaced by stand-ins that only remember their arguments, and anything else is
-refused.
+The batches of CIFAR are pickles. They are read without executing code: the constructors that occur
+in them are replaced by stand-ins that only store their arguments, and any other one is refused.
 Sources: A. Krizhevsky, Learning multiple layers of features from tiny images, 2009,
 https://www.cs.toronto.edu/~kriz/cifar.html; Y. LeCun, C. Cortes, C. Burges, The MNIST database.
 """
@@ -27,12 +26,12 @@ from bigan.data import DataError
 from bigan.data.format.codec import Pixels, first_line
 from bigan.data.packing.listing import MAX_BYTES, Listing
 
-IDX_LIMIT = 2**33  # bytes; a file that claims more is damaged
+IDX_LIMIT = 2**33  # bytes; a header with a larger size is damaged
 
 
 @dataclass(frozen=True)
 class _Cifar:
-    """A kind of CIFAR: its folder, (file, split) of every batch, and where labels are."""
+    """A version of CIFAR: its folder, (file, split) of every batch, and its keys of labels."""
 
     folder: str
     batches: tuple[tuple[str, str], ...]
@@ -64,10 +63,10 @@ CIFAR = (
 
 
 def find_cifar(root: Path) -> tuple[Path, _Cifar] | None:
-    """The folder of CIFAR batches that `root` is or holds, if any.
+    """(folder of the CIFAR batches, version) if `root` is or contains that folder.
 
-    CIFAR-100's files have everyday names ("train", "test", "meta"), so a folder of another name
-    must hold all of them. Raises `DataError` if it holds both kinds.
+    CIFAR-100's files have common names ("train", "test", "meta"), so a folder with another name
+    must contain all of them. Raises `DataError` if both versions are there.
     """
     found = [
         (root, kind)
@@ -79,7 +78,7 @@ def find_cifar(root: Path) -> tuple[Path, _Cifar] | None:
     found += [(root / kind.folder, kind) for kind in CIFAR if (root / kind.folder).is_dir()]
     if len(found) > 1:
         names = " and ".join(folder.name for folder, _ in found)
-        raise DataError(f"{root}: holds several data sets ({names}); give one of them")
+        raise DataError(f"{root}: contains several data sets ({names}); give one of these folders")
     return found[0] if found else None
 
 
@@ -92,7 +91,7 @@ def cifar_folder(folder: Path, kind: _Cifar) -> Listing:
 def cifar_tar(file: Path) -> Listing:
     """CIFAR as downloaded (.tar.gz); nothing is extracted to disk.
 
-    Raises `DataError` if it is damaged or holds no CIFAR.
+    Raises `DataError` if the file is damaged or contains no CIFAR.
     """
     wanted = {f"{kind.folder}/{name}": kind for kind in CIFAR for name in kind.files}
     contents: dict[str, bytes] = {}
@@ -106,12 +105,16 @@ def cifar_tar(file: Path) -> Listing:
                     assert content is not None  # it is a regular file
                     contents[name.split("/")[1]] = content.read()
                     kinds.add(wanted[name])
-            while unzipped.read(2**20):  # to the end, where gzip's checksum is
+            while unzipped.read(2**20):  # the checksum of gzip is at the end
                 pass
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise DataError(f"{file}: is not a whole .tar.gz ({first_line(error)})") from None
+        raise DataError(
+            f"{file}: is a damaged .tar.gz ({first_line(error)}); download it again"
+        ) from None
     if len(kinds) != 1:
-        raise DataError(f"{file}: holds no CIFAR-10 or CIFAR-100; unpack it and give the folder")
+        raise DataError(
+            f"{file}: contains no CIFAR-10 or CIFAR-100; extract it and give the folder"
+        )
     return _cifar(contents, kinds.pop(), file)
 
 
@@ -121,7 +124,7 @@ def _cifar(contents: Mapping[str, bytes], kind: _Cifar, where: Path) -> Listing:
             raise DataError(f"{where}: {name} is missing; download {kind.folder} again")
     classes = _load(contents[kind.meta], where / kind.meta).get(kind.names)
     if not (isinstance(classes, list) and classes):
-        raise DataError(f"{where / kind.meta}: holds no {kind.names}; download it again")
+        raise DataError(f"{where / kind.meta}: has no {kind.names}; download it again")
     names = tuple(n.decode() if isinstance(n, bytes) else str(n) for n in classes)
     images: list[Pixels] = []
     labels: list[int] = []
@@ -130,7 +133,7 @@ def _cifar(contents: Mapping[str, bytes], kind: _Cifar, where: Path) -> Listing:
         batch = _load(contents[name], where / name)
         rows, found = batch.get("data"), batch.get(kind.labels)
         if not isinstance(rows, _Array) or not isinstance(found, list):
-            raise DataError(f"{where / name}: holds no data and {kind.labels}; download it again")
+            raise DataError(f"{where / name}: has no data and {kind.labels}; download it again")
         pixels = rows.uint8()
         if pixels is None or pixels.ndim != 2 or pixels.shape[1:] != (3072,):
             raise DataError(f"{where / name}: data is not uint8 [N, 3072]; download it again")
@@ -177,7 +180,7 @@ def _arrays(
 
 
 class _Dtype:
-    """Stands in for numpy.dtype: remembers its code and ignores its state (byte order)."""
+    """Replaces numpy.dtype: stores its code and ignores its state (byte order)."""
 
     def __init__(self, code: Any = "", *_: Any) -> None:
         self.code = code
@@ -187,7 +190,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands in for numpy.ndarray: remembers what it would be made of."""
+    """Replaces numpy.ndarray: stores the state from which it would be built."""
 
     def __init__(self, *_: Any) -> None:
         self.state: Any = None
@@ -196,26 +199,26 @@ class _Array:
         self.state = state
 
     def uint8(self) -> Pixels | None:
-        """The array if it is a C-contiguous uint8 one and its bytes are all there."""
+        """The array if it is C-contiguous uint8 and complete, else None."""
         match self.state:
             case (_, tuple(shape), _Dtype(code="u1"), False | 0, str() | bytes() as raw):
                 raw = raw.encode("latin1") if isinstance(raw, str) else raw
             case _:
                 return None
-        whole = all(isinstance(n, int) and n >= 0 for n in shape)
+        valid = all(isinstance(n, int) and n >= 0 for n in shape)
         array: NDArray[np.uint8] = np.frombuffer(raw, np.uint8)
-        return array.reshape(shape) if whole and array.size == np.prod(shape) else None
+        return array.reshape(shape) if valid and array.size == np.prod(shape) else None
 
 
 def _from_buffer(raw: Any, dtype: Any, shape: Any, order: Any = "C") -> _Array:
-    """How pickle protocol 5 makes an array."""
+    """Replaces the array constructor of pickle protocol 5."""
     array = _Array()
     array.state = (1, shape, dtype, order != "C", bytes(raw))
     return array
 
 
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
-    """How Python 3 writes bytes in old pickle protocols."""
+    """Replaces the encoding of bytes in pickle protocols before 3."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"unexpected encoding {encoding!r:.20}")
     return text.encode("latin1")
@@ -243,13 +246,12 @@ class _CodeError(Exception):
 
 
 def _load(content: bytes, where: Path) -> dict[str, Any]:
-    """The dict in a pickle, with str keys; nothing in it is ever called but the stand-ins."""
+    """The dict in a pickle, with str keys; only the stand-ins are ever called."""
     try:
         found = _Unpickler(io.BytesIO(content), encoding="latin1").load()
     except _CodeError as error:
         raise DataError(
-            f"{where}: asks for {error}; bigan refuses to run code from a data file, "
-            "download it again"
+            f"{where}: refers to {error}; bigan executes no code from data files; download it again"
         ) from None
     except Exception as error:  # a damaged pickle raises anything
         raise DataError(f"{where}: is damaged ({first_line(error)}); download it again") from None
@@ -259,7 +261,7 @@ def _load(content: bytes, where: Path) -> dict[str, Any]:
 
 
 def find_idx(root: Path, stem: str) -> Path | None:
-    """The file of an idx array such as "train-images-idx3" below `root`, in any usual spelling."""
+    """The file of an idx array such as "train-images-idx3" in `root`, in any common spelling."""
     body, _, kind = stem.rpartition("-")
     names = [f"{body}{dash}{kind}-ubyte{zipped}" for zipped in ("", ".gz") for dash in "-."]
     return next((root / name for name in names if (root / name).is_file()), None)
@@ -270,10 +272,10 @@ def is_mnist(root: Path) -> bool:
 
 
 def mnist(root: Path) -> Listing:
-    """MNIST, Fashion-MNIST and others as idx files: train-*, and t10k-* as official test split.
+    """MNIST, Fashion-MNIST and similar sets as idx files; t10k-* is the official test split.
 
     Class names are "0", "1", ... up to the largest label. Raises `DataError` for a file that is
-    missing, damaged or does not fit the others.
+    missing, damaged or inconsistent with the others.
     """
     images: list[Pixels] = []
     labels: list[int] = []
@@ -289,7 +291,7 @@ def mnist(root: Path) -> Listing:
         pixels, numbers = _idx(pictures, 3), _idx(classes, 1)
         if len(pixels) != len(numbers) or (images and pixels.shape[1:] != images[0].shape[1:]):
             raise DataError(
-                f"{pictures}: holds images {list(pixels.shape)}, but {len(numbers)} labels "
+                f"{pictures}: has images {list(pixels.shape)}, but {len(numbers)} labels "
                 "(or another size than the training images); download both again"
             )
         images.append(pixels)
@@ -300,7 +302,7 @@ def mnist(root: Path) -> Listing:
 
 
 def _idx(file: Path, num_axes: int) -> Pixels:
-    """A uint8 idx array: magic 0 0 8 axes, the sizes as big-endian u32, the values."""
+    """A uint8 idx array: bytes 0 0 8 axes, the sizes as big-endian u32, the values."""
     header_size = 4 + 4 * num_axes
     try:
         with gzip.open(file) if file.name.endswith(".gz") else file.open("rb") as stream:
@@ -310,7 +312,7 @@ def _idx(file: Path, num_axes: int) -> Pixels:
             shape = np.frombuffer(header, ">u4", num_axes, 4).tolist()
             expected = int(np.prod(shape, dtype=object))
             if expected > IDX_LIMIT:
-                raise DataError(f"{file}: claims an impossible size {shape}; download it again")
+                raise DataError(f"{file}: has the impossible size {shape}; download it again")
             content = stream.read(expected + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(

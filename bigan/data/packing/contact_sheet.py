@@ -1,4 +1,4 @@
-"""The contact sheet of a data set: what its classes look like, on one page."""
+"""The contact sheet of a data set: example images of its classes on one page."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from bigan.data.format.codec import Pixels
 
 ROWS = 16  # classes at most
-COLUMNS = 12  # images in a line
-MIN_LINES = 6  # with fewer classes than that, several lines are given to each
+COLUMNS = 12  # images per line
+MIN_LINES = 6  # with fewer classes, each has several lines
 MIN_CELL, MAX_CELL = 64, 128  # pixels; smaller images are enlarged, larger ones reduced
 
 _PAPER, _INK, _FAINT = (255, 255, 255), (40, 40, 40), (140, 140, 140)
@@ -22,7 +22,7 @@ _MAX_NAME = 28  # characters
 
 @dataclass(frozen=True)
 class Row:
-    """A class: its name, how many images it has, and some of them, uint8 [R, R, 1 or 3]."""
+    """A class: its name, its number of images, and some of them, uint8 [R, R, 1 or 3]."""
 
     name: str
     num_images: int
@@ -30,10 +30,10 @@ class Row:
 
 
 def contact_sheet(title: str, rows: Sequence[Row]) -> Image.Image:
-    """A page with the classes one below the other: name and count at the left, then the images.
+    """A page with one row per class: name and number of images at the left, then the images.
 
-    Images below 64 pixels are enlarged by an integer factor with Lanczos' filter (digits read as
-    digits, not as blocks), those above 128 pixels are reduced to 128. All have the same size.
+    Images below 64 pixels are enlarged by an integer factor with the Lanczos filter, those above
+    128 pixels are reduced to 128.
     """
     size = next((len(image) for row in rows for image in row.images), MIN_CELL)
     cell = min(MAX_CELL, size * max(1, math.ceil(MIN_CELL / size)))

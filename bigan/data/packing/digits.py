@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,6 +9,7 @@ from bigan.data import DataError
 from bigan.data.format.codec import Pixels
 from bigan.data.packing.listing import Source
 from bigan.data.streaming.order import permutation
+from bigan.hashes import sha256
 
 NUM_TEST_DIGITS = 500  # 50 of each class; the other 1,297 are for training
 
@@ -18,14 +17,14 @@ NUM_TEST_DIGITS = 500  # 50 of each class; the other 1,297 are for training
 def digits(resolution: int = 16) -> Source:
     """The 1,797 handwritten digits of scikit-learn (8x8, 0..16) at 8, 16 or 32 px, one channel.
 
-    Values become 0..255; larger sizes are interpolated so that the area mean of every f x f cell
-    is exactly the original pixel (`enlarge`): averaging back to 8x8 gives the same numbers at
-    every resolution. Split: 50 images of each class for test, the rest for training.
+    Values are scaled to 0..255. Larger sizes are interpolated such that the mean of every f x f
+    cell is exactly the original pixel (`enlarge`), so the area mean at 8x8 is the same for every
+    resolution. Split: 50 images of each class for test, the others for training.
     Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
     """
     if resolution not in (8, 16, 32):
         raise DataError(f"digits: resolution {resolution} is not available; use 8, 16 or 32")
-    from sklearn.datasets import load_digits  # slow to import and needed nowhere else
+    from sklearn.datasets import load_digits  # slow to import
 
     bundle = load_digits()
     small = np.rint(bundle.images * (255 / 16)).astype(np.uint8)
@@ -39,7 +38,7 @@ def digits(resolution: int = 16) -> Source:
     return Source(
         name="digits",
         transform="none" if resolution == 8 else "mean-exact-bilinear-v1",
-        identity=hashlib.sha256(small.tobytes() + bytes(labels)).hexdigest(),
+        identity=sha256(small.tobytes() + bytes(labels)),
         resolution=resolution,
         channels=1,
         classes=tuple(str(digit) for digit in range(10)),
@@ -51,13 +50,12 @@ def digits(resolution: int = 16) -> Source:
 
 
 def enlarge(images: Pixels, factor: int) -> Pixels:
-    """Bilinear enlargement of uint8 [N, H, W] by `factor`, whose cell means are the originals.
+    """Bilinear enlargement of uint8 [N, H, W] by `factor` that preserves the mean of every cell.
 
-    Plain bilinear (or bicubic) enlargement changes the area mean of a cell by up to 101 (63) of
-    255 grey levels on the digits; repeating pixels keeps it but looks like bricks. So every cell
-    of f x f bilinear values is shifted by one constant, under clipping to 0..255, until its sum is
-    f * f times the original: the projection onto the images that average back exactly. Integers
-    throughout, hence the same bytes everywhere.
+    Plain bilinear (bicubic) enlargement changes the mean of an f x f cell by up to 101 (63) of 255
+    grey levels on the digits, and nearest-neighbour enlargement looks blocky. Every cell of
+    bilinear values is therefore shifted by one constant, with clipping to 0..255, such that its sum
+    is f * f times the original. Integer arithmetic: the same bytes on every platform.
     """
     if factor == 1:
         return images.copy()
@@ -74,7 +72,7 @@ def enlarge(images: Pixels, factor: int) -> Pixels:
         fits = (cells + middle[..., None]).clip(0, 255).sum(-1) <= target
         low, high = np.where(fits, middle, low), np.where(fits, high, middle)
     shifted = (cells + low[..., None]).clip(0, 255)
-    # The last few units: one more grey level for the first pixels of the cell that can rise.
+    # The remainder: one grey level more for the first pixels of the cell that are below 255.
     can_rise = (cells + low[..., None] + 1).clip(0, 255) - shifted
     missing = target - shifted.sum(-1)
     shifted += can_rise * (np.cumsum(can_rise, -1) <= missing[..., None])

@@ -1,8 +1,7 @@
-"""What a look at all pixels says of a data set; part of `bigan verify --deep`.
+"""Statistics of the images of a data set, for `bigan verify --deep`.
 
-None of it is an error: exact duplicates (and whether they leak from training into test images or
-bear different labels), constant images, class balance, mean and standard deviation, and a contact
-sheet.
+Exact duplicates (also across splits and with different labels), constant images, class balance,
+mean and standard deviation, and a contact sheet. None of them is an error.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from bigan.data.packing.contact_sheet import COLUMNS, MIN_LINES, ROWS, Row, cont
 from bigan.data.packing.shard_scan import Scan, mapped
 from bigan.data.streaming.order import permutation
 
-FEW = 10  # images; a class with fewer is mentioned
-NAMED = 10  # samples named in a line; `Note.samples` has all
+FEW = 10  # images; classes with fewer are reported
+NAMED = 10  # samples named in the text of a note; `Note.samples` has all
 SHEET = "contact_sheet.png"
 
 Kind = Literal[
@@ -37,7 +36,7 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Note:
-    """Something worth knowing, in one line, and the samples it is about."""
+    """A finding in one line, and the names of its samples."""
 
     kind: Kind
     what: str
@@ -47,10 +46,10 @@ class Note:
 def findings(
     manifest: Manifest, scans: Sequence[Scan], destination: Path
 ) -> tuple[list[Note], Path | None]:
-    """(notes on the images, the contact sheet written into `destination`).
+    """(notes, path of the contact sheet written into `destination`, None if there is none).
 
-    `scans` are those of the manifest's shards, made with `deep`. Samples are called by their
-    original names if the folder still has its records, otherwise by shard and member.
+    `scans` are those of the manifest's shards, made with `deep`. Samples have their original names
+    if the records of the pack exist, otherwise the names of shard and member.
     """
     scans = [scan for scan in scans if scan.look is not None]
     if not any(scan.decoded.any() for scan in scans):
@@ -88,7 +87,7 @@ def _namer(manifest: Manifest) -> _Namer:
 
 
 def _recorded(manifest: Manifest, shard: Shard) -> dict[int, str]:
-    """Position -> original name, from what `bigan pack` noted; nothing if that cannot be used."""
+    """Offset -> original name, from the record of `bigan pack`; {} if it is unusable."""
     file = manifest.folder / "index" / f"{Path(shard.url).stem}.json"
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -107,7 +106,7 @@ def _members(manifest: Manifest, shard: Shard) -> dict[int, str]:
             for member in walk_tar(data, shard.url):
                 found[member.offset] = f"{shard.url}: {member.name}"
     except (OSError, DataError):
-        pass  # a problem reported elsewhere; what follows is called by its position
+        pass  # reported elsewhere; names of later samples are their offsets
     return found
 
 
@@ -117,7 +116,7 @@ def _listing(names: Sequence[str]) -> str:
 
 
 def _locator(scans: Sequence[Scan]) -> Callable[[int], tuple[Scan, int]]:
-    """sample number, counted through all scans -> (scan, row)."""
+    """A function from sample number, counted through all scans, to (scan, row)."""
     ends = np.cumsum([len(scan.label) for scan in scans])
 
     def locate(sample: int) -> tuple[Scan, int]:
@@ -131,7 +130,7 @@ def _locator(scans: Sequence[Scan]) -> Callable[[int], tuple[Scan, int]]:
 
 
 def equal_rows(digest: NDArray[np.uint64]) -> list[list[int]]:
-    """Groups of two and more equal rows of [n, 2]; rows ascending, groups by their first row."""
+    """Groups of at least two equal rows of [n, 2]; rows ascending, groups ordered by first row."""
     order = np.lexsort((digest[:, 1], digest[:, 0]))  # stable
     ordered = digest[order]
     starts = np.flatnonzero((ordered[1:] != ordered[:-1]).any(axis=1)) + 1
@@ -156,11 +155,11 @@ def _duplicates(scans: Sequence[Scan], name: _Namer) -> list[Note]:
         what += " with different labels" if len(labels) > 1 else ""
         notes.append(Note(kind, f"{what}: {_listing(names)}", names))
     rank = {"leak": 0, "conflict": 1, "duplicate": 2}
-    notes.sort(key=lambda note: rank[note.kind])  # stable; the worst first
+    notes.sort(key=lambda note: rank[note.kind])  # stable; most serious first
     if notes:
         images = sum(len(note.samples) for note in notes)
         leaks = sum(note.kind == "leak" for note in notes)
-        what = f"{images:,} images are exact duplicates, {len(notes):,} different ones"
+        what = f"{images:,} images are exact duplicates of {len(notes):,} distinct ones"
         notes.insert(0, Note("duplicate", f"{what}; {leaks:,} of these are in several splits"))
     return notes
 
@@ -179,7 +178,7 @@ def _constant(scans: Sequence[Scan], name: _Namer) -> list[Note]:
 
 
 def _classes(manifest: Manifest, scans: Sequence[Scan]) -> list[Note]:
-    """Of the training images if there are any, since these are what a model learns from."""
+    """Class balance of the training split, or of the first split without one."""
     if manifest.num_classes < 2:
         return []
     split = "train" if any(s.shard.split == "train" for s in scans) else scans[0].shard.split
@@ -226,8 +225,10 @@ def _title(manifest: Manifest, scans: Sequence[Scan]) -> str:
 
 
 def _rows(manifest: Manifest, scans: Sequence[Scan]) -> list[Row]:
-    """At most 16 classes, evenly chosen, and 12 random images of each (more if there are few
-    classes), the same every time."""
+    """At most 16 evenly spaced classes with 12 random images each, more if there are few classes.
+
+    The choice is deterministic.
+    """
     label = np.concatenate([np.where(scan.decoded, scan.label, -1) for scan in scans])
     locate = _locator(scans)
     present = np.unique(label[label >= 0])
@@ -251,6 +252,6 @@ def _read(manifest: Manifest, scan: Scan, row: int) -> Pixels | None:
         with (manifest.folder / scan.shard.url).open("rb") as file:
             file.seek(int(scan.offset[row]))
             decode_into(pixels, file.read(int(scan.size[row])), manifest.encoder)
-    except (OSError, BadImageError):  # it decoded a moment ago: somebody changes the folder
+    except (OSError, BadImageError):  # it decoded before: the folder is being changed
         return None
     return pixels

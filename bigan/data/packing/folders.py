@@ -1,8 +1,8 @@
 """Folders and zip archives of image files.
 
-Both are listed the same way: the paths of the images, sorted; classes from the top-level folders
-or from a label file at the root (see `labels`); hidden entries are passed over, and so are other
-kinds of file, which are counted. Only listed files are ever opened, whatever a label file says.
+Both are listed in the same way: the sorted paths of the images, with classes from the top-level
+folders or from a label file at the root (see `labels`). Hidden entries are ignored; other kinds of
+files are ignored and counted. A label file cannot make bigan open a file that is not listed.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ _TOO_LARGE = f"is larger than {MAX_BYTES} bytes"
 
 @dataclass
 class _Found:
-    """What lies in a folder or zip, by path relative to it."""
+    """The content of a folder or zip, by path relative to it."""
 
     images: dict[str, tuple[int, ...]] = field(default_factory=dict)  # size (and checksum)
     folders: set[str] = field(default_factory=set)
     bad: list[tuple[str, str]] = field(default_factory=list)
-    times: list[tuple[str, int]] = field(default_factory=list)  # when changed, in nanoseconds
-    passed_over: int = 0  # files that are no images by their suffix
+    times: list[tuple[str, int]] = field(default_factory=list)  # of modification, nanoseconds
+    num_ignored: int = 0  # files whose suffix is not that of an image
 
 
 def folder(root: Path) -> Listing:
     """The image files below `root`.
 
-    Symbolic links are followed (a class folder may be one), but never in circles. Raises
+    Symbolic links are followed (a class folder may be one) unless they form a cycle. Raises
     `DataError` if there are no images, the layout is ambiguous or the label file unreadable.
     """
     found = _walk(root)
@@ -65,15 +65,15 @@ def folder(root: Path) -> Listing:
 
 
 def has_images(root: Path) -> bool:
-    """Whether `folder` would find an image."""
+    """Whether there is an image file below `root`."""
     return bool(_walk(root, first=True).images)
 
 
 def zip_archive(file: Path) -> Listing:
     """The images in a zip archive, stored or deflated; one common wrapping folder is stripped.
 
-    Raises `DataError` for a damaged archive; a member whose checksum is wrong is a `BadImageError`
-    when it is read. Every read opens the archive for itself: any thread or process may read.
+    Raises `DataError` for a damaged archive. Reading a member with a wrong checksum raises
+    `BadImageError`. Every read opens the archive: reads are safe in any thread or process.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -81,10 +81,10 @@ def zip_archive(file: Path) -> Listing:
             found, members = _members(archive.infolist(), status.st_size)
             found.times.append((file.name, status.st_mtime_ns))
             label_files = {n: archive.read(members.pop(n)) for n in LABEL_FILES if n in members}
-    # zipfile raises NotImplementedError for a compression that it does not know.
+    # zipfile raises NotImplementedError for an unknown compression.
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, ValueError) as error:
         raise DataError(
-            f"{file}: is not a whole zip archive ({first_line(error)}); copy it again"
+            f"{file}: is a damaged zip archive ({first_line(error)}); copy it again"
         ) from None
     found.images = {key: (info.file_size, info.CRC) for key, info in members.items()}
     return _listing(
@@ -103,7 +103,7 @@ def _listing(
     label_files: dict[str, bytes],
     original: Callable[[str], bytes],
 ) -> Listing:
-    """The common part."""
+    """The listing of the content `found` of a folder or zip."""
     keys = sorted(found.images, key=lambda key: key.split("/"))
     if len(label_files) > 1:
         raise DataError(f"{where}: holds both {' and '.join(label_files)}; remove one of them")
@@ -131,12 +131,12 @@ def _listing(
         official=None if official is None else tuple(official[i] for i in good),
         bad=(*found.bad, *labelled.bad, *unlabelled),
         stamp=listing_hash(sorted(found.times)),
-        passed_over=found.passed_over,
+        num_ignored=found.num_ignored,
     )
 
 
 def _walk(root: Path, first: bool = False) -> _Found:
-    """What lies below `root`; with `first`, not beyond the first image."""
+    """The content of `root`; with `first`, only up to the first image."""
     found = _Found()
     start = root.stat()
     pending = [("", frozenset({(start.st_dev, start.st_ino)}))]
@@ -148,16 +148,16 @@ def _walk(root: Path, first: bool = False) -> _Found:
                     continue
                 key = f"{parent}/{entry.name}" if parent else entry.name
                 try:
-                    status = entry.stat()  # of what a link points to
+                    status = entry.stat()  # of the target of a link
                 except OSError as error:
                     if is_suffix_known(key):
                         found.bad.append((key, f"cannot be read: {error.strerror}"))
                     else:
-                        found.passed_over += 1
+                        found.num_ignored += 1
                     continue
                 if stat.S_ISDIR(status.st_mode):
                     place = (status.st_dev, status.st_ino)
-                    if place not in above:  # a link back up would never end
+                    if place not in above:  # not a cycle of links
                         found.folders.add(key)
                         pending.append((key, above | {place}))
                 elif stat.S_ISREG(status.st_mode) and is_suffix_known(key):
@@ -169,13 +169,13 @@ def _walk(root: Path, first: bool = False) -> _Found:
                     if first:
                         return found
                 elif key not in LABEL_FILES:
-                    found.passed_over += 1
+                    found.num_ignored += 1
     found.bad.sort()
     return found
 
 
 def _wrapping(names: list[str]) -> str:
-    """The folder (with its "/") that all folders, images and label files of a zip lie in, or ""."""
+    """The single top-level folder of a zip, with its "/"; "" if there are several or none."""
     counted = [
         name
         for name in names
@@ -198,20 +198,20 @@ def _name(info: zipfile.ZipInfo) -> str:
 def _members(
     infos: list[zipfile.ZipInfo], archive_size: int
 ) -> tuple[_Found, dict[str, zipfile.ZipInfo]]:
-    """What lies in the archive (but for `images`); its images and label files by key."""
+    """(content of the archive without `images`, its images and label files by key)."""
     wrap = _wrapping([_name(info) for info in infos])
     members: dict[str, zipfile.ZipInfo] = {}
     found = _Found()
     bad = found.bad
     for info in infos:
         name = _name(info)
-        if (not name and info.filename) or _hidden(name):  # not name: the root, "./"
+        if (not name and info.filename) or _hidden(name):  # an empty name is the root, "./"
             continue
         if unsafe(name):
-            bad.append((info.filename, "leads out of the archive"))
+            bad.append((info.filename, "points outside of the archive"))
             continue
-        if not name.startswith(wrap):  # a read-me beside the wrapping folder
-            found.passed_over += not name.endswith("/")
+        if not name.startswith(wrap):  # a README beside the wrapping folder
+            found.num_ignored += not name.endswith("/")
             continue
         key = name.removeprefix(wrap)
         parts = key.split("/")
@@ -219,7 +219,7 @@ def _members(
         if not key or key.endswith("/"):
             continue
         if not (is_suffix_known(key) or key in LABEL_FILES):
-            found.passed_over += 1
+            found.num_ignored += 1
             continue
         if key in members:
             bad.append((key, "appears twice"))
@@ -230,7 +230,7 @@ def _members(
         elif max(info.file_size, info.compress_size) > MAX_BYTES:
             bad.append((key, _TOO_LARGE))
         elif info.compress_size > archive_size:
-            bad.append((key, "is cut off"))
+            bad.append((key, "is truncated"))
         else:
             members[key] = info
     found.folders.discard("")
@@ -238,7 +238,7 @@ def _members(
 
 
 def _read_member(file: Path, info: zipfile.ZipInfo) -> bytes:
-    """A member's content, checked. `zipfile` itself would parse the directory for every reader."""
+    """A member's verified content. `zipfile` would parse the directory again for every read."""
     with file.open("rb") as archive:
         archive.seek(info.header_offset)
         header = archive.read(30)

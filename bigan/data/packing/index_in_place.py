@@ -1,14 +1,12 @@
-"""Somebody else's WebDataset, indexed in place: after that it is a data set like a packed one.
+"""Manifest and index for existing WebDataset shards, which stay unchanged.
 
-Reads each tar once, strictly, and writes manifest.json and index/ beside the shards; the shards
-stay as they are. This is for sets whose images already have the size to train at; anything else
-(other sizes, samples to leave out, no global shuffle) is a matter for `bigan pack`, which takes the
-same folder as its source.
+Reads each tar once, strictly, and writes manifest.json and index/ beside the shards; afterwards the
+folder is used like a packed one. All images must have the resolution to train at. For other sizes,
+samples to leave out and a global shuffle use `bigan pack` with the same folder as its source.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import mmap
 import re
@@ -24,36 +22,38 @@ from bigan.data.format.convert import npy
 from bigan.data.format.manifest import COLUMNS, Manifest, Shard, write_data_set
 from bigan.data.format.tar import tar_files
 from bigan.data.packing.listing import has_too_many_classes
-from bigan.data.packing.webdatasets import ADOPTED, Sample, list_samples
+from bigan.data.packing.webdatasets import INDEXED_PLAN, Sample, list_samples
+from bigan.hashes import sha256
 
 _SUFFIXES = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg"} | {
     encoding: encoding for encoding in ENCODINGS
 }
 
 
-def adopt(folder: Path) -> Manifest:
-    """Index the tars of `folder`; raises `DataError` if they cannot be trained on as they are.
+def index_in_place(folder: Path) -> Manifest:
+    """Index the tars of `folder`; raises `DataError` if they are unsuitable as they are.
 
-    The split is the shard's name up to its last "-" if that is train, val or test, otherwise
-    "train". Labels are whole numbers (`.cls`, or "label" in `.json`); without any, all images are
-    of one class. The same tars always give the same manifest, so several processes may do this at
-    once.
+    The split of a shard is the prefix "train-", "val-" or "test-" of its name, otherwise "train".
+    Labels are integers (`.cls`, or "label" in `.json`); without any, there is one class. The
+    manifest is a function of the tars, so several processes may do this at once.
     """
     try:
-        return _adopt(folder, tar_files(folder))
+        return _index(folder, tar_files(folder))
     except OSError as error:
         place = error.filename if isinstance(error.filename, str) else folder
         raise DataError(f"{place}: cannot be read: {error.strerror or first_line(error)}") from None
 
 
-def _adopt(folder: Path, files: list[Path]) -> Manifest:
+def _index(folder: Path, files: list[Path]) -> Manifest:
     found = [_read(file, folder) for file in files]
     labelled = {sample.label is not None for _, samples in found for sample in samples}
     if labelled == {True, False}:
-        raise _unfit(folder, "some samples have a label and some have none")
+        raise _unsuitable(folder, "some samples have a label and some have none")
     suffixes = {_SUFFIXES.get(s.suffix, s.suffix) for _, samples in found for s in samples}
     if len(suffixes) != 1 or not suffixes <= set(ENCODINGS):
-        raise _unfit(folder, f"images are of kinds {', '.join(sorted(suffixes))}")
+        raise _unsuitable(
+            folder, f"images have several or unsupported formats: {', '.join(sorted(suffixes))}"
+        )
     (encoder,) = suffixes
     shapes: dict[tuple[int, int, int], str] = {}
     for file, samples in zip(files, (s for _, s in found), strict=True):
@@ -61,16 +61,18 @@ def _adopt(folder: Path, files: list[Path]) -> Manifest:
             shapes.setdefault(shape, f"{file.name}/{sample.key}")
     if len(shapes) != 1:
         (first, a), (second, b) = list(shapes.items())[:2]
-        raise _unfit(folder, f"images differ: {a} is {_size(first)}, {b} is {_size(second)}")
+        raise _unsuitable(
+            folder, f"image sizes differ: {a} is {_size(first)}, {b} is {_size(second)}"
+        )
     ((height, width, channels),) = shapes
     if not channels:
-        raise _unfit(folder, "images are not 8-bit grey or RGB")
+        raise _unsuitable(folder, "images are neither 8-bit grey nor RGB")
     if height != width:
-        raise _unfit(folder, f"images are {width}x{height}, not square")
+        raise _unsuitable(folder, f"images are {width}x{height}, not square")
     num_classes = 1 + max((s.label or 0 for _, samples in found for s in samples), default=0)
     num_images = sum(len(samples) for _, samples in found)
     if has_too_many_classes(num_classes, num_images):
-        raise _unfit(folder, f"label {num_classes - 1} makes too many classes")
+        raise _unsuitable(folder, f"label {num_classes - 1} implies too many classes")
     return _write(folder, files, found, num_classes, height, channels, encoder)
 
 
@@ -85,7 +87,7 @@ def _write(
 ) -> Manifest:
     entries: list[Shard] = []
     columns: dict[tuple[str, str], list[np.ndarray]] = {}
-    for file, (sha256, samples) in zip(files, found, strict=True):
+    for file, (digest, samples) in zip(files, found, strict=True):
         match = re.fullmatch(r"(train|val|test)-.*\.tar", file.name)
         split = match[1] if match else "train"
         labels = [sample.label or 0 for sample in samples]
@@ -96,7 +98,7 @@ def _write(
                 url=file.name,
                 nsamples=len(samples),
                 filesize=file.stat().st_size,
-                sha256=sha256,
+                sha256=digest,
                 split=split,
                 class_histogram=tuple(histogram),
             )
@@ -120,32 +122,32 @@ def _write(
             classes=tuple(str(label) for label in range(num_classes)),
             encoder=encoder,
             transform="as-found-v1",
-            plan=ADOPTED,
+            plan=INDEXED_PLAN,
         )
     except OSError as error:
         raise DataError(
-            f"{folder}: its index cannot be written beside the shards "
-            f"({error.strerror or error}); make the folder writable once, or `bigan pack` it to "
-            "another place"
+            f"{folder}: the index cannot be written beside the shards "
+            f"({error.strerror or error}); make the folder writable once, or `bigan pack` it into "
+            "another folder"
         ) from None
 
 
 def _read(file: Path, folder: Path) -> tuple[str, list[Sample]]:
-    """(sha256, samples) of a tar."""
+    """(sha256, samples) of a tar; raises `DataError`."""
     try:
         with (
             file.open("rb") as stream,
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
             samples, bad = list_samples(data, file.name)
-            sha256 = hashlib.sha256(data).hexdigest()
+            digest = sha256(data)
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        raise _unfit(folder, f"{file.name} cannot be read ({_reason(error)})") from None
+        raise _unsuitable(folder, f"{file.name} cannot be read ({_reason(error)})") from None
     if bad:
-        raise _unfit(folder, f"{bad[0][0]}: {bad[0][1]}")
+        raise _unsuitable(folder, f"{bad[0][0]}: {bad[0][1]}")
     if not samples:
-        raise _unfit(folder, f"{file.name} holds no image")
-    return sha256, samples
+        raise _unsuitable(folder, f"{file.name} contains no image")
+    return digest, samples
 
 
 def _shapes(
@@ -158,16 +160,16 @@ def _shapes(
             stream.seek(sample.offset)
             try:
                 shapes.append((_shape(stream.read(sample.size), encoder), sample))
-            except Exception as error:  # decoders raise a dozen kinds for damaged files
+            except Exception as error:  # decoders raise many kinds for damaged files
                 reason = f"{file.name}/{sample.key} is damaged ({_reason(error)})"
-                raise _unfit(folder, reason) from None
+                raise _unsuitable(folder, reason) from None
     return shapes
 
 
 def _shape(data: bytes, encoder: str) -> tuple[int, int, int]:
     if encoder == "jpg":
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-        return height, width, 3  # the decoder makes colour of grey
+        return height, width, 3  # the decoder converts grey to RGB
     if encoder == "npy":
         shape = npy(data).shape
         return shape if len(shape) == 3 else (0, 0, 0)
@@ -183,8 +185,8 @@ def _size(shape: tuple[int, int, int]) -> str:
     return f"{shape[1]}x{shape[0]}x{shape[2]}"
 
 
-def _unfit(folder: Path, reason: str) -> DataError:
+def _unsuitable(folder: Path, reason: str) -> DataError:
     return DataError(
-        f"{folder}: was not packed by bigan and cannot be used as it is: {reason}; pack it with "
-        f"`bigan pack {folder} DST --resolution N`"
+        f"{folder}: these shards cannot be used unchanged: {reason}; pack them with "
+        f"`bigan pack {folder} DESTINATION --resolution N`"
     )

@@ -1,7 +1,7 @@
 """Any Python iterable as a source: a list, a generator, a torch Dataset.
 
-It is gone through once. Every image is brought to its final size at once and appended to a file of
-raw pixels, from which it is read later; only keys and labels stay in memory.
+The iterable is read once. Every image is converted at once and appended to a file of raw pixels,
+from which it is read later; only keys and labels are kept in memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image
 
 from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, Pixels, first_line
-from bigan.data.format.convert import picture, plain
+from bigan.data.format.convert import decode_any, plain
 from bigan.data.packing.listing import Listing, number_labels, read_at
 
 Shrink = Callable[[Image.Image, int], Pixels]  # (image, resolution) -> uint8 [R, R, C]
@@ -25,13 +25,13 @@ Shrink = Callable[[Image.Image, int], Pixels]  # (image, resolution) -> uint8 [R
 def iterable(
     items: Iterable[Any], resolution: int | None, channels: int, shrink: Shrink, scratch: Path
 ) -> Listing:
-    """Spool the images of `items` to the file `scratch` (in it, if it is a folder).
+    """Spool the images of `items` to the file `scratch`, or to a file in the folder `scratch`.
 
     An item is an image, (image, label) or {"image": ..., "label": ..., "key": ...}. An image is a
     PIL image, a uint8 array HW or HWC, a uint8 tensor HWC or CHW, the bytes or the path of an image
-    file. What has a length is asked for item 0 to n - 1, anything else is iterated. Class names are
-    those in `items.classes`, as torchvision's data sets have it, if there are enough.
-    Items that cannot be used are in `bad`. The file is the caller's to delete.
+    file. An object with a length is indexed from 0 to n - 1, any other one is iterated. Class names
+    are those in `items.classes` (torchvision's data sets) if there are enough. Unusable items are
+    in `bad`. The caller deletes the file.
 
     Raises `DataError` if `resolution` is None and the first image is not square, and if the
     iterable itself fails.
@@ -48,7 +48,7 @@ def iterable(
             key = f"{number:09d}"
             try:
                 if isinstance(item, Exception):
-                    raise BadImageError(f"cannot be had ({first_line(item)})")
+                    raise BadImageError(f"raises an error ({first_line(item)})")
                 given, label, key = _parts(item, key)
                 if key in seen:
                     raise BadImageError("appears twice")
@@ -56,8 +56,8 @@ def iterable(
                 if resolution is None:
                     if image.width != image.height:
                         raise DataError(
-                            f"the first image is {image.width}x{image.height}; give the size of "
-                            "the images to make, e.g. --resolution 64"
+                            f"the first image is {image.width}x{image.height}; set the resolution "
+                            "of the packed images, e.g. --resolution 64"
                         )
                     resolution = image.width
                 pixels = shrink(image, resolution)
@@ -95,15 +95,15 @@ def iterable(
 
 
 def _items(items: Iterable[Any]) -> Iterator[Any]:
-    """The items in order; one that `items[i]` cannot give comes as its exception."""
+    """The items in order; where `items[i]` fails, its exception."""
     if isinstance(items, Mapping):
-        raise DataError("a dict is no list of images; give its values()")
+        raise DataError("a dict is not a list of images; give its values()")
     if hasattr(items, "__len__") and hasattr(items, "__getitem__"):
         indexed: Any = items
         for i in range(len(indexed)):  # a torch Dataset need not end with IndexError
             try:
                 item = indexed[i]
-            except Exception as error:  # the data set's own code may raise anything
+            except Exception as error:  # user code may raise anything
                 item = error
             yield item
         return
@@ -116,7 +116,7 @@ def _items(items: Iterable[Any]) -> Iterator[Any]:
     except Exception as error:
         raise DataError(
             f"{type(items).__name__}: fails after {number} images "
-            f"({type(error).__name__}: {first_line(error)}); repair it"
+            f"({type(error).__name__}: {first_line(error)}); correct the iterable"
         ) from error
 
 
@@ -124,10 +124,10 @@ def _parts(item: Any, key: str) -> tuple[Any, Any, str]:
     """(image, label or None, key) of an item."""
     if isinstance(item, Mapping):
         if "image" not in item:
-            raise BadImageError(f"holds no 'image' ({', '.join(map(str, item))})")
+            raise BadImageError(f"has no 'image' ({', '.join(map(str, item))})")
         key = str(item.get("key", key))
         if not key.isprintable():
-            raise BadImageError(f"has the unreadable key {key!r:.60}")
+            raise BadImageError(f"has the unprintable key {key!r:.60}")
         return item["image"], item.get("label"), key
     if isinstance(item, tuple | list):
         if len(item) != 2:
@@ -140,7 +140,7 @@ def _picture(value: Any) -> Image.Image:
     if isinstance(value, str | Path):
         value = Path(value).read_bytes()
     if isinstance(value, bytes | bytearray | memoryview):
-        return picture(bytes(value))
+        return decode_any(bytes(value))
     if hasattr(value, "detach"):  # a torch tensor
         value = value.detach().cpu().numpy()
         if value.ndim == 3 and value.shape[0] in (1, 3) and value.shape[2] not in (1, 3):
@@ -151,7 +151,7 @@ def _picture(value: Any) -> Image.Image:
         return plain(value)
     except BadImageError:
         raise
-    except Exception as error:  # a PIL image decodes its file only now
+    except Exception as error:  # a PIL image decodes its file here
         raise BadImageError(f"cannot be read as an image ({first_line(error)})") from error
 
 

@@ -1,9 +1,9 @@
-"""Which class and which official split every image of a folder or zip belongs to: pure.
+"""Classes and official splits of the images in a folder or zip. Pure functions.
 
-    by_folder      class = top-level folder; or train/ and val/ or test/ with the classes below
-    by_label_file  `labels.csv`, or `dataset.json` as StyleGAN's dataset tool writes it
+    by_folder      class = top-level folder, or the folders below train/, val/ and test/
+    by_label_file  `labels.csv`, or `dataset.json` in the format of StyleGAN's dataset tool
 
-Keys are paths with "/" relative to the folder (or the zip's inner folder), sorted.
+Keys are sorted paths with "/", relative to the folder (or to the inner folder of the zip).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Entries = list[tuple[str, Any]]  # (name of the image, label) as written in a la
 
 @dataclass(frozen=True)
 class Labelled:
-    """Class names, and for every key its class number or, as text, why it has none.
+    """Class names, and for every key its class number or, as text, the reason it has none.
 
-    `bad`: (name, reason) of entries of a label file that belong to no image.
+    `bad`: (name, reason) of entries in a label file without an image.
     """
 
     classes: tuple[str, ...]
@@ -44,7 +44,7 @@ def is_suffix_known(name: str) -> bool:
 
 
 def official_splits(keys: Iterable[str], folders: Collection[str]) -> list[str] | None:
-    """The split of every key if the top-level `folders` are train and others such; else None."""
+    """The split of every key if all top-level `folders` are names of splits; else None."""
     top = {folder.lower() for folder in folders if "/" not in folder}
     if "train" not in top or not top <= SPLIT_FOLDERS.keys():
         return None
@@ -53,10 +53,10 @@ def official_splits(keys: Iterable[str], folders: Collection[str]) -> list[str] 
 
 
 def by_folder(keys: Sequence[str], folders: Collection[str], where: str) -> Labelled:
-    """Classes from folder names; `folders` holds every folder, empty ones too.
+    """Classes from folder names; `folders` lists every folder, empty ones included.
 
     Raises `DataError` for images beside class folders, a class folder without images, and class
-    folders in one split only.
+    folders in some splits only.
     """
     splits = official_splits(keys, folders)
     if splits is None:
@@ -72,8 +72,8 @@ def by_folder(keys: Sequence[str], folders: Collection[str], where: str) -> Labe
         flat = [top for top, found in per_split.items() if not found]
         if flat and len(flat) < len(per_split):
             raise DataError(
-                f"{where}: {flat[0]} has no class folders while others have; move its images into "
-                "class folders, or take it out"
+                f"{where}: {flat[0]} has no class folders but other splits have; move its images "
+                "into class folders, or remove it"
             )
         classes = sorted(set().union(*per_split.values()))
         trained = {c for top, found in per_split.items() if top.lower() == "train" for c in found}
@@ -88,30 +88,30 @@ def by_folder(keys: Sequence[str], folders: Collection[str], where: str) -> Labe
 
 
 def _class_folders(keys: Sequence[str], folders: Sequence[str], where: str) -> list[str]:
-    """The folders, sorted, each with an image below; [] if the images lie directly here."""
+    """The sorted class folders; [] if all images are directly in this folder."""
     loose = [key for key in keys if "/" not in key]
     classes = sorted(folders)
     if loose and classes:
         raise DataError(
-            f"{where}: holds images ({loose[0]}) beside folders ({classes[0]}); "
-            "put every image into a class folder, or all of them directly here"
+            f"{where}: holds both images ({loose[0]}) and folders ({classes[0]}); move "
+            "every image into a class folder, or all of them directly into it"
         )
     filled = {key.split("/")[0] for key in keys}
     empty = [name for name in classes if name not in filled]
     if empty or not keys:
         place = f"{where}/{empty[0]}" if empty else where
         if not place.isprintable():
-            raise DataError(f"{where}: folder {empty[0]!r} has an unreadable name; rename it")
-        raise DataError(f"{place}: no images here (known: {' '.join(SUFFIXES)})")
+            raise DataError(f"{where}: folder {empty[0]!r} has an unprintable name; rename it")
+        raise DataError(f"{place}: contains no images (known suffixes: {' '.join(SUFFIXES)})")
     return classes
 
 
 def by_label_file(keys: Sequence[str], entries: Entries | None, file: str) -> Labelled:
     """Classes from the `entries` of label file `file` (None: unlabelled, the one class "all").
 
-    An entry names an image by its path, with or without extension (if that leaves no doubt).
-    Entries without an image, or whose path leads out of the folder, end up in `bad`; an image
-    without an entry, or with two that differ, has a reason instead of a number.
+    An entry names an image by its path; the extension may be omitted if the image is unambiguous.
+    Entries without an image, or with a path outside of the folder, are in `bad`; an image without
+    an entry, or with contradicting ones, has a reason instead of a number.
     """
     if entries is None:
         return Labelled(("all",), [0] * len(keys))
@@ -121,7 +121,7 @@ def by_label_file(keys: Sequence[str], entries: Entries | None, file: str) -> La
     conflicts: set[int] = set()
     for name, label in entries:
         if unsafe(name):
-            bad.append((name, f"leads out of the folder (listed in {file})"))
+            bad.append((name, f"points outside of the folder (listed in {file})"))
             continue
         candidates = find(name)
         if len(candidates) != 1:
@@ -144,7 +144,7 @@ def by_label_file(keys: Sequence[str], entries: Entries | None, file: str) -> La
 
 
 def _finder(keys: Sequence[str]) -> Callable[[str], list[int]]:
-    """A function from a name in a label file to the numbers of the keys it may mean."""
+    """A function from a name in a label file to the numbers of the matching keys."""
     position = {key: i for i, key in enumerate(keys)}
     by_stem: dict[str, list[int]] = {}
     for i, key in enumerate(keys):
@@ -161,10 +161,10 @@ def _finder(keys: Sequence[str]) -> Callable[[str], list[int]]:
 def read_label_file(
     name: str, content: bytes, where: str, keys: Sequence[str] = ()
 ) -> Entries | None:
-    """The entries of labels.csv or dataset.json; None if it says that there are no labels.
+    """The entries of labels.csv or dataset.json; None for a file that declares no labels.
 
-    `keys` tell a header of unknown words from an entry. Raises `DataError` naming `where` if it
-    cannot be understood.
+    `keys` distinguish a header with unknown words from an entry. Raises `DataError` that names
+    `where` for an invalid file.
     """
     try:
         text = content.decode("utf-8-sig")
@@ -173,12 +173,12 @@ def read_label_file(
         raise DataError(f"{where}: is not UTF-8 text; save it as UTF-8") from None
     except (csv.Error, ValueError, RecursionError) as error:
         raise DataError(
-            f"{where}: cannot be read ({first_line(error)}); repair or remove it"
+            f"{where}: is invalid ({first_line(error)}); correct or remove it"
         ) from None
 
 
 def _csv(text: str, where: str, keys: Sequence[str]) -> Entries:
-    """A header with a file and a label column, or two columns with any header or none."""
+    """A header with a file and a label column, or two columns with or without a header."""
     rows = csv.reader(io.StringIO(text, newline=""))
     first = next((row for row in rows if any(cell.strip() for cell in row)), None)
     if first is None:
@@ -190,9 +190,7 @@ def _csv(text: str, where: str, keys: Sequence[str]) -> Entries:
     if file is None or label is None:
         separator = next((mark for mark in (";", "\t") if mark in first[0]), None)
         if len(first) == 1 and separator:
-            raise DataError(
-                f"{where}: its columns are separated by {separator!r}; separate them by commas"
-            )
+            raise DataError(f"{where}: has columns separated by {separator!r}; use commas")
         if len(first) != 2:
             raise DataError(
                 f"{where}: has no header with a file column ({', '.join(FILE_COLUMNS)}) and a "
@@ -205,25 +203,25 @@ def _csv(text: str, where: str, keys: Sequence[str]) -> Entries:
         if not any(cell.strip() for cell in row):
             continue
         if len(row) <= max(file, label):
-            raise DataError(f"{where}: line {rows.line_num} has too few columns; repair it")
+            raise DataError(f"{where}: line {rows.line_num} has too few columns; correct it")
         entries.append((row[file].strip(), row[label].strip()))
     if start and len(entries) > 1:
         find = _finder(keys)
         if not find(entries[0][0]) and find(entries[1][0]):
-            del entries[0]  # a header in words of its own: "image_id,breed"
+            del entries[0]  # a header with unknown words: "image_id,breed"
     return entries
 
 
 def _json(text: str, where: str) -> Entries | None:
     content = json.loads(text)
     if not isinstance(content, dict) or "labels" not in content:
-        raise DataError(f'{where}: holds no "labels"; write {{"labels": [["file.png", 0], ...]}}')
+        raise DataError(f'{where}: has no "labels"; write {{"labels": [["file.png", 0], ...]}}')
     labels = content["labels"]
     if labels is None:
         return None
     pairs = list(labels.items()) if isinstance(labels, dict) else labels
     if not isinstance(pairs, list):
-        raise DataError(f'{where}: "labels" is neither a list nor an object; repair it')
+        raise DataError(f'{where}: "labels" is neither a list nor an object; correct it')
     for pair in pairs:
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str)):
             raise DataError(f'{where}: "labels" holds {pair!r:.60}, expected ["file.png", 0]')

@@ -1,10 +1,10 @@
-"""What a source of images is, found (`Listing`) and ready to be packed (`Source`), and two rules.
+"""The images of a source as they are listed (`Listing`) and as they are packed (`Source`).
 
-    split_of       which split an image belongs to: a function of its key alone
-    number_labels  labels as people write them -> class names and class numbers
+    split_of       the split of an image: a function of its key alone
+    number_labels  labels as written by users -> class names and class numbers
 
-The modules that know where images lie (trees, archives, foreign, iterables) return a `Listing`;
-`sources.open_source` makes the `Source` of it.
+The modules for single kinds of sources (folders, archives, webdatasets, iterables) return a
+`Listing`; `sources.open_source` turns it into a `Source`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 
 from bigan.data.format.codec import BadImageError, Pixels, first_line
 
-Bad = tuple[tuple[str, str], ...]  # (name, reason) of what cannot be used
+Bad = tuple[tuple[str, str], ...]  # (name, reason) of unusable originals
 
 SPLIT_FOLDERS = {
     "train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
 }  # fmt: skip
-MAX_CLASSES = 2**20  # a larger label is a mistake (a time, an id), not a class
-MAX_BYTES = 2**30  # a larger file is not taken for one image
+MAX_CLASSES = 2**20  # a larger label is a mistake (a timestamp, an id)
+MAX_BYTES = 2**30  # of an original; larger files are refused
 
 _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 
@@ -36,14 +36,14 @@ class Source:
     """A list of images: image i has keys[i], labels[i], splits[i] and pixels read(i).
 
     `read(i)` returns uint8 [resolution, resolution, channels], may be called from several threads
-    and raises `BadImageError` for an image that cannot be used, without its name. `transform`
-    names the way from the original to these pixels: reference statistics are comparable only
-    under the same one. `identity` is a hash of the originals as far as they are known without
-    decoding: another identity means another data set. `keys` are the originals' names, each
-    once; `splits` are "train", "val" or "test"; `bad` holds (name, reason) of what was found
-    unusable while listing and is not among the images. `stamp` is a hash of the times at which the
-    originals' files were changed ("": unknown, or `identity` knows their content), `passed_over`
-    the number of files that are no images by their suffix.
+    and raises `BadImageError`, without the name, for an unusable image. `transform` names the
+    conversion from the original to these pixels: reference statistics are comparable only for the
+    same one. `identity` is a hash of what is known of the originals without decoding them: a
+    different identity is a different data set. `keys` are the unique names of the originals;
+    `splits` are "train", "val" or "test"; `bad` holds (name, reason) of originals that were found
+    unusable while listing and are not among the images. `stamp` is a hash of the modification times
+    of the originals' files ("": unknown, or `identity` covers their content), `num_ignored` the
+    number of files whose suffix is not that of an image.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Source:
     read: Callable[[int], Pixels]
     bad: Bad = ()
     stamp: str = ""
-    passed_over: int = 0
+    num_ignored: int = 0
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -71,13 +71,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Listing:
-    """Images as they were found: original i has keys[i], labels[i] and content original(i).
+    """Listed originals: number i has keys[i], labels[i] and content original(i).
 
     `original(i)` returns a file's bytes or an array (uint8 HW or HWC), is thread-safe and raises
-    `BadImageError` or `OSError`. `official` holds each image's split if the source has its own;
-    with `has_all_splits`, a missing test split is missing on purpose.
-    `resolution` is the one to take if none is asked for (None: one must be given), `transform`
-    what had been done to the originals before ("": nothing).
+    `BadImageError` or `OSError`. `official` holds the split of each image if the source defines
+    splits; with `has_all_splits` no further split is taken from "train". `resolution` is the
+    default one (None: the user must set it), `transform` the conversion that the originals have
+    already had ("": none).
     """
 
     name: str
@@ -93,20 +93,20 @@ class Listing:
     transform: str = ""
     has_all_splits: bool = False
     stamp: str = ""
-    passed_over: int = 0
+    num_ignored: int = 0
 
 
 def unit_hash(key: str) -> float:
-    """A number in [0, 1) from the hash of `key` (bytes that are no UTF-8: surrogate escapes)."""
+    """A number in [0, 1) from the hash of `key`, whose non-UTF-8 bytes are surrogate escapes."""
     encoded = key.encode("utf-8", "surrogateescape")
     digest = hashlib.blake2b(encoded, digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64
 
 
 def split_of(key: str, val_fraction: float, test_fraction: float) -> str:
-    """The split of an image: a function of its key alone, not of seed, resolution or others.
+    """The split of an image: a function of its key, independent of seed and resolution.
 
-    "test" if its hash is below `test_fraction`, "val" if it is in the next `val_fraction`.
+    "test" if its hash is below `test_fraction`, "val" if it is within the next `val_fraction`.
     """
     place = unit_hash(key)
     if place < test_fraction:
@@ -120,10 +120,10 @@ def assign_splits(
     val_fraction: float,
     test_fraction: float,
 ) -> tuple[str, ...]:
-    """The split of every image by `split_of`, except that official splits are kept.
+    """The split of every image by `split_of`; official splits are kept.
 
-    Where there is an official "test" or "val", no test split is cut from "train", and "val" only
-    if there is no official one.
+    With an official "test" or "val" no test split is taken from "train", and a "val" split only if
+    there is no official one.
     """
     if official is None or set(official) <= {"train"}:
         return tuple(split_of(key, val_fraction, test_fraction) for key in keys)
@@ -137,11 +137,11 @@ def assign_splits(
 def number_labels(
     labels: Sequence[Any], names: Sequence[str] = ()
 ) -> tuple[tuple[str, ...], list[int | str]]:
-    """(class names, for every label its class number or, as text, why it cannot be used).
+    """(class names, for every label its class number or, as text, the reason it is unusable).
 
-    Labels are class names (numbered in sorted order) or whole numbers 0, ..., K-1, also as text
-    (class names "0" to "K-1", or `names` if it has that many; numbers nobody uses keep their
-    place). None means unlabelled; if all are, there is the one class "all".
+    Labels are class names (numbered in sorted order) or integers 0, ..., K-1, also as text (class
+    names "0" to "K-1", or `names` if it has that many; unused numbers remain classes). None means
+    unlabelled; if all labels are None, all images are of the class "all".
     """
     if all(label is None for label in labels):
         return ("all",), [0] * len(labels)
@@ -158,7 +158,7 @@ def number_labels(
 
 
 def _label(label: Any) -> tuple[str] | str:
-    """(the label as text,), or the reason why it is none."""
+    """(the label as text,), or the reason it is unusable."""
     if label is None or label == "":
         return "has no label"
     if isinstance(label, str):
@@ -168,7 +168,7 @@ def _label(label: Any) -> tuple[str] | str:
             raise TypeError
         return (str(operator.index(label)),)
     except TypeError:
-        return f"label {first_line(repr(label)):.40} is neither a whole number nor a class name"
+        return f"label {first_line(repr(label)):.40} is neither an integer nor a class name"
 
 
 def _class_number(text: str) -> int | str:
@@ -179,7 +179,7 @@ def _class_number(text: str) -> int | str:
 
 
 def listing_hash(entries: Iterable[tuple[str | int, ...]], *more: bytes) -> str:
-    """sha256 of a list of (key, size, ...) and of further content: a listing's identity."""
+    """The identity of a listing: sha256 of its (key, size, ...) entries and of `more` content."""
     total = hashlib.sha256()
     for entry in entries:
         for value in entry:
@@ -190,28 +190,28 @@ def listing_hash(entries: Iterable[tuple[str | int, ...]], *more: bytes) -> str:
 
 
 def has_too_many_classes(num_classes: int, num_images: int) -> bool:
-    """Whether class numbers must be a mistake (ids, years): nearly all classes would be empty."""
+    """Whether the largest class number is implausible (an id, a year): most classes are empty."""
     return num_classes > 1000 + 10 * num_images
 
 
 def is_hidden(part: str) -> bool:
-    """Whether a part of a path is hidden: it starts with a single dot."""
+    """Whether a component of a path starts with a single dot."""
     return part.startswith(".") and not part.startswith("..")
 
 
 def unsafe(name: str) -> bool:
-    """Whether a name from a file leads, or could lead, out of the folder or archive it names."""
+    """Whether a path from an archive or label file can point outside of its root folder."""
     parts = re.split(r"[/\\]", name)
     return parts[0] == "" or ".." in parts or bool(re.match(r"[A-Za-z]:", parts[0])) or "\0" in name
 
 
 def read_at(file: Path, offset: int, size: int) -> bytes:
-    """`size` bytes of a file, from any thread or process; `BadImageError` if it ends before."""
+    """`size` bytes of a file; thread-safe. Raises `BadImageError` if the file is shorter."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         data = os.pread(descriptor, size, offset)
     finally:
         os.close(descriptor)
     if len(data) != size:
-        raise BadImageError("is cut off")
+        raise BadImageError("is truncated")
     return data

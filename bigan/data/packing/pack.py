@@ -1,10 +1,11 @@
-"""Source -> shards: `bigan pack`.
+"""`bigan pack`: a source of images becomes WebDataset shards, an index and a manifest.
 
-Every shard is a pure function of (plan, shard number): its tar is written whole or not at all, then
-its record (offsets, hash, names, what was unusable), which says that it is finished. So packing may
-be killed at any moment and shared between processes and machines (`part`): the same call keeps what
-is finished and writes the rest, and whoever finds every shard finished writes the manifest, last,
-with the same bytes. Nothing outside the destination is written.
+Every shard is a pure function of (plan, shard number). Its tar is written atomically, then its
+record (offsets, hash, names, unusable images), which marks it as finished. A pack can therefore be
+killed at any time and divided among processes and machines (`PackOptions.part`): the same call
+keeps finished shards and writes the others. The process that finds all shards finished writes the
+manifest last; its bytes do not depend on which process that is. Nothing outside the destination is
+written.
 """
 
 from __future__ import annotations
@@ -19,15 +20,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bigan import atomic_files
 from bigan.data import DataError
-from bigan.data.format.codec import Encoding
 from bigan.data.format.manifest import PLAN, PYRAMID, Manifest
 from bigan.data.packing import sources
-from bigan.data.packing.pack_lock import claim, keep_apart, plan_text, refuse_file, release
-from bigan.data.packing.pack_manifest import collect, write_manifest
+from bigan.data.packing.destination import (
+    claim_destination,
+    plan_text,
+    refuse_file,
+    refuse_inside_source,
+    remove_stamp,
+)
+from bigan.data.packing.options import PackOptions, with_changes
+from bigan.data.packing.pack_manifest import Contents, collect, write_manifest
 from bigan.data.packing.pack_plan import Plan, make_plan
 from bigan.data.packing.pack_shard import (
     Bad,
@@ -40,7 +47,7 @@ from bigan.data.packing.pack_shard import (
 )
 
 MAX_JOBS = 16
-HOPELESS = 1000  # unusable images more than allowed: no use in going on to the end
+MAX_EXCESS_BAD = 1000  # unusable images beyond `max_bad` after which a pack stops at once
 BAD = "bad.txt"
 
 Progress = Callable[[int, int], None]
@@ -48,77 +55,48 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Packed:
-    """What a call of `pack` has achieved.
+    """The result of `pack`.
 
     manifests: one for each level of a pyramid, smallest first; else one. Empty unless `complete`.
-    bad: (name, reason) of originals that were left out: of this call's shards, if not complete.
-    complete: False while other parts are still missing.
-    passed_over: how many files of the source are no images by their suffix.
+    bad: (name, reason) of originals that were left out; of this call's shards if not complete.
+    complete: False while shards of other parts are missing.
+    num_ignored: number of files in the source whose suffix is not that of an image.
     """
 
     manifests: tuple[Manifest, ...]
     bad: tuple[Bad, ...]
     complete: bool
-    passed_over: int = 0
+    num_ignored: int = 0
 
 
 def pack(
-    spec: str | Path | Iterable[Any],
+    source: str | Path | Iterable[Any],
     destination: Path,
+    options: PackOptions | None = None,
     *,
-    resolution: int | None = None,
-    channels: Literal[1, 3] | None = None,
-    resize: Literal["lanczos", "area"] = "lanczos",
-    allow_upscale: bool = False,
-    val_fraction: float = 0.0,
-    test_fraction: float = 0.1,
-    encoding: Encoding | None = None,
-    quality: int | None = None,
-    seed: int = 0,
-    shard_size: int | None = None,
-    max_bad: int = 0,
-    pyramid: int | None = None,
-    part: tuple[int, int] | None = None,
-    jobs: int | None = None,
     progress: Progress | None = None,
+    **changes: Any,
 ) -> Packed:
-    """Pack `spec`, anything that `sources.open_source` takes, into `destination`.
+    """Pack `source`, anything that `sources.open_source` takes, into `destination`.
 
-    The first six options go to `open_source`, the others to `pack_source`. Packing the same again
-    finishes what is missing or does nothing. Raises `DataError`, one line, for a bad source, more
-    bad images than `max_bad`, a destination that holds something else, or a full disk.
+    Keyword arguments set single options: `pack("digits", folder, resolution=16)`. Calling it again
+    with the same options writes the missing shards, if any.
+
+    `progress(images done, images of this part)` is called after each image. Raises `DataError`, one
+    line, for an unusable source, more unusable images than `max_bad`, a destination with other
+    content, or a full disk.
     """
+    options = with_changes(options, changes)
     destination = Path(destination)
-    if isinstance(spec, str | Path) and spec != "digits":
-        keep_apart(Path(spec), destination)
+    if isinstance(source, str | Path) and source != "digits":
+        refuse_inside_source(Path(source), destination)
     refuse_file(destination)
     scratch = atomic_files.temporary_name(destination / "spool")
     try:
-        if not isinstance(spec, str | Path):  # is spooled there, as it may not be readable twice
+        if not isinstance(source, str | Path):  # spooled there: it may be readable only once
             destination.mkdir(parents=True, exist_ok=True)
-        source = sources.open_source(
-            spec,
-            resolution=resolution,
-            channels=channels,
-            resize=resize,
-            allow_upscale=allow_upscale,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-            scratch=scratch,
-        )
-        return pack_source(
-            source,
-            destination,
-            encoding=encoding,
-            quality=quality,
-            seed=seed,
-            shard_size=shard_size,
-            max_bad=max_bad,
-            pyramid=pyramid,
-            part=part,
-            jobs=jobs,
-            progress=progress,
-        )
+        opened = sources.open_source(source, options, scratch=scratch)
+        return pack_source(opened, destination, options, progress=progress)
     except OSError as error:
         where = error.filename or destination
         raise DataError(f"{where}: cannot be used: {error.strerror or error}") from error
@@ -131,51 +109,32 @@ def pack(
 def pack_source(
     source: sources.Source,
     destination: Path,
+    options: PackOptions | None = None,
     *,
-    encoding: Encoding | None = None,
-    quality: int | None = None,
-    seed: int = 0,
-    shard_size: int | None = None,
-    max_bad: int = 0,
-    pyramid: int | None = None,
-    part: tuple[int, int] | None = None,
-    jobs: int | None = None,
     progress: Progress | None = None,
+    **changes: Any,
 ) -> Packed:
-    """Pack a `Source` of one's own into `destination`.
+    """Pack an opened or user-defined `Source` into `destination`.
 
-    `encoding`: None is npy up to 128 px and png above. `quality`: 1..100, of jpg (None: 95) and
-    webp (None: lossless). `shard_size`: images per shard (None: at most 128 MiB of pixels, at
-    least eight shards). `max_bad`: how many originals may be unusable and are then left out; they
-    are listed in `destination`/bad.txt in any case. `pyramid`: the smallest resolution (4, say) of
-    a set of folders r0004, r0008, ..., one for each doubling up to the source's, which hold the
-    same samples in the same order. `part` = (i, n): write only the shards with number % n ==
-    i % n; n calls with different i, in any order or at once, on one machine or many, make the data
-    set. `jobs`: threads (None: one per core, at most 16).
-
-    `progress(images done, images of this part)` is called after each image. Raises `DataError`.
+    Of the options, those for conversion and splits are not used: `source` has them applied.
+    Unusable images are listed in `destination`/bad.txt. Otherwise like `pack`.
     """
+    options = with_changes(options, changes)
     destination = Path(destination)
-    plan = make_plan(source, seed, shard_size, encoding=encoding, quality=quality, pyramid=pyramid)
-    index, count = (0, 1) if part is None else part
-    if not 0 <= index <= count or count < 1:
-        raise DataError(f"part {index}/{count}: must be 0/n ... n-1/n, or 1/n ... n/n")
-    if jobs is not None and jobs < 1:
-        raise DataError(f"jobs {jobs}: must be positive")
-    if max_bad < 0:
-        raise DataError(f"max_bad {max_bad}: must not be negative")
+    plan = make_plan(source, options)
+    index, count = options.part or (0, 1)
     numbers = range(index % count, len(plan.names), count)
     try:
-        manifests = claim(destination, plan)
+        manifests = claim_destination(destination, plan)
         if manifests:
             bad = _left_out(destination, plan, manifests[0]) if manifests[0].num_bad else []
-            _refuse(bad, max_bad, plan, destination)
+            _refuse(bad, options.max_bad, plan, destination)
             if progress:
-                total = sum(len(plan.members[number]) for number in numbers)
+                total = plan.num_images(numbers)
                 progress(total, total)
-            return Packed(manifests, tuple(bad), True, source.passed_over)
-        bad = _write_shards(destination, plan, numbers, max_bad, jobs or _cores(), progress)
-        return _finish(destination, plan, bad, max_bad)
+            return Packed(manifests, tuple(bad), True, source.num_ignored)
+        bad = _write_shards(destination, plan, numbers, options, progress)
+        return _complete(destination, plan, bad, options.max_bad)
     except OSError as error:
         raise DataError(f"{destination}: cannot be written: {error.strerror or error}") from error
 
@@ -187,20 +146,50 @@ def _write_shards(
     destination: Path,
     plan: Plan,
     numbers: Sequence[int],
-    max_bad: int,
-    jobs: int,
+    options: PackOptions,
     progress: Progress | None,
 ) -> list[Bad]:
-    """Write those of the shards that are not finished; returns what was unusable in all of them.
+    """Write the unfinished ones of the shards `numbers`; returns the unusable images of all.
 
-    While a shard is written the next one is already being decoded: memory holds two of them.
+    Images of the next shard are decoded while a shard is written: memory holds two shards.
     """
     for level in plan.levels:
         folder = destination / level.folder
         (folder / "index").mkdir(parents=True, exist_ok=True)
         if not (folder / PLAN).is_file():
             atomic_files.write_atomic(folder / PLAN, plan_text(plan))
-    bad, missing = _listed_bad(plan), []
+    bad, missing = _finished_shards(destination, plan, numbers)
+    bad = _listed_bad(plan) + bad
+    _refuse(bad, options.max_bad, plan, destination, MAX_EXCESS_BAD)
+    total = plan.num_images(numbers)
+    done = total - plan.num_images(missing)
+    if progress:
+        progress(done, total)
+    executor = ThreadPoolExecutor(options.jobs or _cores(), thread_name_prefix="bigan-pack")
+    try:
+        images = _encode_ahead(executor, plan, missing)
+        for number in missing:
+            encoded = []
+            for i, image in zip(plan.members[number], images, strict=False):
+                encoded.append(image)
+                if isinstance(image, str):
+                    bad.append((printable(plan.source.keys[i]), image))
+                    _refuse(bad, options.max_bad, plan, destination, MAX_EXCESS_BAD)
+                done += 1
+                if progress:
+                    progress(done, total)
+            _write_shard(destination, plan, number, encoded)
+    finally:
+        executor.shutdown(cancel_futures=True)
+    return bad
+
+
+def _finished_shards(
+    destination: Path, plan: Plan, numbers: Sequence[int]
+) -> tuple[list[Bad], list[int]]:
+    """(unusable images of the finished shards, numbers of the unfinished ones)."""
+    bad: list[Bad] = []
+    missing = []
     for number in numbers:
         name = plan.names[number]
         records = [finished(destination / level.folder, name, plan.id) for level in plan.levels]
@@ -208,40 +197,24 @@ def _write_shards(
             bad += records[0].bad
         else:
             missing.append(number)
-    _refuse(bad, max_bad, plan, destination, HOPELESS)
-    total = sum(len(plan.members[number]) for number in numbers)
-    done = total - sum(len(plan.members[number]) for number in missing)
-    if progress:
-        progress(done, total)
-    executor = ThreadPoolExecutor(jobs, thread_name_prefix="bigan-pack")
-    try:
-        ready = _ahead(executor, plan, missing)
-        for number in missing:
-            encoded = []
-            for i, image in zip(plan.members[number], ready, strict=False):
-                encoded.append(image)
-                if isinstance(image, str):
-                    bad.append((printable(plan.source.keys[i]), image))
-                    _refuse(bad, max_bad, plan, destination, HOPELESS)
-                done += 1
-                if progress:
-                    progress(done, total)
-            name = plan.names[number]
-            for n, level in enumerate(plan.levels):
-                folder = destination / level.folder
-                tar, record = shard(plan, number, n, encoded)
-                if record.nsamples:
-                    atomic_files.write_atomic(folder / f"{name}.tar", tar)
-                atomic_files.write_atomic(
-                    record_file(folder, name), record.model_dump_json() + "\n"
-                )
-    finally:
-        executor.shutdown(cancel_futures=True)
-    return bad
+    return bad, missing
 
 
-def _ahead(executor: ThreadPoolExecutor, plan: Plan, numbers: Sequence[int]) -> Iterator[Encoded]:
-    """The images of these shards in order, encoded up to a shard ahead."""
+def _write_shard(destination: Path, plan: Plan, number: int, encoded: Sequence[Encoded]) -> None:
+    """Write the tar of a shard and then its record, for every level."""
+    name = plan.names[number]
+    for n, level in enumerate(plan.levels):
+        folder = destination / level.folder
+        tar, record = shard(plan, number, n, encoded)
+        if record.nsamples:
+            atomic_files.write_atomic(folder / f"{name}.tar", tar)
+        atomic_files.write_atomic(record_file(folder, name), record.model_dump_json() + "\n")
+
+
+def _encode_ahead(
+    executor: ThreadPoolExecutor, plan: Plan, numbers: Sequence[int]
+) -> Iterator[Encoded]:
+    """The encoded images of these shards in order; as many as one shard holds are in progress."""
     members = itertools.chain.from_iterable(plan.members[number] for number in numbers)
     waiting: collections.deque[Future[Encoded]] = collections.deque()
     for i in itertools.islice(members, plan.shard_size):
@@ -254,37 +227,37 @@ def _ahead(executor: ThreadPoolExecutor, plan: Plan, numbers: Sequence[int]) -> 
 
 
 def _cores() -> int:
-    """The cores this process may use (SLURM gives a job only some), at most `MAX_JOBS`."""
+    """The cores this process may use (SLURM restricts a job to some), at most `MAX_JOBS`."""
     try:
         cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
+    except AttributeError:  # macOS
         cores = os.cpu_count() or 1
     return min(cores, MAX_JOBS)
 
 
-# --- the whole set ------------------------------------------------------------------------------
+# --- manifests ----------------------------------------------------------------------------------
 
 
-def _finish(destination: Path, plan: Plan, bad: list[Bad], max_bad: int) -> Packed:
-    """Write bad.txt and the manifests, if the shards of all parts are there."""
-    levels = []
+def _complete(destination: Path, plan: Plan, bad: list[Bad], max_bad: int) -> Packed:
+    """Write bad.txt and the manifests if the shards of all parts are finished."""
+    levels: list[Contents] = []
     for level in plan.levels:
         contents = collect(destination / level.folder, plan)
         if contents is None:
-            return Packed((), tuple(bad), False, plan.source.passed_over)
+            return Packed((), tuple(bad), False, plan.source.num_ignored)
         levels.append(contents)
     bad = _listed_bad(plan) + levels[0].bad
     _refuse(bad, max_bad, plan, destination)
     if all(entry.split != "train" for entry in levels[0].shards):
-        raise DataError(f"{plan.source.name}: no image for training is left; repair some in {BAD}")
+        raise DataError(
+            f"{plan.source.name}: no usable training image; repair images listed in "
+            f"{destination / BAD}"
+        )
     _write_bad(destination, bad)
     for level in plan.levels:
-        for folder in (
-            destination,
-            destination / level.folder,
-            destination / level.folder / "index",
-        ):
-            atomic_files.remove_leftovers(folder, shared=True)
+        folder = destination / level.folder
+        for place in (destination, folder, folder / "index"):
+            atomic_files.remove_leftovers(place, shared=True)
     manifests = tuple(
         write_manifest(destination / level.folder, plan, level, contents, len(bad))
         for level, contents in zip(plan.levels, levels, strict=True)
@@ -297,20 +270,20 @@ def _finish(destination: Path, plan: Plan, bad: list[Bad], max_bad: int) -> Pack
             "resolutions": [level.resolution for level in plan.levels],
         }
         atomic_files.write_atomic(destination / PYRAMID, json.dumps(content, indent=1) + "\n")
-    release(destination)
-    return Packed(manifests, tuple(bad), True, plan.source.passed_over)
+    remove_stamp(destination)
+    return Packed(manifests, tuple(bad), True, plan.source.num_ignored)
 
 
 # --- unusable originals -------------------------------------------------------------------------
 
 
 def _listed_bad(plan: Plan) -> list[Bad]:
-    """What was unusable before any image was read."""
+    """Originals that were found unusable while the source was listed."""
     return [(printable(name), printable(reason)) for name, reason in plan.source.bad]
 
 
 def _left_out(destination: Path, plan: Plan, manifest: Manifest) -> list[Bad]:
-    """What was left out of a finished data set, which other versions may have packed."""
+    """What a complete data set leaves out; other library versions may have packed it."""
     records = (finished(manifest.folder, name, manifest.plan) for name in plan.names)
     return _listed_bad(plan) + [bad for record in records if record for bad in record.bad]
 
@@ -323,15 +296,15 @@ def _write_bad(destination: Path, bad: list[Bad]) -> None:
         (destination / BAD).unlink(missing_ok=True)
 
 
-def _refuse(bad: list[Bad], max_bad: int, plan: Plan, destination: Path, patience: int = 0) -> None:
-    """Write bad.txt and raise, if there are more than `max_bad + patience`."""
-    if len(bad) <= max_bad + patience:
+def _refuse(bad: list[Bad], max_bad: int, plan: Plan, destination: Path, excess: int = 0) -> None:
+    """Write bad.txt and raise `DataError` if there are more than `max_bad + excess`."""
+    if len(bad) <= max_bad + excess:
         return
     _write_bad(destination, bad)
     first = "; ".join(f"{name}: {reason}" for name, reason in bad[:3])
     total = len(plan.source.keys) + len(plan.source.bad)
     raise DataError(
-        f"{'at least ' if patience else ''}{len(bad)} of {total} images cannot be used (at most "
+        f"{'at least ' if excess else ''}{len(bad)} of {total} images cannot be used (at most "
         f"--max-bad {max_bad}): {first}; all are listed in {destination / BAD}; repair or remove "
         f"them, delete {destination} and pack again, or leave them out with --max-bad {len(bad)}"
     )

@@ -1,9 +1,8 @@
-"""The last step of `bigan pack`: from the records of all shards to index and manifest."""
+"""The last step of `bigan pack`: index and manifest from the records of all shards."""
 
 from __future__ import annotations
 
 import collections
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +11,12 @@ import numpy as np
 from bigan.data.format.manifest import COLUMNS, PLAN, Manifest, Shard, write_data_set
 from bigan.data.packing.pack_plan import Level, Plan
 from bigan.data.packing.pack_shard import Bad, finished, record_file
+from bigan.hashes import sha256_of_file
 
 
 @dataclass(frozen=True)
 class Contents:
-    """The finished shards of a level, as its index and manifest need them."""
+    """The finished shards of a level: entries of its manifest, columns of its index."""
 
     shards: list[Shard]
     columns: dict[tuple[str, str], list[np.ndarray]]  # (split, column): shard by shard
@@ -24,7 +24,7 @@ class Contents:
 
 
 def collect(folder: Path, plan: Plan) -> Contents | None:
-    """What the records say; None if a shard is not finished."""
+    """Read the records of a level; None if a shard is not finished."""
     contents = Contents([], collections.defaultdict(list), [])
     numbers: collections.Counter[str] = collections.Counter()
     for name in plan.names:
@@ -62,7 +62,7 @@ def write_manifest(
     """Write the index files of a level, then its manifest."""
     source = plan.source
     factor = source.resolution // level.resolution
-    noted = [folder / PLAN, *(record_file(folder, name) for name in plan.names)]
+    recorded = [folder / PLAN, *(record_file(folder, name) for name in plan.names)]
     return write_data_set(
         folder,
         contents.shards,
@@ -78,8 +78,5 @@ def write_manifest(
         samples_per_shard=plan.shard_size,
         num_bad=num_bad,
         plan=plan.id,
-        records={
-            file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in noted
-        },
+        records={file.relative_to(folder).as_posix(): sha256_of_file(file) for file in recorded},
     )

@@ -1,14 +1,13 @@
-"""What `bigan pack` is going to write, decided before the first image is read: pure.
+"""The plan of `bigan pack`: which sample is written to which shard. Pure; reads no image.
 
-A `Plan` is a source plus one global permutation per split, cut into shards, for one resolution or
-for all levels of a pyramid. Everything that decides a byte of the shards is in its description.
+A `Plan` is a source, one global permutation per split, cut into shards, for one resolution or for
+all levels of a pyramid. Its description holds everything that the bytes of the shards depend on.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,20 +18,22 @@ import simplejpeg
 from PIL import features
 
 from bigan.data import DataError
-from bigan.data.format.codec import ENCODINGS, JPEG_QUALITY, Encoding
+from bigan.data.format.codec import JPEG_QUALITY, Encoding
 from bigan.data.format.manifest import SCHEMA, level_name
+from bigan.data.packing.options import PackOptions, with_changes
 from bigan.data.packing.sources import Source
 from bigan.data.streaming.order import permutation
+from bigan.hashes import fingerprint
 
 SPLITS = ("train", "val", "test")
-NPY_RESOLUTION = 128  # up to here raw pixels; above, PNG is worth its decoding time
-SHARD_BYTES = 2**27  # of raw pixels, about what one shard holds at most ...
-MIN_SHARDS = 8  # ... while even a small split has several, for readers that split by shard
+NPY_RESOLUTION = 128  # largest resolution stored as raw pixels by default
+SHARD_BYTES = 2**27  # of raw pixels in one shard, about, by default
+MIN_SHARDS = 8  # of the training split by default, for readers that divide shards among workers
 
 
 @dataclass(frozen=True)
 class Level:
-    """One resolution: `folder` is its place below the destination ("" if it is the only one)."""
+    """One resolution; `folder` is relative to the destination, "" without a pyramid."""
 
     folder: str
     resolution: int
@@ -41,7 +42,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Plan:
-    """What goes where: shard n holds the samples `members[n]` of the source, in that order."""
+    """Shard n holds the samples `members[n]` of the source, in that order."""
 
     source: Source
     levels: tuple[Level, ...]  # smallest first
@@ -50,11 +51,11 @@ class Plan:
     shard_size: int  # samples per shard; the last of a split may hold fewer
     names: tuple[str, ...]  # of the shards, without .tar
     members: tuple[tuple[int, ...], ...]
-    first_key: tuple[int, ...]  # keys count through the shards of all splits
+    first_key: tuple[int, ...]  # of each shard; keys are numbered through all splits
 
     @functools.cached_property
     def description(self) -> dict[str, Any]:
-        """What plan.json holds; two packs are the same if and only if these are equal."""
+        """The content of plan.json; equal descriptions give equal shards."""
         source = self.source
         listing = hashlib.sha256()
         for column in (source.classes, source.labels, source.splits):
@@ -76,32 +77,34 @@ class Plan:
             "software": software({level.encoder for level in self.levels}),
         }
 
+    def num_images(self, numbers: Iterable[int]) -> int:
+        """Images in the shards `numbers`, unusable ones included."""
+        return sum(len(self.members[number]) for number in numbers)
+
     @functools.cached_property
     def id(self) -> str:
-        text = json.dumps(self.description, sort_keys=True)
-        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        """Hash of `description`."""
+        return fingerprint(self.description)
 
 
-def make_plan(
-    source: Source,
-    seed: int = 0,
-    shard_size: int | None = None,
-    *,
-    encoding: Encoding | None = None,
-    quality: int | None = None,
-    pyramid: int | None = None,
-) -> Plan:
-    """Shuffle each split globally and cut it into shards of `shard_size` (None: a good size)."""
+def make_plan(source: Source, options: PackOptions | None = None, **changes: Any) -> Plan:
+    """Shuffle each split globally and cut it into shards.
+
+    Raises `DataError` for a source without training images, a pyramid that does not reach the
+    source's resolution and a quality for a lossless encoding.
+    """
+    options = with_changes(options, changes)
+    shard_size, seed = options.shard_size, options.seed
     splits = np.asarray(source.splits)
     num_train = int((splits == "train").sum())
     if shard_size is None:
         at_most = max(1, SHARD_BYTES // (source.resolution**2 * source.channels))
         shard_size = min(at_most, max(64, -(-num_train // MIN_SHARDS)))
-    if shard_size <= 0:
-        raise DataError(f"shard size {shard_size}: must be a positive number of images")
     if not num_train:
-        raise DataError(f"{source.name}: no image falls into the training split; give more images")
-    levels = _levels(source.resolution, encoding, pyramid)
+        raise DataError(
+            f"{source.name}: has no training image; give more images or smaller fractions"
+        )
+    levels = _levels(source.resolution, options.encoding, options.pyramid)
     names: list[str] = []
     members: list[tuple[int, ...]] = []
     for split in SPLITS:
@@ -114,7 +117,7 @@ def make_plan(
     return Plan(
         source=source,
         levels=levels,
-        quality=_quality(levels[-1].encoder, quality),
+        quality=_quality(levels[-1].encoder, options.quality),
         seed=seed,
         shard_size=shard_size,
         names=tuple(names),
@@ -124,15 +127,13 @@ def make_plan(
 
 
 def _levels(resolution: int, encoding: Encoding | None, pyramid: int | None) -> tuple[Level, ...]:
-    if encoding is not None and encoding not in ENCODINGS:
-        raise DataError(f"encoding {encoding!r}: is not known; use one of {', '.join(ENCODINGS)}")
     sizes = [resolution]
     if pyramid is not None:
         while sizes[0] > pyramid and sizes[0] % 2 == 0:
             sizes.insert(0, sizes[0] // 2)
         if sizes[0] != pyramid:
             raise DataError(
-                f"pyramid from {pyramid} px: doubling does not lead to {resolution} px; "
+                f"pyramid from {pyramid} px: doubling does not reach {resolution} px; "
                 "use a power of two for both"
             )
     return tuple(
@@ -150,15 +151,13 @@ def _quality(encoder: Encoding, quality: int | None) -> int | None:
         return JPEG_QUALITY if encoder == "jpg" else None
     if encoder not in ("jpg", "webp"):
         raise DataError(f"quality {quality}: {encoder} is lossless; use it with jpg or webp")
-    if not 1 <= quality <= 100:
-        raise DataError(f"quality {quality}: must be between 1 and 100")
     return quality
 
 
 def software(encoders: Iterable[Encoding]) -> dict[str, str]:
-    """Versions of what decides the bytes: reading and resizing originals, then each encoder.
+    """Versions of the libraries that the bytes depend on: decoding, resizing and encoding.
 
-    NumPy is not among them: the arithmetic on pixels is in integers.
+    NumPy is not listed: arithmetic on pixels uses integers only.
     """
     found = {
         "pillow": PIL.__version__,

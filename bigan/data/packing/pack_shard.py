@@ -1,8 +1,7 @@
-"""One shard of `bigan pack`: a pure function of (plan, shard number), and the record of it."""
+"""One shard of `bigan pack`, a pure function of (plan, shard number), and its record."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,16 +13,17 @@ from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, Pixels, encode, first_line
 from bigan.data.format.tar import index_shard, shard_bytes
 from bigan.data.packing.pack_plan import Plan
+from bigan.hashes import sha256
 
-Bad = tuple[str, str]  # (name of the original, what is wrong with it)
-Encoded = tuple[bytes, ...] | str  # an image at each level, or why it cannot be used
+Bad = tuple[str, str]  # (name of the original, reason)
+Encoded = tuple[bytes, ...] | str  # an image at each level, or the reason it is unusable
 
 
 def halvings(image: Pixels, num: int) -> list[Pixels]:
     """`image`, uint8 [R, R, C], at `num` resolutions R / 2**(num - 1), ..., R / 2, R.
 
-    A pixel is the mean of its f x f pixels of `image`, rounded once (a half up), not of the next
-    larger level, where roundings would add up.
+    A pixel is the mean of the f x f pixels of `image`, rounded once (half up). Means of the next
+    larger level would accumulate rounding errors.
     """
     levels: list[Pixels] = [image]
     sums: NDArray[np.unsignedinteger] = image
@@ -35,9 +35,9 @@ def halvings(image: Pixels, num: int) -> list[Pixels]:
 
 
 class Record(Frozen):
-    """Says that a shard is finished, and what it holds: index/<shard>.json, written after the tar.
+    """Content of a finished shard: index/<shard>.json, written after the tar.
 
-    A shard of unusable images only has a record but no tar, and is not in the manifest.
+    A shard without usable images has a record but no tar and is not in the manifest.
     """
 
     plan: str
@@ -46,22 +46,22 @@ class Record(Frozen):
     sha256: str
     class_histogram: tuple[int, ...]
     bad: tuple[Bad, ...]
-    offsets: tuple[int, ...]  # of each sample's image in the tar; likewise
+    offsets: tuple[int, ...]  # of the image of each sample in the tar
     sizes: tuple[int, ...]
     labels: tuple[int, ...]
-    keys: tuple[str, ...]  # names of the originals, as `printable` makes them
+    keys: tuple[str, ...]  # `printable` names of the originals
 
 
 def printable(name: str) -> str:
-    """`name` with escapes for tabs, newlines and bytes that are no text."""
+    """`name` with escapes for control characters and non-UTF-8 bytes."""
     return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
 def encoded_image(plan: Plan, i: int) -> Encoded:
-    """Image i of the source, encoded for each level; or the reason why it cannot be used.
+    """Image i of the source, encoded for each level, or the reason it is unusable.
 
-    What a disk fails to deliver is not a bad image: another try may give another shard. It raises
-    `DataError`.
+    A read error of the disk raises `DataError`: it is not a property of the image, and a shard
+    without the image would differ from that of another attempt.
     """
     source = plan.source
     try:
@@ -74,7 +74,7 @@ def encoded_image(plan: Plan, i: int) -> Encoded:
         raise
     except BadImageError as error:
         return printable(first_line(error))
-    except Exception as error:  # PIL raises a dozen kinds for damaged files
+    except Exception as error:  # PIL raises many kinds for damaged files
         if isinstance(error, OSError) and error.errno is not None:
             name = printable(source.keys[i])
             raise DataError(f"{source.name}: {name} cannot be read: {error.strerror}") from error
@@ -86,7 +86,7 @@ def encoded_image(plan: Plan, i: int) -> Encoded:
 
 
 def shard(plan: Plan, number: int, level: int, encoded: Sequence[Encoded]) -> tuple[bytes, Record]:
-    """The tar of shard `number` at `level` and its record, from its members' `encoded_image`."""
+    """(tar, record) of shard `number` at `level`; `encoded` are its members by `encoded_image`."""
     source, encoder = plan.source, plan.levels[level].encoder
     rows = list(zip(plan.members[number], encoded, strict=True))
     good = [i for i, image in rows if not isinstance(image, str)]
@@ -102,7 +102,7 @@ def shard(plan: Plan, number: int, level: int, encoded: Sequence[Encoded]) -> tu
         plan=plan.id,
         nsamples=len(good),
         filesize=len(tar),
-        sha256=hashlib.sha256(tar).hexdigest(),
+        sha256=sha256(tar),
         class_histogram=tuple(histogram.tolist()),
         bad=tuple((printable(source.keys[i]), x) for i, x in rows if isinstance(x, str)),
         offsets=tuple(offsets),
@@ -113,14 +113,14 @@ def shard(plan: Plan, number: int, level: int, encoded: Sequence[Encoded]) -> tu
 
 
 def record_file(folder: Path, name: str) -> Path:
-    """Where the record of shard `name` (without .tar) is."""
+    """Path of the record of shard `name` (without .tar)."""
     return folder / "index" / f"{name}.json"
 
 
 def finished(folder: Path, name: str, plan: str) -> Record | None:
-    """The record of a shard, if it is of the plan with this id and its tar there and whole.
+    """The record of a shard if it belongs to the plan with this id and its tar has the right size.
 
-    The tar is not read again, which keeps a resumed pack quick; `bigan verify` reads it.
+    The content of the tar is not read, which keeps resuming fast; `bigan verify` reads it.
     """
     try:
         record = Record.model_validate_json(record_file(folder, name).read_bytes())

@@ -1,14 +1,13 @@
-"""Index and shards against their manifest, down to every image; part of `bigan verify`.
+"""One shard compared with the manifest and its index, including every image; for `bigan verify`.
 
-Nothing is raised for damage: each thing that is wrong becomes a `Problem`, and the search goes on.
-A damaged tar header does not hide what follows it: the index leads to the remaining images.
+Damage raises no exception: every error becomes a `Problem` and the scan continues. The images
+behind a damaged tar header are found through the index.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import mmap
 import os
 from collections.abc import Iterator
@@ -19,21 +18,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bigan import hashes
 from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, Pixels, decode_into
-from bigan.data.format.manifest import COLUMNS, MANIFEST, PLAN, Manifest, Shard, index_name
-from bigan.data.format.tar import Buffer, Member, walk_tar
-from bigan.data.packing.webdatasets import list_samples
+from bigan.data.format.manifest import MANIFEST, PLAN, Manifest, Shard
+from bigan.data.format.tar import Buffer, Member, group_samples, walk_tar
+from bigan.data.packing.webdatasets import INDEXED_PLAN, list_samples
 
-MAX_PROBLEMS = 100  # kept of one shard; the others are counted
-CHANGED = f"sha256 differs from the one in {MANIFEST}: its content was changed"
+MAX_PROBLEMS = 100  # reported per shard; further ones are counted
+CHANGED = f"sha256 differs from the one in {MANIFEST}: the file was changed"
 
 Columns = dict[str, NDArray[Any]]  # offset, size and label of consecutive samples, each [n]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Where (a file of the folder, or "file: member name") and what is wrong there."""
+    """An error: its place (a file of the folder, or "file: member name") and a description."""
 
     where: str
     what: str
@@ -41,10 +41,10 @@ class Problem:
 
 @dataclass
 class Look:
-    """What the pixels of one shard are like; `digest` and `constant` are per sample, [n, ...]."""
+    """Statistics of the pixels of one shard; `digest` and `constant` have one row per sample."""
 
     digest: NDArray[np.uint64]  # [n, 2], the first half of the sha256 of the pixels
-    constant: NDArray[np.bool_]  # all pixels have one colour
+    constant: NDArray[np.bool_]  # whether all pixels have one colour
     histogram: NDArray[np.int64]  # [C, 256], pixels of each value
 
     @classmethod
@@ -53,7 +53,7 @@ class Look:
         return cls(np.zeros((num, 2), np.uint64), np.zeros(num, bool), histogram)
 
     def add(self, row: int, pixels: Pixels) -> None:
-        """Note the uint8 [H, W, C] image of sample `row`."""
+        """Add the uint8 [H, W, C] image of sample `row`."""
         self.digest[row] = np.frombuffer(hashlib.sha256(pixels.tobytes()).digest()[:16], np.uint64)
         flat = pixels.reshape(-1, pixels.shape[2])
         counts = np.stack([np.bincount(channel, minlength=256) for channel in flat.T])
@@ -63,13 +63,13 @@ class Look:
 
 @dataclass
 class Scan:
-    """What was found in one shard: its samples in tar order, each array [n]."""
+    """The result for one shard: its problems, and its samples in tar order, each array [n]."""
 
     shard: Shard
     problems: list[Problem] = field(default_factory=list)
     offset: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     size: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    label: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # -1: none
+    label: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # -1: unknown
     decoded: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
     look: Look | None = None
 
@@ -79,26 +79,26 @@ class _Sample:
     name: str  # of the image's member
     offset: int  # of its bytes in the tar
     size: int
-    label: int  # -1: cannot be told
+    label: int  # -1: unknown
 
 
-def is_adopted(manifest: Manifest) -> bool:
-    """Whether the shards are somebody else's, which bigan only indexed (adopt.py).
+def is_indexed_in_place(manifest: Manifest) -> bool:
+    """Whether bigan did not write the shards but only indexed them (index_in_place.py).
 
-    Either of two marks is enough, so that a damaged manifest does not hide it.
+    One of two marks is sufficient, since one may be lost in a damaged manifest.
     """
     packed = (manifest.folder / PLAN).is_file()
-    return manifest.plan == "adopted" or (manifest.transform == "as-found-v1" and not packed)
+    return manifest.plan == INDEXED_PLAN or (manifest.transform == "as-found-v1" and not packed)
 
 
 @contextlib.contextmanager
 def mapped(file: Path) -> Iterator[Buffer]:
-    """The bytes of `file`, mapped, not copied into memory; raises `OSError`.
+    """The memory-mapped bytes of `file`; raises `OSError`.
 
-    Reading behind the end of a file that another process cuts off meanwhile ends this process.
+    If another process truncates the file meanwhile, reading behind its end kills this process.
     """
     with file.open("rb") as stream:
-        if not os.fstat(stream.fileno()).st_size:  # nothing to map
+        if not os.fstat(stream.fileno()).st_size:  # an empty file cannot be mapped
             yield b""
             return
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -106,10 +106,10 @@ def mapped(file: Path) -> Iterator[Buffer]:
 
 
 def scan_shard(manifest: Manifest, deep: bool, shard: Shard, index: Columns | None) -> Scan:
-    """Check `shard` of `manifest.folder`; `index` holds its samples, None if that is damaged.
+    """Check `shard` of `manifest.folder`; `index` holds its samples (None: the index is damaged).
 
-    With `deep` the result has a `look`. The shard is mapped: its own memory is that of one image,
-    encoded and decoded, and some 100 bytes for each sample, whatever the size of the shard.
+    With `deep` the result has a `look`. Memory: one encoded and decoded image and about 100 bytes
+    per sample, since the shard is memory-mapped.
     """
     scan = Scan(shard)
     file = manifest.folder / shard.url
@@ -117,9 +117,8 @@ def scan_shard(manifest: Manifest, deep: bool, shard: Shard, index: Columns | No
         scan.problems.append(Problem(shard.url, "shard is missing"))
         return scan
     try:
-        # Read once before it is mapped: a disk that fails gives an error here, but a signal there.
-        with file.open("rb") as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        # Read it before mapping it: a disk error raises here, but would send SIGBUS there.
+        sha256 = hashes.sha256_of_file(file)
         with mapped(file) as data:
             _scan(data, sha256, manifest, deep, scan, index)
     except OSError as error:
@@ -132,7 +131,7 @@ def _scan(
 ) -> None:
     shard = scan.shard
     problems: list[Problem] = []
-    listing = _adopted_samples if is_adopted(manifest) else _samples
+    listing = _indexed_samples if is_indexed_in_place(manifest) else _samples
     samples, whole = listing(data, manifest, shard, problems)
     if whole:
         _check_counts([sample.label for sample in samples], shard, problems)
@@ -159,48 +158,58 @@ def _check_bytes(num_bytes: int, sha256: str, shard: Shard, others: list[Problem
         return []
     what = CHANGED
     if not others:
-        what += "; every member can be read, so it cannot be told which one is wrong"
+        what += "; every member is readable, so the changed one is unknown"
     return [Problem(shard.url, what)]
 
 
 def _samples(
     data: Buffer, manifest: Manifest, shard: Shard, problems: list[Problem]
 ) -> tuple[list[_Sample], bool]:
-    """(samples up to the first damaged header, whether there is none); notes problems."""
-    groups: dict[str, dict[str, Member]] = {}
-    last: Member | None = None
-    whole = True
-    try:
+    """(samples up to the first damaged header, whether there is none); appends to `problems`."""
+    samples: list[_Sample] = []
+    seen: set[str] = set()
+    last: Member | None = None  # before the damage
+
+    def members() -> Iterator[Member]:
+        nonlocal last
         for member in walk_tar(data, shard.url):
             last = member
-            key, _, suffix = member.name.partition(".")
-            if suffix not in (manifest.encoder, "cls"):
-                problems.append(_at(shard, member.name, "is neither an image nor a label"))
-            elif suffix in groups.setdefault(key, {}):
-                problems.append(_at(shard, member.name, "appears twice"))
-            else:
-                groups[key][suffix] = member
+            yield member
+
+    incomplete: list[tuple[str, str, bool]] = []  # (key, what is missing, whether it is the last)
+    whole = True
+    try:
+        for key, group in group_samples(members()):
+            found: dict[str, Member] = {}
+            for suffix, member in group:
+                if suffix not in (manifest.encoder, "cls"):
+                    problems.append(_at(shard, member.name, "is neither an image nor a label"))
+                elif key in seen or suffix in found:
+                    problems.append(_at(shard, member.name, "appears twice"))
+                else:
+                    found[suffix] = member
+            image, label = found.get(manifest.encoder), found.get("cls")
+            if image and label:
+                number = _label(data, label, manifest, shard, problems)
+                samples.append(_Sample(image.name, image.offset, image.size, number))
+            elif found:
+                incomplete.append((key, "label" if image else "image", last in found.values()))
+            seen.add(key)
     except DataError as error:
         whole = False
         what = str(error).removeprefix(f"{shard.url}: ")
         what += f", after member {last.name}" if last else ""
         problems.append(Problem(shard.url, what))
-    samples = []
-    for key, group in groups.items():
-        image, label = group.get(manifest.encoder), group.get("cls")
-        if image and label:
-            number = _label(data, label, manifest, shard, problems)
-            samples.append(_Sample(image.name, image.offset, image.size, number))
-        elif whole or last not in group.values():  # else the damage behind `last` explains it
-            lacks = "label" if image else "image"
+    for key, lacks, at_end in incomplete:
+        if whole or not at_end:  # otherwise the damage behind it is the cause
             problems.append(Problem(shard.url, f"sample {key} lacks its {lacks}"))
     return samples, whole
 
 
-def _adopted_samples(
+def _indexed_samples(
     data: Buffer, manifest: Manifest, shard: Shard, problems: list[Problem]
 ) -> tuple[list[_Sample], bool]:
-    """The same for a shard of somebody else, read as when it was indexed."""
+    """`_samples` for a shard that was indexed in place, read in the same way as then."""
     listed, bad = list_samples(data, shard.url)
     whole = not (bad and bad[-1][0] == shard.url)
     for name, what in bad:
@@ -212,7 +221,7 @@ def _adopted_samples(
         label = 0 if manifest.num_classes == 1 and sample.label is None else sample.label
         if label is None:
             label = -1
-            if whole or sample is not listed[-1]:  # else the damage behind it explains it
+            if whole or sample is not listed[-1]:  # otherwise the damage behind it is the cause
                 problems.append(_at(shard, name, "has no label"))
         elif label >= manifest.num_classes:
             what = f"has label {label}, but there are {manifest.num_classes} classes"
@@ -229,7 +238,7 @@ def _label(
     try:
         number = int(text)
     except ValueError:
-        what = f"holds {text[:20]!r}, which is not a whole number"
+        what = f"holds {text[:20]!r}, which is not an integer"
     else:
         if 0 <= number < manifest.num_classes:
             return number
@@ -240,7 +249,7 @@ def _label(
 
 def _check_counts(labels: list[int], shard: Shard, problems: list[Problem]) -> None:
     if len(labels) != shard.nsamples:
-        what = f"holds {len(labels)} samples, but {MANIFEST} says {shard.nsamples}"
+        what = f"holds {len(labels)} samples, but {MANIFEST} lists {shard.nsamples}"
         problems.append(Problem(shard.url, what))
         return
     if -1 in labels:  # reported already
@@ -248,7 +257,7 @@ def _check_counts(labels: list[int], shard: Shard, problems: list[Problem]) -> N
     counts = np.bincount(labels, minlength=len(shard.class_histogram)).tolist()
     for label, (found, listed) in enumerate(zip(counts, shard.class_histogram, strict=False)):
         if found != listed:
-            what = f"holds {found} samples of class {label}, but {MANIFEST} says {listed}"
+            what = f"holds {found} samples of class {label}, but {MANIFEST} lists {listed}"
             problems.append(Problem(shard.url, what))
 
 
@@ -260,27 +269,27 @@ def _compare(
     whole: bool,
     problems: list[Problem],
 ) -> list[_Sample]:
-    """Notes where tar and index disagree; the samples behind a damaged header by the index."""
+    """Report differences between tar and index; returns the samples behind a damaged header."""
     offsets, sizes, labels = (index[name].tolist() for name in ("offset", "size", "label"))
     listed = dict(zip(offsets, zip(sizes, labels, strict=True), strict=True))
     if sorted(listed) != offsets:
-        problems.append(Problem(shard.url, "its positions in the index are not in order"))
+        problems.append(Problem(shard.url, "has offsets in the index that are not in order"))
     for sample in samples:
         if sample.offset not in listed:
             problems.append(_at(shard, sample.name, "is not in the index"))
             continue
         size, label = listed.pop(sample.offset)
         if size != sample.size:
-            what = f"has {sample.size} bytes, but the index says {size}"
+            what = f"has {sample.size} bytes, but {size} in the index"
             problems.append(_at(shard, sample.name, what))
         if label != sample.label >= 0:
-            what = f"has label {sample.label}, but the index says {label}"
+            what = f"has label {sample.label}, but {label} in the index"
             problems.append(_at(shard, sample.name, what))
     end = samples[-1].offset if samples else 0
     rest, lost = [], 0
     for offset, (size, label) in listed.items():
         if whole or offset < end:
-            what = f"the index lists an image at byte {offset}, where it has none"
+            what = f"has no image at byte {offset}, where the index lists one"
             problems.append(Problem(shard.url, what))
         elif offset + size > num_bytes:
             lost += 1
@@ -288,7 +297,7 @@ def _compare(
             known = label if 0 <= label < len(shard.class_histogram) else -1
             rest.append(_Sample(f"at byte {offset}", offset, size, known))
     if lost:
-        what = f"{lost} of its {shard.nsamples} images are cut off"
+        what = f"{lost} of its {shard.nsamples} images are truncated"
         problems.append(Problem(shard.url, what))
     return rest
 
@@ -315,83 +324,3 @@ def _decode(
         scan.decoded[row] = True
         if scan.look:
             scan.look.add(row, pixels)
-
-
-# --- the index folder ---------------------------------------------------------------------------
-
-
-def read_index(
-    manifest: Manifest, shards: tuple[Shard, ...]
-) -> tuple[dict[str, Columns], list[Problem]]:
-    """The index of each of `shards` by its file name (none where damaged), and what is wrong."""
-    found: dict[str, Columns] = {}
-    problems: list[Problem] = []
-    for split in dict.fromkeys(shard.split for shard in shards):
-        members = [shard for shard in shards if shard.split == split]
-        ends = np.cumsum([shard.nsamples for shard in members]).tolist()
-        columns: Columns = {}
-        for column, dtype in COLUMNS.items():
-            name = index_name(split, column)
-            try:
-                data = (manifest.folder / name).read_bytes()
-                values = np.load(io.BytesIO(data), allow_pickle=False)
-            except FileNotFoundError:
-                problems.append(Problem(name, "index file is missing"))
-                continue
-            except Exception as error:  # NumPy raises many kinds; all mean the same here
-                problems.append(Problem(name, f"cannot be read: {error}"))
-                continue
-            if hashlib.sha256(data).hexdigest() != manifest.index.get(name):
-                problems.append(Problem(name, CHANGED))
-            if values.dtype != dtype or values.shape != (ends[-1],):
-                what = f"holds {values.dtype} {list(values.shape)}, expected "
-                problems.append(Problem(name, f"{what}{np.dtype(dtype)} [{ends[-1]}]"))
-                continue
-            columns[column] = values
-        if "shard" in columns:
-            expected = np.repeat(np.arange(len(members)), [s.nsamples for s in members])
-            if not np.array_equal(columns.pop("shard"), expected):
-                what = f"assigns samples to other shards than {MANIFEST}"
-                problems.append(Problem(index_name(split, "shard"), what))
-        if {"offset", "size", "label"} <= columns.keys():
-            for shard, end in zip(members, ends, strict=True):
-                rows = slice(end - shard.nsamples, end)
-                found[shard.url] = {name: values[rows] for name, values in columns.items()}
-    return found, problems
-
-
-def check_hashes(folder: Path, records: dict[str, str]) -> list[Problem]:
-    """The files of `folder` against `records`, name -> sha256."""
-    problems = []
-    for name, expected in sorted(records.items()):
-        file = folder / name
-        if name != PLAN and name != f"index/{file.name}":
-            problems.append(Problem(MANIFEST, f"lists {name!r}, which leads out of the folder"))
-            continue
-        try:
-            data = file.read_bytes()
-        except FileNotFoundError:
-            problems.append(Problem(name, "is missing"))
-            continue
-        except OSError as error:
-            problems.append(Problem(name, f"cannot be read: {error.strerror}"))
-            continue
-        if hashlib.sha256(data).hexdigest() != expected:
-            problems.append(Problem(name, CHANGED))
-    return problems
-
-
-def check_records(manifest: Manifest) -> list[Problem]:
-    """plan.json and the notes of each shard against their hashes, and what else is in index/.
-
-    Sets that were only indexed, and packs of early versions, list no hashes of notes: there none is
-    missing. In the folder of somebody else other files are none of our business.
-    """
-    problems = check_hashes(manifest.folder, manifest.records)
-    known = manifest.index.keys() | manifest.records.keys()
-    for file in sorted((manifest.folder / "index").glob("*")):
-        name = f"index/{file.name}"
-        noted = not manifest.records and file.suffix == ".json"
-        if not (name in known or noted or file.name.startswith(".") or is_adopted(manifest)):
-            problems.append(Problem(name, f"is not listed in {MANIFEST}: remove it"))
-    return problems

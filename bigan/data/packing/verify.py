@@ -1,9 +1,10 @@
-"""`bigan verify`: is a packed folder what its manifest says? Every problem is found in one go.
+"""`bigan verify`: a packed folder compared with its manifest. One run reports all problems.
 
-Checked are the manifest, which files are there, sizes and sha256 of shards and index files, every
-tar header and the end of each tar, every label and position against the index, counts, and that
-every image decodes to its shape (shard_scan.py). Shards are checked in threads and mapped, so that
-memory does not depend on their size. What the images look like is the subject of findings.py.
+It checks the manifest, missing and extra files, sizes and sha256 of shards and index files, every
+tar header and end marker, every label and offset against the index, counts, and that every image
+decodes to its shape (shard_scan.py, index_check.py). Shards are checked in threads and are
+memory-mapped, so memory does not depend on their size. `--deep` adds statistics of the images
+(findings.py).
 """
 
 from __future__ import annotations
@@ -27,26 +28,18 @@ from bigan.data import DataError
 from bigan.data.format.manifest import MANIFEST, PLAN, PYRAMID, Manifest, Shard
 from bigan.data.format.tar import tar_files, walk_tar
 from bigan.data.packing.findings import Note, findings
-from bigan.data.packing.shard_scan import (
-    Problem,
-    Scan,
-    check_hashes,
-    check_records,
-    is_adopted,
-    mapped,
-    read_index,
-    scan_shard,
-)
+from bigan.data.packing.index_check import check_hashes, check_records, read_index
+from bigan.data.packing.shard_scan import Problem, Scan, is_indexed_in_place, mapped, scan_shard
 
-MAX_LINES = 100  # of problems, and of notes, in a text; as_dict() has them all
-MAX_RESOLUTION = 2**14  # pixels; a damaged manifest must not make us allocate more
-LEFTOVER_SECONDS = 3600  # a younger temporary may belong to a pack that is running
+MAX_LINES = 100  # of problems, and of notes, in as_text(); as_dict() has all
+MAX_RESOLUTION = 2**14  # pixels; limits what a damaged manifest can allocate
+LEFTOVER_SECONDS = 3600  # a younger temporary file may belong to a running pack
 REPAIR = (
-    f"delete what is damaged and the {MANIFEST} beside it, and run the same `bigan pack` again: "
-    f"it writes what is missing (for a damaged {PLAN}: into a new folder)"
+    f"delete the damaged files and {MANIFEST} and run the same `bigan pack` again; it writes the "
+    f"missing files (if {PLAN} is damaged, pack into a new folder)"
 )
-GET_AGAIN = (
-    f"get the damaged shards again, then delete {MANIFEST} and index/ so that they are indexed anew"
+COPY_AGAIN = (
+    f"copy the damaged shards again, then delete {MANIFEST} and index/; the next use indexes them"
 )
 
 Progress = Callable[[int, int], None]
@@ -54,7 +47,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found. `num_images` were decoded; `notes` are no errors."""
+    """The result of `verify`. `num_images` were decoded; `notes` are not errors."""
 
     folder: Path
     num_shards: int
@@ -62,7 +55,7 @@ class Report:
     problems: tuple[Problem, ...]
     notes: tuple[Note, ...] = ()
     contact_sheet: Path | None = None
-    advice: str = REPAIR  # for the case that there are problems
+    advice: str = REPAIR  # how to repair problems
 
     @property
     def ok(self) -> bool:
@@ -80,7 +73,7 @@ class Report:
         return "\n".join(map(_printable, lines))
 
     def as_dict(self) -> dict[str, Any]:
-        """The whole report as plain JSON values."""
+        """The full report as JSON values."""
         sheet = self.contact_sheet
         return {
             "folder": str(self.folder),
@@ -100,14 +93,14 @@ def verify(
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Check everything in a packed `folder` (or pyramid of folders); no problem ends the search.
+    """Check a packed `folder`, or a pyramid of folders, completely.
 
-    `deep` also looks at the pixels (duplicates, constant images, class balance, statistics) and
-    writes <folder>/contact_sheet.png; of a pyramid, at those of its largest level.
-    `jobs` threads (None: one per core, at most 16) need the memory of an image each; in all there
-    are some 100 bytes for each sample.
-    `progress(images done, images in all)` is called after each shard.
-    Raises `DataError` only if the folder is no data set or was not packed to the end.
+    `deep` also analyses the pixels (duplicates, constant images, class balance, statistics), for a
+    pyramid those of its largest level, and writes <folder>/contact_sheet.png.
+    `jobs`: threads (None: one per core, at most 16). Memory: one image per thread and about 100
+    bytes per sample.
+    `progress(images done, total images)` is called after each shard.
+    Raises `DataError` only if the folder is not a data set or is an incomplete pack.
     """
     folder = Path(folder)
     levels, problems = _open(folder)
@@ -131,7 +124,7 @@ def verify(
                 if progress:
                     progress(done, total)
     finally:
-        executor.shutdown(cancel_futures=True)  # Ctrl-C: only what has begun is finished
+        executor.shutdown(cancel_futures=True)  # Ctrl-C: finish running tasks only
     problems += _compare_levels(levels)
 
     notes = [note for level in levels for note in _leftovers(level)]
@@ -146,7 +139,7 @@ def verify(
         problems=tuple(problems),
         notes=tuple(notes),
         contact_sheet=sheet,
-        advice=GET_AGAIN if any(level.is_adopted for level in levels) else REPAIR,
+        advice=COPY_AGAIN if any(level.is_indexed_in_place for level in levels) else REPAIR,
     )
 
 
@@ -155,23 +148,23 @@ def verify(
 
 @dataclass(frozen=True)
 class _Level:
-    """One data folder: of a pyramid one resolution, otherwise the only one, without a name."""
+    """One data folder: one resolution of a pyramid, or the only folder, with the name ""."""
 
     name: str
     folder: Path
-    manifest: Manifest | None  # None: it cannot be used at all
+    manifest: Manifest | None  # None: unusable
     shards: tuple[Shard, ...]
     scans: list[Scan] = field(default_factory=list)  # of `shards`
 
     @property
-    def is_adopted(self) -> bool:
-        """Whether the shards are the user's originals; `bigan pack` leaves its plan beside its."""
+    def is_indexed_in_place(self) -> bool:
+        """Whether bigan did not write the shards; `bigan pack` writes plan.json beside them."""
         if self.manifest is None:
             return not (self.folder / PLAN).is_file()
-        return is_adopted(self.manifest)
+        return is_indexed_in_place(self.manifest)
 
     def named(self, problems: Iterable[Problem]) -> list[Problem]:
-        """The same problems as seen from the folder of the pyramid."""
+        """The problems with paths relative to the folder of the pyramid."""
         start = f"{self.name}/" if self.name else ""
         return [Problem(start + problem.where, problem.what) for problem in problems]
 
@@ -215,13 +208,12 @@ def _read_pyramid(folder: Path) -> tuple[dict[str, Any], list[str], list[Problem
 def _check_pyramid(
     folder: Path, content: dict[str, Any], names: list[str], levels: list[_Level]
 ) -> list[Problem]:
-    """pyramid.json and the plan beside it against the levels; folders of levels it does not list.
+    """Compare pyramid.json and plan.json with the levels; report unlisted folders of levels.
 
-    A level that is listed but missing has been reported when it was opened.
+    A listed level that is missing has already been reported by `_open`.
     """
     problems = [
-        Problem(path.name, f"is not listed in {PYRAMID}: a level was removed from the list, or "
-                           "the folder is a stray one")
+        Problem(path.name, f"is not listed in {PYRAMID}: delete the folder, or pack again")
         for path in sorted(folder.glob("r*"))
         if re.fullmatch(r"r\d+", path.name) and path.is_dir() and path.name not in names
     ]  # fmt: skip
@@ -234,13 +226,13 @@ def _check_pyramid(
     wrong = [key for key in expected | content if content.get(key) != expected.get(key)]
     if resolutions != sorted(set(resolutions)):
         wrong.append("levels")
-    problems += [Problem(PYRAMID, f"its {key!r} is not that of the levels") for key in wrong]
+    problems += [Problem(PYRAMID, f"its {key!r} differs from the levels") for key in wrong]
     plan = {name: top.records[name] for name in (PLAN,) if name in top.records}
     return problems + check_hashes(folder, plan)
 
 
 def _open_level(name: str, folder: Path) -> tuple[_Level, list[Problem]]:
-    """Raises `DataError` if `folder` has no manifest; a wrong manifest is used where possible."""
+    """Open one folder, with an inconsistent manifest if possible; `DataError` without manifest."""
     problems = []
     manifest: Manifest | None
     try:
@@ -255,7 +247,7 @@ def _open_level(name: str, folder: Path) -> tuple[_Level, list[Problem]]:
 
 
 def _read_leniently(folder: Path) -> Manifest | None:
-    """A manifest that contradicts itself, so that the search goes on; None if it is no manifest."""
+    """A manifest without consistency checks, to continue with; None if it is not a manifest."""
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         manifest = configs.validate(Manifest, {**content, "folder": str(folder)}, MANIFEST)
@@ -266,23 +258,27 @@ def _read_leniently(folder: Path) -> Manifest | None:
 
 
 def _is_safe(shard: Shard) -> bool:
-    """Whether a wrong manifest may be followed: no path leads out of the folder."""
+    """Whether no path of this manifest entry points outside of the folder."""
     plain = Path(shard.url).name == shard.url and Path(shard.split).name == shard.split
     return plain and shard.nsamples >= 0
 
 
 def _check_listing(level: _Level) -> list[Problem]:
-    """Shards in the folder that the manifest does not list."""
+    """Report shards in the folder that the manifest does not list."""
     if level.manifest is None:
         return []
     listed = {shard.url for shard in level.shards}
     what = f"is not listed in {MANIFEST}: "
-    what += "delete that and index/" if level.is_adopted else "remove it from the folder"
+    what += (
+        f"delete {MANIFEST} and index/"
+        if level.is_indexed_in_place
+        else "remove it from the folder"
+    )
     return [Problem(file.name, what) for file in tar_files(level.folder) if file.name not in listed]
 
 
 def _walk_all(folder: Path) -> list[Problem]:
-    """Without a manifest only the tars themselves can be checked."""
+    """Check the tars of a folder without a manifest."""
     problems = []
     for file in tar_files(folder):
         try:
@@ -297,32 +293,34 @@ def _walk_all(folder: Path) -> list[Problem]:
 
 
 def _leftovers(level: _Level) -> list[Note]:
-    """Temporaries of writers that were killed."""
+    """Temporary files of killed writers."""
     found = []
     for file in sorted([*level.folder.glob(".*.tmp"), *level.folder.glob("index/.*.tmp")]):
         try:
             age = time.time() - file.lstat().st_mtime
-        except OSError:  # gone by now: its writer lives
+        except OSError:  # its writer is running and has renamed it
             continue
         if age > LEFTOVER_SECONDS:
             name = file.relative_to(level.folder).as_posix()
             where = f"{level.name}/{name}" if level.name else name
-            found.append(Note("leftover", f"{where}: left by a killed writer; may be deleted"))
+            found.append(
+                Note("leftover", f"{where}: temporary file of a killed writer; may be deleted")
+            )
     return found
 
 
 def _compare_levels(levels: list[_Level]) -> list[Problem]:
-    """All levels of a pyramid hold the same samples with the same labels."""
+    """Check that all levels of a pyramid have the same samples with the same labels."""
     problems = []
-    whole = [level for level in levels if level.manifest]
-    for level in whole[:-1]:
-        top = whole[-1]
+    usable = [level for level in levels if level.manifest]
+    for level in usable[:-1]:
+        top = usable[-1]
         if [shard.url for shard in level.shards] != [shard.url for shard in top.shards]:
             problems.append(Problem(level.name, f"lists other shards than {top.name}"))
         labels = {scan.shard.url: scan.label for scan in top.scans if not scan.problems}
         for scan in level.scans:
             name = scan.shard.url
-            if name not in labels or scan.problems:  # nothing to compare with, or reported
+            if name not in labels or scan.problems:  # unknown, or already reported
                 continue
             if not np.array_equal(scan.label, labels[name]):
                 what = f"samples or labels differ from those in {top.name}"
@@ -343,5 +341,5 @@ def _first(lines: list[str]) -> list[str]:
 
 
 def _printable(line: str) -> str:
-    """Names come from files of others: no line breaks, terminal codes or lone surrogates."""
+    """Escape line breaks, terminal codes and lone surrogates, which names in tars may contain."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

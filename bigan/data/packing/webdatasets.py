@@ -1,8 +1,7 @@
-"""Existing WebDatasets as a source: any tar shards, and folders that bigan packed.
+"""Existing WebDatasets as a source: any tar shards, and packed folders.
 
-Only names, offsets and labels are read while listing; images are read one by one with pread.
-Nothing is unpacked, so member names are only names; those that lead out of the tar are still
-reported, since no honest tool writes them.
+Listing reads names, offsets and labels only; images are read one at a time with pread. Nothing is
+extracted, so member names are harmless, but names with ".." or absolute paths are reported.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import braceexpand
 from bigan.data import DataError
 from bigan.data.format import tar
 from bigan.data.format.manifest import MANIFEST, PLAN, Manifest
-from bigan.data.format.tar import Member, walk_tar
+from bigan.data.format.tar import Member, group_samples, walk_tar
 from bigan.data.packing.listing import (
     MAX_BYTES,
     MAX_CLASSES,
@@ -35,14 +34,14 @@ from bigan.data.packing.listing import (
 IMAGES = (
     "jpg", "jpeg", "jpe", "jfif", "png", "webp", "npy", "ppm", "pgm", "bmp", "gif", "tif", "tiff",
 )  # fmt: skip
-ADOPTED = "adopted"  # the manifest's `plan` of tars that were only indexed
+INDEXED_PLAN = "indexed-in-place"  # `plan` of a manifest for shards that bigan did not write
 JSON_LABELS = ("label", "cls", "class")
 MAX_SHARDS = 1_000_000  # of a brace pattern
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a tar: its key, suffix, where its bytes are, and its label if it has one."""
+    """One image of a tar: key, suffix, offset and size in bytes, label (None without one)."""
 
     key: str
     suffix: str
@@ -54,68 +53,58 @@ class Sample:
 def list_samples(
     data: bytes | memoryview | mmap.mmap, where: str
 ) -> tuple[list[Sample], list[tuple[str, str]]]:
-    """The samples of a WebDataset tar in order, and (name, reason) of what is unusable in it.
+    """The samples of a WebDataset tar in order, and (name, reason) of its unusable members.
 
-    A sample is the consecutive members of one key: the path up to the first dot of its last part.
-    Its image is the first member with a suffix of `IMAGES`, its label the whole number in `.cls`,
-    or in `.json` under "label", "cls" or "class". Of a damaged tar the samples before the damage
-    are returned and (where, reason) is the last of the bad.
+    The image of a sample (`tar.group_samples`) is its first member with a suffix in `IMAGES`, its
+    label the integer in `.cls`, or in `.json` under "label", "cls" or "class". For a damaged tar
+    the samples before the damage are returned and (where, reason) is the last entry of the second
+    list.
     """
     samples: list[Sample] = []
     bad: list[tuple[str, str]] = []
     seen: set[str] = set()
-    pending: list[tuple[str, Member]] = []  # (suffix, member) of the sample being read
-    pending_key = ""
 
-    def finish() -> None:
-        if not pending:
-            return
-        name = f"{where}/{pending_key}"
-        if pending_key in seen:
-            bad.append((name, "appears twice"))
-            return
-        seen.add(pending_key)
-        image = next((m for m in pending if m[0] in IMAGES), None)
-        label = _read_label(data, dict(reversed(pending)))
-        if image is None:
-            bad.append((name, f"holds no image ({' '.join(suffix for suffix, _ in pending)})"))
-        elif image[1].size > MAX_BYTES:
-            bad.append((name, f"is larger than {MAX_BYTES} bytes"))
-        elif isinstance(label, str):
-            bad.append((name, label))
-        else:
-            samples.append(Sample(pending_key, image[0], image[1].offset, image[1].size, label))
+    def safe_members() -> Iterator[Member]:
+        for member in walk_tar(data, where):
+            if unsafe(member.name):
+                bad.append((f"{where}/{member.name}", "points outside of the tar"))
+            else:
+                yield member
 
-    members = walk_tar(data, where)
-    while True:
-        try:
-            member = next(members, None)
-        except DataError as error:
-            finish()
-            bad.append((where, str(error).removeprefix(f"{where}: ")))
-            return samples, bad
-        if member is None:
-            finish()
-            return samples, bad
-        if unsafe(member.name):
-            bad.append((f"{where}/{member.name}", "leads out of the tar"))
-            continue
-        name = member.name.removeprefix("./")
-        folder, slash, base = name.rpartition("/")
-        stem, _, suffix = base.partition(".")
-        if not stem:  # a hidden file
-            continue
-        key = f"{folder}{slash}{stem}"
-        if key != pending_key:
-            finish()
-            pending, pending_key = [], key
-        pending.append((suffix.lower(), member))
+    try:
+        for key, group in group_samples(safe_members()):
+            found = _sample(data, key, group)
+            if key in seen:
+                bad.append((f"{where}/{key}", "appears twice"))
+            elif isinstance(found, str):
+                bad.append((f"{where}/{key}", found))
+            else:
+                samples.append(found)
+            seen.add(key)
+    except DataError as error:
+        bad.append((where, str(error).removeprefix(f"{where}: ")))
+    return samples, bad
+
+
+def _sample(
+    data: bytes | memoryview | mmap.mmap, key: str, group: list[tuple[str, Member]]
+) -> Sample | str:
+    """The sample of these (suffix, member) pairs, or the reason it is unusable."""
+    image = next(((suffix, member) for suffix, member in group if suffix in IMAGES), None)
+    if image is None:
+        return f"has no image ({' '.join(suffix for suffix, _ in group)})"
+    if image[1].size > MAX_BYTES:
+        return f"is larger than {MAX_BYTES} bytes"
+    label = _read_label(data, dict(reversed(group)))
+    if isinstance(label, str):
+        return label
+    return Sample(key, image[0], image[1].offset, image[1].size, label)
 
 
 def _read_label(
     data: bytes | memoryview | mmap.mmap, members: dict[str, Member]
 ) -> int | str | None:
-    """The label of a sample; None if it has none; the reason, as text, if it is no class number."""
+    """The label of a sample, None without one, or the reason, as text, that it is unusable."""
 
     def content(suffix: str) -> bytes:
         member = members[suffix]
@@ -135,20 +124,20 @@ def _read_label(
     if value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MAX_CLASSES:
-        return f"label {value!s:.40} is no class number"
+        return f"label {value!s:.40} is not a class number"
     return value
 
 
 def expand(pattern: str) -> list[Path]:
     """The local files of a brace pattern such as "shards/{00000..00003}.tar", in its order.
 
-    Raises `DataError` for an address, a pattern that cannot be read and a file that is missing.
+    Raises `DataError` for a URL, an invalid pattern and a missing file.
     """
     if "://" in pattern or pattern.startswith("pipe:"):
         raise DataError(f"{pattern}: is not a local file; copy the shards here first")
     ranges = re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.-?\d+)?\}", pattern)
     if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > MAX_SHARDS:
-        raise DataError(f"{pattern}: stands for more than {MAX_SHARDS} shards; correct the braces")
+        raise DataError(f"{pattern}: expands to more than {MAX_SHARDS} shards; correct the braces")
     try:
         names = list(braceexpand.braceexpand(pattern))
     except ValueError as error:
@@ -160,14 +149,14 @@ def expand(pattern: str) -> list[Path]:
 
 
 def tars(files: Sequence[Path], name: str) -> Listing:
-    """The samples of WebDataset tars; their keys are "<shard>/<key>".
+    """The samples of WebDataset tars, with keys "<shard>/<key>".
 
-    If any sample has a label, those without are bad; if none has, all are of the one class "all".
+    If any sample has a label, those without one are unusable; if none has, all are of class "all".
     """
     by_name = {file.name: file for file in files}
     if len(by_name) < len(files):
         twice = next(file for file in files if by_name[file.name] != file)
-        raise DataError(f"{twice}: two shards have this name; rename one")
+        raise DataError(f"{twice}: two shards have the same name; rename one")
     found: list[tuple[int, str, Sample]] = []  # (shard, key, sample)
     bad: list[tuple[str, str]] = []
     times: list[tuple[str, int]] = []
@@ -209,18 +198,18 @@ def tars(files: Sequence[Path], name: str) -> Listing:
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether bigan packed, or began to pack, this folder."""
+    """Whether this is a complete or unfinished destination of `bigan pack`."""
     noted = (folder / MANIFEST).is_file() or (folder / PLAN).is_file()
     return noted and bool(tar_files(folder))
 
 
 def packed(folder: Path) -> Listing:
-    """A folder that bigan packed: its splits and class names, and its size unless asked otherwise.
+    """A packed folder, with its splits, class names and, by default, its resolution.
 
-    Tars that bigan only indexed (`adopt`) are taken as they were before that: the index must not
-    change keys and splits. Raises `DataError` if it was not packed to the end (`Manifest.load`).
+    Shards that were indexed in place are listed as tars: an index changes neither keys nor splits.
+    Raises `DataError` for an incomplete pack (`Manifest.load`).
     """
-    if Manifest.read(folder).plan == ADOPTED:
+    if Manifest.read(folder).plan == INDEXED_PLAN:
         return tars(tar_files(folder), folder.resolve().name)
     manifest = Manifest.load(folder)
     files: list[Path] = []
@@ -255,5 +244,5 @@ def packed(folder: Path) -> Listing:
 
 
 def tar_files(folder: Path) -> list[Path]:
-    """The tars directly in `folder` that are files, by name."""
+    """The tars directly in `folder` that are regular files, sorted by name."""
     return [path for path in tar.tar_files(folder) if path.is_file()]
