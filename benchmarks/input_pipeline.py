@@ -44,10 +44,10 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from bigan.augment.discriminator_inputs import as_images
-from bigan.data import sources
-from bigan.data.pack import pack, pack_source
+from bigan.data.packing import sources
+from bigan.data.packing.pack import pack, pack_source
 from bigan.data.settings import SMALL_RESOLUTION, Fetch
-from bigan.data.stream import Batch, ShardStream
+from bigan.data.streaming.stream import Batch, ShardStream
 from bigan.distributed.world import World
 
 BATCH = 64
@@ -125,7 +125,7 @@ def exact(folder: Path, num: int, threads: int | None) -> Iterable[Batch]:
 
 def normalised(folder: Path, num: int, threads: int | None) -> Iterable[torch.Tensor]:
     for batch in exact(folder, num, threads):
-        yield as_images(batch.real, None)
+        yield as_images(batch.pixels, None)
 
 
 EPOCHS = itertools.count()
@@ -228,7 +228,7 @@ def compare(root: Path, size: int, num: int, runs: int) -> dict[str, dict[str, d
 
 RESUME = """
 import json, sys, time
-from bigan.data.stream import ShardStream
+from bigan.data.streaming.stream import ShardStream
 from bigan.distributed.world import World
 folder, images_seen = sys.argv[1], int(sys.argv[2])
 began = time.perf_counter()
@@ -241,7 +241,7 @@ MEMORY = """
 import itertools, os, sys
 from pathlib import Path
 from bigan.data.settings import Fetch
-from bigan.data.stream import ShardStream
+from bigan.data.streaming.stream import ShardStream
 from bigan.distributed.world import World
 folder, num = sys.argv[1], int(sys.argv[2])
 def resident():

@@ -15,9 +15,9 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from bigan import config as configs
 from bigan.augment import AugmentConfig, NoAugment
 from bigan.config import ConfigError, Frozen, Positive
-from bigan.data.dataset import open_level
+from bigan.data.format.manifest import Manifest
 from bigan.data.settings import DataConfig
-from bigan.data.shards import Manifest
+from bigan.data.streaming.dataset import open_level
 from bigan.errors import UserError
 from bigan.models import AnyModel
 from bigan.objectives import AnyObjective, gan

@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in digits, packed once."""
-    from bigan.data.pack import pack
+    from bigan.data.packing.pack import pack
 
     folder = tmp_path_factory.mktemp("data") / "digits"
     pack("digits", folder)

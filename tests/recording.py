@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from bigan.cli.main import main
-from bigan.data import stream
+from bigan.data.streaming import stream
 
 
 def record(folder: Path) -> None:

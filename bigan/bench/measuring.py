@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bigan.data.stream import Batch
+from bigan.data.streaming.stream import Batch
 from bigan.reporting.tracker import cpu_name
 from bigan.run_config import RunConfig
 

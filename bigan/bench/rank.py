@@ -29,7 +29,7 @@ import torch.distributed as dist
 from bigan import config as configs
 from bigan.bench.measuring import synthetic_images, wait
 from bigan.checkpoint import Saver
-from bigan.data.stream import Batch
+from bigan.data.streaming.stream import Batch
 from bigan.distributed.launch import disconnect
 from bigan.distributed.world import World, barrier, broadcast, on_main
 from bigan.engine import Engine

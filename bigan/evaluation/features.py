@@ -11,7 +11,6 @@ weights are never used.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from torch_fidelity.utils import create_feature_extractor
 
 from bigan.errors import UserError
+from bigan.hashes import sha256_of_file
 
 DIGITS8 = "digits8-cnn-v1"
 DIGITS8_WEIGHTS = Path(__file__).with_name("digits8_cnn_v1.safetensors")
@@ -262,7 +262,6 @@ def _verified_inception(path: Path, expected: str) -> str:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of_file(path)
     except OSError as error:
         raise UserError(f"{path}: cannot read the weights: {error.strerror}") from None

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from bigan.checkpoint import snapshots
-from bigan.data.dataset import open_level
-from bigan.data.shards import Manifest
+from bigan.data.format.manifest import Manifest
+from bigan.data.streaming.dataset import open_level
 from bigan.distributed.world import World, on_main, once, together
 from bigan.errors import UserError
 from bigan.evaluation import features, metrics, moments, reference, sampling

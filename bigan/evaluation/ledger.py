@@ -17,8 +17,8 @@ from typing import Any
 from bigan import atomic_files
 from bigan.checkpoint import snapshots
 from bigan.errors import UserError
-from bigan.evaluation import reference
 from bigan.evaluation.judge import Record, Task, stamp, weights
+from bigan.hashes import fingerprint, sha256_of_file
 from bigan.run_folder import RunFolder
 
 
@@ -88,8 +88,7 @@ def weights_sha256(folder: Path) -> str:
     """Hash of the networks of a snapshot: names and contents of their files."""
     total = hashlib.sha256()
     for path in weights(folder):
-        with path.open("rb") as file:
-            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        total.update(f"{path.name} {sha256_of_file(path)}\n".encode())
     return total.hexdigest()
 
 
@@ -100,7 +99,7 @@ def as_content(record: Record) -> dict[str, Any]:
         "metrics": record.metrics,
         "score_std": record.score_std,
         "seconds": round(record.seconds, 3),
-        "fingerprint": reference.fingerprint(record.protocol),
+        "fingerprint": fingerprint(record.protocol),
         "protocol": record.protocol,
         "versions": _versions(),
     }
@@ -113,7 +112,7 @@ def is_of(content: object, protocol: Mapping[str, object], task: Task) -> bool:
     """Whether `content`, read from a file, is a whole record of `task` under `protocol`."""
     if not isinstance(content, dict) or not content.keys() >= _KEYS:
         return False
-    wanted = reference.fingerprint({**protocol, "snapshot_sha256": task.sha256})
+    wanted = fingerprint({**protocol, "snapshot_sha256": task.sha256})
     return bool(content["fingerprint"] == wanted)
 
 

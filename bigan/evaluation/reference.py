@@ -8,9 +8,6 @@ the data's content and the split. Anything else computed before is left alone, n
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
@@ -18,19 +15,15 @@ import safetensors.torch
 import torch
 
 from bigan import atomic_files
+from bigan.data.format.manifest import Manifest
 from bigan.data.settings import Fetch
-from bigan.data.shards import Manifest
-from bigan.data.stream import sequential
+from bigan.data.streaming.stream import sequential
 from bigan.distributed.world import World, on_main, together
 from bigan.errors import UserError
 from bigan.evaluation import moments
 from bigan.evaluation.features import Extractor
 from bigan.evaluation.moments import Moments
-
-
-def fingerprint(content: Mapping[str, object]) -> str:
-    """32 hexadecimal digits of the sha256 of plain data; equal content, equal fingerprint."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+from bigan.hashes import fingerprint
 
 
 def describe(extractor: Extractor, manifest: Manifest, split: str) -> dict[str, object]:
@@ -98,7 +91,7 @@ def compute(
     def own_part() -> Moments:
         total = moments.empty(extractor.dim, moments.home(extractor.device))
         for part in sequential(manifest, split, world, batch, fetch):
-            features, _ = extractor(part.real.permute(0, 3, 1, 2))
+            features, _ = extractor(part.pixels.permute(0, 3, 1, 2))
             total = moments.merge(total, moments.of(features))
         return total
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from bigan import models
-from bigan.data.shards import Manifest
-from bigan.data.stream import sequential
+from bigan.data.format.manifest import Manifest
+from bigan.data.streaming.stream import sequential
 from bigan.distributed.world import World, sum_over_ranks, together
 from bigan.errors import RunError
 from bigan.layers.batchnorm import collecting_statistics, normalisation_layers
@@ -117,7 +117,7 @@ def _inputs(
             start,
             draws
             | {
-                f"{sampler.inputs}.pixels": images.real[:num],
+                f"{sampler.inputs}.pixels": images.pixels[:num],
                 f"{sampler.inputs}.labels": images.labels[:num],
             },
         )

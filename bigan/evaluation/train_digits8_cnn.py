@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigan import atomic_files
-from bigan.data.digits import digits
+from bigan.data.packing.digits import digits
 from bigan.evaluation.features import Digits8Network, to_digits8
 
 SEED = 0

@@ -10,16 +10,16 @@ gives them back as floats.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from bigan.file_lock import locked
 
 FILENAME = "metrics.jsonl"
 
@@ -77,20 +77,6 @@ def series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, 
     last = {record["images_seen"]: record[key] for record in records if key in record}
     steps = sorted(last)
     return np.array(steps, dtype=np.int64), np.array([last[s] for s in steps], dtype=np.float64)
-
-
-@contextlib.contextmanager
-def locked(descriptor: int) -> Iterator[bool]:
-    """Hold an open file's lock; yields False where there are none (some Lustre mounts)."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def _plain(value: float) -> float | str:

@@ -28,6 +28,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from bigan import atomic_files
 from bigan.config import leaves
+from bigan.file_lock import locked
 from bigan.reporting import metrics_log
 
 _logger = logging.getLogger(__name__)
@@ -357,7 +358,7 @@ def _without_credentials(uri: str) -> str:
 def _lock(path: Path) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        with metrics_log.locked(descriptor):
+        with locked(descriptor):
             yield
     finally:
         os.close(descriptor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bigan.data import resampled
+from bigan.data.streaming import resampled
 from bigan.layers.batchnorm import normalisation_layers
 from bigan.run.state import TrainState
 

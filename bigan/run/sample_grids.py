@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bigan.augment.discriminator_inputs import as_images
-from bigan.data.dataset import open_level
-from bigan.data.stream import sequential
+from bigan.data.streaming.dataset import open_level
+from bigan.data.streaming.stream import sequential
 from bigan.distributed.world import World
 from bigan.layers.resampling import repeated
 from bigan.models import to_uint8
@@ -56,8 +56,8 @@ def _from_images(state: TrainState, sampler: Sampler, stream: str) -> Tensor:
     manifest = open_level(data.path, state.config.model.resolution, data)
     batch = next(iter(sequential(manifest, data.split, World(), num, data)))
     draws = sampler.draws(state.config.train.seed, "grid", 0, num, None)
-    inputs = {f"{stream}.pixels": batch.real[:num], f"{stream}.labels": batch.labels[:num]}
-    originals = to_uint8(as_images(batch.real[:num]))
+    inputs = {f"{stream}.pixels": batch.pixels[:num], f"{stream}.labels": batch.labels[:num]}
+    originals = to_uint8(as_images(batch.pixels[:num]))
     made = _sample(state, sampler, draws | inputs)
     rows = [originals.unflatten(0, (INPUT_ROWS, COLUMNS)), made.unflatten(0, (INPUT_ROWS, COLUMNS))]
     return torch.stack(rows, 1).flatten(0, 2)

@@ -16,8 +16,8 @@ from torch import nn
 from bigan import checkpoint, rng
 from bigan.checkpoint import Piece, Progress, Reader
 from bigan.config import ConfigError
-from bigan.data.fetch import BadSample
-from bigan.data.stream import Batch
+from bigan.data.streaming.fetchers import BadSample
+from bigan.data.streaming.stream import Batch
 from bigan.distributed.world import sum_over_ranks, together
 from bigan.engine import Engine, Prepared
 from bigan.engine.loss_scale import LossScale
@@ -310,7 +310,7 @@ class TrainState:
             self.data_seconds += time.monotonic() - began
             self.bad += images.bad
             flips = self._on_device(self._slice(mirror, index, step.num_images))
-            batches.append({"pixels": images.real, "labels": images.labels} | flips)
+            batches.append({"pixels": images.pixels, "labels": images.labels} | flips)
         return batches
 
     def _gray(self) -> Tensors:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bigan.data import resampled
-from bigan.data.dataset import open_level, open_manifest
-from bigan.data.resampled import ResampledStream
+from bigan.data.format.manifest import Manifest
 from bigan.data.settings import DataConfig
-from bigan.data.shards import Manifest
-from bigan.data.stream import Batch, Endless, ShardStream
+from bigan.data.streaming import resampled
+from bigan.data.streaming.dataset import open_level, open_manifest
+from bigan.data.streaming.resampled import ResampledStream
+from bigan.data.streaming.stream import Batch, Endless, ShardStream
 from bigan.distributed.world import World, broadcast, gather, together
 from bigan.errors import UserError
 from bigan.run.stages import stages
@@ -96,9 +96,9 @@ class Shrunk(Endless):
 
     def __next__(self) -> Batch:
         batch, f = next(self._stream), self._factor
-        tiles = batch.real.unflatten(2, (-1, f)).unflatten(1, (-1, f))  # [B, H/f, f, W/f, f, C]
+        tiles = batch.pixels.unflatten(2, (-1, f)).unflatten(1, (-1, f))  # [B, H/f, f, W/f, f, C]
         sums = tiles.sum((2, 4), dtype=torch.int32)
-        return replace(batch, real=((sums + f * f // 2) // (f * f)).to(torch.uint8))
+        return replace(batch, pixels=((sums + f * f // 2) // (f * f)).to(torch.uint8))
 
     def close(self) -> None:
         self._stream.close()

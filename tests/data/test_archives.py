@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bigan.data import DataError, archives
-from bigan.data.sources import open_source
+from bigan.data import DataError
+from bigan.data.packing import archives
+from bigan.data.packing.sources import open_source
 
 RNG = np.random.default_rng(0)
 NUM = 6  # images per batch
@@ -120,7 +121,7 @@ def test_pickles_run_no_code(tmp_path: Path, protocol: int) -> None:
         (root / "data_batch_2").write_bytes(pickle.dumps({"data": evil}, protocol))
         with pytest.raises(DataError) as error:
             open_source(root)
-        one_line(error, "data_batch_2", "refuses to run code")
+        one_line(error, "data_batch_2", "executes no code")
     (root / "data_batch_2").write_bytes(b"cbuiltins\ngetattr\n(c_codecs\nencode\nVx\ntR.")
     with pytest.raises(DataError, match=r"builtins\.getattr"):
         open_source(root)
@@ -139,8 +140,8 @@ def test_no_numpy_object_is_made_by_the_unpickler() -> None:
 @pytest.mark.parametrize(
     ("batch", "part"),
     [
-        ({"labels": [0] * NUM}, "holds no data and labels"),
-        ({"data": np.zeros((NUM, 3072), np.uint8)}, "holds no data and labels"),
+        ({"labels": [0] * NUM}, "no data and labels"),
+        ({"data": np.zeros((NUM, 3072), np.uint8)}, "no data and labels"),
         ({"data": np.zeros((NUM, 3071), np.uint8), "labels": [0] * NUM}, "not uint8 [N, 3072]"),
         ({"data": np.zeros((NUM, 3072), np.int8), "labels": [0] * NUM}, "not uint8 [N, 3072]"),
         ({"data": np.zeros(3072, np.uint8), "labels": [0]}, "not uint8 [N, 3072]"),
@@ -189,7 +190,7 @@ def test_everyday_names_are_no_cifar(tmp_path: Path) -> None:
     for name in ("train", "test"):
         (tmp_path / name).write_text("cats/1.png\n")
     source = open_source(tmp_path, resolution=8)
-    assert (source.keys, source.passed_over) == (("cats/1.png",), 2)
+    assert (source.keys, source.num_ignored) == (("cats/1.png",), 2)
     images = cifar(tmp_path, hundred=True)
     assert len(open_source(tmp_path)) == len(images)
 
@@ -208,10 +209,10 @@ def test_damaged_and_foreign_gzip_archives(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError) as error:
             open_source(tmp_path / name)
-        one_line(error, name, "not a whole .tar.gz")
+        one_line(error, name, "damaged .tar.gz")
     (tmp_path / "photos").mkdir()
     other = tarred(tmp_path / "photos", tmp_path / "photos.tar.gz")
-    with pytest.raises(DataError, match="holds no CIFAR"):
+    with pytest.raises(DataError, match="no CIFAR-10"):
         open_source(other)
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from bigan.data import convert
-from bigan.data.convert import square, to_square
-from bigan.data.decode import BadImageError, first_line
+from bigan.data.format import convert
+from bigan.data.format.codec import BadImageError, first_line
+from bigan.data.format.convert import square, to_square
 
 SIZE = (8, 8)
 RNG = np.random.default_rng(0)
@@ -112,7 +112,7 @@ def test_npy_arrays() -> None:
     for array, reason in [
         (NOISE.astype(np.float32), "float32"),
         (NOISE.transpose(2, 0, 1), r"\[3, 48, 48\]"),
-        (np.zeros((0, 4), np.uint8), "without a pixel"),
+        (np.zeros((0, 4), np.uint8), "without pixels"),
         (np.asarray([[{}]], object), "object"),
     ]:
         with pytest.raises(BadImageError, match=reason):
@@ -191,7 +191,7 @@ def test_enlarging_is_asked_for() -> None:
     small = coded(smooth(20, 30))
     with pytest.raises(BadImageError) as error:
         square(small, 32)
-    assert str(error.value) == "is 30x20, smaller than 32 px; --allow-upscale enlarges it"
+    assert str(error.value) == "is 30x20, smaller than 32 px; use --allow-upscale to enlarge it"
     assert square(small, 20).shape == (20, 20, 3)
     assert square(small, 32, allow_upscale=True).shape == (32, 32, 3)
 
@@ -219,7 +219,7 @@ def test_cut_off_pictures_are_refused(kind: str, options: dict[str, object]) -> 
 
 
 def test_png_without_its_end_is_refused() -> None:
-    with pytest.raises(BadImageError, match="cut off"):
+    with pytest.raises(BadImageError, match="truncated"):
         square(coded(NOISE)[:-2], 8)
 
 
@@ -230,7 +230,7 @@ def test_what_is_no_picture() -> None:
         b"<html>not found</html>",
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n",
     ):  # PostScript is not even recognised, let alone run
-        with pytest.raises(BadImageError, match=r"^is no known kind of image$"):
+        with pytest.raises(BadImageError, match=r"^has an unknown image format$"):
             square(data, 8)
 
 

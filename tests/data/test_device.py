@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from bigan.data import device as devices
+from bigan.data.streaming import device as devices
 
 
 class Event:
@@ -68,7 +68,7 @@ def test_other_sizes_get_other_buffers(to_cuda: devices.ToCuda) -> None:
     small = to_cuda.take(2)
     to_cuda.send(small).event.complete = True  # type: ignore[attr-defined]
     big = to_cuda.take(4)
-    assert big.real.shape == (4, 2, 2, 3)
+    assert big.pixels.shape == (4, 2, 2, 3)
     assert to_cuda.take(2) is small
 
 

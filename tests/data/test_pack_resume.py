@@ -23,9 +23,9 @@ from PIL import Image
 
 from bigan import atomic_files
 from bigan.data import DataError
-from bigan.data.pack import Packed, pack
-from bigan.data.pack_claim import STAMP
-from bigan.data.shards import Manifest
+from bigan.data.format.manifest import Manifest
+from bigan.data.packing.destination import STAMP
+from bigan.data.packing.pack import Packed, pack
 
 Part = tuple[int, int]
 
@@ -181,7 +181,7 @@ def test_source_changed_since_the_pack_was_begun(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         run(tmp_path / "photos")
     assert str(error.value) == (
-        f"{tmp_path / 'd'}: the source's files were changed since this pack was begun; delete "
+        f"{tmp_path / 'd'}: the source files were modified after this pack was started; delete "
         f"{tmp_path / 'd'} and pack again"
     )
     # The stamp is no part of the result; a finished set is what it is.

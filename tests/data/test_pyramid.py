@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bigan.data import DataError, sources
-from bigan.data.decode import Pixels
-from bigan.data.pack import Packed, pack, pack_source
-from bigan.data.pack_shard import Record, halvings
-from bigan.data.shards import Manifest
-from bigan.data.stream import sequential
+from bigan.data import DataError
+from bigan.data.format.codec import Pixels
+from bigan.data.format.manifest import Manifest
+from bigan.data.packing import sources
+from bigan.data.packing.pack import Packed, pack, pack_source
+from bigan.data.packing.pack_shard import Record, halvings
+from bigan.data.streaming.stream import sequential
 from bigan.distributed.world import World
 
 LEVELS = ("r0004", "r0008", "r0016", "r0032")
@@ -45,7 +46,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
 def read_all(folder: Path, split: str) -> tuple[Pixels, list[int]]:
     """Images uint8 [N, H, W, C] and labels of a split, as the stream delivers them."""
     batches = list(sequential(folder, split, World(), 7))
-    images = np.concatenate([batch.real.numpy() for batch in batches])
+    images = np.concatenate([batch.pixels.numpy() for batch in batches])
     return images, [label for batch in batches for label in batch.labels.tolist()]
 
 
@@ -145,6 +146,6 @@ def test_the_digits_come_back_exactly(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("resolution", "pyramid"), [(48, 4), (32, 64), (32, 5), (32, 0), (32, -4)])
 def test_impossible_pyramids(resolution: int, pyramid: int, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="doubling does not lead to"):
+    with pytest.raises(DataError, match="doubling does not reach"):
         pack_source(drawn(resolution, num=4), tmp_path / "d", pyramid=pyramid)
     assert not (tmp_path / "d").exists()

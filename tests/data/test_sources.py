@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from bigan.data import DataError, sources
-from bigan.data.convert import square
-from bigan.data.decode import BadImageError
-from bigan.data.listing import assign_splits, number_labels, split_of, unit_hash, unsafe
-from bigan.data.sources import open_source
+from bigan.data import DataError
+from bigan.data.format.codec import BadImageError
+from bigan.data.format.convert import square
+from bigan.data.packing import sources
+from bigan.data.packing.listing import assign_splits, number_labels, split_of, unit_hash, unsafe
+from bigan.data.packing.sources import open_source
 
 NOISE = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
 
@@ -140,7 +141,7 @@ def test_torch_like_data_set(tmp_path: Path) -> None:
     assert source.classes == ("left", "right")
     assert source.keys == tuple(f"{i:09d}" for i in range(12) if i != 5)
     assert source.labels == tuple(i % 2 for i in range(12) if i != 5)
-    assert source.bad == (("000000005", "cannot be had (disk error)"),)
+    assert source.bad == (("000000005", "raises an error (disk error)"),)
     assert np.array_equal(source.read(10), NOISE[11])
     assert os.listdir(tmp_path) == ["spool"]  # noqa: PTH208
 
@@ -187,7 +188,7 @@ def test_bad_items_are_named(tmp_path: Path) -> None:
             ("a", "twice"), ("floats", "float32"), ("000000003", "no 'image'"),
             ("unlabelled", "no label"), ("small", "8x4, smaller than 8"),
             ("000000006", "tuple of 3"), ("000000007", "No such file"),
-            ("000000008", "unreadable key"), ("000000009", "type float"),
+            ("000000008", "unprintable key"), ("000000009", "type float"),
         ]),
         strict=True,
     ):  # fmt: skip
@@ -231,17 +232,21 @@ def test_options_are_checked(tmp_path: Path) -> None:
     Image.fromarray(NOISE[0]).save(tmp_path / "a.png")
     (tmp_path / "b.txt").write_text("text")
     for spec, options, part in [
-        (tmp_path, {}, "give the size of the images to make, e.g. --resolution 64"),
+        (tmp_path, {}, "--resolution 64"),
         (tmp_path, {"resolution": 0}, "positive"),
         (tmp_path, {"resolution": 100_000}, "pixels"),
         (tmp_path, {"resolution": 8, "channels": 2}, "1 (grey) or 3"),
-        (tmp_path, {"resolution": 8, "test_fraction": 1.0}, "test fraction"),
-        (tmp_path, {"resolution": 8, "val_fraction": -0.1}, "val fraction"),
-        (tmp_path, {"resolution": 8, "val_fraction": 0.5, "test_fraction": 0.5}, "nothing"),
+        (tmp_path, {"resolution": 8, "test_fraction": 1.0}, "test_fraction 1.0"),
+        (tmp_path, {"resolution": 8, "val_fraction": -0.1}, "val_fraction -0.1"),
+        (
+            tmp_path,
+            {"resolution": 8, "val_fraction": 0.5, "test_fraction": 0.5},
+            "no training images",
+        ),
         (tmp_path / "missing", {"resolution": 8}, "no such file or folder"),
         ("didgits", {"resolution": 8}, "`digits`"),
-        (tmp_path / "a.png", {"resolution": 8}, "give the folder"),
-        (tmp_path / "b.txt", {"resolution": 8}, "no kind of file"),
+        (tmp_path / "a.png", {"resolution": 8}, "folder"),
+        (tmp_path / "b.txt", {"resolution": 8}, "is not a .zip"),
     ]:
         with pytest.raises(DataError) as error:
             open_source(spec, **options)

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bigan.data import DataError, tario
-from bigan.data.adopt import adopt
-from bigan.data.decode import Encoding, encode
-from bigan.data.pack import pack
-from bigan.data.shards import COLUMNS, Manifest, Shard, content_fingerprint, index_name
-from bigan.data.verify import Report, verify
+from bigan.data import DataError
+from bigan.data.format.codec import Encoding, encode
+from bigan.data.format.manifest import COLUMNS, Manifest, Shard, index_name
+from bigan.data.format.tar import Member, index_shard, shard_bytes, walk_tar
+from bigan.data.packing.index_in_place import index_in_place
+from bigan.data.packing.pack import pack
+from bigan.data.packing.verify import Report, verify
 
 CLASSES = ("cat", "dog", "owl")
 Sample = tuple[str, bytes, int]  # key, image bytes, label
@@ -51,7 +52,7 @@ def write(
     (folder / "index").mkdir(parents=True)
     entries, rows = [], {}
     for name, members in shards.items():
-        data = tario.shard_bytes(iter(members), encoder)
+        data = shard_bytes(iter(members), encoder)
         (folder / name).write_bytes(data)
         split = name.rpartition("-")[0]
         histogram = np.bincount([label for _, _, label in members], minlength=len(CLASSES))
@@ -67,7 +68,7 @@ def write(
         )
         columns = rows.setdefault(split, {name: [] for name in COLUMNS})
         number = len(set(columns["shard"]))
-        for offset, size, label in zip(*tario.index_shard(data, encoder, name), strict=True):
+        for offset, size, label in zip(*index_shard(data, encoder, name), strict=True):
             for column, value in zip(COLUMNS, (offset, size, label, number), strict=True):
                 columns[column].append(value)
     hashes = {}
@@ -95,9 +96,7 @@ def write(
 
 
 def seal(manifest: Manifest) -> None:
-    fingerprint = content_fingerprint(manifest)
-    text = manifest.model_copy(update={"fingerprint": fingerprint}).dump()
-    (manifest.folder / "manifest.json").write_text(text)
+    (manifest.folder / "manifest.json").write_text(manifest.sealed().dump())
 
 
 def sha256(file: Path) -> str:
@@ -119,8 +118,8 @@ def flip(file: Path, position: int, bits: int = 1) -> None:
     file.write_bytes(data)
 
 
-def member(file: Path, name: str) -> tario.Member:
-    return next(m for m in tario.walk_tar(file.read_bytes(), "") if m.name == name)
+def member(file: Path, name: str) -> Member:
+    return next(m for m in walk_tar(file.read_bytes(), "") if m.name == name)
 
 
 @pytest.fixture
@@ -154,10 +153,10 @@ def test_packed_digits_are_ok_and_progress_reaches_the_end(tmp_path: Path) -> No
 def test_a_folder_that_is_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such data folder"):
         verify(tmp_path / "none")
-    with pytest.raises(DataError, match="is no data set"):
+    with pytest.raises(DataError, match="is not a data set"):
         verify(tmp_path)
     (tmp_path / "plan.json").write_text("{}")
-    with pytest.raises(DataError, match="was not packed to the end"):
+    with pytest.raises(DataError, match="is an incomplete pack"):
         verify(tmp_path)
 
 
@@ -183,7 +182,7 @@ def test_a_flipped_byte_that_still_decodes_is_found_but_its_member_unknown(tmp_p
     flip(file, member(file, "000000013.npy").offset + 150)
     (line,) = found(verify(folder))
     assert line.startswith("test-000000.tar: sha256 differs from the one in manifest.json")
-    assert "cannot be told which" in line
+    assert "the changed one is unknown" in line
 
 
 def test_a_flipped_byte_in_compressed_pixels_names_the_member(pngs: Path) -> None:
@@ -210,7 +209,7 @@ def test_a_flipped_byte_in_a_header_hides_nothing_behind_it(tmp_path: Path) -> N
     place = f"damaged tar header at byte {image.offset - 512}, after member 000000003.cls"
     assert has(report, "train-000000.tar: sha256 differs")
     assert has(report, f"train-000000.tar: {place}")
-    assert has(report, f"train-000000.tar: member at byte {later.offset}: is not a whole PNG")
+    assert has(report, f"train-000000.tar: member at byte {later.offset}: is a truncated PNG")
     assert len(report.problems) == 3, report.as_text()
     assert report.num_images == 15
 
@@ -218,9 +217,9 @@ def test_a_flipped_byte_in_a_header_hides_nothing_behind_it(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("digit", "says"),
     [
-        (b"0", "has label 0, but the index says 1"),
+        (b"0", "has label 0, but 1 in the index"),
         (b"7", "holds label 7, but there are 3 classes"),
-        (b"!", "holds b'!', which is not a whole number"),
+        (b"!", "holds b'!', which is not an integer"),
     ],
 )
 def test_a_flipped_byte_in_a_label(pngs: Path, digit: bytes, says: str) -> None:
@@ -245,9 +244,9 @@ def test_a_truncated_shard(pngs: Path, keep: int) -> None:
     file.write_bytes(data[:keep])
     report = verify(pngs)
     assert has(report, f"train-000000.tar: has {keep} bytes, expected {len(data)}")
-    assert has(report, "train-000000.tar: ", "cut off")
+    assert has(report, "train-000000.tar: ", "truncated")
     lost = 16 - report.num_images
-    assert has(report, f"train-000000.tar: {lost} of its 7 images are cut off")
+    assert has(report, f"train-000000.tar: {lost} of its 7 images are truncated")
     assert len(report.problems) == 3
 
 
@@ -307,14 +306,14 @@ def test_shards_whose_members_are_not_what_the_index_says(pngs: Path) -> None:
     shards["train-000000.tar"][2:3] = []  # a sample is gone
     shards["train-000001.tar"][3] = (*shards["train-000001.tar"][3][:2], 2)  # another label
     for name, members in shards.items():
-        (pngs / name).write_bytes(tario.shard_bytes(iter(members), "png"))
+        (pngs / name).write_bytes(shard_bytes(iter(members), "png"))
     reseal(pngs)
     report = verify(pngs)
-    assert has(report, "train-000000.tar: holds 6 samples, but manifest.json says 7")
-    assert has(report, "train-000000.tar: the index lists an image at byte", "where it has none")
+    assert has(report, "train-000000.tar: holds 6 samples, but manifest.json lists 7")
+    assert has(report, "train-000000.tar: has no image at byte")
     where = "train-000001.tar: member 000000010.png"
-    assert has(report, f"{where}: has label 2, but the index says 1")
-    assert has(report, "train-000001.tar: holds 1 samples of class 1, but manifest.json says 2")
+    assert has(report, f"{where}: has label 2, but 1 in the index")
+    assert has(report, "train-000001.tar: holds 1 samples of class 1, but manifest.json lists 2")
 
 
 def test_members_that_make_no_sample(pngs: Path) -> None:
@@ -365,7 +364,7 @@ def test_damaged_index_files(
 @pytest.mark.parametrize(
     ("column", "says"),
     [
-        ("label", "member 000000001.png: has label 1, but the index says"),
+        ("label", "member 000000001.png: has label 1, but 2 in the index"),
         ("size", "member 000000001.png: has"),
         ("offset", "member 000000001.png: is not in the index"),
         ("shard", "index/train.shard.npy: assigns samples to other shards"),
@@ -387,7 +386,9 @@ def test_an_index_in_another_order_than_the_shard(pngs: Path) -> None:
         values[[0, 3]] = values[[3, 0]]
         np.save(file, values)
     reseal(pngs)
-    assert found(verify(pngs)) == ["train-000000.tar: its positions in the index are not in order"]
+    assert found(verify(pngs)) == [
+        "train-000000.tar: has offsets in the index that are not in order"
+    ]
 
 
 def edit(folder: Path, change: Callable[[dict], object]) -> None:
@@ -500,7 +501,9 @@ def test_records_are_not_looked_up_outside_the_folder(packed: Path) -> None:
     edit(packed, lambda m: m["records"].update({"../photos/cat/bad.png": "0"}))
     report = verify(packed)
     assert has(report, "manifest.json: was edited or is damaged (checksum)")
-    assert has(report, "manifest.json: lists '../photos/cat/bad.png', which leads out")
+    assert has(
+        report, "manifest.json: lists '../photos/cat/bad.png', which points outside of the folder"
+    )
     assert len(report.problems) == 2
 
 
@@ -516,7 +519,7 @@ def test_the_advice_repairs_what_can_be_damaged(packed: Path) -> None:
     before = {file: sha256(file) for file in packed.rglob("*") if file.is_file()}
     for file in (packed / "index" / "train-000000.json", packed / "train-000001.tar"):
         flip(file, 50)
-        assert "and the manifest.json beside it" in verify(packed).as_text()
+        assert "delete the damaged files and manifest.json" in verify(packed).as_text()
         file.unlink()
         (packed / "manifest.json").unlink()
         options = {"resolution": 8, "shard_size": 8, "test_fraction": 0, "max_bad": 1}
@@ -547,7 +550,7 @@ def foreign(folder: Path, kind: str) -> Path:
                     info = tarfile.TarInfo(f"{start}{key}.{suffix}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
-    adopt(folder)
+    index_in_place(folder)
     return folder
 
 
@@ -576,7 +579,7 @@ def test_damage_to_shards_that_bigan_only_indexed(tmp_path: Path) -> None:
     flip(folder / "part-1.tar", member(folder / "part-1.tar", "0001.cls").offset, 2)  # 1 to 3
     (folder / "new.tar").write_bytes(b"")
     report = verify(folder)
-    assert has(report, "new.tar: is not listed in manifest.json: delete that and index/")
+    assert has(report, "new.tar: is not listed in manifest.json: delete manifest.json and index/")
     assert has(report, "part-0.tar: sha256 differs")
     assert has(report, "part-0.tar: member 0002.jpeg: does not decode")
     assert has(report, f"part-0.tar: damaged tar header at byte {later.offset - 512}")
@@ -585,7 +588,7 @@ def test_damage_to_shards_that_bigan_only_indexed(tmp_path: Path) -> None:
     assert len(report.problems) == 6, report.as_text()
     assert report.num_images == 11
     advice = report.as_text().splitlines()[-1]
-    assert advice.startswith("get the damaged shards again, then delete manifest.json and index/")
+    assert advice.startswith("copy the damaged shards again, then delete manifest.json and index/")
     (folder / "manifest.json").write_text("{")
     assert verify(folder).as_text().splitlines()[-1] == advice, "they are originals in any case"
 
@@ -638,7 +641,7 @@ def test_several_problems_are_all_listed(tmp_path: Path) -> None:
     lines = report.as_text().splitlines()
     assert lines[0] == f"{folder}: 7 problems (3 shards, 6 images decoded)"
     assert all(f"  {line}" in lines for line in found(report))
-    assert lines[-1].startswith("delete what is damaged")
+    assert lines[-1].startswith("delete the damaged files")
     assert json.loads(json.dumps(report.as_dict()))["problems"][1] == {
         "where": "other.tar",
         "what": "is not listed in manifest.json: remove it from the folder",
@@ -723,7 +726,9 @@ def test_levels_with_other_labels_or_samples(pyramid: Path) -> None:
 
 def test_a_missing_level_and_a_damaged_list(pyramid: Path) -> None:
     (pyramid / "r0004" / "manifest.json").unlink()
-    assert found(verify(pyramid)) == ["r0004: is no data set (no manifest.json); run `bigan pack`"]
+    assert found(verify(pyramid)) == [
+        "r0004: is not a data set (no manifest.json); run `bigan pack`"
+    ]
     for text in (
         "{",
         '{"levels": ["../x"]}',
@@ -749,12 +754,12 @@ def test_a_level_that_was_dropped_from_the_list(pyramid: Path) -> None:
         report = verify(pyramid)
         assert has(report, "r0008: is not listed in pyramid.json")
         assert not has(report, "rest")
-    assert has(report, "pyramid.json: its 'resolutions' is not that of the levels")
+    assert has(report, "pyramid.json: its 'resolutions' differs from the levels")
     (pyramid / "pyramid.json").write_text(json.dumps(content | {"levels": ["r0008", "r0004"]}))
-    assert has(verify(pyramid), "pyramid.json: its 'resolutions' is not that of the levels")
+    assert has(verify(pyramid), "pyramid.json: its 'resolutions' differs from the levels")
     change = {"levels": ["r0004", "r0008", "r0016"], "resolutions": [4, 8, 16]}
     (pyramid / "pyramid.json").write_text(json.dumps(content | change))
-    assert found(verify(pyramid)) == ["r0016: no such data folder; make it with `bigan pack`"]
+    assert found(verify(pyramid)) == ["r0016: no such data folder; create it with `bigan pack`"]
 
 
 def test_every_flipped_byte_of_pyramid_json(pyramid: Path) -> None:
@@ -802,7 +807,7 @@ def test_deep_names_duplicates_leaks_and_constant_images(tmp_path: Path) -> None
         "train-000001.tar: 000000007.png (train)"
     ]
     assert notes(report, "duplicate") == [
-        "6 images are exact duplicates, 3 different ones; 1 of these are in several splits",
+        "6 images are exact duplicates of 3 distinct ones; 1 of these are in several splits",
         f"same pixels: {first}1.png (train), {first}4.png (train)",
     ]
     (constant,) = [note for note in report.notes if note.kind == "constant"]
@@ -814,7 +819,7 @@ def test_deep_uses_the_original_names_if_they_are_known(tmp_path: Path) -> None:
     folder = deep_folder(tmp_path / "animals")
     for shard in Manifest.read(folder).shardlist:
         data = (folder / shard.url).read_bytes()
-        offsets, _, _ = tario.index_shard(data, "png", "")
+        offsets, _, _ = index_shard(data, "png", "")
         keys = [f"{shard.split}/{shard.url[-5]}/{row}.jpg" for row in range(len(offsets))]
         record = {"sha256": shard.sha256, "offsets": offsets, "keys": keys}
         (folder / "index" / f"{shard.url[:-4]}.json").write_text(json.dumps(record))

@@ -14,7 +14,7 @@ from parts import evaluated, start_run
 
 from bigan import models, rng
 from bigan.checkpoint import snapshots
-from bigan.data.pack import pack
+from bigan.data.packing.pack import pack
 from bigan.distributed.world import World
 from bigan.evaluation.truncation import sweep
 from bigan.evaluation.watcher import evaluate

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bigan.data.pack import pack
-from bigan.data.plan import Order
-from bigan.data.shards import Manifest
+from bigan.data.format.manifest import Manifest
+from bigan.data.packing.pack import pack
+from bigan.data.streaming.order import Order
 
 RANK = """
 import hashlib, json, os, sys
@@ -22,7 +22,7 @@ from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 import torch.distributed as dist
-from bigan.data.stream import ShardStream, sequential
+from bigan.data.streaming.stream import ShardStream, sequential
 from bigan.distributed.world import World
 
 folder, images_seen, steps, batch, accumulation, out = sys.argv[1:]
@@ -31,7 +31,7 @@ dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 world = World(dist.get_rank(), dist.get_world_size())
 
 def describe(b):
-    hashes = [hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16] for image in b.real]
+    hashes = [hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16] for image in b.pixels]
     return list(zip(b.positions.tolist(), hashes, b.labels.tolist()))
 
 stream = ShardStream(

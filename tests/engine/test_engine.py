@@ -11,7 +11,7 @@ from commands import TEN_CLASSES
 from parts import make
 
 from bigan.augment import discriminator_inputs
-from bigan.data.stream import ShardStream
+from bigan.data.streaming.stream import ShardStream
 from bigan.distributed.world import World
 from bigan.engine import Engine, compiling, loss_scale
 from bigan.engine.compiling import compile_backend

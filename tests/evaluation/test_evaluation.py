@@ -19,9 +19,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from bigan import models, rng
 from bigan.checkpoint import snapshots
-from bigan.data import sources
-from bigan.data.pack import pack, pack_source
-from bigan.data.shards import Manifest
+from bigan.data.format.manifest import Manifest
+from bigan.data.packing import sources
+from bigan.data.packing.pack import pack, pack_source
 from bigan.distributed.world import World
 from bigan.errors import RunError, UserError
 from bigan.evaluation import features, metrics, moments, reference, sampling

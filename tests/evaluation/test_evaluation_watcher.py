@@ -15,7 +15,7 @@ from parts import evaluated, start_run
 from bigan import config as configs
 from bigan import models, rng
 from bigan.checkpoint import snapshots
-from bigan.data.pack import pack
+from bigan.data.packing.pack import pack
 from bigan.distributed.world import World
 from bigan.errors import UserError
 from bigan.evaluation import features, metrics, moments, sampling

@@ -11,7 +11,7 @@ import torch
 from commands import ROOT, SMOKE, TEN_CLASSES, launch
 
 from bigan.checkpoint import Piece, Progress, Reader, Saver, snapshots
-from bigan.data.stream import ShardStream
+from bigan.data.streaming.stream import ShardStream
 from bigan.distributed.world import World
 from bigan.engine import Engine
 from bigan.run.state import Training
@@ -115,10 +115,10 @@ def test_batches_arrive_whole_from_reused_buffers(recipe: Recipe) -> None:
         for expected in want:
             torch.cuda._sleep(200_000)
             batch = next(stream)
-            assert batch.real.is_cuda
-            shown = batch.real.clone(), batch.labels.clone()
+            assert batch.pixels.is_cuda
+            shown = batch.pixels.clone(), batch.labels.clone()
             del batch
-            assert torch.equal(shown[0].cpu(), expected.real)
+            assert torch.equal(shown[0].cpu(), expected.pixels)
             assert torch.equal(shown[1].cpu(), expected.labels)
         assert stream._transfer._made <= config.data.prefetch + 4  # type: ignore[attr-defined]
 

@@ -26,7 +26,7 @@ from namespaces import NEEDED, Node, machines
 from bigan import checkpoint
 from bigan.checkpoint import Reader
 from bigan.cli.main import main as bigan
-from bigan.data.stream import Batch, ShardStream
+from bigan.data.streaming.stream import Batch, ShardStream
 from bigan.reporting.tracker import read_metrics
 from bigan.run.state import Training
 

@@ -17,7 +17,7 @@ import pytest
 from commands import ROOT, SMOKE, environment, launch
 from namespaces import Node, machines
 
-from bigan.data.shards import Manifest
+from bigan.data.format.manifest import Manifest
 
 PORT = "29411"  # every machine has its own ports
 BATCH = 40  # of the smoke recipe
@@ -30,7 +30,7 @@ from pathlib import Path
 
 def main(folder, *arguments):
     from bigan.cli.main import main as bigan
-    from bigan.data.stream import ShardStream
+    from bigan.data.streaming.stream import ShardStream
 
     given, deliver = [], ShardStream.__next__
 
@@ -129,14 +129,14 @@ def test_two_machines_train_as_one(
     tmp_path: Path,
     on_one_host: Callable[[int], str],
 ) -> None:
-    """The same weights; over nodes, ranks and decoding processes every image exactly once.
+    """The same weights; over nodes, ranks and decoding threads every image exactly once.
 
     Dividing by the local rank, for one, would show half of the images to nobody.
     """
     trainer = tmp_path / "trainer.py"
     trainer.write_text(RECORDING_TRAINER)
     arguments = recipe_arguments(digits, tmp_path / "run")
-    decoding = ["data.backend=processes", "data.threads=2"]
+    decoding = ["data.threads=2"]
     with machines(2) as nodes:
         run_on(
             nodes,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bigan import config as configs
 from bigan.config import ConfigError
-from bigan.data.stream import Batch
+from bigan.data.streaming.stream import Batch
 from bigan.engine import Engine
 from bigan.layers.batchnorm import BatchNorm2d
 from bigan.objectives import gan

@@ -16,11 +16,11 @@ from web import serving
 from bigan import checkpoint
 from bigan.checkpoint import snapshots
 from bigan.data import DataError
-from bigan.data import fetch as fetching
-from bigan.data.plan import Order
+from bigan.data.format.manifest import Manifest
 from bigan.data.settings import Fetch
-from bigan.data.shards import Manifest
-from bigan.data.stream import Batch, ShardStream
+from bigan.data.streaming import fetchers as fetching
+from bigan.data.streaming.order import Order
+from bigan.data.streaming.stream import Batch, ShardStream
 from bigan.distributed.world import World
 from bigan.errors import UserError
 from bigan.run import streams

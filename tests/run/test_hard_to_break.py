@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from bigan import atomic_files, checkpoint
 from bigan.checkpoint import CheckpointError, snapshots
 from bigan.cli.main import main
-from bigan.data.pack import pack
+from bigan.data.packing.pack import pack
 from bigan.errors import RunError
 from bigan.run.trainer import train
 from bigan.run_config import RunConfig

@@ -1,0 +1,379 @@
+"""A packed data set on disk: manifest, index and tar shards, and their consistency checks.
+
+    <folder>/manifest.json                 written last; without it the pack is incomplete
+             plan.json                     the plan of `bigan pack`, compared when it resumes
+             train-000000.tar ...          standard WebDataset shards: <key>.npy|png|jpg|webp and
+                                           <key>.cls
+             index/<split>.<column>.npy    one entry per sample, in shard order:
+                                           offset u64 and size u32 of the image's bytes in its tar,
+                                           label i32, shard i32 (number within the split)
+             index/train-000000.json ...   the record of each finished shard, with the original
+                                           names of its samples
+
+The manifest is a superset of `wids-shard-index-v1`, which other WebDataset tools read. Index files
+are memory-mapped and shared by all processes of a node. For a remote data set the folder is a local
+copy of manifest and index, and `remote` is the URL of the folder with the shards.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from bigan import atomic_files
+from bigan import config as configs
+from bigan.config import ConfigError, Frozen
+from bigan.data import DataError
+from bigan.data.format.codec import Encoding
+from bigan.data.format.tar import tar_files
+from bigan.hashes import fingerprint, sha256, sha256_of_file
+
+MANIFEST = "manifest.json"
+PLAN = "plan.json"
+PYRAMID = "pyramid.json"  # lists the folders of a set packed at several resolutions
+SCHEMA = 1
+COLUMNS: dict[str, type[np.generic]] = {
+    "offset": np.uint64,
+    "size": np.uint32,
+    "label": np.int32,
+    "shard": np.int32,
+}
+
+
+@dataclass(frozen=True)
+class Index:
+    """The index of a split: the columns of the module docstring, each [num_samples]."""
+
+    offset: NDArray[np.uint64]
+    size: NDArray[np.uint32]
+    label: NDArray[np.int32]
+    shard: NDArray[np.int32]
+
+
+class Shard(Frozen):
+    """One tar: file name, number of samples, size in bytes, hash, split and samples per class."""
+
+    url: str
+    nsamples: int
+    filesize: int
+    sha256: str
+    split: str
+    class_histogram: tuple[int, ...]
+
+
+class Manifest(Frozen):
+    """The content of a packed folder. `Manifest.load` reads it and checks the folder."""
+
+    folder: Path = Field(exclude=True)
+    remote: str | None = Field(default=None, exclude=True)  # URL of the folder with the shards
+    kind: Literal["wids-shard-index-v1"] = Field(
+        default="wids-shard-index-v1",
+        validation_alias="__kind__",
+        serialization_alias="__kind__",
+    )
+    wids_version: int = 1
+    schema_version: int = SCHEMA
+    name: str
+    resolution: int  # pixels; images are square
+    channels: int  # 1 or 3
+    classes: tuple[str, ...]  # class names; label i is classes[i]
+    encoder: Encoding
+    quality: int | None = None  # of a lossy encoder
+    transform: str  # conversion from the originals to these pixels
+    software: dict[str, str] = Field(
+        default_factory=dict
+    )  # versions of the libraries the bytes depend on
+    samples_per_shard: int = 0  # planned; the last shard of a split may hold fewer
+    num_bad: int = 0  # unusable originals that were left out
+    plan: str  # hash of plan.json
+    fingerprint: str  # hash of the content; equal fingerprints, equal samples
+    index: dict[str, str]  # file name -> sha256
+    records: dict[str, str] = Field(default_factory=dict)  # plan.json, index/*.json -> sha256
+    shardlist: tuple[Shard, ...]
+    checksum: str = ""  # hash of all of the above
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read the manifest of `folder` and check its consistency, not the shards.
+
+        Raises `DataError`, one line, if the folder is missing, the pack incomplete, or the
+        manifest damaged.
+        """
+        folder = Path(folder)
+        file = folder / MANIFEST
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such data folder; create it with `bigan pack`")
+        if not file.is_file():
+            if (folder / PYRAMID).is_file():
+                raise DataError(
+                    f"{folder}: contains several resolutions; choose one of its folders, e.g. "
+                    f"{_levels(folder)[-1]}"
+                )
+            state = "is an incomplete pack" if (folder / PLAN).is_file() else "is not a data set"
+            raise DataError(f"{folder}: {state} (no {MANIFEST}); run `bigan pack`")
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file}: cannot be read: {error}; pack the data again") from None
+        if not isinstance(content, dict) or content.get("__kind__") != "wids-shard-index-v1":
+            raise DataError(f"{file}: is not a data manifest; pack the data again")
+        if content.get("schema_version") != SCHEMA:
+            found = content.get("schema_version")
+            raise DataError(
+                f"{file}: schema_version {found!r} is not {SCHEMA}; pack the data again "
+                "with this version of bigan"
+            )
+        try:
+            manifest = configs.validate(cls, {**content, "folder": str(folder)}, str(file))
+        except ConfigError as error:
+            raise DataError(f"{error}; pack the data again") from None
+        manifest._check_names()
+        return manifest
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """`read`, and check that the folder has the files that the manifest lists.
+
+        Raises `DataError` if a shard or index file is missing, unlisted or has another size.
+        Contents are checked by `verify_checksums` and, completely, by `bigan verify`.
+        """
+        manifest = cls.read(folder)
+        manifest._check_files()
+        return manifest
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits; each has at least one sample."""
+        return tuple(dict.fromkeys(shard.split for shard in self.shardlist))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[H, W, C] of every image."""
+        return self.resolution, self.resolution, self.channels
+
+    def location(self, shard: Shard) -> str:
+        """Path or URL of a shard."""
+        if self.remote is not None:
+            return f"{self.remote.rstrip('/')}/{shard.url}"
+        return str(self.folder / shard.url)
+
+    def shards(self, split: str) -> tuple[Shard, ...]:
+        """The shards of `split` in order; raises `DataError` for an unknown split."""
+        found = tuple(shard for shard in self.shardlist if shard.split == split)
+        if not found:
+            known = ", ".join(self.splits) or "none"
+            raise DataError(f"{self.folder}: no split {split!r}; its splits are: {known}")
+        return found
+
+    def num_samples(self, split: str) -> int:
+        return sum(shard.nsamples for shard in self.shards(split))
+
+    def class_counts(self, split: str) -> tuple[int, ...]:
+        """Samples of each class in `split`, [num_classes]."""
+        histograms = [shard.class_histogram for shard in self.shards(split)]
+        return tuple(sum(column) for column in zip(*histograms, strict=True))
+
+    def load_index(self, split: str) -> Index:
+        """The memory-mapped index of `split`; raises `DataError` if it is inconsistent."""
+        shards = self.shards(split)
+        columns = {}
+        for name, dtype in COLUMNS.items():
+            file = self.folder / index_name(split, name)
+            try:
+                column = np.load(file, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:
+                raise DataError(f"{file}: cannot be read: {error}; pack the data again") from None
+            if column.dtype != dtype or column.shape != (self.num_samples(split),):
+                raise DataError(
+                    f"{file}: holds {column.dtype} {list(column.shape)}, expected "
+                    f"{np.dtype(dtype)} [{self.num_samples(split)}]; pack the data again"
+                )
+            columns[name] = np.asarray(column)  # faster to index than a memmap
+        index = Index(**columns)
+        expected = np.repeat(np.arange(len(shards)), [shard.nsamples for shard in shards])
+        ends = index.offset + index.size
+        limits = np.asarray([shard.filesize for shard in shards], np.uint64)[expected]
+        counts = np.bincount(index.label.clip(0), minlength=self.num_classes)
+        if (
+            not np.array_equal(index.shard, expected)
+            or bool((ends > limits).any())
+            or index.label.min() < 0
+            or counts.tolist() != list(self.class_counts(split))
+        ):
+            raise DataError(
+                f"{self.folder}: the index of split {split!r} is inconsistent with {MANIFEST}; "
+                "pack the data again"
+            )
+        return index
+
+    def verify_checksums(
+        self, limit_bytes: int | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> bool:
+        """Compare the sha256 of every shard and index file; raises `DataError` at the first error.
+
+        Returns False, without reading, for a data set larger than `limit_bytes`.
+        `progress(bytes done, total bytes)` is called after each shard.
+        """
+        total = sum(shard.filesize for shard in self.shardlist)
+        if limit_bytes is not None and total > limit_bytes:
+            return False
+        done = 0
+        self.verify_index()
+        for shard in self.shardlist:
+            _check_hash(self.folder / shard.url, shard.sha256)
+            done += shard.filesize
+            if progress:
+                progress(done, total)
+        return True
+
+    def verify_index(self) -> None:
+        """Compare the sha256 of every index file; raises `DataError` at the first error."""
+        for name, expected in self.index.items():
+            _check_hash(self.folder / name, expected)
+
+    def dump(self) -> str:
+        """The JSON text of manifest.json; equal data sets give equal texts."""
+        content = self.model_dump(mode="json", by_alias=True)
+        shards = ",\n".join(f"  {json.dumps(shard)}" for shard in content.pop("shardlist"))
+        head = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
+        return ",\n".join(["{\n" + head[0], *head[1:], ' "shardlist": [\n' + shards + "\n ]\n}\n"])
+
+    def sealed(self) -> Manifest:
+        """A copy with the right `fingerprint` and `checksum`."""
+        manifest = self.model_copy(update={"fingerprint": content_fingerprint(self)})
+        return manifest.model_copy(update={"checksum": _checksum(manifest)})
+
+    def _check_names(self) -> None:
+        """Check that no path points outside of the folder and all numbers are consistent."""
+        file = self.folder / MANIFEST
+        names = [shard.url for shard in self.shardlist]
+        for name in names:
+            if Path(name).name != name or not name.endswith(".tar"):
+                raise DataError(f"{file}: shard {name!r} is not a plain .tar file name")
+        if len(set(names)) != len(names):
+            raise DataError(f"{file}: a shard is listed twice; pack the data again")
+        if not names:
+            raise DataError(f"{file}: lists no shards; pack the data again")
+        expected = {index_name(split, column) for split in self.splits for column in COLUMNS}
+        if set(self.index) != expected or any("/" in split for split in self.splits):
+            raise DataError(f"{file}: lists unexpected index files; pack the data again")
+        if self.resolution <= 0 or self.channels not in (1, 3) or not self.classes:
+            raise DataError(f"{file}: impossible image size or classes; pack the data again")
+        for shard in self.shardlist:
+            histogram = shard.class_histogram
+            consistent = len(histogram) == self.num_classes and min(histogram) >= 0
+            if not consistent or sum(histogram) != shard.nsamples or shard.nsamples <= 0:
+                raise DataError(f"{file}: impossible counts for {shard.url}; pack the data again")
+        if self.checksum != _checksum(self):
+            raise DataError(f"{file}: was edited or is damaged (checksum); pack the data again")
+        if self.fingerprint != content_fingerprint(self):
+            raise DataError(f"{file}: was edited (its fingerprint is wrong); pack the data again")
+
+    def _check_files(self) -> None:
+        listed = {shard.url: shard for shard in self.shardlist}
+        present = {path.name: path for path in tar_files(self.folder)}
+        for name, shard in listed.items():
+            if name not in present:
+                raise DataError(f"{self.folder / name}: shard is missing; pack the data again")
+            try:
+                size = present[name].stat().st_size
+            except OSError as error:  # e.g. a link to an unmounted disk
+                raise DataError(
+                    f"{self.folder / name}: shard cannot be read: {error.strerror}"
+                ) from None
+            if size != shard.filesize:
+                raise DataError(
+                    f"{self.folder / name}: shard has {size} bytes, expected {shard.filesize}; "
+                    "delete it and pack the data again"
+                )
+        extra = sorted(present.keys() - listed.keys())
+        if extra:
+            raise DataError(
+                f"{self.folder / extra[0]}: shard is not listed in {MANIFEST}; "
+                "remove it from the folder"
+            )
+        for name in self.index:
+            if not (self.folder / name).is_file():
+                raise DataError(f"{self.folder / name}: index file is missing; pack the data again")
+
+
+def level_name(resolution: int) -> str:
+    """Folder name of one resolution in a pyramid: r0008 for 8 px."""
+    return f"r{resolution:04d}"
+
+
+def level_folder(path: str, resolution: int) -> str:
+    """Path or URL of one resolution of the pyramid at `path`."""
+    return f"{path.rstrip('/')}/{level_name(resolution)}"
+
+
+def _levels(folder: Path) -> list[str]:
+    return sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}")) or ["(none)"]
+
+
+def index_name(split: str, column: str) -> str:
+    """Path of an index column, relative to the data folder."""
+    return f"index/{split}.{column}.npy"
+
+
+def write_data_set(
+    folder: Path,
+    shards: Sequence[Shard],
+    columns: Mapping[tuple[str, str], Sequence[NDArray[Any]]],
+    **fields: Any,
+) -> Manifest:
+    """Write the index files and then the manifest of existing shards; returns the loaded manifest.
+
+    `columns[split, column]` has one array per shard of that split, in the order of `shards`;
+    `fields` are the other fields of the manifest.
+    """
+    (folder / "index").mkdir(exist_ok=True)
+    index: dict[str, str] = {}
+    for (split, column), arrays in columns.items():
+        buffer = io.BytesIO()
+        np.save(buffer, np.concatenate(arrays).astype(COLUMNS[column]), allow_pickle=False)
+        name = index_name(split, column)
+        atomic_files.write_atomic(folder / name, buffer.getvalue())
+        index[name] = sha256(buffer.getvalue())
+    manifest = Manifest(
+        folder=folder, fingerprint="", index=index, shardlist=tuple(shards), **fields
+    )
+    atomic_files.write_atomic(folder / MANIFEST, manifest.sealed().dump())
+    return Manifest.load(folder)
+
+
+def content_fingerprint(manifest: Manifest) -> str:
+    """Hash of everything that the pixels and label of a sample number depend on."""
+    content: dict[str, Any] = manifest.model_dump(
+        mode="json", include={"resolution", "channels", "classes", "encoder", "index"}
+    )
+    content["shards"] = [
+        (shard.url, shard.split, shard.nsamples, shard.sha256) for shard in manifest.shardlist
+    ]
+    return fingerprint(content)
+
+
+def _checksum(manifest: Manifest) -> str:
+    content = manifest.model_dump(mode="json", by_alias=True, exclude={"checksum"})
+    return fingerprint(content)
+
+
+def _check_hash(file: Path, expected: str) -> None:
+    try:
+        found = sha256_of_file(file)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
+    if found != expected:
+        raise DataError(f"{file}: damaged (sha256 differs); delete it and pack the data again")

@@ -1,0 +1,200 @@
+"""Tar shards, written by WebDataset and read strictly.
+
+Python's `tarfile`, which WebDataset uses, treats a damaged header as the end of the archive and
+silently drops the rest; a truncated shard is read without an error. This module verifies every
+header's checksum, every size and the end of the archive. It reads tars of GNU tar, `tarfile` and
+WebDataset.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bigan.data import DataError
+
+Buffer = bytes | memoryview | mmap.mmap
+
+BLOCK = 512  # bytes, the unit of the tar format (POSIX 1003.1-1988, ustar)
+
+
+def shard_bytes(samples: Iterable[tuple[str, bytes, int]], encoder: str) -> bytes:
+    """A WebDataset tar of (key, image bytes, label) samples; equal samples give equal bytes."""
+    import webdataset  # slow to import, and training writes no tar
+
+    file = io.BytesIO()
+    with webdataset.TarWriter(file, mtime=0, encoder=False) as writer:
+        for key, image, label in samples:
+            writer.write({"__key__": key, encoder: image, "cls": str(label).encode()})
+    return file.getvalue()
+
+
+def tar_files(folder: Path) -> list[Path]:
+    """The tars directly in `folder`, sorted by name, without hidden (temporary) ones."""
+    return sorted(p for p in folder.glob("*.tar") if not p.name.startswith("."))
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file of a tar: its name, and the offset and size of its content in bytes."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def walk_tar(data: Buffer, where: str) -> Iterator[Member]:
+    """The regular files of a tar archive.
+
+    Verifies the checksum of every header, that all content is inside the archive, and that only
+    zeros follow the end marker (two blocks of zeros); otherwise raises `DataError`. Supports the
+    long names of GNU tar ("L") and of POSIX 1003.1-2001 ("x" and "g", pax). Skips folders; refuses
+    links, devices and sparse files. Names are not checked and may contain "..".
+
+    `data` may be a memory map: it is sliced, never copied as a whole.
+    """
+    position = 0
+    for_all: dict[str, str] = {}  # pax records of all following members
+    for_next: dict[str, str] = {}  # pax records of the next member
+    while True:
+        header = bytes(data[position : position + BLOCK])
+        if len(header) < BLOCK:
+            raise DataError(f"{where}: truncated at byte {position}")
+        if not any(header):
+            if for_next or len(data) - position < 2 * BLOCK or not _only_zeros(data, position):
+                raise DataError(f"{where}: damaged at byte {position} (no end marker)")
+            return
+        try:
+            checksum = int(header[148:156].strip(b" \0"), 8)
+            size = int(header[124:136].strip(b" \0") or b"0", 8)
+        except ValueError:
+            raise DataError(f"{where}: damaged tar header at byte {position}") from None
+        if sum(header[:148]) + 8 * 32 + sum(header[156:]) != checksum:
+            raise DataError(f"{where}: damaged tar header at byte {position}")
+        kind = header[156:157]
+        name = member_name(header)
+        begin = position + BLOCK
+        if kind not in b"LKxg":
+            records = for_all | for_next
+            for_next = {}
+            name = records.get("path", name)
+            if kind == b"5" or (kind == b"\0" and name.endswith("/")):  # a folder
+                position = begin
+                continue
+            if kind not in (b"0", b"\0") or any(key.startswith("GNU.sparse") for key in records):
+                raise DataError(f"{where}: {name} is not a regular file")
+            digits = records.get("size", "")  # of files above the 8 GiB of the header field
+            size = int(digits) if digits.isdecimal() and len(digits) < 20 else size
+        if begin + size > len(data):
+            raise DataError(f"{where}: {name} is truncated")
+        if kind in (b"0", b"\0"):
+            yield Member(name, begin, size)
+        else:
+            content = bytes(data[begin : begin + size])
+            if kind == b"g":
+                for_all |= _pax_records(content, f"{where}: damaged at byte {begin}")
+            elif kind == b"x":
+                for_next |= _pax_records(content, f"{where}: damaged at byte {begin}")
+            elif kind == b"L":
+                for_next["path"] = _text(content.split(b"\0", 1)[0])
+        position = begin + -(-size // BLOCK) * BLOCK
+
+
+def member_name(header: bytes) -> str:
+    """The name in a ustar header block; non-UTF-8 bytes become surrogate escapes."""
+    prefix = ""
+    if header[257:263] == b"ustar\0":  # GNU tar's "ustar " has other fields there
+        prefix = _text(header[345:500].split(b"\0", 1)[0])
+    name = _text(header[:100].split(b"\0", 1)[0])
+    return f"{prefix}/{name}" if prefix else name
+
+
+def _pax_records(content: bytes, damaged: str) -> dict[str, str]:
+    """The "length key=value\\n" records of a pax header."""
+    records = {}
+    while content:
+        digits, _, _ = content.partition(b" ")
+        length = int(digits) if digits.isdigit() and len(digits) < 12 else 0
+        record = content[len(digits) + 1 : length]
+        key, equals, value = record.removesuffix(b"\n").partition(b"=")
+        if length > len(content) or not record.endswith(b"\n") or not equals:
+            raise DataError(f"{damaged} (pax header)")
+        records[_text(key)] = _text(value)
+        content = content[length:]
+    return records
+
+
+def _only_zeros(data: Buffer, position: int, step: int = 2**20) -> bool:
+    return not any(
+        bytes(data[start : start + step]).strip(b"\0") for start in range(position, len(data), step)
+    )
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+def group_samples(members: Iterable[Member]) -> Iterator[tuple[str, list[tuple[str, Member]]]]:
+    """(key, [(suffix, member), ...]) of the samples of a WebDataset tar, in order.
+
+    A sample is the consecutive members with one key: the path up to the first dot of its last
+    component. The rest of the name is the suffix, in lower case. Hidden files (without a stem) are
+    skipped. If `members` raises `DataError`, the members before it are yielded first.
+    """
+    key = ""
+    group: list[tuple[str, Member]] = []
+    try:
+        for member in members:
+            name = member.name.removeprefix("./")
+            folder, slash, base = name.rpartition("/")
+            stem, _, suffix = base.partition(".")
+            if not stem:
+                continue
+            if group and key != f"{folder}{slash}{stem}":
+                yield key, group
+                group = []
+            key = f"{folder}{slash}{stem}"
+            group.append((suffix.lower(), member))
+    except DataError:
+        if group:
+            yield key, group
+        raise
+    if group:
+        yield key, group
+
+
+def index_shard(data: Buffer, encoder: str, where: str) -> tuple[list[int], list[int], list[int]]:
+    """(offsets, sizes, labels) of the samples of a packed shard, in order.
+
+    A sample is one image `<key>.<encoder>` and its label `<key>.cls`. Raises `DataError` if one of
+    them is missing or there is another member.
+    """
+    offsets: list[int] = []
+    sizes: list[int] = []
+    labels: list[int] = []
+    seen: set[str] = set()
+    incomplete = ""  # reported last: damage to the tar is a better explanation
+    for key, group in group_samples(walk_tar(data, where)):
+        found = dict(group)
+        for suffix, member in group:
+            if suffix not in (encoder, "cls"):
+                raise DataError(f"{where}: unexpected member {member.name}")
+            if key in seen or found[suffix] is not member:
+                raise DataError(f"{where}: member {member.name} appears twice")
+        if len(found) < 2:
+            incomplete = incomplete or key
+            continue
+        label = found["cls"]
+        try:
+            labels.append(int(bytes(data[label.offset : label.offset + label.size])))
+        except ValueError:
+            raise DataError(f"{where}: {label.name} is not an integer") from None
+        offsets.append(found[encoder].offset)
+        sizes.append(found[encoder].size)
+        seen.add(key)
+    if incomplete:
+        raise DataError(f"{where}: sample {incomplete} lacks its image or its label")
+    return offsets, sizes, labels

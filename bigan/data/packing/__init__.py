@@ -1,0 +1,19 @@
+"""`bigan pack` and `bigan verify`.
+
+Sources of images
+    sources.py      finds the kind of a source; listing.py: what every source returns
+    folders.py      folders and zip files of images; labels.py: labels.csv and dataset.json
+    archives.py     CIFAR and MNIST as published; digits.py: the digits of scikit-learn
+    webdatasets.py  existing WebDataset shards; iterables.py: Python objects
+
+Packing
+    pack.py         `pack`; resumable, parallel over threads and over processes
+    pack_plan.py    which sample is written to which shard
+    pack_shard.py   one shard and its record; pack_manifest.py: index and manifest
+    pack_lock.py    one pack at a time per destination
+    index_in_place.py  index for existing shards, which stay unchanged
+
+Verification
+    verify.py       `verify`; shard_scan.py: one shard
+    findings.py, contact_sheet.py: duplicates, class balance and images of `--deep`
+"""

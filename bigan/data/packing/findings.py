@@ -1,0 +1,257 @@
+"""Statistics of the images of a data set, for `bigan verify --deep`.
+
+Exact duplicates (also across splits and with different labels), constant images, class balance,
+mean and standard deviation, and a contact sheet. None of them is an error.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigan import atomic_files
+from bigan.data import DataError
+from bigan.data.format.codec import BadImageError, Pixels, decode_into
+from bigan.data.format.manifest import Manifest, Shard
+from bigan.data.format.tar import walk_tar
+from bigan.data.packing.contact_sheet import COLUMNS, MIN_LINES, ROWS, Row, contact_sheet
+from bigan.data.packing.shard_scan import Scan, mapped
+from bigan.data.streaming.order import permutation
+
+FEW = 10  # images; classes with fewer are reported
+NAMED = 10  # samples named in the text of a note; `Note.samples` has all
+SHEET = "contact_sheet.png"
+
+Kind = Literal[
+    "leftover", "leak", "conflict", "duplicate", "constant", "classes", "pixels", "sheet"
+]
+
+
+@dataclass(frozen=True)
+class Note:
+    """A finding in one line, and the names of its samples."""
+
+    kind: Kind
+    what: str
+    samples: tuple[str, ...] = ()
+
+
+def findings(
+    manifest: Manifest, scans: Sequence[Scan], destination: Path
+) -> tuple[list[Note], Path | None]:
+    """(notes, path of the contact sheet written into `destination`, None if there is none).
+
+    `scans` are those of the manifest's shards, made with `deep`. Samples have their original names
+    if the records of the pack exist, otherwise the names of shard and member.
+    """
+    scans = [scan for scan in scans if scan.look is not None]
+    if not any(scan.decoded.any() for scan in scans):
+        return [], None
+    name = _namer(manifest)
+    notes = _duplicates(scans, name) + _constant(scans, name)
+    notes += _classes(manifest, scans) + _pixels(scans)
+    picture = contact_sheet(_title(manifest, scans), _rows(manifest, scans))
+    data = io.BytesIO()
+    picture.save(data, "PNG", optimize=True)
+    try:
+        atomic_files.write_atomic(destination / SHEET, data.getvalue())
+    except OSError as error:
+        notes.append(Note("sheet", f"{SHEET} cannot be written: {error.strerror}"))
+        return notes, None
+    return notes, destination / SHEET
+
+
+# --- names --------------------------------------------------------------------------------------
+
+_Namer = Callable[[Scan, int], str]  # (scan, row) -> name of the sample
+
+
+def _namer(manifest: Manifest) -> _Namer:
+    known: dict[str, dict[int, str]] = {}
+
+    def name(scan: Scan, row: int) -> str:
+        shard = scan.shard
+        if shard.url not in known:
+            known[shard.url] = _recorded(manifest, shard) or _members(manifest, shard)
+        offset = int(scan.offset[row])
+        return known[shard.url].get(offset, f"{shard.url}: image at byte {offset}")
+
+    return name
+
+
+def _recorded(manifest: Manifest, shard: Shard) -> dict[int, str]:
+    """Offset -> original name, from the record of `bigan pack`; {} if it is unusable."""
+    file = manifest.folder / "index" / f"{Path(shard.url).stem}.json"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        offsets, keys = record["offsets"], record["keys"]
+        if record["sha256"] != shard.sha256 or not all(isinstance(key, str) for key in keys):
+            return {}
+        return dict(zip(offsets, keys, strict=True))
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _members(manifest: Manifest, shard: Shard) -> dict[int, str]:
+    found = {}
+    try:
+        with mapped(manifest.folder / shard.url) as data:
+            for member in walk_tar(data, shard.url):
+                found[member.offset] = f"{shard.url}: {member.name}"
+    except (OSError, DataError):
+        pass  # reported elsewhere; names of later samples are their offsets
+    return found
+
+
+def _listing(names: Sequence[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _locator(scans: Sequence[Scan]) -> Callable[[int], tuple[Scan, int]]:
+    """A function from sample number, counted through all scans, to (scan, row)."""
+    ends = np.cumsum([len(scan.label) for scan in scans])
+
+    def locate(sample: int) -> tuple[Scan, int]:
+        number = int(np.searchsorted(ends, sample, side="right"))
+        return scans[number], sample - int(ends[number]) + len(scans[number].label)
+
+    return locate
+
+
+# --- notes --------------------------------------------------------------------------------------
+
+
+def equal_rows(digest: NDArray[np.uint64]) -> list[list[int]]:
+    """Groups of at least two equal rows of [n, 2]; rows ascending, groups ordered by first row."""
+    order = np.lexsort((digest[:, 1], digest[:, 0]))  # stable
+    ordered = digest[order]
+    starts = np.flatnonzero((ordered[1:] != ordered[:-1]).any(axis=1)) + 1
+    edges = np.concatenate([[0], starts, [len(order)]])
+    long = np.flatnonzero(np.diff(edges) > 1)
+    return sorted(order[edges[i] : edges[i + 1]].tolist() for i in long)
+
+
+def _duplicates(scans: Sequence[Scan], name: _Namer) -> list[Note]:
+    decoded = np.flatnonzero(np.concatenate([scan.decoded for scan in scans]))
+    digest = np.concatenate([scan.look.digest[scan.decoded] for scan in scans if scan.look])
+    locate = _locator(scans)
+    notes = []
+    for group in equal_rows(digest):
+        members = [locate(sample) for sample in decoded[group].tolist()]
+        splits = list(dict.fromkeys(scan.shard.split for scan, _ in members))
+        labels = {int(scan.label[row]) for scan, row in members}
+        names = tuple(f"{name(scan, row)} ({scan.shard.split})" for scan, row in members)
+        kind: Kind = "leak" if len(splits) > 1 else "conflict" if len(labels) > 1 else "duplicate"
+        what = "same pixels"
+        what += f" in {' and '.join(splits)} (leak)" if len(splits) > 1 else ""
+        what += " with different labels" if len(labels) > 1 else ""
+        notes.append(Note(kind, f"{what}: {_listing(names)}", names))
+    rank = {"leak": 0, "conflict": 1, "duplicate": 2}
+    notes.sort(key=lambda note: rank[note.kind])  # stable; most serious first
+    if notes:
+        images = sum(len(note.samples) for note in notes)
+        leaks = sum(note.kind == "leak" for note in notes)
+        what = f"{images:,} images are exact duplicates of {len(notes):,} distinct ones"
+        notes.insert(0, Note("duplicate", f"{what}; {leaks:,} of these are in several splits"))
+    return notes
+
+
+def _constant(scans: Sequence[Scan], name: _Namer) -> list[Note]:
+    names = tuple(
+        f"{name(scan, row)} ({scan.shard.split})"
+        for scan in scans
+        if scan.look
+        for row in np.flatnonzero(scan.look.constant).tolist()
+    )
+    if not names:
+        return []
+    what = f"constant images (all pixels have one colour), {len(names):,}: {_listing(names)}"
+    return [Note("constant", what, names)]
+
+
+def _classes(manifest: Manifest, scans: Sequence[Scan]) -> list[Note]:
+    """Class balance of the training split, or of the first split without one."""
+    if manifest.num_classes < 2:
+        return []
+    split = "train" if any(s.shard.split == "train" for s in scans) else scans[0].shard.split
+    labels = np.concatenate([scan.label for scan in scans if scan.shard.split == split])
+    counts = np.bincount(labels[labels >= 0], minlength=manifest.num_classes)
+    if not counts.sum():
+        return []
+    names, present = manifest.classes, np.flatnonzero(counts)
+    most, least = int(counts.argmax()), int(present[counts[present].argmin()])
+    what = (
+        f"classes in {split}: {counts[least]:,} ({names[least]}) to {counts[most]:,} "
+        f"({names[most]}) images, imbalance {counts[most] / counts[least]:.3g}"
+    )
+    notes = [Note("classes", what)]
+    empty = [names[i] for i in np.flatnonzero(counts == 0)]
+    few = [names[i] for i in present if counts[i] < FEW]
+    if empty:
+        what = f"classes without an image in {split}, {len(empty):,}: {_listing(empty)}"
+        notes.append(Note("classes", what))
+    if few:
+        what = f"classes with fewer than {FEW} images in {split}, {len(few):,}: {_listing(few)}"
+        notes.append(Note("classes", what))
+    return notes
+
+
+def _pixels(scans: Sequence[Scan]) -> list[Note]:
+    histogram = np.sum([scan.look.histogram for scan in scans if scan.look], axis=0)  # [C, 256]
+    share = histogram / histogram.sum(axis=1, keepdims=True)
+    values = np.arange(256.0)
+    mean = share @ values
+    deviation = np.sqrt((share * (values - mean[:, None]) ** 2).sum(axis=1))
+    means, deviations = (" ".join(f"{x:.2f}" for x in each) for each in (mean, deviation))
+    what = f"pixels (0 to 255, per channel): mean {means}, standard deviation {deviations}"
+    return [Note("pixels", what)]
+
+
+# --- contact sheet ------------------------------------------------------------------------------
+
+
+def _title(manifest: Manifest, scans: Sequence[Scan]) -> str:
+    num = sum(int(scan.decoded.sum()) for scan in scans)
+    size = f"{manifest.resolution} x {manifest.resolution}"
+    return f"{manifest.name}: {num:,} images, {size}, {manifest.encoder}"
+
+
+def _rows(manifest: Manifest, scans: Sequence[Scan]) -> list[Row]:
+    """At most 16 evenly spaced classes with 12 random images each, more if there are few classes.
+
+    The choice is deterministic.
+    """
+    label = np.concatenate([np.where(scan.decoded, scan.label, -1) for scan in scans])
+    locate = _locator(scans)
+    present = np.unique(label[label >= 0])
+    if not len(present):
+        return []
+    chosen = present[np.unique(np.linspace(0, len(present) - 1, ROWS).round().astype(int))]
+    num_images = COLUMNS * max(1, MIN_LINES // len(chosen))
+    rows = []
+    for number in chosen.tolist():
+        members = np.flatnonzero(label == number)
+        picked = members[permutation(len(members), 0, f"contact-sheet/{number}")[:num_images]]
+        images = [_read(manifest, *locate(sample)) for sample in picked.tolist()]
+        shown = [image for image in images if image is not None]
+        rows.append(Row(manifest.classes[number], len(members), shown))
+    return rows
+
+
+def _read(manifest: Manifest, scan: Scan, row: int) -> Pixels | None:
+    pixels = np.empty((manifest.resolution, manifest.resolution, manifest.channels), np.uint8)
+    try:
+        with (manifest.folder / scan.shard.url).open("rb") as file:
+            file.seek(int(scan.offset[row]))
+            decode_into(pixels, file.read(int(scan.size[row])), manifest.encoder)
+    except (OSError, BadImageError):  # it decoded before: the folder is being changed
+        return None
+    return pixels

@@ -1,0 +1,161 @@
+"""Any Python iterable as a source: a list, a generator, a torch Dataset.
+
+The iterable is read once. Every image is converted at once and appended to a file of raw pixels,
+from which it is read later; only keys and labels are kept in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from bigan.data import DataError
+from bigan.data.format.codec import BadImageError, Pixels, first_line
+from bigan.data.format.convert import decode_any, plain
+from bigan.data.packing.listing import Listing, number_labels, read_at
+
+Shrink = Callable[[Image.Image, int], Pixels]  # (image, resolution) -> uint8 [R, R, C]
+
+
+def iterable(
+    items: Iterable[Any], resolution: int | None, channels: int, shrink: Shrink, scratch: Path
+) -> Listing:
+    """Spool the images of `items` to the file `scratch`, or to a file in the folder `scratch`.
+
+    An item is an image, (image, label) or {"image": ..., "label": ..., "key": ...}. An image is a
+    PIL image, a uint8 array HW or HWC, a uint8 tensor HWC or CHW, the bytes or the path of an image
+    file. An object with a length is indexed from 0 to n - 1, any other one is iterated. Class names
+    are those in `items.classes` (torchvision's data sets) if there are enough. Unusable items are
+    in `bad`. The caller deletes the file.
+
+    Raises `DataError` if `resolution` is None and the first image is not square, and if the
+    iterable itself fails.
+    """
+    file = scratch / "pixels.raw" if scratch.is_dir() else scratch
+    file.parent.mkdir(parents=True, exist_ok=True)
+    keys: list[str] = []
+    written: list[Any] = []  # labels as given
+    bad: list[tuple[str, str]] = []
+    seen: set[str] = set()
+    content = hashlib.sha256()
+    with file.open("wb") as spool:
+        for number, item in enumerate(_items(items)):
+            key = f"{number:09d}"
+            try:
+                if isinstance(item, Exception):
+                    raise BadImageError(f"raises an error ({first_line(item)})")
+                given, label, key = _parts(item, key)
+                if key in seen:
+                    raise BadImageError("appears twice")
+                image = _picture(given)
+                if resolution is None:
+                    if image.width != image.height:
+                        raise DataError(
+                            f"the first image is {image.width}x{image.height}; set the resolution "
+                            "of the packed images, e.g. --resolution 64"
+                        )
+                    resolution = image.width
+                pixels = shrink(image, resolution)
+            except (BadImageError, OSError) as error:
+                bad.append((key, first_line(error)))
+                continue
+            seen.add(key)
+            keys.append(key)
+            written.append(label)
+            raw = pixels.tobytes()
+            spool.write(raw)
+            content.update(raw)
+    classes, numbers = number_labels(written, _names(items))
+    kept = [i for i, label in enumerate(numbers) if isinstance(label, int)]
+    bad += [(keys[i], label) for i, label in enumerate(numbers) if isinstance(label, str)]
+    labels = tuple(label for label in numbers if isinstance(label, int))
+    content.update(repr((classes, labels)).encode("utf-8", "surrogatepass"))
+    shape = (resolution or 0, resolution or 0, channels)
+    size = shape[0] * shape[1] * shape[2]
+
+    def original(i: int) -> Pixels:
+        return np.frombuffer(read_at(file, kept[i] * size, size), np.uint8).reshape(shape)
+
+    return Listing(
+        name=type(items).__name__,
+        identity=content.hexdigest(),
+        classes=classes,
+        keys=tuple(keys[i] for i in kept),
+        labels=labels,
+        original=original,
+        bad=tuple(bad),
+        resolution=resolution,
+        channels=channels,
+    )
+
+
+def _items(items: Iterable[Any]) -> Iterator[Any]:
+    """The items in order; where `items[i]` fails, its exception."""
+    if isinstance(items, Mapping):
+        raise DataError("a dict is not a list of images; give its values()")
+    if hasattr(items, "__len__") and hasattr(items, "__getitem__"):
+        indexed: Any = items
+        for i in range(len(indexed)):  # a torch Dataset need not end with IndexError
+            try:
+                item = indexed[i]
+            except Exception as error:  # user code may raise anything
+                item = error
+            yield item
+        return
+    number = 0
+    try:
+        for number, item in enumerate(items, 1):  # noqa: B007
+            yield item
+    except (DataError, BadImageError):
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{type(items).__name__}: fails after {number} images "
+            f"({type(error).__name__}: {first_line(error)}); correct the iterable"
+        ) from error
+
+
+def _parts(item: Any, key: str) -> tuple[Any, Any, str]:
+    """(image, label or None, key) of an item."""
+    if isinstance(item, Mapping):
+        if "image" not in item:
+            raise BadImageError(f"has no 'image' ({', '.join(map(str, item))})")
+        key = str(item.get("key", key))
+        if not key.isprintable():
+            raise BadImageError(f"has the unprintable key {key!r:.60}")
+        return item["image"], item.get("label"), key
+    if isinstance(item, tuple | list):
+        if len(item) != 2:
+            raise BadImageError(f"is a {type(item).__name__} of {len(item)}, not (image, label)")
+        return item[0], item[1], key
+    return item, None, key
+
+
+def _picture(value: Any) -> Image.Image:
+    if isinstance(value, str | Path):
+        value = Path(value).read_bytes()
+    if isinstance(value, bytes | bytearray | memoryview):
+        return decode_any(bytes(value))
+    if hasattr(value, "detach"):  # a torch tensor
+        value = value.detach().cpu().numpy()
+        if value.ndim == 3 and value.shape[0] in (1, 3) and value.shape[2] not in (1, 3):
+            value = value.transpose(1, 2, 0)
+    if not isinstance(value, np.ndarray | Image.Image):
+        raise BadImageError(f"is of type {type(value).__name__}, not an image")
+    try:
+        return plain(value)
+    except BadImageError:
+        raise
+    except Exception as error:  # a PIL image decodes its file here
+        raise BadImageError(f"cannot be read as an image ({first_line(error)})") from error
+
+
+def _names(items: Any) -> tuple[str, ...]:
+    names = getattr(items, "classes", ())
+    texts = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return tuple(names) if texts else ()

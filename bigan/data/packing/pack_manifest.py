@@ -1,0 +1,82 @@
+"""The last step of `bigan pack`: index and manifest from the records of all shards."""
+
+from __future__ import annotations
+
+import collections
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bigan.data.format.manifest import COLUMNS, PLAN, Manifest, Shard, write_data_set
+from bigan.data.packing.pack_plan import Level, Plan
+from bigan.data.packing.pack_shard import Bad, finished, record_file
+from bigan.hashes import sha256_of_file
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The finished shards of a level: entries of its manifest, columns of its index."""
+
+    shards: list[Shard]
+    columns: dict[tuple[str, str], list[np.ndarray]]  # (split, column): shard by shard
+    bad: list[Bad]
+
+
+def collect(folder: Path, plan: Plan) -> Contents | None:
+    """Read the records of a level; None if a shard is not finished."""
+    contents = Contents([], collections.defaultdict(list), [])
+    numbers: collections.Counter[str] = collections.Counter()
+    for name in plan.names:
+        record = finished(folder, name, plan.id)
+        if record is None:
+            return None
+        contents.bad.extend(record.bad)
+        if not record.nsamples:
+            continue
+        split = name.rpartition("-")[0]
+        columns = {
+            "offset": record.offsets,
+            "size": record.sizes,
+            "label": record.labels,
+            "shard": [numbers[split]] * record.nsamples,
+        }
+        for column, dtype in COLUMNS.items():
+            contents.columns[split, column].append(np.asarray(columns[column], dtype))
+        entry = Shard(
+            url=f"{name}.tar",
+            nsamples=record.nsamples,
+            filesize=record.filesize,
+            sha256=record.sha256,
+            split=split,
+            class_histogram=record.class_histogram,
+        )
+        contents.shards.append(entry)
+        numbers[split] += 1
+    return contents
+
+
+def write_manifest(
+    folder: Path, plan: Plan, level: Level, contents: Contents, num_bad: int
+) -> Manifest:
+    """Write the index files of a level, then its manifest."""
+    source = plan.source
+    factor = source.resolution // level.resolution
+    recorded = [folder / PLAN, *(record_file(folder, name) for name in plan.names)]
+    return write_data_set(
+        folder,
+        contents.shards,
+        contents.columns,
+        name=source.name,
+        resolution=level.resolution,
+        channels=source.channels,
+        classes=source.classes,
+        encoder=level.encoder,
+        quality=plan.quality,
+        transform=source.transform + (f"+mean{factor}-v1" if factor > 1 else ""),
+        software=plan.description["software"],
+        samples_per_shard=plan.shard_size,
+        num_bad=num_bad,
+        plan=plan.id,
+        records={file.relative_to(folder).as_posix(): sha256_of_file(file) for file in recorded},
+    )

@@ -1,0 +1,130 @@
+"""One shard of `bigan pack`, a pure function of (plan, shard number), and its record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigan.config import Frozen
+from bigan.data import DataError
+from bigan.data.format.codec import BadImageError, Pixels, encode, first_line
+from bigan.data.format.tar import index_shard, shard_bytes
+from bigan.data.packing.pack_plan import Plan
+from bigan.hashes import sha256
+
+Bad = tuple[str, str]  # (name of the original, reason)
+Encoded = tuple[bytes, ...] | str  # an image at each level, or the reason it is unusable
+
+
+def halvings(image: Pixels, num: int) -> list[Pixels]:
+    """`image`, uint8 [R, R, C], at `num` resolutions R / 2**(num - 1), ..., R / 2, R.
+
+    A pixel is the mean of the f x f pixels of `image`, rounded once (half up). Means of the next
+    larger level would accumulate rounding errors.
+    """
+    levels: list[Pixels] = [image]
+    sums: NDArray[np.unsignedinteger] = image
+    for n in range(1, num):
+        rows = sums[0::2].astype(np.uint32) + sums[1::2]
+        sums = rows[:, 0::2] + rows[:, 1::2]
+        levels.append(((sums + 4**n // 2) // 4**n).astype(np.uint8))
+    return levels[::-1]
+
+
+class Record(Frozen):
+    """Content of a finished shard: index/<shard>.json, written after the tar.
+
+    A shard without usable images has a record but no tar and is not in the manifest.
+    """
+
+    plan: str
+    nsamples: int
+    filesize: int
+    sha256: str
+    class_histogram: tuple[int, ...]
+    bad: tuple[Bad, ...]
+    offsets: tuple[int, ...]  # of the image of each sample in the tar
+    sizes: tuple[int, ...]
+    labels: tuple[int, ...]
+    keys: tuple[str, ...]  # `printable` names of the originals
+
+
+def printable(name: str) -> str:
+    """`name` with escapes for control characters and non-UTF-8 bytes."""
+    return name if name.isprintable() else name.encode("unicode_escape").decode()
+
+
+def encoded_image(plan: Plan, i: int) -> Encoded:
+    """Image i of the source, encoded for each level, or the reason it is unusable.
+
+    A read error of the disk raises `DataError`: it is not a property of the image, and a shard
+    without the image would differ from that of another attempt.
+    """
+    source = plan.source
+    try:
+        pixels = source.read(i)
+        shape = (source.resolution, source.resolution, source.channels)
+        if pixels.dtype != np.uint8 or pixels.shape != shape:
+            found = f"{pixels.dtype} {list(pixels.shape)}"
+            raise BadImageError(f"is {found}, expected uint8 {list(shape)}")
+    except (DataError, MemoryError):
+        raise
+    except BadImageError as error:
+        return printable(first_line(error))
+    except Exception as error:  # PIL raises many kinds for damaged files
+        if isinstance(error, OSError) and error.errno is not None:
+            name = printable(source.keys[i])
+            raise DataError(f"{source.name}: {name} cannot be read: {error.strerror}") from error
+        return f"{type(error).__name__}: {printable(first_line(error))}"
+    return tuple(
+        encode(level_pixels, level.encoder, plan.quality)
+        for level_pixels, level in zip(halvings(pixels, len(plan.levels)), plan.levels, strict=True)
+    )
+
+
+def shard(plan: Plan, number: int, level: int, encoded: Sequence[Encoded]) -> tuple[bytes, Record]:
+    """(tar, record) of shard `number` at `level`; `encoded` are its members by `encoded_image`."""
+    source, encoder = plan.source, plan.levels[level].encoder
+    rows = list(zip(plan.members[number], encoded, strict=True))
+    good = [i for i, image in rows if not isinstance(image, str)]
+    samples = (
+        (f"{key:09d}", image[level], source.labels[i])
+        for key, (i, image) in enumerate(rows, start=plan.first_key[number])
+        if not isinstance(image, str)
+    )
+    tar = shard_bytes(samples, encoder) if good else b""
+    offsets, sizes, labels = index_shard(tar, encoder, plan.names[number]) if good else ([], [], [])
+    histogram = np.bincount(np.asarray(labels, np.int64), minlength=len(source.classes))
+    return tar, Record(
+        plan=plan.id,
+        nsamples=len(good),
+        filesize=len(tar),
+        sha256=sha256(tar),
+        class_histogram=tuple(histogram.tolist()),
+        bad=tuple((printable(source.keys[i]), x) for i, x in rows if isinstance(x, str)),
+        offsets=tuple(offsets),
+        sizes=tuple(sizes),
+        labels=tuple(labels),
+        keys=tuple(printable(source.keys[i]) for i in good),
+    )
+
+
+def record_file(folder: Path, name: str) -> Path:
+    """Path of the record of shard `name` (without .tar)."""
+    return folder / "index" / f"{name}.json"
+
+
+def finished(folder: Path, name: str, plan: str) -> Record | None:
+    """The record of a shard if it belongs to the plan with this id and its tar has the right size.
+
+    The content of the tar is not read, which keeps resuming fast; `bigan verify` reads it.
+    """
+    try:
+        record = Record.model_validate_json(record_file(folder, name).read_bytes())
+        size = (folder / f"{name}.tar").stat().st_size if record.nsamples else 0
+    except (OSError, ValueError):  # missing, or damaged
+        return None
+    return record if record.plan == plan and size == record.filesize else None

@@ -1,0 +1,93 @@
+"""From `data.path` to a manifest: a packed folder, its URL, or a folder of existing tars."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from bigan import atomic_files, hashes
+from bigan.data import DataError
+from bigan.data.format.manifest import MANIFEST, PLAN, PYRAMID, Manifest, level_folder
+from bigan.data.settings import Fetch
+from bigan.data.streaming import remote
+
+
+def open_manifest(data: str | Path | Manifest, fetch: Fetch | None = None) -> Manifest:
+    """The manifest of a data set, after checks that do not read the shards.
+
+    A folder of tars that `bigan pack` did not write is indexed at its first use. The manifest and
+    the index of a remote data set are copied to the node (into `fetch.cache`, or the user's cache
+    folder), its shards are not. Raises `DataError`, one line.
+    """
+    if isinstance(data, Manifest):
+        return data
+    path = str(data)
+    if remote.is_remote(path):
+        return _remote(path, fetch or Fetch())
+    folder = Path(path)
+    known = any((folder / name).exists() for name in (MANIFEST, PLAN, PYRAMID))
+    if folder.is_dir() and not known and any(folder.glob("*.tar")):
+        from bigan.data.packing.index_in_place import index_in_place
+
+        return index_in_place(folder)
+    if any(character in path for character in "{}") or folder.is_file():
+        raise DataError(
+            f"{path}: is not a folder; give the folder of the shards, which are indexed at first "
+            "use (only data.mode=resampled takes a pattern of shards)"
+        )
+    return Manifest.load(folder)
+
+
+def open_level(path: str, resolution: int, fetch: Fetch) -> Manifest:
+    """The manifest of one level of a pyramid (`bigan pack --pyramid`), or of a plain data set.
+
+    `resolution` (pixels) selects the level; a plain data set may have another resolution. Raises
+    `DataError` like `open_manifest`.
+    """
+    if not remote.is_remote(path):
+        pyramid = (Path(path) / PYRAMID).is_file()
+        return open_manifest(level_folder(path, resolution) if pyramid else path, fetch)
+    try:
+        return open_manifest(path, fetch)
+    except DataError:  # a pyramid has no manifest of its own
+        return open_manifest(level_folder(path, resolution), fetch)
+
+
+def _remote(base: str, fetch: Fetch) -> Manifest:
+    """Copy manifest and index of the data set at the URL `base` to this node."""
+    text = remote.read(
+        remote.join(base, MANIFEST), size=None, sha256=None, allow_pipe=fetch.allow_pipe
+    )
+    name = hashes.sha256(base.encode())[:16] + hashes.sha256(text)[:16]
+    folder = (fetch.cache or _user_cache()) / "manifests" / name
+    _store(folder / MANIFEST, text, base)
+    try:
+        manifest = Manifest.read(folder)
+    except DataError as error:
+        raise DataError(f"{base}: {error}") from None
+    for file, sha256 in manifest.index.items():
+        if _has(folder / file, sha256):
+            continue
+        data = remote.read(
+            remote.join(base, file), size=None, sha256=sha256, allow_pipe=fetch.allow_pipe
+        )
+        _store(folder / file, data, base)
+    return manifest.model_copy(update={"remote": base})
+
+
+def _store(file: Path, content: bytes, base: str) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_files.write_atomic(file, content)
+    except OSError as error:
+        raise DataError(
+            f"{file}: cannot store the index of {base}: {error.strerror}; set data.cache"
+        ) from None
+
+
+def _has(file: Path, sha256: str) -> bool:
+    return file.is_file() and hashes.sha256_of_file(file) == sha256
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bigan"

@@ -1,0 +1,216 @@
+"""Shards without a manifest, sampled with replacement.
+
+For existing data sets that cannot be copied: shard names are a pattern such as
+`https://host/cc-{00000..01242}.tar`, and WebDataset reads the tars sequentially. This mode gives no
+guarantees: the number of samples is unknown, in one epoch some images are seen twice and some
+never, and a resumed run or another world size draws other shards. All other modes are exact and
+need a data set from `bigan pack`.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+import random
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigan import rng
+from bigan.data import DataError
+from bigan.data.format.codec import BadImageError, Pixels
+from bigan.data.format.convert import square
+from bigan.data.packing.webdatasets import IMAGES, JSON_LABELS
+from bigan.data.settings import Fetch
+from bigan.data.streaming import remote
+from bigan.data.streaming.device import HostBatch, Reading, Transfer, transfer_to
+from bigan.data.streaming.fetchers import MAX_REPLACEMENTS, BadSample
+from bigan.data.streaming.order import rank_positions
+from bigan.data.streaming.stream import Endless, delivered
+from bigan.distributed.world import World
+from bigan.hashes import sha256
+
+SHUFFLE = 1_000  # samples in the shuffle buffer
+MAX_EMPTY = 20  # consecutive shards without a sample, at least, that are accepted
+
+NOTE = (
+    "data.mode=resampled: shards are sampled with replacement; an epoch contains each image once "
+    "only on average, and a resumed run reads other images (data from `bigan pack` is exact)"
+)
+
+
+def expand(pattern: str, allow_pipe: bool) -> tuple[str, ...]:
+    """The shards of a pattern of URLs or local paths such as "https://host/cc-{000..124}.tar".
+
+    Raises `DataError` for a missing local file and an unsupported or disallowed URL.
+    """
+    import webdataset  # slow to import
+
+    urls = tuple(webdataset.shardlists.expand_urls(pattern))
+    for url in urls:
+        if remote.is_remote(url):
+            remote.check_url(url, allow_pipe)
+        elif not Path(url).is_file():
+            raise DataError(f"{url}: no such shard; set data.path to a pattern of .tar files")
+    return urls
+
+
+class ResampledStream(Endless):
+    """A training stream like `ShardStream` for shards without a manifest, without its guarantees.
+
+    Images are centre-cropped and resized to `shape` [H, W, C]. A sample needs an image and, with
+    more than one class, an integer label below `num_classes`. Raises `DataError` on construction
+    for shards that cannot be read; during iteration for an unusable sample or shard
+    (`on_bad=stop`) or too many consecutive ones.
+    """
+
+    def __init__(
+        self,
+        pattern: str,
+        *,
+        shape: tuple[int, int, int],
+        num_classes: int,
+        seed: int,
+        world: World,
+        batch: int,
+        accumulation: int = 1,
+        images_seen: int = 0,
+        fetch: Fetch | None = None,
+    ) -> None:
+        self._fetch = fetch or Fetch()
+        self._urls = expand(pattern, self._fetch.allow_pipe)
+        self._shape = shape
+        self._num_classes = num_classes
+        self._draws = rng.numpy_generator(seed, f"resampled/{world.rank}", images_seen)
+        self._stop = threading.Event()
+        inputs = f"{self._urls}/{seed}/{batch}/{accumulation}/{images_seen}/{world.size}"
+        self.fingerprint = sha256(inputs.encode())[:32]
+
+        def places() -> Iterator[np.ndarray]:
+            for start in itertools.count(images_seen, batch):
+                yield from rank_positions(start, batch, accumulation, world)
+
+        transfer = transfer_to(world.device, shape, self._fetch.prefetch)
+        self._batches = delivered(self._reading(places(), transfer), transfer)
+
+    def close(self) -> None:
+        self._stop.set()
+        super().close()
+
+    def _reading(self, places: Iterator[np.ndarray], transfer: Transfer) -> Reading:
+        """One thread reads the tars and `fetch.num_threads` decode, `prefetch` batches ahead."""
+        samples = self._samples()
+        waiting: collections.deque[tuple[np.ndarray, HostBatch, Future[list[BadSample]]]]
+        waiting = collections.deque()
+        with (
+            ThreadPoolExecutor(1, "bigan-tar") as reader,
+            ThreadPoolExecutor(self._fetch.num_threads(self._shape[0]), "bigan-data") as decoders,
+        ):
+            try:
+                for positions in places:
+                    host = transfer.take(len(positions))
+                    future = reader.submit(self._fill, host, positions, samples, decoders)
+                    waiting.append((positions, host, future))
+                    if len(waiting) >= self._fetch.prefetch:
+                        positions, host, future = waiting.popleft()
+                        bad = future.result()
+                        if self._stop.is_set():
+                            return
+                        yield positions, host, bad
+            finally:
+                self._stop.set()
+                for _, _, future in waiting:
+                    future.cancel()
+
+    def _fill(
+        self,
+        host: HostBatch,
+        positions: np.ndarray,
+        samples: Iterator[dict[str, Any]],
+        decoders: ThreadPoolExecutor,
+    ) -> list[BadSample]:
+        pixels, labels = host.pixels.numpy(), host.labels.numpy()
+        replaced: list[BadSample] = []
+        row = 0
+        while row < len(positions) and not self._stop.is_set():
+            wanted = list(itertools.islice(samples, len(positions) - row))
+            for sample, outcome in zip(wanted, decoders.map(self._decode, wanted), strict=True):
+                if isinstance(outcome, str):
+                    url, key = sample["__url__"], sample["__key__"]
+                    bad = BadSample(int(positions[row]), url, key, outcome)
+                    if self._fetch.on_bad == "stop" or len(replaced) >= MAX_REPLACEMENTS:
+                        raise DataError(f"{bad}; data.on_bad=skip skips single ones")
+                    replaced.append(bad)
+                    continue
+                pixels[row], labels[row] = outcome
+                row += 1
+        return replaced
+
+    def _decode(self, sample: dict[str, Any]) -> tuple[Pixels, int] | str:
+        """(pixels, label), or the reason the sample is unusable."""
+        if "__damaged__" in sample:
+            return str(sample["__damaged__"])
+        image = next((sample[suffix] for suffix in IMAGES if suffix in sample), None)
+        if image is None:
+            return "has no image"
+        label = label_of(sample)
+        if label is None and self._num_classes == 1:
+            label = 0
+        if not isinstance(label, int) or not 0 <= label < self._num_classes:
+            return f"has no label below {self._num_classes}"
+        try:
+            return square(image, self._shape[0], self._shape[2], "lanczos", False), label
+        except BadImageError as error:
+            return str(error)
+
+    def _samples(self) -> Iterator[dict[str, Any]]:
+        """An endless sequence of encoded samples from a shuffle buffer over sampled shards."""
+        import webdataset
+
+        shuffle = random.Random(self._draws.bit_generator.random_raw())
+        return iter(webdataset.shuffle(SHUFFLE, initial=SHUFFLE, rng=shuffle)(self._in_shards()))
+
+    def _in_shards(self) -> Iterator[dict[str, Any]]:
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
+        empty, damaged = 0, set()
+        while not self._stop.is_set():
+            if empty >= max(MAX_EMPTY, 2 * len(self._urls)):
+                raise DataError(f"{self._urls[0]} and {empty} more shards contain no sample")
+            empty += 1
+            url = self._urls[int(self._draws.bit_generator.random_raw() % len(self._urls))]
+            try:
+                with _opened(url, self._fetch.allow_pipe) as stream:
+                    members = tar_file_expander([{"url": url, "stream": stream}])
+                    for sample in group_by_keys(members):
+                        empty = 0
+                        yield sample
+                        if self._stop.is_set():
+                            return
+            except Exception as error:  # tarfile and gopen raise many kinds
+                reason = f"the tar cannot be read to its end ({type(error).__name__})"
+                if self._fetch.on_bad == "stop":
+                    raise DataError(f"{url}: {reason}; data.on_bad=skip uses the rest") from None
+                if url not in damaged:  # report once; the samples before the damage are used
+                    damaged.add(url)
+                    yield {"__url__": url, "__key__": "(the tar)", "__damaged__": reason}
+
+
+def label_of(sample: dict[str, Any]) -> int | None:
+    """The integer in a sample's `.cls`, or under one of `JSON_LABELS` in its `.json`."""
+    try:
+        if "cls" in sample:
+            return int(sample["cls"])
+        found = json.loads(sample.get("json", b"{}"))
+        return next((int(found[name]) for name in JSON_LABELS if name in found), None)
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
+def _opened(url: str, allow_pipe: bool) -> Any:
+    return remote.open_url(url, allow_pipe) if remote.is_remote(url) else Path(url).open("rb")

@@ -1,0 +1,166 @@
+"""The order of samples: exact for every world size, the same on every platform."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from bigan.data.streaming.order import (
+    ORDER_VERSION,
+    Order,
+    grouped,
+    permutation,
+    rank_positions,
+    rank_range,
+)
+from bigan.distributed.world import World
+
+UNEVEN = [7, 1, 13, 5, 0, 9, 2, 11]  # 48 samples
+GOLDEN = {
+    0: [6, 5, 7, 3, 4, 1, 2, 0, 4, 1, 3, 2, 0, 5, 6, 7, 4, 3, 7, 5],
+    1: [7, 5, 0, 1, 2, 6, 4, 3, 4, 6, 5, 3, 7, 1, 0, 2, 6, 7, 0, 2],
+    7: [7, 2, 1, 6, 0, 5, 3, 4, 5, 7, 6, 4, 3, 1, 2, 0, 5, 1, 6, 7],
+}
+
+
+def test_golden_order() -> None:
+    """Changing the order breaks every running job: raise ORDER_VERSION and these together."""
+    assert ORDER_VERSION == 1
+    found = {seed: Order([3, 2, 3], seed, block=4).samples(0, 20).tolist() for seed in (0, 1, 7)}
+    assert found == GOLDEN
+
+
+def test_golden_permutation() -> None:
+    assert permutation(10, 3, "stream", 5).tolist() == [0, 3, 9, 8, 1, 2, 4, 6, 7, 5]
+
+
+@pytest.mark.parametrize("block", [1, 10, 24, 10_000])
+@pytest.mark.parametrize("sizes", [UNEVEN, [1], [100], [4] * 12])
+def test_every_epoch_is_a_permutation(sizes: list[int], block: int) -> None:
+    num = sum(sizes)
+    epochs = Order(sizes, 3, block).samples(0, 5 * num).reshape(5, num)
+    assert (np.sort(epochs, axis=1) == np.arange(num)).all()
+    if num > 40:
+        assert len({tuple(epoch) for epoch in epochs.tolist()}) == 5
+
+
+def test_order_depends_on_seed_and_block() -> None:
+    orders = [Order(UNEVEN, s, b).samples(0, 48).tolist() for s, b in [(0, 9), (1, 9), (0, 48)]]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+@pytest.mark.parametrize("block", [1, 10, 48])
+def test_order_is_the_same_read_in_any_pieces(block: int) -> None:
+    whole = Order(UNEVEN, 0, block).samples(0, 200)
+    pieces = Order(UNEVEN, 0, block)
+    random = np.random.default_rng(0)
+    for _ in range(200):  # forwards, backwards, across blocks and epochs
+        start, stop = sorted(random.integers(0, 201, 2))
+        assert np.array_equal(pieces.samples(start, stop), whole[start:stop])
+
+
+def test_blocks_are_local_and_shuffled_inside() -> None:
+    """A block of 10 shards reads 10 shards only; inside it samples are not in shard order."""
+    samples = Order([10] * 100, 0, block=100).samples(0, 1000).reshape(10, 100)
+    assert all(len(set(block // 10)) == 10 for block in samples)
+    assert all(len(set(block[:10] // 10)) > 3 for block in samples)
+    full = Order([10] * 100, 0, block=1000).samples(0, 100)
+    assert len(set((full // 10).tolist())) > 40
+
+
+def test_far_seek_needs_one_block() -> None:
+    order = Order([1000] * 1281, 0, block=65_536)
+    position = 10**12 + 12_345
+    there = order.samples(position, position + 10)
+    came_from_before = Order([1000] * 1281, 0, block=65_536).samples(
+        position - 70_000, position + 10
+    )
+    assert np.array_equal(there, came_from_before[-10:])
+    assert order._block is not None
+    assert len(order._block[2]) <= 67_000
+
+
+@pytest.mark.parametrize("size", range(1, 65))
+def test_ranks_cover_every_epoch_once_in_one_order(size: int) -> None:
+    """All positions of a step are read, each by one rank; joined they are in global order."""
+    accumulation, each = 2, 3
+    batch = size * accumulation * each
+    order = Order(UNEVEN, 5, 20)
+    seen: list[int] = []
+    images_seen = 0
+    while images_seen < 2 * 48 + batch:
+        ranks = [
+            rank_positions(images_seen, batch, accumulation, World(r, size)) for r in range(size)
+        ]
+        for micro in range(accumulation):
+            joined = np.concatenate([rank[micro] for rank in ranks])
+            assert all(len(rank[micro]) == each for rank in ranks)
+            seen += order.at(joined).tolist()
+        images_seen += batch
+    reference = Order(UNEVEN, 5, 20).samples(0, len(seen)).tolist()
+    assert seen == reference
+    assert sorted(seen[:48]) == sorted(seen[48:96]) == list(range(48))
+
+
+def test_joined_micro_batches_do_not_depend_on_the_world() -> None:
+    def joined(size: int) -> list[list[int]]:
+        ranks = [rank_positions(96, 48, 2, World(r, size)) for r in range(size)]
+        return [np.concatenate([rank[m] for rank in ranks]).tolist() for m in range(2)]
+
+    worlds = [size for size in range(1, 65) if 24 % size == 0]
+    assert all(joined(size) == joined(1) for size in worlds)
+    assert joined(1) == [list(range(96, 120)), list(range(120, 144))]
+
+
+def test_elastic_resume_loses_and_repeats_nothing() -> None:
+    """A run that changes its world size at every step reads what one process reads."""
+    order = Order(UNEVEN, 1, 16)
+    seen: list[int] = []
+    images_seen = 0
+    for size in [*range(1, 65), 7, 3, 1]:
+        batch = 2 * size
+        ranks = [rank_positions(images_seen, batch, 1, World(r, size)) for r in range(size)]
+        seen += [int(i) for rank in ranks for i in order.at(rank[0])]
+        images_seen += batch
+    assert seen == Order(UNEVEN, 1, 16).samples(0, images_seen).tolist()
+    assert all(
+        sorted(seen[e * 48 : e * 48 + 48]) == list(range(48)) for e in range(images_seen // 48)
+    )
+
+
+def test_uneven_batches_are_refused() -> None:
+    with pytest.raises(ValueError, match="evenly"):
+        rank_positions(0, 10, 3, World())
+    with pytest.raises(ValueError, match="evenly"):
+        rank_positions(0, 10, 1, World(0, 4))
+    with pytest.raises(ValueError, match="at least one sample"):
+        Order([0, 0], 0, 10)
+
+
+@pytest.mark.parametrize("num", [0, 1, 5, 48, 500])
+def test_rank_ranges_are_one_pass_in_order(num: int) -> None:
+    for size in range(1, 65):
+        parts = [rank_range(num, World(r, size)) for r in range(size)]
+        assert [i for part in parts for i in part] == list(range(num))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_block_ends_come_after_the_start() -> None:
+    order = Order(UNEVEN, 0, 10)
+    ends = list(itertools.islice(order.block_ends(0), 20))
+    assert 48 in ends
+    assert ends == sorted(set(ends))
+    for number, end in enumerate(ends[:10]):  # from an end on, and from just before it
+        assert list(itertools.islice(order.block_ends(end), 5)) == ends[number + 1 : number + 6]
+        assert next(order.block_ends(end - 1)) == end
+
+
+def test_groups_lose_no_part() -> None:
+    numbers = np.arange(10)
+    parts = [(numbers[:4], numbers[:4]), (numbers[4:], numbers[4:])]
+    groups = grouped(parts, iter([4, 6, 100]))
+    assert [positions.tolist() for positions, _ in groups] == [
+        [0, 1, 2, 3], [4, 5], [6, 7, 8, 9],
+    ]  # fmt: skip
