@@ -20,7 +20,7 @@ from bigan import atomic_files
 from bigan.reporting.metrics_log import read_metrics, series
 
 # Okabe & Ito's palette: told apart by colour-blind readers, and in grey. One colour, one meaning.
-_BLUE, _VERMILLION, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA4499"
+_BLUE, _VERMILION, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA4499"
 _SPARE = ("#E69F00", "#56B4E9", _PURPLE, "#000000")
 
 
@@ -45,7 +45,7 @@ _TRAIN_PANELS = (
     _Panel("Throughput (images/s)", r"train/images_per_second\w*"),
 )
 _MOST_NAMED = 8  # curves in one legend; of more only the highest is named, at its end
-_COLORS = {"d": _BLUE, "g": _VERMILLION, "real": _GREEN, "fake": _PURPLE}
+_COLORS = {"d": _BLUE, "g": _VERMILION, "real": _GREEN, "fake": _PURPLE}
 _NAMES = {"d": "discriminator", "g": "generator"}
 _METRICS = {
     "fd": "Frechet distance", "cs": "Classifier score", "fid": "FID", "is": "Inception score",

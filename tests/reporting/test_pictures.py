@@ -191,7 +191,7 @@ def test_counts_are_short(num: int, text: str) -> None:
 
 # --- curves -----------------------------------------------------------------------------------
 
-BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA4499"
+BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA4499"
 
 
 def write_run(run_dir: Path, **values: float) -> None:
@@ -210,7 +210,7 @@ def test_losses_and_logits_have_their_colours(tmp_path: Path) -> None:
     write_run(tmp_path, train__loss_d=1.0, train__loss_g=0.5)
     out = image_grids.curves(tmp_path, tmp_path / "figures" / "curves.png")
     assert holds(out, BLUE)
-    assert holds(out, VERMILLION)
+    assert holds(out, VERMILION)
     assert not holds(out, GREEN)
     write_run(tmp_path, train__logits_real=1.0, train__logits_fake=-1.0)
     image_grids.curves(tmp_path, out)
