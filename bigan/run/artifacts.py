@@ -12,7 +12,7 @@ from bigan import checkpoint
 from bigan.checkpoint import Saver, snapshots
 from bigan.distributed.world import on_main, once
 from bigan.errors import RunError
-from bigan.reporting import image_grids
+from bigan.reporting import image_grids, plots
 from bigan.reporting.tracker import Tracker
 from bigan.run import folder
 from bigan.run.state import GRID_COLUMNS, Training
@@ -48,7 +48,7 @@ class Outputs:
             checkpoint.require_finite(seen, {"ema": training.average})
             self._picture()
             snapshots.write(run_dir, seen, training.average, training.config)
-            image_grids.curves(run_dir, run_dir / "curves.png")
+            plots.curves(run_dir, run_dir / "curves.png")
 
         self._attempt(f"snapshot {seen}", write)
 
