@@ -1,8 +1,8 @@
 """Strict YAML plus `a.b=value` overrides into frozen pydantic models.
 
-Every problem is a `ConfigError` of one line: file (or command line), key path, offending value,
-what was expected or the nearest valid key. This file knows no particular setting; `recipe.py`
-composes them.
+Every problem is a `ConfigError` of one line: file (or command line), key path, value, and what is
+expected or the nearest valid key. The settings themselves are declared in `run_config.py` and in
+the packages that use them.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class ConfigError(UserError):
-    """A configuration that cannot be used, in one line."""
+    """A config that cannot be used; the message is one line."""
 
     everywhere = True
 
 
 class Frozen(BaseModel):
-    """Base of every section: immutable, no unknown keys, no silent conversion of types."""
+    """Base of every config section: immutable, no unknown keys, no implicit type conversion."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False
@@ -46,7 +46,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-4` as a number (YAML 1.2) and refuses a repeated key."""
+    """SafeLoader that reads `1e-4` as a number (YAML 1.2) and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -64,7 +64,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 makes a date of 2020-01-01; here it stays text, which JSON and every setting can hold.
+# YAML 1.1 parses 2020-01-01 as a date; here it stays a string, which JSON can represent.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -77,7 +77,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text; `where` names it in the error message."""
+    """The value of a YAML text; `where` is its name in error messages."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -118,14 +118,14 @@ def load(
 
 
 def validate(schema: type[M], data: dict[str, Any], where: str, touched: Iterable[str] = ()) -> M:
-    """Validate plain data; `touched` are the key paths that came from the command line."""
+    """Validate plain data; `touched` are the key paths set on the command line."""
     try:
-        # JSON mode is the strict mode that still takes a list for a tuple and a str for a Path.
+        # In JSON mode, strict validation accepts a list for a tuple and a str for a Path.
         return schema.model_validate_json(json.dumps(data))
     except (TypeError, ValueError) as error:
         if not isinstance(error, ValidationError):
             raise ConfigError(f"{where}: a value is not a plain number, text or list") from None
-        # An unknown key explains the missing one beside it.
+        # Unknown keys first: a misspelled key is the cause of a missing one.
         details = sorted(error.errors(), key=lambda d: d["type"] != "extra_forbidden")
         line = _explain(schema, data, details[0], where, list(touched))
         rest = f" (and {len(details) - 1} more problem(s))" if len(details) > 1 else ""
@@ -133,7 +133,7 @@ def validate(schema: type[M], data: dict[str, Any], where: str, touched: Iterabl
 
 
 def dump(config: BaseModel) -> str:
-    """The YAML text of a config; `load` of it gives an equal config."""
+    """The YAML text of a config; the inverse of `load`."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -174,7 +174,7 @@ def _apply_override(data: dict[str, Any], override: str) -> str:
             child = node[part] = {}
         if not isinstance(child, dict):
             above = ".".join(parents[: depth + 1])
-            raise ConfigError(f"command line: {override}: {above} is a value, it holds no keys")
+            raise ConfigError(f"command line: {override}: {above} is a value, not a section")
         node = child
     node[leaf] = parse_yaml(text, f"command line: {override}")
     return key
@@ -221,7 +221,7 @@ def _explain(
 
 
 def _without_tags(data: Any, loc: Sequence[int | str]) -> list[int | str]:
-    """pydantic puts a union's tag ("biggan") and "constrained" markers into `loc`: drop them."""
+    """`loc` without the union tags ("biggan") and constraint markers that pydantic inserts."""
     kept: list[int | str] = []
     node: Any = data
     for position, part in enumerate(loc):
@@ -237,7 +237,7 @@ def _without_tags(data: Any, loc: Sequence[int | str]) -> list[int | str]:
         elif not last:
             continue
         elif isinstance(part, str) and kept and not isinstance(node, dict | list):
-            continue  # a union's member name after a scalar
+            continue  # the name of a union member after a scalar
         kept.append(part)
     return kept
 
@@ -252,7 +252,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every key path a schema knows, those of all members of a union included."""
+    """Every key path of a schema, including those of all union members."""
     paths: list[str] = []
     for name, info in schema.model_fields.items():
         paths.append(prefix + name)
@@ -271,7 +271,7 @@ def _nearest_key(key: str, candidates: list[str]) -> str:
     elsewhere = elsewhere or difflib.get_close_matches(key, candidates, n=1, cutoff=0.6)
     if elsewhere:
         return f"; did you mean {elsewhere[0]!r}?"
-    return f"; known here: {', '.join(sorted(siblings))}" if siblings else ""
+    return f"; valid keys: {', '.join(sorted(siblings))}" if siblings else ""
 
 
 def _nearest_file(path: Path) -> str:

@@ -1,29 +1,32 @@
-"""The one kind of error a user is meant to read.
+"""Exceptions with messages for users.
 
-Anything the user can put right (a config key, a shard folder, an image, a checkpoint, the launch
-environment) is a `UserError`: one line that says where, what is wrong and what to do. The command
-line prints it without a traceback and exits with code 2; everything else is a bug of ours.
+Anything that the user can correct (a config key, a shard folder, an image, a checkpoint, the launch
+environment) is a `UserError`: one line with where, what is wrong and what to do. The command line
+prints it without a traceback and exits with code 2. Any other exception is a bug.
 """
 
 
 class UserError(Exception):
-    """Bad input, described in one line: where it is, what is wrong, what to do about it.
+    """Invalid input; the message is one line: where it is, what is wrong, what to do.
 
-    `everywhere`: every process of a launch finds the same, so that one of them says it.
+    `everywhere`: every rank raises the same error, so that rank 0 alone prints it.
     """
 
     everywhere = False
 
 
 class LaunchError(UserError):
-    """Processes that were started in a way that cannot work."""
+    """A launch that cannot work, or ranks that differ."""
 
     everywhere = True
 
 
 class PeerError(RuntimeError):
-    """A bug that one process ran into, told to all of them."""
+    """An unexpected error of one rank, raised on all ranks."""
 
 
 class RunError(Exception):
-    """A run that had to stop (a non-finite loss, say), its last checkpoint intact. Exit code 1."""
+    """A run that had to stop, for example after a non-finite loss. Exit code 1.
+
+    The last checkpoint is intact.
+    """

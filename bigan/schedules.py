@@ -1,4 +1,4 @@
-"""What changes over a run, as pure functions of `images_seen`."""
+"""Schedules as pure functions of `images_seen`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import math
 
 
 def due(before: int, after: int, every: int) -> bool:
-    """Whether going from `before` to `after` images crosses a multiple of `every`."""
+    """Whether a multiple of `every` is in (before, after]; all in images."""
     return after // every > before // every
 
 
 def warmup(images_seen: int, step_images: int, warmup_images: int) -> float:
-    """Share of the learning rate in force at the step that begins at `images_seen`, in (0, 1].
+    """Factor of the learning rate in (0, 1] at the step that begins at `images_seen`.
 
-    Adam's first steps divide by a second moment known from few gradients: every update is about
-    the learning rate in size whatever the gradient's, so that rounding errors decide the sign of
-    many (Liu et al. 2020, arXiv:1908.03265). Linear growth over the first images avoids that.
+    Grows linearly over the first `warmup_images`. Adam's first steps divide by a second moment
+    estimated from few gradients: the size of every update is about the learning rate, and rounding
+    errors determine the sign of many (Liu et al. 2020, arXiv:1908.03265).
     """
     if warmup_images <= 0:
         return 1.0
@@ -23,14 +23,15 @@ def warmup(images_seen: int, step_images: int, warmup_images: int) -> float:
 
 
 def annealed(images_seen: int, start: float, end: float | None, anneal_images: int | None) -> float:
-    """From `start` to `end` along half a cosine over the first `anneal_images`, then `end`.
+    """From `start` to `end` along half a cosine over `anneal_images`, then constant at `end`.
 
-    Without an `end` it stays at `start`. R3GAN's schedule of nearly everything (Huang et al. 2024).
+    Constant at `start` if `end` is None. The schedule of R3GAN's learning rates, penalty weights,
+    EMA half-life and augmentation strength (Huang et al. 2024, arXiv:2501.05441).
     """
     if end is None or anneal_images is None:
         return start
-    share = 0.5 * (1 - math.cos(math.pi * min(1.0, images_seen / anneal_images)))
-    return start + (end - start) * share
+    fraction = 0.5 * (1 - math.cos(math.pi * min(1.0, images_seen / anneal_images)))
+    return start + (end - start) * fraction
 
 
 def ema_decay(
@@ -41,12 +42,12 @@ def ema_decay(
     start_images: int,
     born: int = 0,
 ) -> float:
-    """How much of the old average is kept over a step of `step_images` images.
+    """Decay of the exponential moving average over a step of `step_images` images.
 
-    The half-life is given in images, so it means the same at any batch size:
-    decay = 0.5 ** (step_images / halflife). With `rampup` the half-life is at most
-    rampup * (images_seen - born), which lets a young average follow (Karras et al. 2020); before
-    `start_images` the average is a plain copy (BigGAN, Brock et al. 2019, appendix C).
+    decay = 0.5 ** (step_images / halflife): a half-life in images is independent of the batch size.
+    With `rampup` the half-life is at most rampup * (images_seen - born), where `born` is the
+    images_seen at which the newest layers began to train (Karras et al. 2020, arXiv:1912.04958).
+    Before `start_images` the decay is 0: the average is a copy (Brock et al. 2019, appendix C).
     """
     if images_seen < start_images:
         return 0.0

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The demo: training and its evaluator side by side, as they would run on a cluster.
-# A second call goes on where a first one was stopped, or shows the result again.
+# The demo: training and evaluation in parallel, as on a cluster.
+# A second call resumes a stopped run, or prints the result of a finished one.
 set -euo pipefail
 run=runs/digits
 
 bigan pack digits data/digits
-echo "training ${run} with the evaluator beside it; the pictures appear in ${run}/samples"
+echo "training and evaluating ${run}; sample grids are written to ${run}/samples"
 
-# Networks this small make use of two threads, not of more; the evaluator takes what is left over.
+# Networks of this size scale to two threads; the evaluator has a low priority.
 OMP_NUM_THREADS=1 nice -n 10 bigan evaluate "$run" --watch &
 evaluator=$!
 trap 'kill "$evaluator" 2>/dev/null || true' EXIT

@@ -1,32 +1,30 @@
-"""Checkpoints: the complete state of a run at a step boundary, whole or absent.
+"""Checkpoints: the complete state of a run at a step boundary, written atomically.
 
-    <run_dir>/checkpoints/<images_seen>/part-00000-of-00002.safetensors   one of each process
+    <run_dir>/checkpoints/<images_seen>/part-00000-of-00002.safetensors   one file per rank
                                         part-00001-of-00002.safetensors
                                         progress.json    format, counters, size and CRC-32 of parts
                                         COMPLETE         written last
 
 Random draws and the data order are functions of `images_seen`, so there is no generator or loader
-state to keep.
+state to save.
 
-Every engine writes this one format (2) and reads what any other wrote, on any number of processes.
-Whole tensors (one process, DDP), dim-0 chunks (FSDP2) and flat partitions (ZeRO) are all ranges of
-the flattened, row-major tensor, and a part holds just those (`Piece`):
+Every engine writes this one format and reads what any other engine wrote, at any world size.
+Unsharded tensors (one process, DDP), dim-0 chunks (FSDP2) and flat partitions (ZeRO) are all ranges
+of the flattened, row-major tensor, and a part contains such ranges (`Piece`):
 
-- a whole tensor under its name and in its shape ("networks/g.linear.weight",
-  "optimizers/g.linear.weight.exp_avg");
-- the range that begins at element `start` as a 1-D tensor named "<name>@<start>", the whole shape
-  being in the part's metadata: {"ranges": '{"<name>@<start>": [64, 3, 3, 3], ...}'}.
+- an unsharded tensor under its name and in its shape ("networks/generator.linear.weight",
+  "optimizers/generator.linear.weight.exp_avg");
+- the range that begins at element `start` as a 1-D tensor named "<name>@<start>"; the unsharded
+  shape is in the part's metadata: {"ranges": '{"<name>@<start>": [64, 3, 3, 3], ...}'}.
 
-A reader looks at the headers, checks that the pieces cover every tensor exactly, and reads any
-range of any tensor. torch.distributed.checkpoint can do that too, but its metadata file is a
-pickle: nothing in our checkpoints can run code when it is loaded, whoever wrote them.
-
-Format 1 (networks.safetensors, optimizers.safetensors, no checksums) is still read.
+A reader reads the headers, checks that the shards cover every tensor exactly once, and reads any
+range of any tensor. torch.distributed.checkpoint is not used: its safetensors writer stores n-d
+boxes, not ranges of flattened tensors, and no checksums (docs/decisions.md).
 
     progress.py   counters and progress.json        retention.py  which checkpoints are kept
-    pieces.py     what a process holds              part.py       one process's file
-    folder.py     a draft becomes a checkpoint      reader.py     any range of any tensor
-    saver.py      saving while training goes on     fit.py        is it of this model?
+    pieces.py     what a rank holds                 part.py       the file of one rank
+    folder.py     staging folder to checkpoint      reader.py     any range of any tensor
+    saver.py      asynchronous saving               fit.py        does it fit this model?
 """
 
 from bigan.checkpoint.fit import check_fit, load, optimizer_shapes

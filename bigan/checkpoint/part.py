@@ -1,8 +1,9 @@
-"""One process's file of a checkpoint, written from a copy of its pieces in host memory.
+"""The file of one rank in a checkpoint, written from a copy of its shards in host memory.
 
-The file is a safetensors file, written here from one block of memory: the copy is the file's
-content already, its CRC-32 is made on the way (several GB/s, more than a disk takes), a full disk
-is an OSError with its number, and the interpreter is free for the training thread meanwhile.
+The file is a safetensors file, written from one block of memory instead of by the safetensors
+package: the block is the content of the file, its CRC-32 is computed while it is written (several
+GB/s, more than a disk), a full disk is an OSError with its errno, and `write` releases the GIL, so
+that the training thread continues.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from bigan import atomic_files
 from bigan.checkpoint.pieces import Piece
-from bigan.checkpoint.progress import PartSum
+from bigan.checkpoint.progress import PartChecksum
 
 CHUNK_BYTES = 16 * 2**20
 DTYPES = {
@@ -35,12 +36,12 @@ DTYPES = {
 
 
 def part_name(index: int, num_parts: int) -> str:
-    """File name of the part of process `index`."""
+    """File name of the part of rank `index`."""
     return f"part-{index:05}-of-{num_parts:05}.safetensors"
 
 
-class Staging:
-    """Host memory that holds one part; kept from save to save."""
+class HostBuffer:
+    """Host memory for one part, reused by every save; pinned if a shard is on a GPU."""
 
     def __init__(self) -> None:
         self._block = torch.empty(0, dtype=torch.uint8)
@@ -50,18 +51,18 @@ class Staging:
 
     @torch.no_grad()
     def fill(self, pieces: Sequence[Piece]) -> None:
-        """Copy the pieces as they are now; on CUDA the copies are queued, not waited for.
+        """Copy the shards. On CUDA the copies are enqueued on the current stream, not awaited.
 
-        Whatever the current stream is given afterwards (the next step) runs after the copies.
-        Raises ValueError if two pieces have the same key.
+        Work enqueued later on that stream (the next step) runs after the copies. Raises ValueError
+        if two shards have the same key.
         """
-        # Wide numbers first: every tensor then begins at a multiple of its element's size.
+        # Wide types first: every tensor then begins at a multiple of its element size.
         pieces = sorted(pieces, key=lambda p: (-p.data.element_size(), p.name, p.start))
         self._header = _header(pieces)
         self._num_bytes = sum(piece.num_bytes for piece in pieces)
         gpu = next((piece.data.device for piece in pieces if piece.data.is_cuda), None)
         if self._block.numel() < self._num_bytes:
-            self._block = torch.empty(0, dtype=torch.uint8)  # give back before taking more
+            self._block = torch.empty(0, dtype=torch.uint8)  # free it before allocating more
             self._block = torch.empty(
                 self._num_bytes, dtype=torch.uint8, pin_memory=gpu is not None
             )
@@ -75,10 +76,10 @@ class Staging:
             self._copied = torch.cuda.Event(blocking=True)
             self._copied.record(torch.cuda.current_stream(gpu))
 
-    def write(self, path: Path) -> PartSum:
-        """Write the part, safely on disk when this returns; may run in any thread.
+    def write(self, path: Path) -> PartChecksum:
+        """Write and sync the part; may run in any thread.
 
-        Raises OSError; what is left then goes with the folder, a draft.
+        Raises OSError; the incomplete file is deleted together with the staging folder.
         """
         if self._copied is not None:
             self._copied.synchronize()
@@ -94,28 +95,28 @@ class Staging:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        return PartSum(len(self._header) + self._num_bytes, crc32)
+        return PartChecksum(len(self._header) + self._num_bytes, crc32)
 
 
-def file_sum(path: Path) -> PartSum:
+def file_checksum(path: Path) -> PartChecksum:
     """Size and CRC-32 of a file; raises OSError."""
     num_bytes = crc32 = 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             num_bytes += len(chunk)
             crc32 = zlib.crc32(chunk, crc32)
-    return PartSum(num_bytes, crc32)
+    return PartChecksum(num_bytes, crc32)
 
 
 def _header(pieces: Sequence[Piece]) -> bytes:
-    """What comes before the numbers in a safetensors file: a length, and JSON of that length."""
+    """The header of a safetensors file: uint64 length, then JSON of that length."""
     ranges: dict[str, list[int]] = {}
     tensors: dict[str, object] = {}
     at = 0
     for piece in pieces:
         key = piece.name if piece.is_whole else f"{piece.name}@{piece.start}"
         if key in tensors:
-            raise ValueError(f"{key} is there twice")
+            raise ValueError(f"duplicate key {key}")
         if not piece.is_whole:
             ranges[key] = list(piece.shape)
         tensors[key] = {

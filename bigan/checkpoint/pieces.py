@@ -1,4 +1,4 @@
-"""What one process holds of a tensor: all of it, or a contiguous range of its elements."""
+"""Shards of tensors: an unsharded tensor, or a contiguous range of its elements."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from bigan.errors import RunError
 class Piece:
     """Elements [start, start + data.numel()) of a flattened (row-major) tensor.
 
-    `data` is the whole tensor, in `shape` and any memory format, or a 1-D range; on any device.
-    `replicated`: every process has the same piece, and one of them writes it.
+    `data` is the unsharded tensor in `shape` and any memory format, or a 1-D range, on any device.
+    `replicated`: every rank has the same shard, and one rank writes it. Raises ValueError if `data`
+    is not a range of a tensor of `shape`.
     """
 
-    name: str  # "networks/g.linear.weight", "optimizers/g.linear.weight.exp_avg"
-    shape: tuple[int, ...]  # of the whole tensor
+    name: str  # "networks/generator.linear.weight"
+    shape: tuple[int, ...]  # of the unsharded tensor
     start: int
     data: Tensor
     replicated: bool
@@ -35,12 +36,12 @@ class Piece:
         if self.data.dim() != 1 or self.start < 0 or stop > math.prod(self.shape):
             raise ValueError(
                 f"{self.name}: data of shape {tuple(self.data.shape)} at element {self.start} is "
-                f"no range of a tensor of shape {self.shape}"
+                f"not a range of a tensor of shape {self.shape}"
             )
 
     @property
     def is_whole(self) -> bool:
-        """Whether `data` is the tensor itself."""
+        """Whether `data` is the unsharded tensor."""
         return self.start == 0 and tuple(self.data.shape) == tuple(self.shape)
 
     @property
@@ -50,11 +51,11 @@ class Piece:
 
 
 def share(pieces: Iterable[Piece], world: World) -> list[Piece]:
-    """The pieces that this process writes.
+    """The shards that this rank writes.
 
-    Those that every process holds are dealt out by size, the largest first, each to the process
-    with the least so far: a function of names, sizes and `world.size`, the same on all of them.
-    Empty ranges (FSDP2 has them where there are fewer rows than processes) are left out.
+    Replicated shards are assigned by size, the largest first, each to the rank with the fewest
+    bytes so far: a function of names, sizes and `world.size`, hence equal on all ranks. Empty
+    ranges (FSDP2 has them for tensors with fewer rows than ranks) are left out.
     """
     pieces = list(pieces)
     mine = [p for p in pieces if not p.replicated and (p.is_whole or p.data.numel())]
@@ -69,7 +70,7 @@ def share(pieces: Iterable[Piece], world: World) -> list[Piece]:
 
 
 def require_finite(images_seen: int, networks: Mapping[str, nn.Module]) -> None:
-    """Raise `RunError` if a network holds a number that is not finite: it must not be saved."""
+    """Raise `RunError` if a network contains a non-finite number: it must not be saved."""
     tensors = {
         f"{name}.{key}": tensor
         for name, network in networks.items()
@@ -80,12 +81,12 @@ def require_finite(images_seen: int, networks: Mapping[str, nn.Module]) -> None:
 
 @torch.no_grad()
 def require_finite_tensors(images_seen: int, names: Sequence[str], tensors: list[Tensor]) -> None:
-    """As `require_finite`; waits for the device once, whatever the number of tensors."""
+    """As `require_finite`, with one host synchronisation for any number of tensors."""
     groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
     for name, tensor in zip(names, tensors, strict=True):
         if tensor.is_floating_point() and tensor.numel():
             groups.setdefault((tensor.device, tensor.dtype), {})[name] = tensor
-    # The extremes are not finite if one number is not, and take no memory to find.
+    # The extremes are non-finite if any number is, and `aminmax` allocates no temporary tensor.
     found = [
         torch.isfinite(torch.stack([e for t in group.values() for e in torch.aminmax(t)]))
         for group in groups.values()
@@ -93,10 +94,10 @@ def require_finite_tensors(images_seen: int, names: Sequence[str], tensors: list
     names = [name for group in groups.values() for name in group]
     device = next((flags.device for flags in found if flags.is_cuda), torch.device("cpu"))
     flags = [flags.to(device, non_blocking=True) for flags in found]
-    together = torch.cat(flags).reshape(-1, 2).all(1).tolist() if flags else []
-    for name, finite in zip(names, together, strict=True):
+    are_finite = torch.cat(flags).reshape(-1, 2).all(1).tolist() if flags else []
+    for name, finite in zip(names, are_finite, strict=True):
         if not finite:
             raise RunError(
-                f"{name} is not finite at images_seen = {images_seen}; nothing is saved of this "
-                "state, earlier checkpoints are intact; try a lower learning rate"
+                f"{name} is not finite at images_seen = {images_seen}; this state is not saved, "
+                "earlier checkpoints are intact; try a lower learning rate"
             )

@@ -1,4 +1,4 @@
-"""The counters of a run and the file that holds them: progress.json."""
+"""The counters of a run and the file that stores them: progress.json."""
 
 from __future__ import annotations
 
@@ -10,82 +10,82 @@ from pathlib import Path
 from bigan import atomic_files
 from bigan.errors import UserError
 
-FORMAT = 2
+FORMAT = 1
 
 
 @dataclass
 class Progress:
-    """The counters of a run; everything else that changes is in the networks and optimisers."""
+    """The counters of a run; all other state is in the networks and optimisers."""
 
     images_seen: int = 0
-    seconds: float = 0.0  # spent training, over all lives of the run
-    attempt: int = 1  # lives of the run: 1 + number of resumes
+    seconds: float = 0.0  # spent training, over all attempts of the run
+    attempt: int = 1  # 1 + number of resumes
     data_fingerprint: str = ""  # of the images trained on
-    bad_images: int = 0  # did not decode; the next sample took their place (data.on_bad=skip)
-    forward_images: int = 0  # over all processes, of one forward: what BatchNorm sees; 0: unknown
-    stage: int = 0  # of growth: whose networks these are
-    collapse_began: int = -1  # images_seen from which on training seems to collapse; -1: it is well
-    rollbacks: int = 0  # from a collapse to the checkpoint before it
-    lr_factor: float = 1.0  # of all learning rates, lowered at each of them
+    bad_images: int = 0  # not decodable, replaced by the next sample (data.on_bad=skip)
+    forward_images: int = 0  # of one forward over all ranks, as BatchNorm sees them; 0: unknown
+    stage: int = 0  # growth stage of the networks
+    collapse_began: int = -1  # images_seen at which a collapse was detected; -1: no collapse
+    rollbacks: int = 0  # number of rollbacks to the checkpoint before a collapse
+    lr_factor: float = 1.0  # factor of all learning rates, lowered at each rollback
 
 
 @dataclass(frozen=True)
-class PartSum:
-    """What a part file must be: its size and its CRC-32."""
+class PartChecksum:
+    """Expected size and CRC-32 of a part file."""
 
     bytes: int
     crc32: int
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be used, in one line."""
+    """A checkpoint that cannot be used; the message is one line."""
 
 
 def go_back(folder: Path) -> str:
-    """The way out of a damaged checkpoint."""
+    """Advice for the message about a damaged checkpoint."""
     return f"delete {folder} to resume from the checkpoint before it"
 
 
-def to_json(progress: Progress, parts: Sequence[PartSum]) -> str:
+def to_json(progress: Progress, parts: Sequence[PartChecksum]) -> str:
     """The content of progress.json."""
     record = {"format": FORMAT, **vars(progress), "parts": [vars(part) for part in parts]}
     return json.dumps(record, indent=2) + "\n"
 
 
 def amend(folder: Path, **changes: float) -> None:
-    """Replace counters of a complete checkpoint, all or none at once; on rank 0. Raises OSError."""
+    """Replace counters of a complete checkpoint atomically. Call on rank 0; raises OSError."""
     path = folder / "progress.json"
     record = json.loads(path.read_text()) | changes
     atomic_files.write_atomic(path, json.dumps(record, indent=2) + "\n")
 
 
 def read_progress(folder: Path) -> Progress:
-    """The counters of a checkpoint; raises `CheckpointError` if it is of another format."""
+    """The counters of a checkpoint; raises `CheckpointError` if they cannot be read."""
     return read_record(folder)[0]
 
 
-def read_record(folder: Path) -> tuple[Progress, list[PartSum] | None]:
-    """The counters, and the parts in order, or None in format 1; raises `CheckpointError`."""
+def read_record(folder: Path) -> tuple[Progress, list[PartChecksum]]:
+    """The counters, and the parts by rank; raises `CheckpointError` if they cannot be read."""
     path = folder / "progress.json"
     try:
         record = json.loads(path.read_text())
         version = record.pop("format")
-        if version in (1, FORMAT):
-            parts = [PartSum(**part) for part in record.pop("parts")] if version > 1 else None
+        if version == FORMAT:
+            parts = [PartChecksum(**part) for part in record.pop("parts")]
             progress = Progress(**record)
             if any(type(getattr(progress, k)) is not type(v) for k, v in vars(Progress()).items()):
                 raise TypeError("a counter is not a number")
-            if parts == [] or any(
-                type(value) is not int for part in parts or () for value in vars(part).values()
+            if not parts or any(
+                type(value) is not int for part in parts for value in vars(part).values()
             ):
-                raise TypeError("the list of parts is not one")
-            # The name of a draft is .<images_seen>.<attempt>.tmp.
+                raise TypeError("invalid list of parts")
+            # The name of a staging folder is .<images_seen>.<token>.tmp.
             if str(progress.images_seen) != folder.name.removeprefix(".").partition(".")[0]:
-                raise ValueError(f"it is of images_seen = {progress.images_seen}")
+                raise ValueError(f"images_seen = {progress.images_seen} is not the folder's name")
             return progress, parts
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); {go_back(folder)}") from None
     raise CheckpointError(
-        f"{path}: checkpoint format {version}, this bigan reads formats 1 to {FORMAT}; "
-        "use the bigan that wrote it"
+        f"{path}: checkpoint format {version}, this version of bigan reads format {FORMAT}; "
+        "resume with the version that wrote it"
     )

@@ -1,4 +1,4 @@
-"""Read any range of any tensor of a checkpoint, however many processes wrote it."""
+"""Read any range of any tensor of a checkpoint that was written at any world size."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ import safetensors
 import torch
 from torch import Tensor
 
-from bigan.checkpoint.part import DTYPES, file_sum, part_name
-from bigan.checkpoint.progress import CheckpointError, PartSum, go_back, read_record
+from bigan.checkpoint.part import DTYPES, file_checksum, part_name
+from bigan.checkpoint.progress import CheckpointError, go_back, read_record
 from bigan.distributed.world import World, together
 
 T = TypeVar("T")
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
-FORMAT_1 = {"networks.safetensors": "networks/", "optimizers.safetensors": "optimizers/"}
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a range of a tensor lies: the whole of `key` in the file `path`."""
+    """A range of a tensor, stored as `key` in the file `path`."""
 
     path: Path
     key: str
     stored: tuple[int, ...]  # shape in the file
     dtype: str
-    shape: tuple[int, ...]  # of the whole tensor
+    shape: tuple[int, ...]  # of the unsharded tensor
     start: int
 
     @property
@@ -40,49 +39,45 @@ class _Stored:
 
 
 class Reader:
-    """The tensors of one complete checkpoint; reads headers at first, numbers when asked.
+    """The tensors of one complete checkpoint. Reads headers when constructed, values on demand.
 
-    `verify`: compare a part with its checksum before the first number is read from it, which
-    reads the file once more (from memory, mostly) at the speed of a CRC-32, several GB/s. Many
-    processes share that work with `verify_together`.
+    `verify`: compare a part with its checksum before the first value is read from it, which reads
+    the file once more (mostly from the page cache) at the speed of a CRC-32, several GB/s. The
+    ranks of a launch share that work with `verify_together`.
 
-    Raises `CheckpointError`, in one line with the way out, if a part is missing or damaged, or if
-    the pieces are not exactly those of every tensor.
+    Raises `CheckpointError` if a part is missing or damaged, or if the shards do not cover every
+    tensor exactly once.
     """
 
     def __init__(self, folder: Path, *, verify: bool = True) -> None:
         self.folder = folder
-        self.progress, sums = read_record(folder)
-        self._sums: dict[Path, PartSum] = {}
+        self.progress, checksums = read_record(folder)
+        self._checksums = {
+            folder / part_name(i, len(checksums)): part for i, part in enumerate(checksums)
+        }
         self._handles: dict[Path, Any] = {}
-        if sums is None:
-            prefixes = {folder / name: prefix for name, prefix in FORMAT_1.items()}
-        else:
-            names = [part_name(index, len(sums)) for index in range(len(sums))]
-            prefixes = {folder / name: "" for name in names}
-            self._sums = dict(zip(prefixes, sums, strict=True))
-        self._unverified = set(self._sums) if verify else set()
+        self._unverified = set(self._checksums) if verify else set()
         self._pieces: dict[str, list[_Stored]] = {}
-        for path, prefix in prefixes.items():
+        for path in self._checksums:
             for name, piece in self._guard(path, partial(self._index, path)):
-                self._pieces.setdefault(prefix + name, []).append(piece)
+                self._pieces.setdefault(name, []).append(piece)
         for name, pieces in self._pieces.items():
             pieces.sort(key=lambda p: (p.start, p.stop))
             self._check(name, pieces)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of the whole tensor."""
+        """Name -> shape of the unsharded tensor."""
         return {name: pieces[0].shape for name, pieces in self._pieces.items()}
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor, on the CPU, in memory of its own."""
+        """An unsharded tensor on the CPU; the caller owns its memory."""
         shape = self._find(name)[0].shape
         return self.read_range(name, 0, math.prod(shape)).reshape(shape)
 
     def read_range(self, name: str, start: int, stop: int) -> Tensor:
-        """[stop - start], elements of the flattened tensor, on the CPU, in memory of its own.
+        """Elements [start, stop) of the flattened tensor, [stop - start], on the CPU.
 
-        Raises IndexError if the tensor has no such elements.
+        The caller owns the memory. Raises IndexError if the tensor has no such elements.
         """
         pieces = self._find(name)
         if not 0 <= start <= stop <= math.prod(pieces[0].shape):
@@ -97,9 +92,9 @@ class Reader:
         return out
 
     def verify_together(self, world: World) -> None:
-        """Compare all parts with their checksums, each on one of the processes; all must call it.
+        """Compare all parts with their checksums, each on one rank. A collective.
 
-        Raises `CheckpointError` on all of them if one finds damage.
+        Raises `CheckpointError` on all ranks if one of them finds a damaged part.
         """
 
         def mine() -> None:
@@ -111,13 +106,13 @@ class Reader:
 
     def _find(self, name: str) -> list[_Stored]:
         if name not in self._pieces:
-            raise CheckpointError(f"{self.folder}: has no {name}; {go_back(self.folder)}")
+            raise CheckpointError(f"{self.folder}: contains no {name}; {go_back(self.folder)}")
         return self._pieces[name]
 
     def _index(self, path: Path) -> list[tuple[str, _Stored]]:
-        expected = self._sums.get(path)
-        if expected is not None and path.stat().st_size != expected.bytes:
-            raise ValueError(f"{path.stat().st_size} bytes instead of {expected.bytes}")
+        num_bytes = path.stat().st_size
+        if num_bytes != self._checksums[path].bytes:
+            raise ValueError(f"{num_bytes} bytes instead of {self._checksums[path].bytes}")
         handle = self._handles[path] = safetensors.safe_open(path, framework="pt")
         ranges = json.loads((handle.metadata() or {}).get("ranges", "{}"))
         found = []
@@ -125,7 +120,7 @@ class Reader:
             view = handle.get_slice(key)
             stored, dtype = tuple(view.get_shape()), view.get_dtype()
             if dtype not in TORCH_DTYPES:
-                raise ValueError(f"{key} is of type {dtype}")
+                raise ValueError(f"{key} has the unsupported type {dtype}")
             if key in ranges:
                 name, _, start = key.rpartition("@")
                 shape = tuple(int(size) for size in ranges[key])
@@ -138,7 +133,7 @@ class Reader:
         first, reached = pieces[0], 0
         for piece in pieces:
             if (piece.shape, piece.dtype) != (first.shape, first.dtype):
-                raise self._misfit(f"the parts differ in the shape of {name}")
+                raise self._misfit(f"the parts differ in the shape or type of {name}")
             if piece.start != reached:
                 raise self._misfit(f"{name} has a gap or an overlap at element {reached}")
             reached = piece.stop
@@ -149,7 +144,7 @@ class Reader:
         return CheckpointError(f"{self.folder}: {what}; {go_back(self.folder)}")
 
     def _values(self, piece: _Stored, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a stored tensor; reads no more than the rows they lie in."""
+        """Elements [start, stop) of a stored tensor; reads only the rows that contain them."""
         if not piece.stored:
             return self._handles[piece.path].get_tensor(piece.key).reshape(1)
         row = math.prod(piece.stored[1:])
@@ -159,9 +154,9 @@ class Reader:
 
     def _verify(self, path: Path) -> None:
         if path in self._unverified:
-            if self._guard(path, partial(file_sum, path)) != self._sums[path]:
+            if self._guard(path, partial(file_checksum, path)) != self._checksums[path]:
                 raise CheckpointError(
-                    f"{path}: damaged (its checksum is not the one it was written with); "
+                    f"{path}: damaged (its checksum differs from the recorded one); "
                     f"{go_back(self.folder)}"
                 )
             self._unverified.discard(path)

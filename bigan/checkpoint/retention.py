@@ -1,4 +1,4 @@
-"""Which checkpoints there are, and which are kept."""
+"""Find, keep and delete checkpoints."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from bigan.run_folder import RunFolder
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint, or None; call on rank 0 and tell the others."""
+    """The newest complete checkpoint, or None. Call on rank 0 and broadcast the result."""
     found = atomic_files.numbered_folders(RunFolder(run_dir).checkpoints)
     return found[-1] if found else None
 
 
 def newest_until(run_dir: Path, images_seen: int) -> Path | None:
-    """The newest complete checkpoint of at most `images_seen`, or None; call on rank 0."""
+    """The newest complete checkpoint of at most `images_seen`, or None. Call on rank 0."""
     found = atomic_files.numbered_folders(RunFolder(run_dir).checkpoints)
     return next((f for f in reversed(found) if int(f.name) <= images_seen), None)
 
@@ -25,11 +25,11 @@ def newest_until(run_dir: Path, images_seen: int) -> Path | None:
 def kept(
     seen: Sequence[int], keep: int, milestone_images: int | None = None, trusted_until: int = 0
 ) -> set[int]:
-    """Which of the checkpoints `seen` (images, ascending) stay: the newest `keep`, and milestones.
+    """The subset of the checkpoints `seen` (images_seen, ascending) that is kept.
 
-    The milestones are the smallest ones at or beyond each multiple of `milestone_images`. And of
-    a run that is known to have been well at `trusted_until`: the newest one until there, and the
-    oldest one after it, which will take its place.
+    Kept are the newest `keep`; the milestones, which are the first at or beyond each multiple of
+    `milestone_images`; and, for a run without a collapse until `trusted_until`, the newest one
+    until there and the oldest one after it, which replaces it later.
     """
     stay = set(seen[-keep:])
     if trusted_until > 0:
@@ -45,10 +45,7 @@ def kept(
 def prune(
     run_dir: Path, keep: int, milestone_images: int | None = None, trusted_until: int = 0
 ) -> None:
-    """Delete the complete checkpoints that are not `kept`; call after a save, never before.
-
-    Raises OSError.
-    """
+    """Delete the complete checkpoints that are not `kept`. Call after a save; raises OSError."""
     folders = atomic_files.numbered_folders(RunFolder(run_dir).checkpoints)
     stay = kept([int(f.name) for f in folders], keep, milestone_images, trusted_until)
     for folder in folders:
@@ -57,7 +54,7 @@ def prune(
 
 
 def discard_after(run_dir: Path, images_seen: int) -> None:
-    """Delete every checkpoint beyond `images_seen`, the newest first; on rank 0. Raises OSError."""
+    """Delete every checkpoint beyond `images_seen`, newest first; on rank 0. Raises OSError."""
     for folder in reversed(atomic_files.numbered_folders(RunFolder(run_dir).checkpoints)):
         if int(folder.name) > images_seen:
             _delete(folder)
@@ -65,5 +62,5 @@ def discard_after(run_dir: Path, images_seen: int) -> None:
 
 def _delete(folder: Path) -> None:
     doomed = atomic_files.temporary_name(folder)
-    folder.replace(doomed)  # at once: from here on it is no checkpoint
+    folder.replace(doomed)  # atomic: a partly deleted folder is never taken for a checkpoint
     shutil.rmtree(doomed)

@@ -1,7 +1,7 @@
-"""Save while training goes on: a copy in host memory, then a thread that writes it.
+"""Asynchronous saving: the state is copied to host memory, and a thread writes the copy.
 
-Every process writes its part; the main threads meet at a tick, once all have written, and rank 0
-makes the checkpoint complete. The thread calls no collective.
+Every rank writes its part. At the first tick at which all ranks have written, rank 0 completes the
+checkpoint. The writer thread calls no collective.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from bigan.checkpoint.folder import complete, draft_folder
-from bigan.checkpoint.part import Staging, part_name
+from bigan.checkpoint.folder import complete, staging_folder
+from bigan.checkpoint.part import HostBuffer, part_name
 from bigan.checkpoint.pieces import Piece, require_finite_tensors, share
-from bigan.checkpoint.progress import PartSum, Progress
+from bigan.checkpoint.progress import PartChecksum, Progress
 from bigan.checkpoint.retention import prune
 from bigan.distributed.world import World, broadcast, gather, together
 
@@ -29,20 +29,20 @@ FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST
 
 @dataclass(frozen=True)
 class Failure:
-    """Why something was not written, and what to do about it."""
+    """Why a save failed, and what to do."""
 
     reason: str
     advice: str
 
 
 class Saver:
-    """Asynchronous checkpoints of one run; every method but `poll` is called by all ranks alike.
+    """Asynchronous checkpoints of one run. Every method except `poll` is a collective.
 
     Keeps the newest `keep` checkpoints, the first at or beyond each multiple of `milestone_images`,
-    and one from before `trusted_until` (images seen), which may be set at any time. A checkpoint
-    that cannot be written (a full disk, on any rank) costs one line on `echo`: training goes on,
-    the older ones stay, the next one is tried when it is due. `failures` counts them, and `verdict`
-    says at the end whether the run's state is on disk.
+    and one from before `trusted_until` (images_seen), which may be set at any time. If a checkpoint
+    cannot be written (a full disk on any rank), one line is passed to `echo`, training continues,
+    older checkpoints are kept and the next save is tried when it is due. `failures` counts failed
+    saves; at the end of the run `verdict` returns an error if the newest save failed.
     """
 
     def __init__(
@@ -56,25 +56,25 @@ class Saver:
     ) -> None:
         self.failures = 0
         self.trusted_until = 0
-        # A process of a former life that has not died yet must not write into this one's drafts.
+        # A process of an earlier attempt may still be running: it must not write into this folder.
         self._token = broadcast(world, secrets.token_hex(4))
         self._run_dir, self._world = run_dir, world
         self._keep, self._milestone_images = keep, milestone_images
         self._echo = echo
-        self._staging = Staging()
-        self._thread: threading.Thread | None = None  # of the save that is not completed yet
-        self._progress = Progress()  # of that save
-        self._outcome: PartSum | Failure = Failure("nothing was written", "save first")
-        self._failed: Failure | None = None  # the newest save, if it failed
+        self._buffer = HostBuffer()
+        self._thread: threading.Thread | None = None  # writes the pending save
+        self._progress = Progress()  # of the pending save
+        self._outcome: PartChecksum | Failure = Failure("nothing was written", "save first")
+        self._failed: Failure | None = None  # of the newest save
         self._checked = False
         self._pruning: threading.Thread | None = None  # on rank 0
 
     def save(self, progress: Progress, pieces: Iterable[Piece]) -> None:
-        """Copy this rank's pieces to host memory and start to write them.
+        """Copy this rank's shards to host memory and start to write them.
 
-        Returns when the copies are made (CPU) or queued before the next step (CUDA). Finishes the
-        save before it, if that is still under way. Raises `RunError`, on all ranks, if a number is
-        not finite; nothing is written then.
+        Returns when the copies are made (CPU) or enqueued before the next step (CUDA). Finishes a
+        pending save first. If a number on any rank is not finite, raises `RunError` on all ranks
+        and writes nothing.
         """
         self.finish()
 
@@ -82,21 +82,21 @@ class Saver:
             mine = share(pieces, self._world)
             names, tensors = [p.name for p in mine], [p.data for p in mine]
             require_finite_tensors(progress.images_seen, names, tensors)
-            self._staging.fill(mine)
+            self._buffer.fill(mine)
 
         together(self._world, stage)
         self._progress = replace(progress)
-        self._outcome = Failure("the writing thread did not end", "report this")
-        # A daemon: a process that has to leave does not wait for a disk that hangs.
+        self._outcome = Failure("the writer thread did not end", "report this")
+        # A daemon thread: a process that has to exit does not wait for a file system that hangs.
         self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
         self._thread.start()
 
     def poll(self) -> float:
-        """1.0 while this rank writes, else 0.0: its maximum over the ranks is for `settle`."""
+        """1.0 while this rank is writing, else 0.0; the maximum over ranks decides for `settle`."""
         return float(self._thread is not None and self._thread.is_alive())
 
     def settle(self, all_done: bool) -> None:
-        """Complete the save under way if `all_done`: no rank is writing any more (`poll`)."""
+        """Complete the pending save if `all_done`, that is if `poll` is 0.0 on all ranks."""
         if self._thread is None or not all_done:
             return
         self._thread.join()
@@ -104,66 +104,66 @@ class Saver:
         outcomes = gather(self._world, self._outcome)
         failure = next((o for o in outcomes if isinstance(o, Failure)), None)
         if failure is None:
-            parts = [o for o in outcomes if isinstance(o, PartSum)]
+            parts = [o for o in outcomes if isinstance(o, PartChecksum)]
             failure = broadcast(self._world, self._complete(parts) if self._world.is_main else None)
         self._failed = failure
         if failure is not None:
             self.failures += 1
             if self._world.is_main:
-                shutil.rmtree(self._draft, ignore_errors=True)
+                shutil.rmtree(self._staging, ignore_errors=True)
             self._say(
                 f"checkpoint of images_seen = {self._progress.images_seen} was not saved "
-                f"({failure.reason}); training goes on and older checkpoints are intact; "
-                f"{failure.advice}, the next one is tried when it is due"
+                f"({failure.reason}); training continues and older checkpoints are intact; "
+                f"{failure.advice}, the next save is tried when it is due"
             )
 
     def finish(self) -> None:
-        """Wait until the save under way is written on all ranks, complete it, and prune."""
+        """Wait until the pending save is written on all ranks, complete it, and prune."""
         self.settle(all_done=True)
         if self._pruning is not None:
             self._pruning.join()
 
     def verdict(self) -> str | None:
-        """For the end of the run, after `finish`: what to tell the user if the newest save failed.
+        """The error message if the newest save failed, else None; the same on all ranks.
 
-        The same on all ranks.
+        Call at the end of a run, after `finish`.
         """
         if self._failed is None:
             return None
         return (
             f"{self._run_dir}: the checkpoint of images_seen = {self._progress.images_seen} was "
             f"not saved ({self._failed.reason}), {self.failures} failed in all; "
-            f"{self._failed.advice}; the same command goes on from the checkpoint before it"
+            f"{self._failed.advice}; the same command resumes from the checkpoint before it"
         )
 
     @property
-    def _draft(self) -> Path:
-        return draft_folder(self._run_dir, self._progress, self._token)
+    def _staging(self) -> Path:
+        return staging_folder(self._run_dir, self._progress, self._token)
 
     def _write(self) -> None:
-        """This rank's part; in the thread."""
+        """Write this rank's part; runs in the writer thread."""
         world = self._world
 
-        def work() -> PartSum:
-            self._draft.mkdir(parents=True, exist_ok=True)
-            return self._staging.write(self._draft / part_name(world.rank, world.size))
+        def work() -> PartChecksum:
+            self._staging.mkdir(parents=True, exist_ok=True)
+            return self._buffer.write(self._staging / part_name(world.rank, world.size))
 
         self._outcome = _attempt(world.rank, work)
 
-    def _complete(self, parts: list[PartSum]) -> Failure | None:
-        """Complete the draft and start to prune; on rank 0."""
-        check = not self._checked  # once: who holds what does not change from save to save
-        done = _attempt(0, lambda: complete(self._draft, self._progress, parts, check=check))
+    def _complete(self, parts: list[PartChecksum]) -> Failure | None:
+        """Complete the staging folder and start to prune; runs on rank 0."""
+        check = not self._checked  # once per run: the sharding does not change between saves
+        done = _attempt(0, lambda: complete(self._staging, self._progress, parts, check=check))
         if isinstance(done, Failure):
             return done
         self._checked = True
-        # To delete gigabytes takes a file system as long as a step takes a GPU, or longer.
+        # Deleting gigabytes can take a file system longer than a training step.
         self._pruning = threading.Thread(target=self._prune, name="prune", daemon=True)
         self._pruning.start()
         return None
 
     def _prune(self) -> None:
-        """In a thread; it sees complete checkpoints only, never the draft of the next one."""
+        """Runs in a thread; deletes complete checkpoints only, never a staging folder."""
         pruned = _attempt(
             0,
             lambda: prune(self._run_dir, self._keep, self._milestone_images, self.trusted_until),
@@ -177,16 +177,16 @@ class Saver:
 
 
 def _attempt(rank: int, work: Callable[[], T]) -> T | Failure:
-    """What `work` returns, or why it failed: neither a thread nor a rank may die of a full disk."""
+    """The result of `work`, or the reason of its failure: a full disk must not end the run."""
     try:
         return work()
     except OSError as error:
         if error.errno in FULL:
             advice = "free some space or raise the quota"
         elif error.errno in FORBIDDEN:
-            advice = "make run_dir a folder that can be written to"
+            advice = "make run_dir a writable folder"
         else:
-            advice = "see to the file system of run_dir"
+            advice = "check the file system of run_dir"
         return Failure(f"rank {rank}: {error}", advice)
     except Exception as error:
         return Failure(f"rank {rank}: {type(error).__name__}: {error}", "report this")

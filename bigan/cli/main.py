@@ -50,7 +50,12 @@ def train_command(arguments: argparse.Namespace) -> int:
 
         bar = ProgressBar(config.train.total_images)
         try:
-            code = train(config, bar.echo, bar.tick, stop)
+            code = train(
+                config,
+                bar.echo,
+                lambda progress, report: bar.tick(progress.images_seen, report),
+                stop,
+            )
         finally:
             bar.close()
     if code == 0 and _is_rank_0():

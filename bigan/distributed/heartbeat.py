@@ -1,9 +1,10 @@
-"""Who is still there: names a lost process and ends the others, also when they hang.
+"""Detection of lost processes: a lost rank is named, and the other ranks exit even if they hang.
 
-A thread of each process counts up a value of its own (a beat) in the launch's key-value store, once
-a second. Rank 0 reads all of them, the others read rank 0's and its report: of 1,024 processes none
-but rank 0 reads more than two values. Beats are compared by whether they change, on the reader's
-clock, and what the reader itself slept counts for nobody: no clocks need to agree.
+A thread of each rank increments a counter (its heartbeat) in the key-value store of the launch once
+a second. Rank 0 reads the counters of all ranks; the other ranks read rank 0's counter and its
+report, so that at a world size of 1,024 every rank but 0 reads two values. A reader measures on its
+own clock for how long a counter has not changed, and does not count time in which it was suspended
+itself: clocks need not be synchronised.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ from bigan.distributed.world import TOLD, World, gather, together
 from bigan.errors import PeerError, RunError
 
 BEAT_SECONDS = 1.0
-SILENT_BEATS = 2.5  # after which a process is named, if there is an error to explain
-EXPLAIN_BEATS = 5  # that an explanation may take
-FAILED_BEATS = 15  # after which a process that said why it failed ends the others, if they hang
-GONE_BEATS = 5  # the same for a store that has closed its connections
+SILENT_BEATS = 2.5  # without a change, after which a rank is reported as silent
+EXPLAIN_BEATS = 5  # time limit of `explain`
+FAILED_BEATS = 15  # after a rank reported a failure: the other ranks exit, if they hang
+GONE_BEATS = 5  # after the store closed its connections: the ranks exit
 NUM_NAMED = 8
-GO_ON = "the same command goes on from the last checkpoint"
-BYE, LEFT, FAILED = "bye", "left", "failed: "  # what stands for a beat at the end
+GO_ON = "the same command resumes from the last checkpoint"
+BYE, LEFT, FAILED = "bye", "left", "failed: "  # final values of a counter
 
-# What gloo, NCCL and the store say when another process is gone: plain RuntimeErrors, mostly.
+# In messages of gloo, NCCL and the store after the loss of a peer; mostly plain RuntimeErrors.
 SIGNS = ("gloo", "nccl", "closed by peer", "reset by peer", "timed out", "timeout", "broken pipe")
 
 
 def is_communication_error(error: BaseException) -> bool:
-    """Whether `error` is what a collective raises when another process has gone."""
+    """Whether `error` is an error that a collective raises after the loss of a peer."""
     if isinstance(error, dist.DistError):
         return True
     if isinstance(error, PeerError) or not isinstance(error, RuntimeError):
@@ -51,18 +52,18 @@ def is_communication_error(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Member:
-    """One process of the run."""
+    """One process of the launch."""
 
     host: str
     pid: int
-    token: str  # rank 0's names this life of the run: a restart reads no former beats
+    token: str  # rank 0's token is the key prefix: a restart does not read old counters
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of the missing: seconds of silence, and what became of those that failed.
+    """Lost ranks: rank -> seconds without a heartbeat, and rank -> failure message.
 
-    `over`: the run is given up.
+    `over`: rank 0 has decided to end the run.
     """
 
     silent: Mapping[int, float] = field(default_factory=dict)
@@ -73,12 +74,12 @@ class Report:
         return bool(self.silent or self.failed)
 
     def dump(self) -> str:
-        """As JSON."""
+        """The report as JSON."""
         return json.dumps({"silent": self.silent, "failed": self.failed, "over": self.over})
 
     @classmethod
     def parse(cls, text: str | bytes) -> Report:
-        """The inverse of `dump`; nothing is an empty report."""
+        """The inverse of `dump`; an empty text gives an empty report."""
         if not text:
             return cls()
         found = json.loads(text)
@@ -87,7 +88,7 @@ class Report:
         return cls(**found)
 
     def merged(self, other: Report) -> Report:
-        """Both together, `other` preferred."""
+        """The union of two reports; `other` takes precedence."""
         return Report(
             {**self.silent, **other.silent},
             {**self.failed, **other.failed},
@@ -96,7 +97,7 @@ class Report:
 
 
 class Watch:
-    """The beats of some ranks as one reader sees them; time is what it is told."""
+    """The counters of some ranks as read by one reader. Elapsed time is passed in."""
 
     def __init__(self, ranks: Sequence[int], beat_seconds: float) -> None:
         self.beat_seconds = beat_seconds
@@ -104,22 +105,22 @@ class Watch:
         self.silence = dict.fromkeys(ranks, 0.0)  # seconds since the last change
 
     def note(self, values: Sequence[str], elapsed: float) -> None:
-        """One look at all values, in order of the ranks, `elapsed` seconds after the former."""
-        step = min(elapsed, 2 * self.beat_seconds)  # more, and it was the reader that was away
+        """Record the values of all ranks, in order, `elapsed` seconds after the previous call."""
+        step = min(elapsed, 2 * self.beat_seconds)  # if longer, the reader itself was suspended
         for rank, value in zip(self._values, values, strict=True):
             changed = value != self._values[rank]
             self._values[rank] = value
             self.silence[rank] = 0.0 if changed else self.silence[rank] + step
 
     def report(self) -> Report:
-        """Who has been silent for `SILENT_BEATS`, and who failed; not those that left in order."""
+        """Ranks that failed or are silent for `SILENT_BEATS`; not those that exited in order."""
         failed = {r: v for r, v in self._values.items() if v.startswith(FAILED)}
         least = SILENT_BEATS * self.beat_seconds
         silent = {r: s for r, s in self.silence.items() if s >= least and not self._ended(r)}
         return Report(silent, failed)
 
     def all_ended(self, but: Collection[int] = ()) -> bool:
-        """Whether everybody has left, the lost ones (`but`) aside."""
+        """Whether all ranks except the lost ones (`but`) have exited."""
         return all(rank in but or self._ended(rank) for rank in self._values)
 
     def _ended(self, rank: int) -> bool:
@@ -128,39 +129,38 @@ class Watch:
 
 
 def describe(report: Report, members: Sequence[Member]) -> str:
-    """`rank 3 (host n2, pid 77) has not been heard of for 60 s`, on one line; "" for nobody."""
-    groups: dict[tuple[str, str], list[int]] = {}  # a lost node is one story
+    """`rank 3 (host n2, pid 77): no heartbeat for 60 s`, on one line; "" for an empty report."""
+    groups: dict[tuple[str, str], list[int]] = {}  # one entry per host: a node is lost as a whole
     for rank, end in sorted(report.failed.items()):
         groups.setdefault((members[rank].host, end), []).append(rank)
     for rank, seconds in sorted(report.silent.items()):
-        story = f"not been heard of for {seconds:.0f} s"
-        groups.setdefault((members[rank].host, story), []).append(rank)
+        reason = f"no heartbeat for {seconds:.0f} s"
+        groups.setdefault((members[rank].host, reason), []).append(rank)
     parts = []
-    for (host, story), ranks in list(groups.items())[:NUM_NAMED]:
+    for (host, reason), ranks in list(groups.items())[:NUM_NAMED]:
         if len(ranks) == 1:
             who = f"rank {ranks[0]} (host {host}, pid {members[ranks[0]].pid})"
         else:
             more = f" and {len(ranks) - NUM_NAMED} more" if len(ranks) > NUM_NAMED else ""
             who = f"ranks {', '.join(map(str, ranks[:NUM_NAMED]))}{more} (host {host})"
-        verb = {True: "has ", False: "have "}[len(ranks) == 1] if story.startswith("not") else ""
-        parts.append(f"{who} {verb}{story}")
+        parts.append(f"{who}: {reason}")
     rest = len(groups) - NUM_NAMED
     return "; ".join(parts) + (f"; and {rest} more" if rest > 0 else "")
 
 
 def speakers(report: Report, members: Sequence[Member]) -> set[int]:
-    """Who prints: rank 0, or, if it is missing, the first of the others on each host."""
-    here = [r for r in range(len(members)) if r not in report.silent and r not in report.failed]
-    if 0 in here:
+    """The ranks that print: rank 0 or, if it is lost, the lowest remaining rank of each host."""
+    alive = [r for r in range(len(members)) if r not in report.silent and r not in report.failed]
+    if 0 in alive:
         return {0}
     first: dict[str, int] = {}
-    for rank in here:
+    for rank in alive:
         first.setdefault(members[rank].host, rank)
     return set(first.values())
 
 
 def connect_to_store(timeout_seconds: float) -> dist.Store:
-    """A client of its own of the store at MASTER_ADDR:MASTER_PORT, the launcher's or rank 0's."""
+    """A new client of the store at MASTER_ADDR:MASTER_PORT, which the launcher or rank 0 hosts."""
     return dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
@@ -171,15 +171,15 @@ def connect_to_store(timeout_seconds: float) -> dist.Store:
 
 
 class Heartbeat:
-    """Watch over the processes of a run; a context manager that all ranks enter together.
+    """Monitors the ranks of a run. A context manager that all ranks enter (a collective).
 
-    A process that is silent for `lost_after_seconds` (a dead node; a process killed or stopped; a
-    busy one goes on beating, unless C code keeps the GIL for so long) is named on one line, and
-    all others leave with code 1, wherever their main threads hang. A process that leaves the
-    context by an exception leaves its reason to the others. Does nothing for a world of one.
+    If a rank sends no heartbeat for `lost_after_seconds` (its node is down, it was killed or
+    stopped), it is named on one line and all other ranks exit with code 1, wherever their main
+    threads hang. A busy rank keeps sending, unless C code holds the GIL for that long. A rank that
+    exits the context by an exception publishes the exception. Does nothing at a world size of 1.
 
-    At a regular end all ranks leave the context, and only then the process group: without a
-    launcher the store is rank 0's and ends with its group.
+    At a regular end, exit the context before destroying the process group: without a launcher rank
+    0 hosts the store, which ends with its process group.
     """
 
     def __init__(
@@ -194,16 +194,16 @@ class Heartbeat:
         self.beat_seconds = min(BEAT_SECONDS, lost_after_seconds / 10)
         self._echo = echo
         self._connect = connect
-        self._end = ""  # bye, left or failed: the main thread is leaving
-        self._said = False  # and the others can read it
-        self._over = False  # rank 0 has given the run up
-        self._gone = False  # the store does not answer any more
-        self._report = Report()  # of the last look
-        self._named = Report()  # what the explanation said
-        self._num_looks = 0
+        self._end = ""  # BYE, LEFT or FAILED: the main thread is exiting
+        self._end_published = False
+        self._over = False  # rank 0 has decided to end the run
+        self._gone = False  # the store no longer answers
+        self._report = Report()  # of the last exchange
+        self._named = Report()  # reported by `explain`
+        self._num_exchanges = 0
         self._closed = threading.Event()
         self._wake = threading.Event()
-        self._leaving = threading.Lock()  # the main thread leaves by itself, or is not asked
+        self._leaving = threading.Lock()  # either the main thread exits, or `_check` ends it
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Heartbeat:
@@ -213,14 +213,14 @@ class Heartbeat:
         store = together(self.world, lambda: self._connect(self.lost_after_seconds))
         own = Member(socket.gethostname(), os.getpid(), secrets.token_hex(8))
         keys = [str(rank) for rank in range(size)]
-        if rank == 0:  # before anybody can look, so that no look has to wait for a key
+        if rank == 0:  # before any rank can read, so that no read waits for a key
             for key in (*keys, "report"):
                 dist.PrefixStore(own.token, store).set(key, "")
         self._members = gather(self.world, own)
         self._store = dist.PrefixStore(self._members[0].token, store)
         self._keys = keys[1:] if rank == 0 else [keys[0], "report"]
         self._watch = Watch(range(1, size) if rank == 0 else [0], self.beat_seconds)
-        for work in (self._talk, self._judge):
+        for work in (self._exchange, self._check):
             thread = threading.Thread(target=work, name=f"heartbeat{work.__name__}", daemon=True)
             thread.start()
             self._threads.append(thread)
@@ -238,20 +238,20 @@ class Heartbeat:
             self._leave_as(BYE)
         else:
             self.fail(f"{type(error).__name__}: {error}")
-        self._see_off(self.lost_after_seconds if error is None else 3 * self.beat_seconds)
+        self._wait_for_end(self.lost_after_seconds if error is None else 3 * self.beat_seconds)
         self._closed.set()
         self._wake.set()
         for thread in self._threads:
-            thread.join(2 * self.beat_seconds)  # longer only if the store hangs
+            thread.join(2 * self.beat_seconds)  # reached only if the store hangs
 
     def fail(self, message: str) -> None:
-        """Leave this process's reason to the others: it ends now, for one of its own."""
+        """Publish `message` as the reason why this rank exits."""
         self._leave_as(FAILED + " ".join(message.split())[:500])
 
     def explain(self, error: BaseException) -> str:
-        """One line on why a collective raised `error`: who is missing, where, and what they said.
+        """One line on why a collective raised `error`: the lost ranks, their hosts and messages.
 
-        Called by the main thread, which then ends the process. Takes `EXPLAIN_BEATS` at most.
+        Call on the main thread, which must then exit. Waits for `EXPLAIN_BEATS` at most.
         """
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         if not self._threads:
@@ -261,14 +261,14 @@ class Heartbeat:
         while time.monotonic() < deadline and not self._known():
             time.sleep(self.beat_seconds / 10)
         known = self._named = self._known()
-        self._over = self.world.is_main  # those that still hang in the collective leave as well
+        self._over = self.world.is_main  # ranks that still hang in the collective exit as well
         self._wake.set()
         if not known:
-            return f"a collective failed, though every process answers ({first_line}); {GO_ON}"
+            return f"a collective failed, but no rank is lost ({first_line}); {GO_ON}"
         return f"{describe(known, self._members)}; {GO_ON}"
 
     def lost(self, error: BaseException) -> RunError:
-        """`explain(error)`, for every rank to raise; noted `TOLD` where another one prints it."""
+        """`explain(error)` as an error to raise, noted `TOLD` if another rank prints it."""
         problem = RunError(self.explain(error))
         if self._threads and self.world.rank not in speakers(self._known(), self._members):
             problem.add_note(TOLD)
@@ -279,26 +279,26 @@ class Heartbeat:
             self._end = self._end or end
         self._wake.set()
 
-    def _see_off(self, seconds: float) -> None:
-        """Wait until the end has been said; rank 0, whose store it may be, until everyone's has."""
+    def _wait_for_end(self, seconds: float) -> None:
+        """Wait until the end is published; on rank 0, which may host the store, on all ranks."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self._gone:
-            if self._said and (not self.world.is_main or self._watch.all_ended(self._named.silent)):
+            if self._end_published and (
+                not self.world.is_main or self._watch.all_ended(self._named.silent)
+            ):
                 return
             self._wake.set()
             time.sleep(0.05)
 
     def _known(self) -> Report:
-        """The missing, as far as this process knows."""
+        """The lost ranks known to this rank."""
         if not self._gone or 0 in self._report.failed:
             return self._report
-        what = "has lost" if self.world.is_main else "is gone, and with it"
-        return replace(
-            self._report, failed={**self._report.failed, 0: f"{what} the launch's store"}
-        )
+        failed = {**self._report.failed, 0: "the store of the launch is gone"}
+        return replace(self._report, failed=failed)
 
-    def _talk(self) -> None:
-        """Beat and look, until closed or the store is gone."""
+    def _exchange(self) -> None:
+        """Increment and read counters until closed or the store is gone; runs in a thread."""
         num_beats, before, published = 0, time.monotonic(), Report()
         try:
             while not self._closed.is_set():
@@ -307,50 +307,50 @@ class Heartbeat:
                 self._store.set(str(self.world.rank), end or str(num_beats))
                 values = [value.decode() for value in self._store.multi_get(self._keys)]
                 now = time.monotonic()
-                told = Report() if self.world.is_main else Report.parse(values.pop())
+                received = Report() if self.world.is_main else Report.parse(values.pop())
                 self._watch.note(values, now - before)
                 report = replace(self._watch.report(), over=over)
                 if self.world.is_main and report != published:
                     self._store.set("report", report.dump())
                     published = report
-                before, self._report = now, told.merged(report)
-                self._num_looks += 1
-                self._said = bool(end)
+                before, self._report = now, received.merged(report)
+                self._num_exchanges += 1
+                self._end_published = bool(end)
                 self._wake.wait(self.beat_seconds / 4 if end else self.beat_seconds)
                 self._wake.clear()
-        except Exception:  # of the store's kinds: whatever it says, there is nobody to talk to
+        except Exception:  # the store raises various types; any of them means that it is gone
             self._gone = True
 
-    def _judge(self) -> None:
-        """Give the run up; a thread apart, since `_talk` hangs with the store of a stopped rank 0.
+    def _check(self) -> None:
+        """End the process if ranks are lost, unless the main thread is already exiting.
 
-        While the main thread is leaving, it is left to it.
+        Runs in a thread of its own, because `_exchange` hangs with the store of a stopped rank 0.
         """
-        before, num_looks = time.monotonic(), 0
-        unanswered = troubled = 0.0  # seconds
+        before, num_exchanges = time.monotonic(), 0
+        unanswered = failing = 0.0  # seconds
         while not self._closed.wait(self.beat_seconds / 2):
             now = time.monotonic()
             step, before = min(now - before, 2 * self.beat_seconds), now
-            unanswered = 0.0 if self._num_looks > num_looks else unanswered + step
-            num_looks = self._num_looks
+            unanswered = 0.0 if self._num_exchanges > num_exchanges else unanswered + step
+            num_exchanges = self._num_exchanges
             known = self._known()
-            troubled = troubled + step if known.failed else 0.0
+            failing = failing + step if known.failed else 0.0
             if unanswered >= self.lost_after_seconds and not self.world.is_main:
                 known = known.merged(Report({0: unanswered}))
-            patience = self.beat_seconds * (GONE_BEATS if self._gone else FAILED_BEATS)
+            limit = self.beat_seconds * (GONE_BEATS if self._gone else FAILED_BEATS)
             if (
                 known.over
-                or troubled >= patience
+                or failing >= limit
                 or any(s >= self.lost_after_seconds for s in known.silent.values())
             ):
                 with self._leaving:
                     if not self._end:
-                        leave(1, partial(self._last_words, known))
+                        leave(1, partial(self._report_and_stop, known))
 
-    def _last_words(self, known: Report) -> None:
+    def _report_and_stop(self, known: Report) -> None:
         if self.world.rank in speakers(known, self._members):
             self._echo(f"{describe(known, self._members)}; stopping; {GO_ON}")
         if self.world.is_main and not self._gone:
             self._over = True
             self._wake.set()
-            time.sleep(3 * self.beat_seconds)  # the others read it in a store that may be ours
+            time.sleep(3 * self.beat_seconds)  # rank 0 may host the store that the others read

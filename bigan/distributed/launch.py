@@ -1,7 +1,7 @@
-"""Join the processes of a launch, and make sure that they run the same program.
+"""Connect the ranks of a launch, and check that they run the same program.
 
-Started by `accelerate launch`, `torchrun`, or `srun` with one task per GPU; what their environment
-says is read in `launch_environment.py`.
+The processes are started by `accelerate launch`, `torchrun`, or `srun` with one task per GPU;
+`launch_env.py` reads their environment variables.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ __all__ = [
     "program",
 ]
 
-# Accelerate would make plugins of its own of these: an FSDP or DeepSpeed one (which imports
-# transformers and compiles C++), autocast and torch.compile around the networks. All of it is the
-# engine's, so they leave the environment before Accelerate looks.
-TAKEN = (
+# Accelerate would create plugins from these variables: FSDP or DeepSpeed (which imports
+# transformers and compiles C++), autocast and torch.compile around the networks. The engine is
+# responsible for all of that: they are removed before the Accelerator is created.
+REMOVED_PREFIXES = (
     "ACCELERATE_CONFIG_DS_FIELDS",
     "ACCELERATE_DEEPSPEED_",
     "ACCELERATE_DYNAMO_",
@@ -52,34 +52,34 @@ TAKEN = (
     "FSDP_",
 )
 
-# Nodes may mount their disks elsewhere: the images are compared by content, not by path.
+# Nodes may use different mount points: the images are compared by content, not by path.
 MAY_DIFFER = ("run_dir", "data.path", "data.cache")
 PACKAGES = ("bigan", "torch", "accelerate", "deepspeed", "numpy")
 
 
 def connect(timeout_seconds: int) -> tuple[Accelerator, World]:
-    """Join the processes of this launch; raises `LaunchError` if they do not find each other.
+    """Connect the ranks of this launch; raises `LaunchError` if that fails.
 
-    Takes what the launcher said about the engine out of `os.environ`: copy that before, for
-    `chosen_engine` and `launch_remarks`.
+    Removes the launcher's variables about the engine from `os.environ`; copy it before the call,
+    for `chosen_engine` and `launch_remarks`.
     """
     check_launch(os.environ)
     joined = from_slurm(os.environ)
     if joined:
         _require_known(joined["MASTER_ADDR"])
-        if torch.cuda.device_count() == 1:  # srun --gpus-per-task=1 shows each task its own
+        if torch.cuda.device_count() == 1:  # srun --gpus-per-task=1: a task sees only its GPU
             joined["LOCAL_RANK"] = "0"
         os.environ.update(joined)
     if torch.cuda.is_available():
         check_devices(os.environ, torch.cuda.device_count())
-    for name in [name for name in os.environ if name.startswith(TAKEN)]:
+    for name in [name for name in os.environ if name.startswith(REMOVED_PREFIXES)]:
         del os.environ[name]
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = _joining(expected, lambda: _accelerator(timeout_seconds))
     if accelerator.num_processes != expected:
         raise LaunchError(
-            f"launch environment: {expected} processes were started but {accelerator.num_processes}"
-            " found each other; start them with `accelerate launch` or `torchrun`"
+            f"launch environment: WORLD_SIZE = {expected}, but {accelerator.num_processes} "
+            "processes are connected; start them with `accelerate launch` or `torchrun`"
         )
     world = World(
         rank=accelerator.process_index,
@@ -91,10 +91,10 @@ def connect(timeout_seconds: int) -> tuple[Accelerator, World]:
 
 
 def disconnect(world: World) -> None:
-    """Leave the process group at a regular end, together with the others.
+    """Destroy the process group at a regular end; a collective.
 
-    Not on the way out of an exception: peers may be waiting in another collective, and the process
-    that fails must say why and exit, so that the launcher ends them.
+    Do not call it while an exception propagates: other ranks may wait in another collective, and a
+    process that fails must exit, so that the launcher ends the others.
     """
     if not dist.is_initialized():
         return
@@ -104,16 +104,16 @@ def disconnect(world: World) -> None:
 
 
 def program(config: Mapping[str, Any], engine: str) -> dict[str, str]:
-    """What all ranks must have in common: versions, the engine and the resolved config's leaves."""
+    """What must be equal on all ranks: versions, the engine and the leaves of the config."""
     kept = {key: repr(value) for key, value in leaves(config) if key not in MAY_DIFFER}
     versions = {f"{name} version": _version(name) for name in PACKAGES}
     return {**versions, "the engine": engine, **kept}
 
 
 def agree_on_program(world: World, fingerprint: Mapping[str, str]) -> None:
-    """Every rank must run the same program (see `program`); a collective.
+    """Check that all ranks run the same program (see `program`); a collective.
 
-    Raises `LaunchError` on every rank, naming the first rank that differs from rank 0.
+    Raises `LaunchError` on every rank, with the first rank and key that differ from rank 0.
     """
     expected = broadcast(world, dict(fingerprint))
 
@@ -134,8 +134,8 @@ def _accelerator(timeout_seconds: int) -> Accelerator:
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",  # autocast is part of the phases, so that penalties stay float32
         kwargs_handlers=[
-            # Forward passes change no buffer, so there is none to broadcast. static_graph gives
-            # silently wrong gradients with penalties: never.
+            # Forward passes change no buffer, so none has to be broadcast. static_graph must not be
+            # set: it gives silently wrong gradients with penalties.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds)),
         ],
@@ -143,7 +143,7 @@ def _accelerator(timeout_seconds: int) -> Accelerator:
 
 
 def _joining(expected: int, join: Callable[[], Accelerator]) -> Accelerator:
-    """`join()`, the network's errors in one readable line."""
+    """`join()` with network errors converted to a `LaunchError`."""
     try:
         return join()
     except (dist.DistError, RuntimeError) as error:
@@ -152,12 +152,12 @@ def _joining(expected: int, join: Callable[[], Accelerator]) -> Accelerator:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         problem = LaunchError(
             f"launch environment: rank {os.environ.get('RANK')} of {expected} on "
-            f"{socket.gethostname()} could not join the others at {where} "
-            f"({str(error).strip().splitlines()[0][:200]}); the nodes must reach each other by the "
-            "names they have: if they have several networks, export GLOO_SOCKET_IFNAME and "
+            f"{socket.gethostname()} could not connect to the other ranks at {where} "
+            f"({str(error).strip().splitlines()[0][:200]}); the nodes must resolve and reach each "
+            "other's host names; with several networks, export GLOO_SOCKET_IFNAME and "
             "NCCL_SOCKET_IFNAME"
         )
-        problem.everywhere = False  # each process has a story of its own
+        problem.everywhere = False  # the message differs between ranks
         raise problem from error
 
 

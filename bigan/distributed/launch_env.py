@@ -1,7 +1,7 @@
-"""What a launcher's environment says, as pure functions of it.
+"""Environment variables of launchers, read by pure functions.
 
-Whether the launch can work at all, the place that `srun` gives a task, the engine that was asked
-for, and what of it is not used because the recipe decides.
+Checks whether a launch can work, derives the rank of a task started by `srun`, and returns the
+requested engine and the launcher settings that are not used because the config sets them.
 """
 
 from __future__ import annotations
@@ -19,61 +19,60 @@ REFUSED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
-PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # the recipe's name: Accelerate's
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our name: Accelerate's
 
-FIRST_PORT, NUM_PORTS = 20_000, 12_000  # below 32768, where Linux hands out ports of its own
+FIRST_PORT, NUM_PORTS = 20_000, 12_000  # below 32768, the first ephemeral port of Linux
 
 
 def check_launch(environment: Mapping[str, str]) -> None:
-    """Refuse launches that would train several strangers, or one process instead of several.
+    """Refuse launches that would train several unconnected runs, or one rank instead of several.
 
-    Raises `LaunchError`. `accelerate launch --cpu --num_processes 2` sets MASTER_ADDR, starts one
-    process and says nothing; under `srun` with several tasks it starts as many strangers.
+    Raises `LaunchError`. `accelerate launch --cpu --num_processes 2` sets MASTER_ADDR and starts
+    one process without a warning; `srun` with several such tasks starts unconnected processes.
     """
     for name, what in REFUSED.items():
         if _is_true(environment, name):
             raise LaunchError(
-                f"launch environment: {what} was asked for, which bigan cannot do; use one of the "
-                "files in launch/"
+                f"launch environment: {what} is not supported; use one of the files in launch/"
             )
     if "WORLD_SIZE" in environment or "ACCELERATE_MIXED_PRECISION" not in environment:
         return
     if "MASTER_ADDR" in environment:
         raise LaunchError(
             "launch environment: accelerate was asked for several processes but started one "
-            "(its --cpu launcher does that, and a file with distributed_type NO); use `accelerate "
-            "launch --config_file launch/cpu.yaml`, or --multi_gpu instead of --cpu"
+            "(because of --cpu or distributed_type NO); use `accelerate launch --config_file "
+            "launch/cpu.yaml`, or --multi_gpu instead of --cpu"
         )
     if _num_tasks(environment) > 1:
         raise LaunchError(
             f"launch environment: srun started {_num_tasks(environment)} launchers of one process "
-            "each that do not know each other; use srun without `accelerate launch` (one task per "
+            "each, which are not connected; use srun without `accelerate launch` (one task per "
             "GPU), or one task per node with launch/cluster.yaml"
         )
 
 
 def check_devices(environment: Mapping[str, str], num_devices: int) -> None:
-    """Refuse several processes on one GPU, as NCCL would less readably; raises `LaunchError`."""
+    """Refuse more processes than GPUs on this node (NCCL's error is unclear). `LaunchError`."""
     here = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     if here > num_devices:
         raise LaunchError(
             f"launch environment: {here} processes were started on {socket.gethostname()}, which "
-            f"has {num_devices} GPU(s); use --num_processes {num_devices} (times the machines)"
+            f"has {num_devices} GPU(s); use --num_processes {num_devices} (times the nodes)"
         )
 
 
 def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    """What a launcher would have set, for a task that `srun` started directly; else nothing.
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of a task started by `srun`.
 
-    Returns RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or {} when a launcher has
-    set them or there is one task. Rank 0 is on the first node of the step; an exported MASTER_ADDR
-    or MASTER_PORT is kept. Raises `LaunchError` if a SLURM variable is missing.
+    Returns {} if a launcher has set them or there is one task. Rank 0 is on the first node of the
+    job step; an exported MASTER_ADDR or MASTER_PORT is kept. Raises `LaunchError` if a SLURM
+    variable is missing.
     """
     if "WORLD_SIZE" in environment or _num_tasks(environment) == 1:
         return {}
     try:
         if environment.get("SLURM_STEP_NUM_NODES") == "1":
-            first = "127.0.0.1"  # a node's name need not resolve
+            first = "127.0.0.1"  # the name of a node may not resolve
         else:
             nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
             first = first_host(nodes)
@@ -83,7 +82,7 @@ def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
             "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
             "LOCAL_RANK": environment["SLURM_LOCALID"],
             "MASTER_ADDR": environment.get("MASTER_ADDR") or first,
-            # Jobs and steps that share a node get ports of their own.
+            # Different ports for jobs and steps that share a node.
             "MASTER_PORT": environment.get("MASTER_PORT")
             or str(FIRST_PORT + (31 * job + step) % NUM_PORTS),
         }
@@ -106,11 +105,11 @@ def first_host(nodes: str) -> str:
 
 
 def asked_engine(environment: Mapping[str, str]) -> str | None:
-    """The engine that the launcher was told, None if it was told none; raises `LaunchError`.
+    """The engine that the launch file requests, or None; raises `LaunchError` if unsupported.
 
-    FSDP means FSDP2 whatever `fsdp_version` says: version 1 shards flattened parameters, which
-    penalties cannot differentiate twice. Of a DeepSpeed JSON only the ZeRO stage and the
-    optimiser's offloading count.
+    FSDP means FSDP2 for any `fsdp_version`: version 1 shards flattened parameters, which cannot be
+    differentiated twice, as gradient penalties require. Of a DeepSpeed JSON only the ZeRO stage
+    and the optimiser offloading are used.
     """
     if _is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
         return _asked_zero(environment)
@@ -118,18 +117,18 @@ def asked_engine(environment: Mapping[str, str]) -> str | None:
         return None
     if _is_true(environment, "FSDP_OFFLOAD_PARAMS"):
         raise LaunchError(
-            "launch environment: fsdp_offload_params is true, which bigan cannot do; set it to "
+            "launch environment: fsdp_offload_params is true, which is not supported; set it to "
             "false, or use launch/zero1-offload.yaml"
         )
     return "fsdp"
 
 
 def chosen_engine(setting: str, environment: Mapping[str, str], world_size: int) -> str:
-    """The engine's name: the recipe's `engine`, or for `auto` what the launch asks for.
+    """The name of the engine: `setting` (the config's `engine`), or for `auto` the requested one.
 
-    `environment` is that of the start, before `connect`. Returns single, ddp, fsdp, zero1, zero2,
-    zero3, zero1_offload or zero2_offload. Raises `LaunchError` when recipe and launch contradict
-    each other; it may differ between nodes, so call it inside `world.together`.
+    `environment`: as it was before `connect`. Returns single, ddp, fsdp, zero1, zero2, zero3,
+    zero1_offload or zero2_offload. Raises `LaunchError` if config and launch file contradict each
+    other. The environment may differ between nodes: call it inside `world.together`.
     """
     asked = asked_engine(environment)
     launched = world_size > 1 or "WORLD_SIZE" in environment
@@ -143,7 +142,7 @@ def chosen_engine(setting: str, environment: Mapping[str, str], world_size: int)
         )
     if asked not in (None, name):
         raise LaunchError(
-            f"engine = {name}, but the launcher was told {asked}; use engine=auto, or "
+            f"engine = {name}, but the launch file requests {asked}; use engine=auto, or "
             f"--config_file launch/{_launch_file(name)}.yaml"
         )
     if name == "ddp" and world_size == 1:
@@ -153,45 +152,45 @@ def chosen_engine(setting: str, environment: Mapping[str, str], world_size: int)
         )
     if name != "single" and not launched:
         raise LaunchError(
-            f"engine = {name} needs a launcher, for one process too: start it with `accelerate "
+            f"engine = {name} needs a launcher, even for one process: start it with `accelerate "
             f"launch --config_file launch/{_launch_file(name)}.yaml -m bigan.train ...`"
         )
     return name
 
 
 def launch_remarks(environment: Mapping[str, str], precision: str, compiled: str) -> list[str]:
-    """What the launcher was told that is not done because the recipe decides it, a line each."""
-    told = [
+    """One line for each launcher setting that is not used because the config sets it."""
+    settings = [
         ("mixed_precision", "ACCELERATE_MIXED_PRECISION", "no", "precision", precision),
         ("dynamo_backend", "ACCELERATE_DYNAMO_BACKEND", "no", "compile", compiled),
     ]
-    said = [
-        f"the launcher's {theirs} = {environment[name].lower()} is not used: the recipe decides, "
+    remarks = [
+        f"the launcher's {theirs} = {environment[name].lower()} is not used; the config sets "
         f"{ours} = {value}"
-        for theirs, name, nothing, ours, value in told
-        if environment.get(name, nothing).lower() not in (nothing, PRECISIONS.get(value))
+        for theirs, name, unset, ours, value in settings
+        if environment.get(name, unset).lower() not in (unset, PRECISIONS.get(value))
     ]
     if _is_true(environment, "ACCELERATE_USE_FSDP") and environment.get("FSDP_VERSION") == "1":
-        said.append("the launcher's fsdp_version = 1 is not used: bigan shards with FSDP2")
+        remarks.append("the launcher's fsdp_version = 1 is not used; bigan shards with FSDP2")
     if environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("1", "auto"):
-        said.append(
-            "the launcher's gradient_accumulation_steps is not used: the recipe decides, "
-            "train.batch / (processes x train.micro_batch)"
+        remarks.append(
+            "the launcher's gradient_accumulation_steps is not used; it is "
+            "train.batch / (world size x train.micro_batch)"
         )
     path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if _is_true(environment, "ACCELERATE_USE_DEEPSPEED") and path != "none":
-        said.append(
-            f"of {path} only the ZeRO stage and the optimiser's offloading are used: the recipe "
-            "decides the rest"
+        remarks.append(
+            f"of {path} only the ZeRO stage and the optimiser offloading are used; the config sets "
+            "the rest"
         )
     restarts = environment.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if restarts != "0" and environment.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
-        said.append(
-            f"max_restarts = {restarts}, but a restart may hang: torch's processes find the "
-            "addresses of the dead ones; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all "
-            "machines and use --rdzv_backend c10d"
+        remarks.append(
+            f"max_restarts = {restarts}, but a restart may hang: torch reuses the store with the "
+            "addresses of the lost processes; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all "
+            "nodes and use --rdzv_backend c10d"
         )
-    return said
+    return remarks
 
 
 def _asked_zero(environment: Mapping[str, str]) -> str:
@@ -210,21 +209,21 @@ def _asked_zero(environment: Mapping[str, str]) -> str:
             key: str((zero.get(key) or {}).get("device", "none"))
             for key in ("offload_optimizer", "offload_param")
         }
-        told = str(zero.get("stage", 0))
-        stage = stage if told == "auto" else told
+        in_file = str(zero.get("stage", 0))
+        stage = stage if in_file == "auto" else in_file
         offload, offload_parameters = (
-            former if found == "auto" else found
-            for former, found in zip((offload, offload_parameters), devices.values(), strict=True)
+            default if found == "auto" else found
+            for default, found in zip((offload, offload_parameters), devices.values(), strict=True)
         )
     if stage == "0" and offload == offload_parameters == "none":
-        return "ddp"  # stage 0 divides nothing
+        return "ddp"  # stage 0 shards nothing
     name = f"zero{stage}" if offload == "none" else f"zero{stage}_offload"
     known = ("zero1", "zero2", "zero3", "zero1_offload", "zero2_offload")
     if name not in known or offload not in ("none", "cpu") or offload_parameters != "none":
         raise LaunchError(
-            f"launch environment: DeepSpeed was asked for ZeRO stage {stage} with the optimiser "
-            f"offloaded to {offload} and the parameters to {offload_parameters}; bigan knows "
-            "stages 1 to 3, and offloading of the optimiser to cpu with stages 1 and 2"
+            f"launch environment: ZeRO stage {stage} with the optimiser offloaded to {offload} and "
+            f"the parameters to {offload_parameters} is not supported; use stages 1 to 3, with "
+            "offloading of the optimiser to cpu at stages 1 and 2"
         )
     return name
 

@@ -1,7 +1,8 @@
-"""How a run is asked to stop: by a signal, or by a file; and what it leaves for its scheduler.
+"""Preemption: stop requests by a signal or a file, and the marker for the scheduler.
 
-A signal becomes a flag, on which the ranks agree at a step boundary, so that none leaves alone.
-`STOP` in the run folder asks for the same, `REQUEUE` says that a run was stopped before its end.
+A signal sets a flag; the ranks agree on it at a step boundary, so that all of them stop at the same
+step. The file `STOP` in the run folder is a stop request as well. `REQUEUE` in the run folder marks
+a run that was stopped before its end.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from bigan.atomic_files import write_atomic
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 STOP, REQUEUE = "STOP", "REQUEUE"
-ECHO_SECONDS = 2.0  # SLURM signals every process and the launcher forwards the same once more
-LAST_WORDS_SECONDS = 5.0  # for a line and the marker, on file systems and pipes that may hang
+ECHO_SECONDS = 2.0  # SLURM signals every process, and the launcher forwards the same signal
+CLEANUP_SECONDS = 5.0  # for a line and the marker, on file systems and pipes that may hang
 
-GRACE_SECONDS = 30.0  # from the first signal, or the last step, to the next one
+GRACE_SECONDS = 30.0  # from the first signal, or the last step boundary, to the next boundary
 
 Say = Callable[[str], None]
 
@@ -37,17 +38,20 @@ def say(line: str) -> None:
 
 
 def speaks(environment: Mapping[str, str]) -> bool:
-    """Whether this process says what all processes of a launch are told alike: on rank 0."""
+    """Whether this process is rank 0, which prints messages that are equal on all ranks."""
     return environment.get("RANK", environment.get("SLURM_PROCID", "0")) == "0"
 
 
-def leave(code: int, last_words: Callable[[], None]) -> None:
-    """End this process with `code` after `last_words()`, whatever its other threads do."""
-    timer = threading.Timer(LAST_WORDS_SECONDS, os._exit, [code])
+def leave(code: int, cleanup: Callable[[], None]) -> None:
+    """Exit with `code` after `cleanup()`, without waiting for other threads.
+
+    `cleanup` is interrupted after `CLEANUP_SECONDS`.
+    """
+    timer = threading.Timer(CLEANUP_SECONDS, os._exit, [code])
     timer.daemon = True
     timer.start()
     try:
-        last_words()
+        cleanup()
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
@@ -56,19 +60,20 @@ def leave(code: int, last_words: Callable[[], None]) -> None:
 
 
 class StopFlag:
-    """Remembers the first of `SIGNALS` as `signal` (0: none) and sees that the process ends.
+    """Stores the first of `SIGNALS` in `signal` (0: none) and guarantees that the process exits.
 
-    A second signal, `ECHO_SECONDS` or more after the first, leaves at once with 128 + its number.
-    So does the first if within `grace_seconds` of it the loop neither comes back (`alive`) nor says
-    that it is saving (`patient`): it hangs, say on a silent server, and the last checkpoint counts.
-    `before_leaving(signal)` is called first, to leave a marker; it may be set later.
+    A second signal, `ECHO_SECONDS` or more after the first, exits at once with 128 + its number.
+    The process also exits with 128 + the first signal if the trainer reaches no step boundary
+    (`alive`) within `grace_seconds` and is not saving (`patient`): it hangs, for example on a
+    server that does not answer. `before_leaving(signal)` is called before such an exit, to write
+    the marker; it may be assigned later.
 
-    Python runs a signal's handler between two bytecodes of the main thread, never while that thread
-    waits in C (a collective, a lock of CUDA's). Therefore a thread of its own is told of signals by
-    the C handler (`signal.set_wakeup_fd`). Only C code that holds the GIL keeps it waiting.
+    Python runs a signal handler between two bytecodes of the main thread, never while that thread
+    waits in C (a collective, a CUDA call). Therefore the C handler notifies a separate thread
+    (`signal.set_wakeup_fd`), which only C code that holds the GIL can delay.
 
-    Use as a context manager around everything, in the main thread; the former handlers come back
-    afterwards. While it is entered, SIGINT raises no KeyboardInterrupt.
+    A context manager for the main thread, which restores the previous handlers on exit. Inside,
+    SIGINT raises no KeyboardInterrupt.
     """
 
     def __init__(
@@ -87,12 +92,12 @@ class StopFlag:
         self._saving = False
 
     def alive(self) -> None:
-        """The loop has reached a step boundary; call it at each."""
+        """Record a step boundary; call at each."""
         self._alive = time.monotonic()
 
     @contextlib.contextmanager
     def patient(self) -> Iterator[None]:
-        """Inside, the grace time does not run: saving may take longer."""
+        """A context in which the grace time is suspended, for saving."""
         self._saving = True
         try:
             yield
@@ -119,16 +124,16 @@ class StopFlag:
         os.close(self._reader)
 
     def _receive(self, number: int, _: types.FrameType | None) -> None:
-        self.signal = self.signal or number  # the thread does the rest
+        self.signal = self.signal or number  # `_watch` does the rest
 
     def _watch(self) -> None:
-        """Until the pipe is closed: read the signals' numbers, keep the grace time."""
+        """Read signal numbers and enforce the grace time until the pipe is closed."""
         while True:
             readable, _, _ = select.select([self._reader], [], [], self._patience())
             if not readable:
                 if self._patience() == 0:
-                    line = f"no step boundary for {self.grace_seconds:g} s; leaving, the last "
-                    self._leave(self.signal, line + "checkpoint counts")
+                    line = f"no step boundary for {self.grace_seconds:g} s; exiting without saving"
+                    self._leave(self.signal, line)
                 continue
             numbers = os.read(self._reader, 4096)
             if not numbers:
@@ -142,42 +147,42 @@ class StopFlag:
         if not self._first:
             self._first = now
             self.signal = self.signal or number
-            line = "saving at the next step boundary; a second signal leaves at once"
+            line = "saving at the next step boundary; a second signal exits without saving"
             if speaks(os.environ):
                 self._echo(f"signal {number}: {line}")
         elif now - self._first >= ECHO_SECONDS:
-            self._leave(number, "leaving at once, the last checkpoint counts", speaks(os.environ))
+            self._leave(number, "exiting without saving", speaks(os.environ))
 
     def _patience(self) -> float | None:
-        """Seconds until the loop counts as hanging; None: it does not."""
+        """Seconds until the grace time ends; None without a signal."""
         if not self._first:
             return None
         if self._saving:
-            return 1.0  # and look again: it ends
+            return 1.0  # polled: saving ends without a signal
         return max(0.0, max(self._first, self._alive) + self.grace_seconds - time.monotonic())
 
-    def _leave(self, number: int, line: str, aloud: bool = True) -> None:
-        def last_words() -> None:
-            if aloud:
+    def _leave(self, number: int, line: str, verbose: bool = True) -> None:
+        def cleanup() -> None:
+            if verbose:
                 self._echo(f"signal {number}: {line}")
             if self.before_leaving is not None:
                 self.before_leaving(number)
 
-        leave(128 + number, last_words)
+        leave(128 + number, cleanup)
 
 
 def asked(run_dir: Path) -> bool:
-    """Whether somebody has created the file STOP in the run folder."""
+    """Whether the file STOP exists in the run folder."""
     return (run_dir / STOP).exists()
 
 
 def write_requeue(run_dir: Path, signal: int, images_seen: int) -> None:
-    """Leave REQUEUE (JSON): stopped by `signal` at `images_seen`, the same command goes on."""
+    """Write REQUEUE, {"signal", "images_seen"}: the run was stopped and can be resumed."""
     content = {"signal": int(signal), "images_seen": images_seen}
     write_atomic(run_dir / REQUEUE, json.dumps(content) + "\n")
 
 
 def clear(run_dir: Path) -> None:
-    """At a start: forget that the former attempt was asked to stop, and that it did."""
+    """Delete the stop request and the marker of the previous attempt; call at the start."""
     for name in (STOP, REQUEUE):
         (run_dir / name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""How long a process waits for the others: what tells a slow one from those it holds up."""
+"""Time that a rank waits for other ranks, which distinguishes a straggler from those it delays."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from bigan.distributed.world import World
 
 
 class Shared(NamedTuple):
-    """Seconds that are not a process's own work."""
+    """Seconds that are not a rank's own work."""
 
-    waited: float  # for the last process, at the points made for it
-    exchanged: float  # in backwards that exchange gradients, up to and with the optimiser's step
+    waited: float  # for the slowest rank, in `here`
+    exchanged: float  # in backward passes that exchange gradients, including the optimiser step
 
 
 class Waiting:
-    """The time that all processes spend alike: waiting for the last one, and exchanging.
+    """Measures the time that a rank waits for the slowest rank and exchanges gradients.
 
-    In synchronous training every process takes as long as the slowest. What a process does besides
-    is its own work: images, draws, forwards, the optimiser of the step before. Who works longest
-    there holds up the others. No host synchronisation: on CUDA the time is that between two events
-    on the stream, read at `collect`.
+    In synchronous training every step takes as long on each rank as on the slowest. The rest of the
+    step is the rank's own work: images, draws, forward passes, the previous optimiser step. No host
+    synchronisation: on CUDA the time between two events on the stream is read in `collect`.
     """
 
     def __init__(self, world: World) -> None:
@@ -36,13 +35,13 @@ class Waiting:
         self._events: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
 
     def here(self) -> None:
-        """Wait for all the others: one collective of a single number."""
+        """Wait for all ranks: an all-reduce of one number."""
         if self._world.size > 1:
             with self._timed(0):
                 dist.all_reduce(self._token, op=dist.ReduceOp.MAX)
 
     def exchange(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, processes wait for each other time and again: it is as long for all of them."""
+        """A context for backward passes that exchange gradients."""
         return self._timed(1)
 
     @contextlib.contextmanager
@@ -61,7 +60,7 @@ class Waiting:
             self._seconds[kind] += time.perf_counter() - start
 
     def collect(self) -> Shared:
-        """Seconds spent so since the last call; on CUDA it waits for the device."""
+        """The times since the last call. Synchronises with the device on CUDA."""
         if self._events:
             self._events[-1][2].synchronize()
         for kind, began, ended in self._events:

@@ -1,4 +1,4 @@
-"""Who am I among the processes: a plain value, passed in; nothing in bigan keeps a global rank."""
+"""Rank and world size as a plain value that is passed in, and collectives on Python objects."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ TOLD = "raised on rank 0"
 
 @dataclass(frozen=True)
 class World:
-    """One process's place among all processes of a run.
+    """The rank of this process and the world size.
 
-    `rank` in [0, size) is global over all nodes; `local_rank` counts within the node and serves
-    only to pick a device. Data and draws are divided by `rank` and `size`, never by `local_rank`
-    (dividing by the local rank shows half of the data to nobody on two nodes).
+    `rank` in [0, size) is global over all nodes; `local_rank` is the rank within the node and only
+    selects a device. Data and draws are divided by `rank` and `size`, never by `local_rank`: on two
+    nodes that would leave half of the data unread.
     """
 
     rank: int = 0
@@ -36,25 +36,25 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """True on the one process that writes files and talks to trackers."""
+        """Whether this is the rank that writes files and logs to trackers."""
         return self.rank == 0
 
     def share(self, num: int) -> slice:
-        """This rank's slice of `num` items in global order; raises ValueError if uneven."""
+        """This rank's slice of `num` items in global order; ValueError if not divisible."""
         if num % self.size:
-            raise ValueError(f"{num} items cannot be divided evenly among {self.size} processes")
+            raise ValueError(f"{num} items cannot be divided evenly among {self.size} ranks")
         each = num // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
 
 def barrier(world: World) -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this."""
     if world.size > 1:
         dist.barrier()
 
 
 def broadcast(world: World, value: T) -> T:
-    """Rank 0's `value` (any picklable object from our own processes), on every rank."""
+    """Rank 0's `value`, any picklable object, on every rank."""
     if world.size == 1:
         return value
     box = [value]
@@ -63,7 +63,7 @@ def broadcast(world: World, value: T) -> T:
 
 
 def sum_over_ranks(world: World, values: torch.Tensor) -> None:
-    """Add up `values` over all ranks, in place."""
+    """Sum `values` over all ranks, in place."""
     if world.size > 1:
         dist.all_reduce(values)
 
@@ -76,7 +76,7 @@ def mean_over_ranks(world: World, values: torch.Tensor) -> torch.Tensor:
 
 
 def gather(world: World, value: T) -> list[T]:
-    """Every rank's `value` (any picklable object of our own), in order of rank, on every rank."""
+    """Every rank's `value`, any picklable object, in order of rank, on every rank."""
     values = [value] * world.size
     if world.size > 1:
         dist.all_gather_object(values, value)
@@ -84,7 +84,7 @@ def gather(world: World, value: T) -> list[T]:
 
 
 def gather_numbers(world: World, values: Sequence[float]) -> list[list[float]]:
-    """Every rank's `values` (equally many on each), in order of rank, on every rank."""
+    """Every rank's `values` (the same number on each), in order of rank, on every rank."""
     if world.size == 1:
         return [list(values)]
     own = torch.tensor(values, dtype=torch.float64, device=world.device)
@@ -94,20 +94,21 @@ def gather_numbers(world: World, values: Sequence[float]) -> list[list[float]]:
 
 
 def largest(world: World, value: float) -> float:
-    """The largest `value` of all ranks, on every rank."""
+    """The maximum of `value` over all ranks, on every rank."""
     return max(row[0] for row in gather_numbers(world, [value]))
 
 
 def everyone(world: World, holds: bool) -> bool:
-    """Whether `holds` is true on all ranks."""
+    """Whether `holds` is true on all ranks; the same on every rank."""
     return all(gather(world, holds))
 
 
 def together(world: World, work: Callable[[], T]) -> T:
-    """Run `work` (which holds no collective) on this rank, as every rank does, and compare notes.
+    """Run `work`, which must call no collective, on all ranks; raise on all ranks if one fails.
 
-    Returns this rank's result. If `work` raised anywhere, every rank raises the first failing
-    rank's error (`UserError`, `RunError`, else `PeerError`), so that none waits for ever.
+    Returns this rank's result. If `work` raises on any rank, every rank raises the error of the
+    first such rank (`UserError` or `RunError`, else `PeerError`), so that no rank waits forever in
+    the next collective.
     """
     if world.size == 1:
         return work()
@@ -124,17 +125,16 @@ def together(world: World, work: Callable[[], T]) -> T:
 
 
 def on_main(world: World, decide: Callable[[], T]) -> T:
-    """Rank 0 looks and decides, everyone is told.
+    """Run `decide` on rank 0 and return its result on every rank.
 
-    Runs `decide` on rank 0 and returns its result on every rank; if it raises a `UserError` or
-    `RunError` there, every rank raises the same, so that none is left waiting in a collective.
+    If it raises, every rank raises: the same `UserError` or `RunError`, else a `PeerError`.
     """
     result = together(world, decide if world.is_main else lambda: None)
     return broadcast(world, result)  # type: ignore[return-value]
 
 
 def once(world: World, error: E) -> E:
-    """`error`, for every rank to raise alike: noted so that rank 0 alone prints it."""
+    """`error`, to be raised on every rank and printed on rank 0 only (a note marks the others)."""
     if not world.is_main:
         error.add_note(TOLD)
     return error

@@ -1,7 +1,7 @@
-"""Something to look at: sample grids, the course of training on one sheet, curves.
+"""Grids of sample images, and contact sheets of samples over the course of training.
 
-Grids are plain PNG; their geometry travels in the file (text chunk `bigan:grid`), so that single
-cells can be cut out again exactly. All files are written atomically. (`curves` lives in curves.py.)
+Grids are PNG files with their geometry in the text chunk `bigan:grid`, so that single cells can be
+cropped exactly. All files are written atomically.
 """
 
 from __future__ import annotations
@@ -20,22 +20,11 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from bigan import atomic_files
-from bigan.reporting.plots import curves
 
-__all__ = [
-    "Geometry",
-    "contact_sheet",
-    "curves",
-    "grid",
-    "read_geometry",
-    "save_grid",
-    "short_count",
-]
-
-CELL_PIXELS = 64  # smaller images are enlarged at least to this
+CELL_PIXELS = 64  # smaller images are enlarged to at least this
 MAX_SNAPSHOTS = 12  # columns of a contact sheet
 MAX_SHEET_CELL = 128  # larger images are reduced on a contact sheet
-MIN_SHEET_ROWS = 8  # an unconditional grid gives several cells of each of its rows
+MIN_SHEET_ROWS = 8  # reached with several cells of each row, if a grid has fewer rows
 
 _TEXT_KEY = "bigan:grid"
 _PAPER, _INK = (255, 255, 255), (70, 70, 70)
@@ -47,8 +36,11 @@ _GAP = 2  # pixels between cells
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the cells of a grid lie, in pixels: cell (row, column) begins at
-    (left + column * (width + gap), top + row * (height + gap))."""
+    """Position of the cells of a grid, in pixels.
+
+    Cell (row, column) begins at x = left + column * (width + gap), y = top + row * (height + gap).
+    Without row labels the geometry is that of `torchvision.utils.make_grid(..., padding=gap)`.
+    """
 
     rows: int
     columns: int
@@ -66,32 +58,32 @@ class Geometry:
 
 
 def grid(images: Tensor, columns: int, row_labels: Sequence[str] = ()) -> Image.Image:
-    """Images side by side, row by row, `columns` to a row.
+    """A grid of images in row-major order with `columns` columns.
 
     images: uint8 [N, C, H, W] or [N, H, W, C] with C = 1 or 3. Images below 64 pixels are enlarged
-    by an integer factor with Lanczos' filter: 16 x 16 digits read as digits, not as blocks.
-    `row_labels` are written at the left (the class of each row). Raises ValueError for other
-    shapes, dtypes or column counts.
+    by an integer factor with a Lanczos filter, which keeps 16 x 16 digits readable.
+    row_labels: text at the left of each row, the name of its class.
+    Raises ValueError for other shapes, dtypes or column counts.
     """
     return _grid(images, columns, row_labels)[0]
 
 
 def save_grid(path: Path, images: Tensor, columns: int, row_labels: Sequence[str] = ()) -> None:
-    """Write `grid(...)` as PNG, with its geometry inside; `path`'s folder is made if needed."""
+    """Write `grid(...)` and its geometry as PNG; creates the folder of `path`."""
     picture, geometry = _grid(images, columns, row_labels)
     _save(path, picture, {_TEXT_KEY: json.dumps(asdict(geometry))})
 
 
 def read_geometry(picture: Image.Image) -> Geometry | None:
-    """The geometry of a grid opened by PIL, or None if the file is not one of `save_grid`'s."""
+    """The geometry of a grid opened by PIL, or None if `save_grid` did not write it."""
     try:
         values = json.loads(picture.info[_TEXT_KEY])
         found = Geometry(**values | {"labels": tuple(map(str, values["labels"]))})
         right, bottom = found.box(found.rows - 1, found.columns - 1)[2:]
-        whole = found.rows > 0 and found.columns > 0 and found.width > 0 and found.height > 0
+        positive = found.rows > 0 and found.columns > 0 and found.width > 0 and found.height > 0
     except (KeyError, TypeError, ValueError):
         return None
-    return found if whole and right <= picture.width and bottom <= picture.height else None
+    return found if positive and right <= picture.width and bottom <= picture.height else None
 
 
 def _grid(images: Tensor, columns: int, row_labels: Sequence[str]) -> tuple[Image.Image, Geometry]:
@@ -117,7 +109,7 @@ def _grid(images: Tensor, columns: int, row_labels: Sequence[str]) -> tuple[Imag
 
 
 def _channels_last(images: Tensor) -> np.ndarray:
-    """uint8 [N, H, W, 3] of either layout."""
+    """uint8 [N, H, W, 3] of images in either layout."""
     if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape:
         found = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
         raise ValueError(f"expected uint8 images [N, C, H, W] or [N, H, W, C], got {found}")
@@ -128,15 +120,15 @@ def _channels_last(images: Tensor) -> np.ndarray:
     return images.cpu().expand(-1, -1, -1, 3).contiguous().numpy()
 
 
-# --- the course of training -------------------------------------------------------------------
+# --- contact sheets ---------------------------------------------------------------------------
 
 
 def contact_sheet(sample_pngs: Sequence[tuple[int, Path]], out_path: Path) -> Path | None:
     """The same latents over the course of training: one row per class, time from left to right.
 
-    sample_pngs: (images_seen, file written by `save_grid`). Of a long run, at most 12 snapshots
-    are shown, evenly chosen, first and last among them. Files that are missing or no grids are
-    left out. Returns `out_path`, or None if nothing could be shown (then nothing is written).
+    sample_pngs: (images_seen, file written by `save_grid`). Of a long run, 12 evenly spaced
+    snapshots are shown, including the first and the last. Missing and invalid files are skipped.
+    Returns `out_path`, or None if no file is valid (then nothing is written).
     """
     readable = [
         (seen, path, geometry)
@@ -182,7 +174,7 @@ def contact_sheet(sample_pngs: Sequence[tuple[int, Path]], out_path: Path) -> Pa
 
 
 def short_count(num: int) -> str:
-    """950, 12k, 1.5k, 2.4M: a number of images to write below an axis or above a column."""
+    """A number of images as short text: 950, 1.5k, 12k, 2.4M."""
     for size, unit in ((1_000_000_000, "G"), (1_000_000, "M"), (1_000, "k")):
         if num >= size:
             value = num / size
@@ -193,9 +185,9 @@ def short_count(num: int) -> str:
 def _geometry_of(path: Path) -> Geometry | None:
     try:
         with Image.open(path) as picture:
-            picture.load()  # a text chunk may follow the pixels, and a torn file shows itself here
+            picture.load()  # text chunks may follow the pixels; raises for a truncated file
             return read_geometry(picture)
-    except (OSError, SyntaxError, ValueError):  # what PIL raises for a file that is no picture
+    except (OSError, SyntaxError, ValueError):  # raised by PIL for invalid files
         return None
 
 
@@ -206,7 +198,7 @@ def _evenly(num: int, most: int) -> list[int]:
 
 
 def _sheet_cells(geometry: Geometry) -> list[tuple[int, int]]:
-    """The first cell of every row (class); of a grid with few rows the following ones too."""
+    """The first cell of every row (class); for grids with few rows several cells of each."""
     each = min(geometry.columns, math.ceil(MIN_SHEET_ROWS / geometry.rows))
     return [(row, column) for row in range(geometry.rows) for column in range(each)]
 
@@ -235,7 +227,7 @@ def _text_width(font: Any, text: str) -> int:
 def _save(path: Path, picture: Image.Image, texts: Mapping[str, str]) -> None:
     grey = picture.convert("L")
     if grey.convert("RGB").tobytes() == picture.tobytes():
-        picture = grey  # half the size
+        picture = grey  # about half the file size
     info = PngImagePlugin.PngInfo()
     for key, text in texts.items():
         info.add_text(key, text)

@@ -1,11 +1,10 @@
-"""The journal of a run, `<run_dir>/metrics.jsonl`: one JSON object a line, written by many.
+"""The metrics log of a run, `<run_dir>/metrics.jsonl`: one JSON object per line.
 
-    {"images_seen": 20000, "time": 1760000000.123, "train/loss_d": 1.93, ...}
+    {"images_seen": 20000, "time": 1760000000.123, "train/generator/loss": 1.93, ...}
 
-A line is one write(2) on a file opened for appending, under the file's lock, so that trainer and
-evaluator never interleave. A kill can tear the last line; the next writer puts that right first.
-JSON has no NaN or infinity: they are written as "NaN", "Infinity" and "-Infinity", and the reader
-gives them back as floats.
+Trainer and evaluator append concurrently: a line is one write(2) in append mode under the lock of
+the file. A killed process can leave an incomplete last line, which the next writer repairs. JSON
+has no NaN or infinity: they are written as "NaN", "Infinity" and "-Infinity" and read as floats.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from bigan.file_lock import locked
 FILENAME = "metrics.jsonl"
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-_LINE_BYTES = 1 << 16  # longer than any line of ours
+_LINE_BYTES = 1 << 16  # an upper bound of the length of a line
 
 
 def append(path: Path, images_seen: int, seconds: float, values: Mapping[str, float]) -> None:
-    """Add one line to the journal `path`; `seconds` is unix time. Raises OSError (disk full)."""
+    """Append one line to the metrics log `path`. seconds: unix time. Raises OSError (full disk)."""
     record: dict[str, float | str] = {"images_seen": images_seen, "time": seconds}
     record |= {key: _plain(value) for key, value in values.items()}
     line = json.dumps(record, allow_nan=False).encode() + b"\n"
@@ -37,13 +36,13 @@ def append(path: Path, images_seen: int, seconds: float, values: Mapping[str, fl
         with locked(descriptor) as alone:
             data = _mend_tail(descriptor, alone) + line
             if os.write(descriptor, data) < len(data):
-                raise OSError(f"{path}: the line was cut short (disk full?)")
+                raise OSError(f"{path}: incomplete write (disk full?)")
     finally:
         os.close(descriptor)
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
-    """The record of one line, or None if it is not a whole record."""
+    """The record of one line, or None if the line is incomplete."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -57,10 +56,10 @@ def parse(line: bytes) -> dict[str, Any] | None:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Every whole line of a run's journal in the order written; [] if there is no journal yet.
+    """The records of a run in the order written; [] if it has no metrics log yet.
 
-    Each record holds `images_seen` (int), `time` (unix seconds) and flat keys with float values.
-    A torn line is left out.
+    Each record has `images_seen` (int), `time` (unix seconds) and flat keys with float values.
+    Incomplete lines are skipped.
     """
     try:
         lines = (run_dir / FILENAME).read_bytes().splitlines()
@@ -70,9 +69,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(images_seen int64 [n], values float64 [n]) of one key, by increasing images_seen.
+    """(images_seen int64 [n], values float64 [n]) of one key, in order of images_seen.
 
-    A resumed run repeats the ticks after its checkpoint: the last line written counts.
+    A resumed run repeats the ticks after its checkpoint: the last value of each is returned.
     """
     last = {record["images_seen"]: record[key] for record in records if key in record}
     steps = sorted(last)
@@ -86,10 +85,11 @@ def _plain(value: float) -> float | str:
 
 
 def _mend_tail(descriptor: int, alone: bool) -> bytes:
-    """What must precede the next line if the last one is torn.
+    """Repair an incomplete last line; returns the bytes that must precede the next line.
 
-    A line that lacks only its newline gets it. A fragment is cut off, so that the file stays valid
-    JSON lines; without the lock it is only terminated, for it may be somebody's write on its way.
+    A record without its newline is terminated. A fragment is truncated, so that the file remains
+    valid JSON lines. Without the lock (`alone` is False) a fragment is only terminated, because
+    another process may be writing it.
     """
     size = os.fstat(descriptor).st_size
     if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":

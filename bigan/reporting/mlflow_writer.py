@@ -1,13 +1,13 @@
-"""The way to MLflow: a queue, and a daemon thread that empties it into one run.
+"""Asynchronous logging to MLflow: a queue, and a daemon thread that sends it to one run.
 
-MLflow is imported on that thread (1 to 16 s), called there, and every failure stays there: a
-server that is down makes one blocking call last four minutes and then raise, which is no reason to
-stop training. Points keep the time stamp of the journal; MLflow's own key of a point is (name,
-value, time, step), so sending the journal again adds nothing. A restarted trainer therefore does,
-and whatever a kill or a dead server left undelivered arrives.
+MLflow is imported (1 to 16 s) and called on that thread only, and errors are handled there: with an
+unreachable server a single call blocks for up to four minutes, which must not delay training.
+Metrics keep the time stamp of the metrics log. MLflow identifies a metric by (name, value, time,
+step), so sending one twice adds nothing. A resumed trainer therefore sends the whole metrics log
+again, which delivers what a killed process or an unreachable server left undelivered.
 
-Only `MlflowClient` with the run's id is used: leaving `mlflow.start_run` would end a run that
-another process is still training.
+Only `MlflowClient` with the id of the run is used: exiting the context of `mlflow.start_run` would
+end a run that another process is still training.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ Status = Literal["FINISHED", "KILLED", "FAILED"]
 RUN_FILE = "mlflow.json"
 
 _BATCH = 1_000  # MLflow's limit of metrics per log_batch
-_TEXTS = 100  # and of parameters and tags
-_CHARACTERS = 6_000  # and of the length of a parameter
-_BACKOFF_SECONDS = (1.0, 60.0)  # first and longest wait between two attempts
-_LAST_ATTEMPTS = 3  # failures in a row after which close() gives up
+_TEXTS = 100  # of parameters and tags
+_CHARACTERS = 6_000  # of the length of a parameter
+_BACKOFF_SECONDS = (1.0, 60.0)  # first and longest wait before a retry
+_LAST_ATTEMPTS = 3  # consecutive failures after which close() returns
 _LAST_WAIT_SECONDS = 0.5
-_GATHER_SECONDS = 1.0  # points of this long go out in one call
+_GATHER_SECONDS = 1.0  # metrics of this interval are sent in one call
 
 
-# --- what is delivered: each kind knows how to send itself ------------------------------------
+# --- queue items; each kind sends itself ------------------------------------------------------
 
 _Point = tuple[str, float, int, int]  # key, value, unix milliseconds, images_seen
 
@@ -61,7 +61,7 @@ def _points(images_seen: int, seconds: float, values: Mapping[str, Any]) -> list
 
 
 def _name(key: str) -> str:
-    """`key` as a name MLflow takes: it refuses a whole batch for one `@` or `//`."""
+    """`key` as a valid MLflow name; MLflow refuses a whole batch for one `@` or `//`."""
     return posixpath.normpath(re.sub(r"[^\w./: -]", "_", key)).lstrip("./")[:250] or "_"
 
 
@@ -79,11 +79,11 @@ class _Metrics:
 
 @dataclass
 class _Replay:
-    """The journal's first `end` bytes again; goes on from `sent` when an attempt failed."""
+    """The first `end` bytes of the metrics log; a retry continues at byte `sent`."""
 
     path: Path
     end: int
-    prefix: str  # the evaluator answers for its own lines only
+    prefix: str  # the evaluator sends its own keys only
     sent: int = 0
 
     def send(self, client: Any, run_id: str) -> None:
@@ -111,7 +111,7 @@ class _Artifact:
 
 @dataclass
 class _Params:
-    """MLflow never changes a parameter: what a resume changed becomes the tag `resumed.<key>`."""
+    """MLflow parameters are immutable: a changed one is sent as the tag `resumed.<key>`."""
 
     values: dict[str, str]
 
@@ -142,10 +142,10 @@ _Item = _Metrics | _Replay | _Artifact | _Params | _Terminate
 
 
 class Sender:
-    """Forwards one process's share of a run. Every method but `close` returns at once."""
+    """Sends the metrics and files of one process. Every method except `close` returns at once."""
 
     def __init__(self, run_dir: Path, experiment: str, role: Role) -> None:
-        # Our own back-off replaces MLflow's; no INFO lines between ours; no usage reports.
+        # Retries are made here, not by MLflow; no INFO lines; no telemetry.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
@@ -168,7 +168,7 @@ class Sender:
         with self._changed:
             last = self._queue[-1] if self._queue else None
             if isinstance(last, _Metrics) and len(last.points) + len(points) <= _BATCH:
-                last.points += points  # what is being sent has left the queue
+                last.points += points  # an item that is being sent is not in the queue
             else:
                 self._queue.append(_Metrics(points))
             self._changed.notify()
@@ -180,7 +180,10 @@ class Sender:
         self._put(_Params({key: str(value)[:_CHARACTERS] for key, value in leaves(values)}))
 
     def close(self, status: Status | None, timeout_seconds: float) -> str | None:
-        """Deliver what is queued, end the run with `status` (the trainer's right only)."""
+        """Send what is queued and, for the trainer, set `status`.
+
+        Returns one line if something was not delivered within `timeout_seconds`, else None.
+        """
         with self._changed:
             if status and self._role == "train":
                 self._queue.append(_Terminate(status))
@@ -191,8 +194,8 @@ class Sender:
             return None
         why = self._problem or f"not done after {timeout_seconds:g} s"
         return (
-            f"MLflow has not taken everything ({why}); all numbers are in "
-            f"{self._run_dir / metrics_log.FILENAME}, the next start of this run sends them again"
+            f"MLflow: not everything was delivered ({why}); all metrics are in "
+            f"{self._run_dir / metrics_log.FILENAME} and are sent again when the run is resumed"
         )
 
     def _put(self, item: _Item) -> None:
@@ -216,7 +219,7 @@ class Sender:
                 item.send(*client_and_id)
                 item, wait, num_last_failures = None, _BACKOFF_SECONDS[0], 0
                 continue
-            except Exception as error:  # whatever MLflow, its database or the network raises
+            except Exception as error:  # MLflow, its database and the network raise various types
                 self._note(error)
                 if item is not None and _is_refused(error):
                     self._num_refused += 1
@@ -246,11 +249,11 @@ class Sender:
         text = re.sub(r"//[^/@\s]+@", "//", f"{type(error).__name__}: {error}")  # no passwords
         self._problem = " ".join(text.split())[:120]
         if first:
-            _logger.warning("MLflow: %s; training goes on, delivery is retried", self._problem)
+            _logger.warning("MLflow: %s; training continues, delivery is retried", self._problem)
 
 
 def _is_refused(error: Exception) -> bool:
-    """Whether trying again is pointless: a file that is gone, a value MLflow will not have."""
+    """Whether a retry is pointless: a missing file, or a value that MLflow refuses."""
     code = getattr(error, "error_code", None)
     return isinstance(error, FileNotFoundError) or code == "INVALID_PARAMETER_VALUE"
 
@@ -259,13 +262,13 @@ def _is_refused(error: Exception) -> bool:
 
 
 def open_run(run_dir: Path, experiment: str, role: Role) -> tuple[Any, str]:
-    """(MlflowClient, run id) of the run kept in `run_dir`, made now if there is none.
+    """(MlflowClient, run id) of the run recorded in `run_dir`, created if there is none.
 
-    Store: `MLFLOW_TRACKING_URI`, else the one the run began with, else `mlflow.db` beside the run
-    folder, shared by its siblings. A trainer started with another store goes on there, in a new
-    run; the evaluator always follows the trainer. Raises what MLflow raises.
+    Store: `MLFLOW_TRACKING_URI`, else the recorded one, else `mlflow.db` next to the run folder,
+    shared by all runs there. A trainer with another store continues there in a new run; the
+    evaluator uses the recorded store. Raises what MLflow raises.
     """
-    with _lock(run_dir / ".mlflow.lock"):  # trainer and evaluator may both find no run
+    with _lock(run_dir / ".mlflow.lock"):  # trainer and evaluator may both find none
         record = _read_run(run_dir)
         uri, local = _store(run_dir, record, role)
         client = _connect(uri, run_dir.resolve().parent if local else None)
@@ -287,7 +290,7 @@ def open_run(run_dir: Path, experiment: str, role: Role) -> tuple[Any, str]:
 
 
 def _store(run_dir: Path, record: Mapping[str, Any], role: Role) -> tuple[str, bool]:
-    """(tracking URI, whether it is the local file beside the run folder)."""
+    """(tracking URI, whether it is the local file next to the run folder)."""
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
     recorded = record["uri"]
     follows = role == "evaluation" and recorded and recorded != _without_credentials(given)
@@ -301,9 +304,9 @@ def _store(run_dir: Path, record: Mapping[str, Any], role: Role) -> tuple[str, b
 def _connect(uri: str, lock_dir: Path | None) -> Any:
     from mlflow import MlflowClient
 
-    for name in ("mlflow", "alembic"):  # whoever imported mlflow before us left INFO on
+    for name in ("mlflow", "alembic"):  # an earlier import of mlflow sets INFO
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Two processes that create the tables of a new SQLite file at once: one of them dies.
+    # If two processes create the tables of a new SQLite file at once, one of them fails.
     with _lock(lock_dir / ".mlflow.lock") if lock_dir else contextlib.nullcontext():
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
@@ -316,7 +319,7 @@ def _exists(client: Any, run_id: str) -> bool:
     try:
         return bool(run_id) and client.get_run(run_id).info.lifecycle_stage == "active"
     except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # somebody deleted the store
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # the store was deleted
             return False
         raise
 
@@ -331,7 +334,7 @@ def _experiment_id(client: Any, name: str, artifacts: Path | None) -> str:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(name)  # another run was faster
+            found = client.get_experiment_by_name(name)  # created by another run meanwhile
     return found.experiment_id
 
 
@@ -343,7 +346,7 @@ def _read_run(run_dir: Path) -> dict[str, Any]:
             "uri": str(record["uri"]),
             "local": record["local"] is True,
         }
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or edited beyond use
+    except (OSError, ValueError, KeyError, TypeError):  # missing or invalid
         return {"run_id": "", "uri": "", "local": False}
 
 

@@ -1,7 +1,7 @@
-"""The curves of a run as one PNG: what the journal holds, over images_seen.
+"""The curves of a run as one PNG: the metrics log over images_seen.
 
-matplotlib is imported only when something is drawn, and without pyplot: no display, no state that
-another thread could share.
+matplotlib is imported when something is drawn, and without pyplot: no display is needed, and there
+is no global figure that another thread could use.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,57 +19,52 @@ import numpy as np
 from bigan import atomic_files
 from bigan.reporting.metrics_log import read_metrics, series
 
-# Okabe & Ito's palette: told apart by colour-blind readers, and in grey. One colour, one meaning.
-_BLUE, _VERMILLION, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA4499"
+# The palette of Okabe and Ito: distinguishable with colour blindness and in grey.
+_BLUE, _VERMILION, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA4499"
 _SPARE = ("#E69F00", "#56B4E9", _PURPLE, "#000000")
-
-
-@dataclass(frozen=True)
-class _Panel:
-    """One set of axes: the keys that match `pattern`, or exactly one evaluation metric."""
-
-    title: str
-    pattern: str
-    log: bool = False
-
-
-_TRAIN_PANELS = (
-    _Panel("Losses", r"train/loss_\w+"),
-    _Panel("Discriminator's logits", r"train/logits_\w+"),
-    _Panel("Gradient norms", r"train/grad(ient)?_norm_\w+", log=True),
-    _Panel("Penalties", r"train/(r1|r2|wgan_gp|penalty\w*|orthogonal\w*)", log=True),
-    _Panel("Path lengths", r"train/path_(length|penalty)", log=True),
-    _Panel("Strength of the augmentation", r"train/augment_p"),
-    _Panel("Largest singular values, generator", r"spectral/g/.+", log=True),
-    _Panel("Largest singular values, discriminator", r"spectral/d/.+", log=True),
-    _Panel("Throughput (images/s)", r"train/images_per_second\w*"),
-)
-_MOST_NAMED = 8  # curves in one legend; of more only the highest is named, at its end
-_COLORS = {"d": _BLUE, "g": _VERMILLION, "real": _GREEN, "fake": _PURPLE}
-_NAMES = {"d": "discriminator", "g": "generator"}
+# Names that have the same colour in every panel and run; others take the spare colours in order.
+_COLORS = {"discriminator": _BLUE, "generator": _VERMILION, "real": _GREEN, "fake": _PURPLE}
+_MAX_NAMED = 8  # curves in a legend; of more curves only the highest is named, at its end
 _METRICS = {
     "fd": "Frechet distance", "cs": "Classifier score", "fid": "FID", "is": "Inception score",
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Panel:
+    """One set of axes with the curves of `keys`."""
+
+    title: str
+    keys: tuple[str, ...]
+    log: bool = False
+
+
+# Scalars of any phase: title, pattern of <scalar> in train/<phase>/<scalar>, logarithmic axis.
+_SCALARS = (
+    ("Losses", r"loss", False),
+    ("Logits", r"logits_\w+", False),
+    ("Gradient norms", r"grad_norm", True),
+    ("Path lengths", r"path_(length|penalty)", True),
+    ("Penalties", r"r1|r2|wgan_gp|\w+_penalty|orthogonal\w*", True),
+    ("Augmentation probability", r"augment_p", False),
+)
+
+
 def curves(
     run_dir: Path, out_path: Path, lines: Mapping[str, Mapping[str, float]] | None = None
 ) -> Path:
-    """Losses, logits, gradient norms, throughput and every `eval/` metric over images_seen.
+    """Draw every `eval/` metric, every scalar of every phase, singular values and throughput.
 
-    Only what the journal holds is drawn; an empty run gives a picture that says so. `lines` puts
-    labelled horizontal lines into panels, {"eval/fd/digits8-cnn-v1": {"floor": 0.6}}. Frechet
-    distances, gradient norms and penalties have logarithmic axes. Returns `out_path`.
+    lines: labelled horizontal lines, {"eval/fd/digits8-cnn-v1": {"floor": 0.6}}. A run without
+    metrics gives a picture that states it. Frechet distances, gradient norms and penalties have
+    logarithmic axes. Returns `out_path`, which is written atomically.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     records = read_metrics(run_dir)
-    keys = sorted({key for record in records for key in record})
-    panels = [_eval_panel(key) for key in keys if key.startswith("eval/")]
-    panels.sort(key=lambda panel: not panel.log)  # Frechet distances come first
-    panels += [panel for panel in _TRAIN_PANELS if _matching(panel, keys)]
+    panels = _panels({key for record in records for key in record})
     most = max((record["images_seen"] for record in records), default=0)
     unit, unit_name = (1e6, "millions") if most > 5_000_000 else (1e3, "thousands")
 
@@ -83,9 +78,8 @@ def curves(
         figure.text(0.5, 0.45, "no metrics yet", ha="center", color="#707070", fontsize=12)
     for position, panel in enumerate(panels):
         axes = figure.add_subplot(num_rows, num_columns, position + 1)
-        drawn = {key: series(records, key) for key in _matching(panel, keys)}
-        reference = (lines or {}).get(re.sub(r"\\(.)", r"\1", panel.pattern), {})
-        _draw(axes, panel, {k: (x / unit, y) for k, (x, y) in drawn.items()}, reference)
+        values = {key: series(records, key) for key in panel.keys}
+        _draw(axes, panel, {key: (x / unit, y) for key, (x, y) in values.items()}, lines or {})
         axes.set_xlim(0, max(1.03 * most / unit, 1e-9))
         if position + num_columns >= len(panels):  # the lowest of its column
             axes.set_xlabel(f"images seen ({unit_name})")
@@ -96,44 +90,81 @@ def curves(
     return out_path
 
 
+def _panels(keys: Collection[str]) -> list[_Panel]:
+    """The panels of a run in order: evaluation, phases, singular values, throughput."""
+    ordered = sorted(keys)
+    panels = [_eval_panel(key) for key in ordered if key.startswith("eval/")]
+    panels.sort(key=lambda panel: not panel.log)  # Frechet distances first
+    rest = [key for key in ordered if re.fullmatch(r"train/[^/]+/.+", key)]
+    for title, pattern, log in _SCALARS:
+        found = [key for key in rest if re.fullmatch(pattern, _scalar(key))]
+        scalars = {_scalar(key) for key in found}
+        if len(scalars) == 1 and pattern not in scalars:  # of several possible ones
+            title = f"{title}: {scalars.pop().replace('_', ' ')}"
+        panels += [_Panel(title, tuple(found), log)] if found else []
+        rest = [key for key in rest if key not in found]
+    for scalar in sorted({_scalar(key) for key in rest}):
+        found = [key for key in rest if _scalar(key) == scalar]
+        panels.append(_Panel(scalar.replace("_", " "), tuple(found)))
+    for network in sorted({key.split("/")[1] for key in ordered if key.startswith("spectral/")}):
+        found = [key for key in ordered if key.startswith(f"spectral/{network}/")]
+        found.sort(key=lambda key: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", key)])
+        panels.append(_Panel(f"Largest singular values ({network})", tuple(found), log=True))
+    if "train/images_per_second" in keys:
+        panels.append(_Panel("Throughput (images/s)", ("train/images_per_second",)))
+    return panels
+
+
+def _scalar(key: str) -> str:
+    """train/<phase>/<scalar> -> <scalar>."""
+    return key.split("/", 2)[2]
+
+
 def _eval_panel(key: str) -> _Panel:
     metric, _, protocol = key.removeprefix("eval/").partition("/")
     name = re.sub(r"^[a-z]+", lambda m: _METRICS.get(m[0], m[0]), metric)
     title = f"{name} ({protocol})" if protocol else name
-    return _Panel(title, re.escape(key), log=metric.startswith(("fd", "fid")))
+    return _Panel(title, (key,), log=metric.startswith(("fd", "fid")))
 
 
-def _matching(panel: _Panel, keys: Sequence[str]) -> list[str]:
-    return [key for key in keys if re.fullmatch(panel.pattern, key)]
+def _labels(keys: Sequence[str]) -> dict[str, str]:
+    """The part of each key that distinguishes it from the others of its panel.
+
+    train/<phase>/<scalar>: the phase if all scalars are equal, the scalar without a common prefix
+    (logits_real, logits_fake) if all phases are equal, else both. Other keys: their last part.
+    """
+    if not all(re.fullmatch(r"train/[^/]+/.+", key) for key in keys):
+        return {key: key.split("/", 2)[-1] for key in keys}
+    phases = {key: key.split("/")[1] for key in keys}
+    scalars = {key: _scalar(key) for key in keys}
+    if len(set(scalars.values())) == 1:
+        return phases
+    prefixes = {scalar.rpartition("_")[0] for scalar in scalars.values()}
+    if len(prefixes) == 1:
+        scalars = {key: scalar.rpartition("_")[2] for key, scalar in scalars.items()}
+    if len(set(phases.values())) == 1:
+        return {key: scalar.replace("_", " ") for key, scalar in scalars.items()}
+    return {key: f"{phases[key]}, {scalars[key].replace('_', ' ')}" for key in keys}
 
 
-def _draw(
-    axes: Any,
-    panel: _Panel,
-    drawn: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    reference: Mapping[str, float],
-) -> None:
-    axes.set_title(panel.title, loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#808080")
-    axes.tick_params(color="#808080", labelcolor="#404040", labelsize=9)
-    axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    many = len(drawn) > _MOST_NAMED
+_Curves = Mapping[str, tuple[np.ndarray, np.ndarray]]  # key -> (x, y)
+
+
+def _draw(axes: Any, panel: _Panel, drawn: _Curves, lines: Mapping[str, Any]) -> None:
+    """One panel; `lines` is that of `curves`."""
+    labels = _labels(panel.keys)
+    _style(axes, _title(panel))
+    many = len(drawn) > _MAX_NAMED
     spare = iter(_shades(len(drawn)) if many else _SPARE * 2)
+    reference = lines.get(panel.keys[0], {}) if len(panel.keys) == 1 else {}
     finite = []
     for key, (x, y) in drawn.items():
-        color = _COLORS.get(key.rpartition("_")[2]) or (next(spare) if len(drawn) > 1 else _BLUE)
+        color = _COLORS.get(labels[key].rpartition(" ")[2])
+        color = color or (next(spare) if len(drawn) > 1 else _BLUE)
         usable = np.isfinite(y) & ((y > 0) | (not panel.log))
         finite.append(y[usable])
-        _line(axes, x, np.where(usable, y, np.nan), color, _label(key, drawn))
-    values = np.concatenate(finite)
-    if panel.log and len(values):
-        low = np.percentile(values, 1) if len(values) > 40 else values.min()  # one dip near zero
-        shown = [low, values.max(), *(value for value in reference.values() if value > 0)]
-        _log_axis(axes, min(shown), max(shown))
-    elif len(values) and values.min() >= 0:
-        axes.set_ylim(bottom=0)
+        _line(axes, x, np.where(usable, y, np.nan), color, labels[key])
+    _set_limits(axes, panel, np.concatenate(finite), reference)
     for name, value in reference.items():
         axes.axhline(value, color="#606060", linewidth=1.1, linestyle=(0, (4, 3)))
         axes.annotate(
@@ -141,42 +172,58 @@ def _draw(
             xytext=(4, 3), textcoords="offset points", color="#606060",
         )  # fmt: skip
     if many:
-        _name_highest(axes, drawn)
+        _name_highest(axes, drawn, labels)
     elif len(drawn) > 1:
         axes.legend(frameon=False, fontsize=9, loc="best", handlelength=1.4)
-    elif panel.pattern.startswith("eval/"):
+    elif panel.keys[0].startswith("eval/"):
         _mark_last(axes, *next(iter(drawn.values())))
-    elif "(" not in panel.title:  # a title for two, and only one of them is there
-        only = _label(next(iter(drawn)), drawn)
-        axes.set_title(f"{panel.title}: {only}", loc="left", fontsize=11)
+
+
+def _title(panel: _Panel) -> str:
+    """The title of a panel, with the phase if all of its scalars are of one phase."""
+    phases = {key.split("/")[1] for key in panel.keys if re.fullmatch(r"train/[^/]+/.+", key)}
+    return f"{panel.title} ({phases.pop()})" if len(phases) == 1 else panel.title
+
+
+def _style(axes: Any, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#808080")
+    axes.tick_params(color="#808080", labelcolor="#404040", labelsize=9)
+    axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _set_limits(
+    axes: Any, panel: _Panel, values: np.ndarray, reference: Mapping[str, float]
+) -> None:
+    """Limits of the y axis from the finite `values` and the reference lines."""
+    if panel.log and len(values):
+        low = np.percentile(values, 1) if len(values) > 40 else values.min()  # ignores single dips
+        shown = [low, values.max(), *(value for value in reference.values() if value > 0)]
+        _log_axis(axes, min(shown), max(shown))
+    elif len(values) and values.min() >= 0:
+        axes.set_ylim(bottom=0)
 
 
 def _shades(num: int) -> list[Any]:
-    """`num` colours from dark to light, in the order of the layers."""
+    """`num` colours from dark to light, in order of the layers."""
     from matplotlib import colormaps
 
     return [colormaps["viridis"](position) for position in np.linspace(0, 0.9, num)]
 
 
-def _name_highest(axes: Any, drawn: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+def _name_highest(axes: Any, drawn: _Curves, labels: Mapping[str, str]) -> None:
     key = max(drawn, key=lambda k: drawn[k][1][-1])
     x, y = drawn[key]
     axes.annotate(
-        f"{key.split('/', 2)[-1]} {y[-1]:.3g}", (x[-1], y[-1]), xytext=(-4, 6),
+        f"{labels[key]} {y[-1]:.3g}", (x[-1], y[-1]), xytext=(-4, 6),
         textcoords="offset points", ha="right", fontsize=9, color="#404040",
     )  # fmt: skip
 
 
-def _label(key: str, drawn: Mapping[str, Any]) -> str:
-    name = key.partition("/")[2]
-    prefixes = {k.partition("/")[2].rpartition("_")[0] for k in drawn}
-    if len(prefixes) == 1:  # loss_d, loss_g: what they share is in the title
-        name = name.rpartition("_")[2]
-    return _NAMES.get(name, name.replace("_", " "))
-
-
 def _line(axes: Any, x: np.ndarray, y: np.ndarray, color: str, label: str) -> None:
-    """A curve; a long noisy one is shown faintly with its running mean on top."""
+    """A curve; one of more than 40 points is drawn faintly below its running mean."""
     if len(x) < 2:
         axes.plot(x, y, "o", color=color, markersize=4, label=label)
     elif len(x) <= 40:
@@ -188,7 +235,7 @@ def _line(axes: Any, x: np.ndarray, y: np.ndarray, color: str, label: str) -> No
 
 
 def _running_mean(y: np.ndarray, half_width: int) -> np.ndarray:
-    """Mean over 2 * half_width + 1 neighbours (fewer at the ends), leaving out what is NaN."""
+    """Mean over 2 * half_width + 1 neighbours (fewer at the ends), without NaN."""
     known = np.isfinite(y)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, y, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])

@@ -1,11 +1,11 @@
-"""What a run measures: `metrics.jsonl` always, MLflow when configured; never raises into training.
+"""Metrics of a run: always to `metrics.jsonl`, to MLflow if configured; never raises into training.
 
-    <run_dir>/metrics.jsonl     the journal (journal.py): every number, whatever happens to MLflow
-    <run_dir>/mlflow.json       {"run_id", "uri", "local"}: the run that a resume continues
-    <run_dir>/environment.json  where it ran: `environment()`
+    <run_dir>/metrics.jsonl     the metrics log (metrics_log.py), independent of MLflow
+    <run_dir>/mlflow.json       {"run_id", "uri", "local"}: the MLflow run that a resume continues
+    <run_dir>/environment.json  versions and hardware: `environment()`
 
-Without `MLFLOW_TRACKING_URI`, MLflow's store is `mlflow.db` beside the run folder, shared by its
-siblings so that they can be compared:
+Without `MLFLOW_TRACKING_URI`, MLflow's store is `mlflow.db` next to the run folder, shared by all
+runs there so that they can be compared:
 
     mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
 """
@@ -33,27 +33,29 @@ __all__ = ["Role", "Status", "Tracker", "environment", "read_metrics", "series"]
 
 
 class Tracker:
-    """Writes one run's journal and forwards it to MLflow in the background.
+    """Writes the metrics log of one run and sends it to MLflow in the background.
 
-    `role` "train" owns the run: it sets the status RUNNING at the start and the one given to
-    `close` at the end, and sends the journal of earlier attempts again. "evaluation" continues
-    the same run (making it only if the trainer has not yet) and never changes its status.
+    Role "train" sets the status of the MLflow run, RUNNING at the start and that of `close` at the
+    end, and sends the metrics of earlier attempts again. Role "evaluation" logs to the same run
+    (creating it if the trainer has not yet) and never changes its status.
 
-    A full disk or a dead server raises nowhere, and only `close` waits for the server. For one
-    process per role: rank 0.
+    A full disk or an unreachable server raises nowhere, and only `close` waits for the server. Use
+    one tracker per role, on rank 0.
     """
 
     def __init__(self, run_dir: Path, config: TrackingConfig, *, role: Role) -> None:
         self._path = run_dir / metrics_log.FILENAME
         self._num_unwritten = 0
-        with contextlib.suppress(OSError):  # then every line is counted as unwritten
+        with contextlib.suppress(OSError):  # if it fails, every line is counted as unwritten
             run_dir.mkdir(parents=True, exist_ok=True)
         self._sender = Sender(run_dir, config.experiment, role) if config.mlflow else None
 
     def log(self, images_seen: int, metrics: Mapping[str, float]) -> None:
-        """Append {key: number} at `images_seen` to the journal and to the queue for MLflow."""
+        """Append {key: number} at `images_seen` to the metrics log and to the queue for MLflow."""
         values = {key: float(value) for key, value in metrics.items()}
-        seconds = round(time.time(), 3)  # MLflow keeps milliseconds; a replay must say the same
+        seconds = round(
+            time.time(), 3
+        )  # MLflow stores milliseconds, and a resent metric must be equal
         try:
             metrics_log.append(self._path, images_seen, seconds, values)
         except OSError:
@@ -62,32 +64,32 @@ class Tracker:
             self._sender.metrics(images_seen, seconds, values)
 
     def picture(self, images_seen: int, key: str, path: Path) -> None:
-        """Forward the image file `path` to MLflow's artifact folder `key` ("samples").
+        """Send the image file `path` to MLflow's artifact folder `key` ("samples").
 
-        The file is read later, on another thread. One whose name does not tell `images_seen`
-        (samples/20000.png does) replaces its predecessor there.
+        The file is read later, on another thread. A file of the same name replaces the previous
+        one there.
         """
         if self._sender:
             self._sender.artifact(path, key)
 
     def artifact(self, path: Path) -> None:
-        """Forward a file of the run to MLflow; it is read later, on another thread."""
+        """Send a file of the run to MLflow; it is read later, on another thread."""
         if self._sender:
             self._sender.artifact(path, None)
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Forward the recipe to MLflow, nested keys joined by dots.
+        """Send the config to MLflow as parameters, nested keys joined by dots.
 
-        MLflow never changes a parameter: what a resume changed becomes the tag `resumed.<key>`.
+        MLflow parameters are immutable: what a resume changed becomes the tag `resumed.<key>`.
         """
         if self._sender:
             self._sender.params(values)
 
     def close(self, status: Status | None, timeout_seconds: float = 60.0) -> str | None:
-        """Deliver what is queued, within `timeout_seconds`, and set the run's final status.
+        """Send what is queued, within `timeout_seconds`, and set the final status of the run.
 
-        `None` leaves the status as it is (a preempted run will go on). Returns one line for the
-        user if something could not be written or delivered, else None.
+        `None` leaves the status unchanged, for a preempted run. Returns one line for the user if
+        something could not be written or delivered, else None.
         """
         notes = []
         if self._num_unwritten:
@@ -99,13 +101,13 @@ class Tracker:
         return "; ".join(notes) or None
 
 
-# --- where it ran -----------------------------------------------------------------------------
+# --- environment ------------------------------------------------------------------------------
 
 _PACKAGES = (
     "bigan", "torch", "torchvision", "accelerate", "deepspeed", "webdataset", "torch-fidelity",
     "mlflow", "numpy", "pillow", "pydantic", "safetensors", "triton", "nvidia-nccl-cu12",
 )  # fmt: skip
-# Named one by one: SLURM_JWT is a password, and so is many another variable of a cluster.
+# An explicit list: SLURM_JWT and many other variables of clusters are credentials.
 _VARIABLES = (
     "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST", "SLURM_NNODES",
     "SLURM_NTASKS", "SLURM_NODEID", "SLURM_PROCID", "SLURM_CPUS_PER_TASK", "SLURM_GPUS_ON_NODE",
@@ -118,16 +120,16 @@ _VARIABLES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices, host, code revision and launch variables, for `environment.json`.
+    """Versions, devices, host, code revision and launch variables as JSON values.
 
-    Plain JSON values. Variables are taken from a fixed list that holds no secrets; the address of
-    the git remote, which may hold one, is left out.
+    Environment variables are taken from a fixed list without credentials. The URL of the git
+    remote, which may contain one, is left out.
     """
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    versions |= {"torch": torch.__version__}  # with its build, as in 2.15.0+cu130
+    versions |= {"torch": torch.__version__}  # including the build, 2.15.0+cu130
     return {
         "versions": versions,
         "host": platform.node(),
@@ -144,7 +146,7 @@ def environment() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's name for people."""
+    """The model name of the processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -153,9 +155,9 @@ def cpu_name() -> str:
 
 
 def _git(source: Path) -> dict[str, Any] | None:
-    """{"commit", "dirty"} of the checkout that holds the file `source`, or None outside of one.
+    """{"commit", "dirty"} of the checkout that tracks the file `source`, or None.
 
-    A package installed inside somebody else's checkout is not part of it: git must track the file.
+    A package that is installed inside an unrelated checkout is not tracked by it.
     """
 
     def ask(*arguments: str) -> str:

@@ -12,7 +12,7 @@ from bigan import checkpoint
 from bigan.checkpoint import Saver, snapshots
 from bigan.distributed.world import on_main, once
 from bigan.errors import RunError
-from bigan.reporting import image_grids
+from bigan.reporting import image_grids, plots
 from bigan.reporting.tracker import Tracker
 from bigan.run import folder, sample_grids
 from bigan.run.state import TrainState
@@ -52,7 +52,7 @@ class Artifacts:
             self._sample_grids()
             classes = dict(zip(state.class_names, state.class_counts, strict=True))
             snapshots.write(run_dir, seen, networks, state.config, classes)
-            image_grids.curves(run_dir, self._folder.curves)
+            plots.curves(run_dir, self._folder.curves)
 
         self._attempt(f"snapshot {seen}", write)
 

@@ -13,8 +13,9 @@ from bigan import checkpoint
 from bigan.checkpoint import Progress
 from bigan.distributed.heartbeat import Heartbeat, is_communication_error
 from bigan.distributed.launch import disconnect
-from bigan.distributed.replica_check import SlowRanks, check_replicas
+from bigan.distributed.replica_check import check_replicas
 from bigan.distributed.signals import GRACE_SECONDS, StopFlag, asked, write_requeue
+from bigan.distributed.stragglers import SlowRanks
 from bigan.distributed.world import barrier, largest, on_main, together
 from bigan.engine import Echo, Engine
 from bigan.errors import RunError

@@ -1,4 +1,4 @@
-"""Checkpoints are whole, fit their model, and bring back everything that changes."""
+"""Checkpoints are complete, fit their model, and restore the whole state of a run."""
 
 from __future__ import annotations
 
@@ -89,12 +89,11 @@ LONG = ("train.total_images=960", "train.checkpoint_images=80", "train.snapshot_
 
 
 def test_sigkill_between_and_during_saves(digits: Path, tmp_path: Path) -> None:
-    """Killed at random moments, saves included, the same command ends with the same bytes.
+    """After SIGKILL at random moments, the same command ends with the same bytes.
 
-    Every fourth step is saved, so that a good part of the kills fall into a save.
+    Every second step is saved, so that many of the kills happen during a save.
     """
-    undisturbed = start(tmp_path / "whole", digits, *LONG)
-    assert undisturbed.wait(120) == 0
+    undisturbed = start(tmp_path / "whole", digits, *LONG)  # beside the killed one
     run, chance, kills = tmp_path / "killed", random.Random(0), 0
     for _ in range(40):
         process = start(run, digits, *LONG)
@@ -111,12 +110,13 @@ def test_sigkill_between_and_during_saves(digits: Path, tmp_path: Path) -> None:
         elif process.wait(120) == 0:
             break
     assert kills >= 3
+    assert undisturbed.wait(120) == 0
     assert weights(tmp_path / "whole", 960) == weights(run, 960)
     for name in ("checkpoints", "snapshots", "samples"):
-        assert not list((run / name).glob(".*")), "a later life cleans up"
+        assert not list((run / name).glob(".*")), "the next attempt deletes staging folders"
 
 
-def test_damaged_checkpoints_are_answered_with_the_way_out(recipe: Recipe) -> None:
+def test_damaged_checkpoints_are_refused_with_advice(recipe: Recipe) -> None:
     config = recipe()
     quiet(config)
     longer = recipe("train.total_images=800")
@@ -153,7 +153,7 @@ def test_checkpoint_of_another_model(recipe: Recipe, tmp_path: Path) -> None:
         other.resume(folder)
 
 
-def test_what_may_change_between_two_lives(recipe: Recipe) -> None:
+def test_settings_that_may_change_between_attempts(recipe: Recipe) -> None:
     config = recipe()
     quiet(config)
     assert run_folder.check(recipe("train.total_images=800", "compile=aot_eager", "data.threads=1"))
@@ -162,7 +162,7 @@ def test_what_may_change_between_two_lives(recipe: Recipe) -> None:
             run_folder.check(recipe(override))
 
 
-def test_foreign_folder_is_refused(recipe: Recipe) -> None:
+def test_folder_that_is_not_a_run_is_refused(recipe: Recipe) -> None:
     config = recipe()
     config.run_dir.mkdir()
     (config.run_dir / "thesis.tex").write_text("precious")
@@ -171,7 +171,7 @@ def test_foreign_folder_is_refused(recipe: Recipe) -> None:
     assert [p.name for p in config.run_dir.iterdir()] == ["thesis.tex"]
 
 
-def test_finished_run_says_so_and_repairs_its_marker(recipe: Recipe) -> None:
+def test_finished_run_is_reported_and_its_marker_restored(recipe: Recipe) -> None:
     config = recipe()
     quiet(config)
     (config.run_dir / "DONE").unlink()
@@ -181,7 +181,7 @@ def test_finished_run_says_so_and_repairs_its_marker(recipe: Recipe) -> None:
     assert (config.run_dir / "DONE").exists()
 
 
-def test_signal_saves_and_the_same_command_goes_on(digits: Path, tmp_path: Path) -> None:
+def test_signal_saves_a_checkpoint(digits: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     overrides = ("train.total_images=4000", "train.checkpoint_images=4000", "train.tick_images=40")
     process = start(run, digits, *overrides)

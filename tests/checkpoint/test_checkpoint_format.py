@@ -1,10 +1,8 @@
-"""Format 2: ranges of tensors from any number of processes; format 1 is read for ever."""
+"""The checkpoint format: ranges of tensors, written and read at any world size."""
 
 from __future__ import annotations
 
 import json
-import math
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,34 +14,32 @@ from torch import Tensor, nn
 from bigan import checkpoint
 from bigan.checkpoint import CheckpointError, Piece, Progress, Reader
 from bigan.checkpoint.folder import complete
-from bigan.checkpoint.part import Staging, part_name
+from bigan.checkpoint.part import HostBuffer, part_name
 from bigan.checkpoint.progress import to_json
 from bigan.distributed.world import World
 
-FORMAT_1 = Path(__file__).parents[1] / "data" / "checkpoint-format-1" / "120"
-
 
 def write(folder: Path, parts: Sequence[Sequence[Piece]], check: bool = True) -> Path:
-    """A checkpoint of `len(parts)` processes; `check=False`: also one that makes no sense."""
-    draft = folder.with_name(f".{folder.name}.1.tmp")
-    draft.mkdir(parents=True)
-    sums = []
+    """A checkpoint of `len(parts)` ranks; `check=False` writes an inconsistent one as well."""
+    staging = folder.with_name(f".{folder.name}.1.tmp")
+    staging.mkdir(parents=True)
+    checksums = []
     for index, pieces in enumerate(parts):
-        staging = Staging()
-        staging.fill(pieces)
-        sums.append(staging.write(draft / part_name(index, len(parts))))
+        buffer = HostBuffer()
+        buffer.fill(pieces)
+        checksums.append(buffer.write(staging / part_name(index, len(parts))))
     progress = Progress(images_seen=int(folder.name))
     if check:
-        return complete(draft, progress, sums)
-    (draft / "progress.json").write_text(to_json(progress, sums))
-    return draft.rename(folder)
+        return complete(staging, progress, checksums)
+    (staging / "progress.json").write_text(to_json(progress, checksums))
+    return staging.rename(folder)
 
 
-def whole(name: str, tensor: Tensor) -> Piece:
+def unsharded(name: str, tensor: Tensor) -> Piece:
     return Piece(name, tuple(tensor.shape), 0, tensor, replicated=True)
 
 
-def cut(name: str, tensor: Tensor, start: int, stop: int) -> Piece:
+def sharded(name: str, tensor: Tensor, start: int, stop: int) -> Piece:
     part = tensor.reshape(-1)[start:stop]
     return Piece(name, tuple(tensor.shape), start, part, replicated=False)
 
@@ -60,18 +56,18 @@ def trained(network: nn.Module) -> torch.optim.Adam:
 
 
 def state(name: str, network: nn.Module, optimizer: torch.optim.Adam | None) -> list[Piece]:
-    """What a process that holds everything saves of a network, and of its optimiser."""
-    pieces = [whole(f"networks/{name}.{k}", t) for k, t in network.state_dict().items()]
+    """The shards of a network and of its optimiser, all unsharded."""
+    pieces = [unsharded(f"networks/{name}.{k}", t) for k, t in network.state_dict().items()]
     for key, parameter in network.named_parameters() if optimizer else ():
         for kind, tensor in optimizer.state[parameter].items():
-            pieces.append(whole(f"optimizers/{name}.{key}.{kind}", tensor))
+            pieces.append(unsharded(f"optimizers/{name}.{key}.{kind}", tensor))
     return pieces
 
 
-def test_any_range_is_read_from_any_cut(tmp_path: Path) -> None:
+def test_any_range_is_read_from_any_sharding(tmp_path: Path) -> None:
     tensor = torch.arange(24.0).reshape(3, 4, 2)
-    one = [[whole("networks/x", tensor)]]
-    three = [[cut("networks/x", tensor, *ends)] for ends in ((7, 17), (0, 7), (17, 24))]
+    one = [[unsharded("networks/x", tensor)]]
+    three = [[sharded("networks/x", tensor, *ends)] for ends in ((7, 17), (0, 7), (17, 24))]
     for images_seen, parts in ((1, one), (3, three)):
         reader = Reader(write(tmp_path / str(images_seen), parts))
         assert reader.shapes() == {"networks/x": (3, 4, 2)}
@@ -98,15 +94,15 @@ def test_every_type_and_layout_is_kept_and_stored_row_major(tmp_path: Path) -> N
         "g": torch.empty(0, 4),
         "h": torch.randn(6, 5).T,
     }
-    folder = write(tmp_path / "8", [[whole(name, tensor) for name, tensor in tensors.items()]])
-    plain = safetensors.torch.load_file(folder / part_name(0, 1))  # others can read it
+    folder = write(tmp_path / "8", [[unsharded(name, tensor) for name, tensor in tensors.items()]])
+    plain = safetensors.torch.load_file(folder / part_name(0, 1))  # readable without bigan
     reader = Reader(folder)
     for name, tensor in tensors.items():
         for found in (plain[name], reader.read(name)):
             assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
             assert torch.equal(found, tensor)
-    once = cut("x", torch.arange(4.0), 0, 2)
-    with pytest.raises(ValueError, match="x@0 is there twice"):
+    once = sharded("x", torch.arange(4.0), 0, 2)
+    with pytest.raises(ValueError, match="x@0"):
         write(tmp_path / "9", [[once, once]])
 
 
@@ -137,28 +133,28 @@ def scramble(content: bytearray) -> None:
         (Path.unlink, "No such file"),
     ],
 )
-def test_damage_is_told_in_one_line_with_the_way_out(
+def test_damaged_part_is_reported_with_its_path_and_advice(
     tmp_path: Path, damage: Callable[[Path], None], said: str
 ) -> None:
     tensor = torch.randn(10)
-    parts = [[cut("networks/x", tensor, 0, 4)], [cut("networks/x", tensor, 4, 10)]]
+    parts = [[sharded("networks/x", tensor, 0, 4)], [sharded("networks/x", tensor, 4, 10)]]
     folder = write(tmp_path / "5", parts)
     damaged = folder / part_name(1, 2)
     damage(damaged)
     with pytest.raises(CheckpointError, match=said) as caught:
         Reader(folder).read("networks/x")
     assert str(damaged) in str(caught.value)
-    assert str(caught.value).endswith(f"delete {folder} to resume from the checkpoint before it")
+    assert f"delete {folder}" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_checksums_are_compared_once_and_can_be_left_out(tmp_path: Path) -> None:
+def test_checksums_are_compared_once_and_can_be_skipped(tmp_path: Path) -> None:
     tensor = torch.randn(10)
-    parts = [[cut("networks/x", tensor, 0, 4)], [cut("networks/x", tensor, 4, 10)]]
+    parts = [[sharded("networks/x", tensor, 0, 4)], [sharded("networks/x", tensor, 4, 10)]]
     folder = write(tmp_path / "5", parts)
     edit(folder / part_name(1, 2), rot)
     careful = Reader(folder)
-    assert torch.equal(careful.read_range("networks/x", 0, 4), tensor[:4]), "not of that part"
+    assert torch.equal(careful.read_range("networks/x", 0, 4), tensor[:4]), "of the intact part"
     with pytest.raises(CheckpointError, match="checksum"):
         careful.verify_together(World())
     trusting = Reader(folder, verify=False)
@@ -166,37 +162,49 @@ def test_checksums_are_compared_once_and_can_be_left_out(tmp_path: Path) -> None
     assert not torch.equal(trusting.read("networks/x"), tensor)
 
 
-def test_pieces_must_make_up_whole_tensors(tmp_path: Path) -> None:
+def test_shards_must_cover_every_tensor_once(tmp_path: Path) -> None:
     tensor, name = torch.arange(10.0), "networks/x"
     wrong = {
-        "gap or an overlap at element 3": [cut(name, tensor, 0, 3), cut(name, tensor, 4, 10)],
-        "gap or an overlap at element 5": [cut(name, tensor, 0, 5), cut(name, tensor, 4, 10)],
-        "gap or an overlap at element 0": [cut(name, tensor, 1, 10), cut("y", tensor, 0, 10)],
-        "ends at element 9 of 10": [cut(name, tensor, 0, 5), cut(name, tensor, 5, 9)],
-        "gap or an overlap at element 10": [whole(name, tensor), whole(name, tensor)],
-        "differ in the shape": [
-            cut(name, tensor, 0, 5),
-            cut(name, tensor.reshape(5, 2), 5, 10),
+        "gap or an overlap at element 3": [
+            sharded(name, tensor, 0, 3),
+            sharded(name, tensor, 4, 10),
         ],
-        "differ in the shape of": [cut(name, tensor, 0, 5), cut(name, tensor.double(), 5, 10)],
+        "gap or an overlap at element 5": [
+            sharded(name, tensor, 0, 5),
+            sharded(name, tensor, 4, 10),
+        ],
+        "gap or an overlap at element 0": [
+            sharded(name, tensor, 1, 10),
+            sharded("y", tensor, 0, 10),
+        ],
+        "ends at element 9 of 10": [sharded(name, tensor, 0, 5), sharded(name, tensor, 5, 9)],
+        "gap or an overlap at element 10": [unsharded(name, tensor), unsharded(name, tensor)],
+        "differ in the shape or type of networks/x": [
+            sharded(name, tensor, 0, 5),
+            sharded(name, tensor.reshape(5, 2), 5, 10),
+        ],
+        "differ in the shape or type of networks/y": [
+            sharded("networks/y", tensor, 0, 5),
+            sharded("networks/y", tensor.double(), 5, 10),
+        ],
     }
     for index, (said, pieces) in enumerate(wrong.items()):
         folder = write(tmp_path / str(index), [[piece] for piece in pieces], check=False)
         with pytest.raises(CheckpointError, match=said):
             Reader(folder)
     for start, stop in ((-1, 3), (8, 11)):
-        with pytest.raises(ValueError, match="no range of a tensor"):
+        with pytest.raises(ValueError, match="range of a tensor"):
             Piece(name, (10,), start, torch.zeros(stop - start), replicated=False)
 
 
-def test_progress_of_a_newer_format_or_of_nonsense(tmp_path: Path) -> None:
-    folder = write(tmp_path / "5", [[whole("networks/x", torch.zeros(1))]])
+def test_invalid_progress_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "5", [[unsharded("networks/x", torch.zeros(1))]])
     assert checkpoint.read_progress(folder) == Progress(images_seen=5)
     path = folder / "progress.json"
     record = json.loads(path.read_text())
-    assert (record["format"], len(record["parts"])) == (2, 1)
+    assert (record["format"], len(record["parts"])) == (1, 1)
     bad = {
-        "format 99, this bigan reads formats 1 to 2": {"format": 99},
+        "format 99": {"format": 99},
         "cannot be read": {"parts": []},
         "list of parts": {"parts": [{"bytes": "many", "crc32": 0}]},
         "not a number": {"seconds": "long"},
@@ -208,32 +216,7 @@ def test_progress_of_a_newer_format_or_of_nonsense(tmp_path: Path) -> None:
             Reader(folder)
 
 
-def test_format_1_is_read_as_it_was_written(tmp_path: Path) -> None:
-    reader = Reader(FORMAT_1)
-    assert reader.progress == Progress(120, 1.5, 2, "abc", 1)
-    stored = {
-        f"{kind}/{key}": tensor
-        for kind in ("networks", "optimizers")
-        for key, tensor in safetensors.torch.load_file(FORMAT_1 / f"{kind}.safetensors").items()
-    }
-    assert reader.shapes() == {name: tuple(tensor.shape) for name, tensor in stored.items()}
-    assert len(stored) == 4 + 4 + 3 * 4
-    for name, tensor in stored.items():
-        assert torch.equal(reader.read(name), tensor)
-        middle = math.prod(tensor.shape) // 2
-        assert torch.equal(reader.read_range(name, 0, middle), tensor.reshape(-1)[:middle])
-    networks = {"g": toy(), "ema": toy()}
-    checkpoint.check_fit(reader, networks, {"g"})
-    checkpoint.load_networks(reader, networks)
-    assert torch.equal(networks["ema"][2].weight, stored["networks/ema.2.weight"])
-    assert reader.read("optimizers/g.0.weight.step").item() == 3
-    copy = shutil.copytree(FORMAT_1, tmp_path / "120")
-    edit(copy / "optimizers.safetensors", shorten)
-    with pytest.raises(CheckpointError, match=r"optimizers\.safetensors: damaged.*delete"):
-        Reader(copy)
-
-
-def test_fit_is_judged_by_the_headers(tmp_path: Path) -> None:
+def test_check_fit_reads_the_headers(tmp_path: Path) -> None:
     network, average = toy(), toy()
     optimizer = trained(network)
     pieces = [*state("g", network, optimizer), *state("ema", average, None)]
@@ -252,7 +235,7 @@ def test_fit_is_judged_by_the_headers(tmp_path: Path) -> None:
         checkpoint.check_fit(Reader(write(tmp_path / "2", [short])), networks, {"g"})
 
 
-def test_networks_come_back_bitwise_in_their_memory_format(tmp_path: Path) -> None:
+def test_networks_are_restored_bitwise_in_their_memory_format(tmp_path: Path) -> None:
     network = toy().to(memory_format=torch.channels_last)
     reader = Reader(write(tmp_path / "40", [state("g", network, None)]))
     other = toy().to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Saving while training goes on; what fails costs a line, never the run or an older checkpoint."""
+"""Asynchronous saving; a failed save ends neither the run nor an older checkpoint."""
 
 from __future__ import annotations
 
@@ -48,10 +48,8 @@ def full_disk(num_bytes: int = 1000) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_what_is_saved_is_the_state_at_the_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Training goes on, the writer being slow; nothing counts before all ranks have written."""
+def test_saved_state_is_that_of_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state changes while a slow writer writes; nothing is complete before all have written."""
     release = threading.Event()
     sync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda number: (release.wait(20), sync(number)))
@@ -68,7 +66,7 @@ def test_what_is_saved_is_the_state_at_the_call(
     release.set()
     while saver.poll():
         time.sleep(0.01)
-    assert checkpoint.latest(tmp_path) is None, "rank 0 completes, not the thread"
+    assert checkpoint.latest(tmp_path) is None, "completed by rank 0, not by the thread"
     saver.settle(all_done=True)
     assert stored(tmp_path) == ["80"]
     reader = Reader(tmp_path / "checkpoints" / "80")
@@ -77,7 +75,7 @@ def test_what_is_saved_is_the_state_at_the_call(
     assert (saver.failures, saver.verdict()) == (0, None)
 
 
-def test_the_next_save_completes_the_one_before_and_prunes(tmp_path: Path) -> None:
+def test_next_save_completes_the_previous_one_and_prunes(tmp_path: Path) -> None:
     weight = torch.zeros(NUM)
     saver = Saver(tmp_path, World(), keep=1, milestone_images=100)
     for seen in (40, 120, 160, 220, 280):
@@ -90,19 +88,19 @@ def test_the_next_save_completes_the_one_before_and_prunes(tmp_path: Path) -> No
         assert torch.equal(values, weight + seen)
 
 
-def test_which_checkpoints_stay() -> None:
+def test_kept_checkpoints() -> None:
     seen = [40, 120, 160, 220, 280, 430]
     assert kept(seen, 2) == {280, 430}
     assert kept(seen, 1, 100) == {120, 220, 430}
     assert kept(seen, 9) == set(seen)
     assert kept([], 2, 100) == set()
     stay: list[int] = []
-    for images in range(30, 1000, 30):  # pruned after every save, as a run does
+    for images in range(30, 1000, 30):  # pruned after every save, as in a run
         stay = sorted(kept([*stay, images], 1, 250))
     assert stay == [270, 510, 750, 990]
 
 
-def test_common_pieces_are_dealt_out_by_size() -> None:
+def test_replicated_shards_are_assigned_by_size() -> None:
     sizes = [1000, 900, 500, 400, 300, 200, 90, 5, 5]
     common = [piece(torch.zeros(n), f"networks/{i}") for i, n in enumerate(sizes)]
     own = Piece("optimizers/x", (8,), 4, torch.zeros(4), replicated=False)
@@ -117,7 +115,7 @@ def test_common_pieces_are_dealt_out_by_size() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> None:
+def test_non_finite_numbers_are_refused(tmp_path: Path, bad: float) -> None:
     weight = torch.zeros(2, 3)
     weight[1, 1] = bad
     saver = Saver(tmp_path, World())
@@ -132,7 +130,7 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> 
 
 
 def refused(saver: Saver, seen: int, said: list[str]) -> str:
-    """A save that fails, and the one line about it."""
+    """The one line that a failing save passes to `echo`."""
     before = len(said)
     saver.save(Progress(images_seen=seen), [piece(torch.full((NUM,), float(seen)))])
     saver.finish()
@@ -141,7 +139,7 @@ def refused(saver: Saver, seen: int, said: list[str]) -> str:
     return said[-1]
 
 
-def test_full_disk_costs_one_line_and_a_later_save_succeeds(tmp_path: Path) -> None:
+def test_full_disk_is_reported_once_and_a_later_save_succeeds(tmp_path: Path) -> None:
     said: list[str] = []
     saver = Saver(tmp_path, World(), keep=1, echo=said.append)
     saver.save(Progress(images_seen=40), [piece(torch.zeros(NUM))])
@@ -149,7 +147,7 @@ def test_full_disk_costs_one_line_and_a_later_save_succeeds(tmp_path: Path) -> N
     with full_disk():
         line = refused(saver, 80, said)
     assert "images_seen = 80 was not saved (rank 0: [Errno 27] File too large" in line
-    assert "older checkpoints are intact; free some space" in line
+    assert "free some space" in line
     assert stored(tmp_path) == ["40"]
     verdict = saver.verdict()
     assert verdict is not None
@@ -167,8 +165,8 @@ def test_disk_that_fills_up(tmp_path: Path) -> None:
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)]
     if subprocess.run(command, capture_output=True, check=False).returncode:
-        # A right, not something to install; where it lacks, the test above has the same failures.
-        pytest.skip("needs the right to mount a file system; full_disk stands in for it")
+        # A privilege that cannot be installed; the test above covers the same failures.
+        pytest.skip("needs the privilege to mount a file system; full_disk covers the failure")
     try:
         said: list[str] = []
         saver = Saver(disk, World(), keep=9, echo=said.append)
@@ -181,22 +179,22 @@ def test_disk_that_fills_up(tmp_path: Path) -> None:
         assert stored(disk) == ["40", "80"]
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         assert "Read-only file system" in refused(saver, 160, said)
-        assert "make run_dir a folder that can be written to" in said[-1]
+        assert "run_dir" in said[-1]
         assert stored(disk) == ["40", "80"]
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_folder_that_is_none_and_parts_that_do_not_fit(tmp_path: Path) -> None:
+def test_unusable_folder_and_incomplete_tensors_are_reported(tmp_path: Path) -> None:
     said: list[str] = []
     saver = Saver(tmp_path, World(), echo=said.append)
     (tmp_path / "checkpoints").write_text("in the way")
-    assert "folder that can be written to" in refused(saver, 40, said)
+    assert "run_dir" in refused(saver, 40, said)
     (tmp_path / "checkpoints").unlink()
     half = Piece("networks/x", (10,), 0, torch.zeros(5), replicated=False)
     saver.save(Progress(images_seen=80), [half])
     saver.finish()
-    assert "ends at element 5 of 10" in said[-1], "never complete without being readable"
+    assert "ends at element 5 of 10" in said[-1], "not complete unless readable"
     assert stored(tmp_path) == []
     assert saver.failures == 2
 
@@ -228,7 +226,7 @@ def pieces(seen):
     ]
 
 saver.save(Progress(images_seen=40), pieces(40))
-for _ in range(2000):  # the way of a trainer: agreed at a tick
+for _ in range(2000):  # as the trainer does at a tick
     busy = torch.tensor(saver.poll())
     dist.all_reduce(busy, op=dist.ReduceOp.MAX)
     saver.settle(all_done=not busy)
@@ -236,7 +234,7 @@ for _ in range(2000):  # the way of a trainer: agreed at a tick
         break
     time.sleep(0.01)
 first = sorted(p.name for p in (run / "checkpoints").iterdir())
-with full_disk() if world.rank == 1 else nullcontext():  # the disk of rank 0 is not
+with full_disk() if world.rank == 1 else nullcontext():  # only the disk of rank 1
     saver.save(Progress(images_seen=80), pieces(80))
     saver.finish()
 failed = [saver.failures, saver.verdict()]
@@ -262,7 +260,7 @@ saver.finish()
 """
 
 
-def test_two_processes_save_fail_alike_and_are_killed(tmp_path: Path) -> None:
+def test_two_processes_save_fail_on_both_and_are_killed(tmp_path: Path) -> None:
     shared = environment() | {
         "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
     }  # fmt: skip
@@ -284,7 +282,7 @@ def test_two_processes_save_fail_alike_and_are_killed(tmp_path: Path) -> None:
             for process in processes:
                 assert process.poll() is None, process.communicate()[1]
             time.sleep(0.05)
-    finally:  # SIGKILL, in the midst of a save
+    finally:  # SIGKILL during a save
         for process in processes:
             process.kill()
             process.communicate(timeout=20)
@@ -301,7 +299,9 @@ def test_two_processes_save_fail_alike_and_are_killed(tmp_path: Path) -> None:
         assert rank["refused"].startswith("RunError: optimizers/w.exp_avg is not finite")
 
     assert [name for name in stored(tmp_path) if name.isdigit()] == ["120", "40"]
-    assert any(name.startswith(".200.") for name in stored(tmp_path)), "what the killed left"
+    assert any(name.startswith(".200.") for name in stored(tmp_path)), (
+        "the staging folder of the killed save"
+    )
     atomic_files.remove_leftovers(tmp_path / "checkpoints")
     assert stored(tmp_path) == ["120", "40"]
     newest = checkpoint.latest(tmp_path)
@@ -311,7 +311,7 @@ def test_two_processes_save_fail_alike_and_are_killed(tmp_path: Path) -> None:
     assert torch.equal(reader.read("networks/w"), torch.arange(60.0).reshape(3, 4, 5) + 120)
     assert torch.equal(reader.read("networks/b"), -moment)
     assert torch.equal(reader.read("optimizers/w.exp_avg"), moment.reshape(30, 100))
-    for rank in range(3):  # as three processes would
+    for rank in range(3):  # as at world size 3
         ends = (rank * 1000, rank * 1000 + 1000)
         found = Reader(newest).read_range("optimizers/w.exp_avg", *ends)
         assert torch.equal(found, moment[slice(*ends)])

@@ -1,4 +1,4 @@
-"""A phase that cannot be compiled on one process must not leave the others in its collectives."""
+"""A phase that cannot be compiled on one rank must not leave the others in a collective."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Path(sys.argv[1], f"{world.rank}.json").write_text(json.dumps(found))
 """
 
 
-def test_all_fail_alike_or_the_one_says_why(tmp_path: Path) -> None:
+def test_compilation_failure_is_known_on_all_ranks(tmp_path: Path) -> None:
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]

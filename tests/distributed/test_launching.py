@@ -1,4 +1,4 @@
-"""What is made of a launcher's environment; what processes that differ are told."""
+"""Launcher environments: engines, SLURM ranks, refused launches, ranks that differ."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def zero(stage: object, optimizer: str = "none", parameters: str = "none") -> di
         ("ddp", {}, 2, "ddp"),
         ("ddp", zero(0), 2, "ddp"),
         ("fsdp", FSDP, 2, "fsdp"),
-        ("fsdp", {}, 2, "fsdp"),  # started by a plain launch file: the recipe decides
+        ("fsdp", {}, 2, "fsdp"),  # the launch file requests none: the config decides
         ("zero1", {}, 2, "zero1"),
         ("zero2_offload", zero(2, "cpu"), 2, "zero2_offload"),
     ],
 )
-def test_engine_is_what_recipe_and_launch_agree_on(
+def test_engine_follows_from_config_and_launch_file(
     setting: str, told: Mapping[str, str], world_size: int, engine: str
 ) -> None:
     launched = MULTIPLE if world_size > 1 else {}
@@ -81,11 +81,11 @@ def test_engine_is_what_recipe_and_launch_agree_on(
         ("ddp", {}, 1, "engine = ddp needs several processes"),
         ("ddp", {"WORLD_SIZE": "1"}, 1, "engine = ddp needs several processes"),
         ("zero1", {}, 1, "engine = zero1 needs a launcher.*launch/zero1.yaml"),
-        ("zero1", zero(2), 2, "engine = zero1, but the launcher was told zero2.*launch/zero1.yaml"),
-        ("zero1", zero(1, "cpu"), 2, "told zero1_offload"),
-        ("zero1", FSDP, 2, "told fsdp"),
-        ("ddp", FSDP, 2, "told fsdp.*launch/node.yaml"),
-        ("single", FSDP | {"WORLD_SIZE": "1"}, 1, "told fsdp.*launch/gpu.yaml"),
+        ("zero1", zero(2), 2, "engine = zero1, .* zero2.*launch/zero1.yaml"),
+        ("zero1", zero(1, "cpu"), 2, "requests zero1_offload"),
+        ("zero1", FSDP, 2, "requests fsdp"),
+        ("ddp", FSDP, 2, "requests fsdp.*launch/node.yaml"),
+        ("single", FSDP | {"WORLD_SIZE": "1"}, 1, "requests fsdp.*launch/gpu.yaml"),
         ("auto", FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, 2, "fsdp_offload_params is true"),
         ("auto", zero(3, "cpu"), 2, "ZeRO stage 3 with the optimiser offloaded to cpu"),
         ("auto", zero(3, "none", "cpu"), 2, "the parameters to cpu"),
@@ -94,7 +94,7 @@ def test_engine_is_what_recipe_and_launch_agree_on(
         ("auto", zero(4), 2, "ZeRO stage 4"),
     ],
 )
-def test_contradictions_are_one_line(
+def test_contradictions_are_refused_on_one_line(
     setting: str, told: Mapping[str, str], world_size: int, says: str
 ) -> None:
     launched = MULTIPLE if world_size > 1 else {}
@@ -116,17 +116,15 @@ def test_contradictions_are_one_line(
         ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "auto"}}}, "zero1"),
     ],
 )
-def test_deepspeed_json_says_stage_and_offloading(
+def test_deepspeed_json_sets_stage_and_offloading(
     tmp_path: Path, content: dict, engine: str
 ) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(content))
     told = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
     assert asked_engine(told) == engine
-    assert launch_remarks(told, "fp32", "auto") == [
-        f"of {path} only the ZeRO stage and the optimiser's offloading are used: the recipe "
-        "decides the rest"
-    ]
+    (remark,) = launch_remarks(told, "fp32", "auto")
+    assert str(path) in remark
 
 
 @pytest.mark.parametrize(
@@ -145,7 +143,7 @@ def test_unusable_deepspeed_json(tmp_path: Path, text: str | None, says: str) ->
     ("told", "precision", "says"),
     [
         ({}, "bf16", []),
-        ({"ACCELERATE_MIXED_PRECISION": "no"}, "bf16", []),  # every launch file says that
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, "bf16", []),  # as in every launch file
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "bf16", []),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "bf16", ["mixed_precision = fp16 is not used"]),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "fp32", ["precision = fp32"]),
@@ -155,7 +153,9 @@ def test_unusable_deepspeed_json(tmp_path: Path, text: str | None, says: str) ->
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "fp32", ["gradient_accumulation_steps"]),
     ],
 )
-def test_what_is_not_used_is_said(told: Mapping[str, str], precision: str, says: list[str]) -> None:
+def test_unused_launcher_settings_are_reported(
+    told: Mapping[str, str], precision: str, says: list[str]
+) -> None:
     remarks = launch_remarks(told, precision, "eager")
     assert len(remarks) == len(says)
     assert all(re.search(p, r) for p, r in zip(says, remarks, strict=True))
@@ -173,7 +173,7 @@ TASK = {
 }
 
 
-def test_srun_tells_each_task_its_place() -> None:
+def test_ranks_of_srun() -> None:
     assert from_slurm(TASK) == {
         "RANK": "5",
         "WORLD_SIZE": "8",
@@ -196,7 +196,7 @@ def test_srun_variants(changes: Mapping[str, str], key: str, value: str) -> None
     assert from_slurm({**TASK, **changes})[key] == value
 
 
-def test_ports_of_jobs_and_steps_differ_and_are_not_linuxs_own() -> None:
+def test_ports_of_jobs_and_steps_differ_and_are_not_ephemeral() -> None:
     ports = [
         int(from_slurm({**TASK, "SLURM_JOB_ID": f"{job}", "SLURM_STEP_ID": f"{step}"})[PORT])
         for job in range(5_000_000, 5_000_300)
@@ -247,17 +247,17 @@ def test_unreadable_node_list(nodes: str) -> None:
         first_host(nodes)
 
 
-def test_launches_of_strangers_are_refused() -> None:
+def test_launches_of_unconnected_processes_are_refused() -> None:
     accelerate = {"ACCELERATE_MIXED_PRECISION": "no"}
     check_launch({})
     check_launch(accelerate)
-    check_launch(TASK)  # `connect` joins them
+    check_launch(TASK)  # `connect` connects them
     check_launch(TASK | accelerate | {"WORLD_SIZE": "8", "MASTER_ADDR": "n1"})
-    with pytest.raises(LaunchError, match="asked for several processes but started one"):
+    with pytest.raises(LaunchError, match="started one"):
         check_launch(accelerate | {"MASTER_ADDR": "127.0.0.1"})
-    with pytest.raises(LaunchError, match="srun started 8 launchers of one process each"):
+    with pytest.raises(LaunchError, match="srun started 8 launchers"):
         check_launch(TASK | accelerate)
-    with pytest.raises(LaunchError, match="Megatron-LM was asked for"):
+    with pytest.raises(LaunchError, match="Megatron-LM"):
         check_launch({"ACCELERATE_USE_MEGATRON_LM": "true", "WORLD_SIZE": "2"})
 
 
@@ -279,7 +279,7 @@ def test_program_is_versions_engine_and_config() -> None:
     agree_on_program(World(), one)
 
 
-# Joined as srun starts them, with the wishes of a DeepSpeed launch file in the environment.
+# Connected as srun starts them, with the variables of a DeepSpeed launch file.
 TASKS = """
 import json, os, sys
 from bigan.errors import LaunchError
@@ -308,7 +308,7 @@ if world.is_main:
 """
 
 
-def test_bare_srun_tasks_join_whatever_the_launch_file_wishes() -> None:
+def test_srun_tasks_connect_without_accelerates_plugins() -> None:
     slurm = TASK | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
     told = zero(1) | {"MASTER_PORT": str(free_port())}
     tasks = [
@@ -331,10 +331,8 @@ def test_bare_srun_tasks_join_whatever_the_launch_file_wishes() -> None:
     assert result["ranks"] == [[0, 2, 0], [1, 2, 1]]
     assert result["engine"] == "zero1"
     assert result["kind"] in ("DistributedType.MULTI_CPU", "DistributedType.MULTI_GPU")
-    assert result["imported"] == [], "accelerate must not build plugins of its own"
+    assert result["imported"] == [], "accelerate must not create plugins"
     assert result["left"] == []
     node = os.uname().nodename
-    assert result["said"] == [
-        f"rank 1 on {node} has train.seed = 1, but rank 0 has 0; start every node with the same "
-        "packages, launch file and config"
-    ] * 2  # fmt: skip
+    assert len(set(result["said"])) == 1
+    assert f"rank 1 on {node} has train.seed = 1, but rank 0 has 0" in result["said"][0]

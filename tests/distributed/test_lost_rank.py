@@ -1,4 +1,4 @@
-"""Real gloo processes, one of which is lost: the others end in time and say which one it was."""
+"""Real gloo processes, one of which is lost: the others exit in time and name it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 from commands import environment, free_port
 
+from bigan.distributed.heartbeat import GO_ON
+
 LOST_AFTER_SECONDS = 4.0
 
-# Reads lines "WHAT FOLDER LOST_AFTER PORT" and forks, for each, the three processes of a launch
-# without a launcher: rank 0 holds the store. Importing torch once is what makes this file quick.
+# Reads lines "WHAT FOLDER LOST_AFTER PORT" and forks three processes for each, without a launcher:
+# rank 0 hosts the store. Forking saves the import of torch.
 NURSERY = """
 import ctypes, os, sys, time, traceback
 from datetime import timedelta
@@ -97,7 +99,7 @@ for line in sys.stdin:
 
 
 class Ranks:
-    """Three connected processes, to be watched by the files they leave in `folder`."""
+    """Three connected processes, observed by the files that they write to `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -110,13 +112,13 @@ class Ranks:
         time.sleep(0.3)
 
     def finish(self, rank: int, timeout: float) -> int:
-        """The exit code of a rank that ends by itself within `timeout` seconds."""
+        """The exit code of a rank that exits within `timeout` seconds."""
         code = self.folder / f"{rank}.code"
         wait_for([code], timeout)
         return int(code.read_text())
 
     def said(self) -> list[str]:
-        """What they said of bigan's, all together."""
+        """The lines of bigan on stderr, of all ranks."""
         texts = [(self.folder / f"{rank}.stderr").read_text() for rank in range(3)]
         return [line for text in texts for line in text.splitlines() if line.startswith("bigan:")]
 
@@ -139,7 +141,7 @@ def nursery() -> Iterator[subprocess.Popen[str]]:
     )
     yield process
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # whoever is left, stopped ones as well
+        os.killpg(process.pid, signal.SIGKILL)  # remaining processes, also stopped ones
     process.communicate()
 
 
@@ -155,7 +157,7 @@ def start(nursery: subprocess.Popen[str], tmp_path: Path) -> Callable[[str], Ran
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 @pytest.mark.parametrize("victim", [0, 2])
-def test_lost_process_is_named_and_the_others_end(
+def test_lost_rank_is_named_and_the_others_exit(
     start: Callable[[str], Ranks], number: signal.Signals, victim: int
 ) -> None:
     ranks = start("trains")
@@ -164,24 +166,23 @@ def test_lost_process_is_named_and_the_others_end(
     others = [rank for rank in range(3) if rank != victim]
     assert [ranks.finish(rank, 4 * LOST_AFTER_SECONDS) for rank in others] == [1, 1]
     (line,) = ranks.said()
-    who = f"bigan: rank {victim} (host {socket.gethostname()}, pid {ranks.pid(victim)}) "
-    gone = "is gone, and with it the launch's store; "
-    assert line.startswith((f"{who}has not been heard of for ", who + gone))
-    assert line.endswith("the same command goes on from the last checkpoint")
+    who = f"bigan: rank {victim} (host {socket.gethostname()}, pid {ranks.pid(victim)})"
+    assert line.startswith((f"{who}: no heartbeat for ", f"{who}: the store of the launch is gone"))
+    assert line.endswith(GO_ON)
 
 
-def test_reason_of_the_process_that_failed_reaches_the_others(
+def test_exception_of_a_rank_reaches_the_others(
     start: Callable[[str], Ranks],
 ) -> None:
     ranks = start("raises")
     assert [ranks.finish(rank, 60) for rank in range(3)] == [1, 1, 1]
     (line,) = ranks.said()
     who = f"rank 1 (host {socket.gethostname()}, pid {ranks.pid(1)})"
-    assert line.startswith(f"bigan: {who} failed: ValueError: the reason of rank 1; ")
+    assert line.startswith(f"bigan: {who}: failed: ValueError: the reason of rank 1; ")
 
 
-def test_busy_process_is_not_lost(start: Callable[[str], Ranks]) -> None:
-    """One that keeps the GIL for most of the time allowed, and one that ends after rank 0."""
+def test_busy_rank_is_not_lost(start: Callable[[str], Ranks]) -> None:
+    """A rank that holds the GIL for most of the time limit, and exits after rank 0."""
     ranks = start("busy")
     assert [ranks.finish(rank, 60) for rank in range(3)] == [0, 0, 0]
     assert ranks.said() == []

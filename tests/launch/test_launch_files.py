@@ -1,9 +1,12 @@
-"""Every launch file, through the real `accelerate launch`: what the program it starts is told."""
+"""Every launch file with the real `accelerate launch`: the environment of the started processes."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +31,7 @@ EXPECTED = {
     "zero2": ("zero2", 1, 2),
 }
 
-# What a launched program finds in its environment.
+# Writes the environment of a started process.
 PROBE = """
 import json, os, sys
 from pathlib import Path
@@ -37,8 +40,34 @@ Path(sys.argv[1], name).write_text(json.dumps(dict(os.environ)))
 """
 
 
+# Reads a list of commands and runs each as `accelerate launch` in a fork, which saves the imports.
+LAUNCHER = """
+import json, os, sys, traceback
+import torch.distributed.run
+from accelerate.commands.launch import main
+
+def launch(command):
+    sys.argv = ["accelerate-launch", *command]
+    try:
+        main()
+    except SystemExit as error:
+        return error.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+commands = json.load(sys.stdin)
+for command in commands:
+    if os.fork() == 0:
+        os._exit(launch(command))
+codes = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in commands]
+sys.exit(any(codes))
+"""
+
+
 def header_options(path: Path) -> list[str]:
-    """The options of the command in the comment on top, `--config_file` left out."""
+    """The options of the command in the comment at the top, without `--config_file`."""
     lines = path.read_text().splitlines()
     comment = " ".join(line[1:].strip(" \\") for line in lines if line.startswith("#"))
     command = re.search(r"accelerate launch (.*?) -m bigan\.train (\S+)", comment)
@@ -49,8 +78,8 @@ def header_options(path: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, str]]]:
-    """Launch file -> the environments of all processes that it starts, by its own command."""
+def environments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, str]]]:
+    """Launch file -> the environments of all processes that its own command starts."""
     folder = tmp_path_factory.mktemp("launched")
     (folder / "probe.py").write_text(PROBE)
     commands = []
@@ -64,8 +93,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, s
         for rank in range(EXPECTED[path.stem][1]):
             own = [{**values, "RANK": str(rank)}.get(word, word) for word in options]
             if EXPECTED[path.stem][1] > 1 and "--machine_rank" not in own:
-                # c10d numbers the machines itself; accelerate looks whether the port is taken
-                # unless it is not the first one, and here both are on one machine.
+                # c10d assigns the ranks of nodes. On node 0 accelerate requires a free port, which
+                # it is not, because here both nodes are one machine.
                 own = ["--machine_rank", "1", *own]
             commands.append(
                 [
@@ -76,39 +105,38 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, s
                     str(folder / path.stem),
                 ]
             )
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "accelerate.commands.launch", *command],
-            env=environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},  # as c10d's file says
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for command in commands
-    ]
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER],
+        env=environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},  # required by c10d's file
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        for process in started:
-            _, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors[-3000:]
+        _, errors = process.communicate(json.dumps(commands), timeout=240)
+        assert process.returncode == 0, errors[-3000:]
     finally:
-        for process in started:
-            process.kill()
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     return {
         path.stem: [json.loads(p.read_text()) for p in sorted((folder / path.stem).iterdir())]
         for path in FILES
     }
 
 
-def test_every_file_is_known_here() -> None:
+def test_every_launch_file_is_tested() -> None:
     assert {path.stem for path in FILES} == EXPECTED.keys()
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_file_starts_what_it_says(name: str, told: dict[str, list[dict[str, str]]]) -> None:
+def test_file_starts_the_expected_processes(
+    name: str, environments: dict[str, list[dict[str, str]]]
+) -> None:
     engine, num_machines, num_processes = EXPECTED[name]
-    processes = told[name]
+    processes = environments[name]
     assert len(processes) == num_processes
     if num_processes == 1:
         assert "WORLD_SIZE" not in processes[0]
@@ -132,6 +160,6 @@ def test_accelerate_reads_the_file(path: Path) -> None:
     content = load_config_from_file(str(path))
     assert (content.num_machines, content.num_processes) == EXPECTED[path.stem][1:]
     assert str(content.distributed_type.value) not in ("MULTI_CPU",), (
-        "the CPU types start strangers"
+        "MULTI_CPU starts unconnected processes"
     )
     assert content.use_cpu is False

@@ -1,4 +1,4 @@
-"""Grids, contact sheets and curves: what is in the pixels, not only that a file appears."""
+"""Grids, contact sheets and curves: the pixels, not only the existence of a file."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.utils import make_grid
 
-from bigan.reporting import image_grids, metrics_log
-from bigan.reporting.plots import _eval_panel, _running_mean
+from bigan.reporting import image_grids, metrics_log, plots
+from bigan.reporting.plots import _eval_panel, _labels, _panels, _running_mean
 
 
 def flat(values: list[int], size: int = 16, channels: int = 1) -> torch.Tensor:
@@ -38,7 +39,7 @@ def holds(path: Path, color: str) -> bool:
 # --- grids ------------------------------------------------------------------------------------
 
 
-def test_cells_go_row_by_row_and_can_be_cut_out_again(tmp_path: Path) -> None:
+def test_cells_are_in_row_major_order_and_can_be_cropped(tmp_path: Path) -> None:
     path = tmp_path / "new" / "0.png"
     image_grids.save_grid(path, flat([10, 20, 30, 40, 50, 60]), columns=3, row_labels=["a", "b"])
     with Image.open(path) as picture:
@@ -48,7 +49,7 @@ def test_cells_go_row_by_row_and_can_be_cut_out_again(tmp_path: Path) -> None:
         for index, value in enumerate([10, 20, 30, 40, 50, 60]):
             cell = np.asarray(picture.crop(geometry.box(index // 3, index % 3)))
             assert cell.shape[:2] == (64, 64)  # 16 pixels, enlarged four times
-            assert np.all(cell == value)  # to the last pixel: no separator, no neighbour
+            assert np.all(cell == value)  # every pixel: no separator, no neighbour
         x0, _, _, y1 = geometry.box(0, 0)
         assert picture.convert("RGB").getpixel((x0, y1)) == (255, 255, 255)  # the separator
         assert np.asarray(picture.convert("L"))[:, : x0 - 2].min() < 128  # the labels
@@ -56,7 +57,7 @@ def test_cells_go_row_by_row_and_can_be_cut_out_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 8, 28, 64, 100])
-def test_small_images_are_enlarged_by_a_whole_factor(size: int) -> None:
+def test_small_images_are_enlarged_by_an_integer_factor(size: int) -> None:
     picture = image_grids.grid(flat([1], size), columns=1)
     cell = picture.width - 4
     assert cell % size == 0
@@ -71,6 +72,13 @@ def test_both_layouts_and_colour() -> None:
     pixels = np.asarray(first)
     np.testing.assert_array_equal(pixels[2:66, 2:82], images[0].permute(1, 2, 0).numpy())
     np.testing.assert_array_equal(pixels[68:132, 84:164], images[3].permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("num", [4, 5, 6])
+def test_geometry_is_that_of_torchvision(num: int) -> None:
+    images = torch.randint(0, 256, (num, 3, 64, 80), dtype=torch.uint8)
+    expected = make_grid(images, nrow=2, padding=2, pad_value=255).permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(np.asarray(image_grids.grid(images, columns=2)), expected)
 
 
 def test_grey_pictures_are_stored_in_grey_and_coloured_ones_in_colour(tmp_path: Path) -> None:
@@ -92,9 +100,7 @@ def test_grey_pictures_are_stored_in_grey_and_coloured_ones_in_colour(tmp_path: 
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), 0, "columns"),
     ],
 )
-def test_what_is_no_batch_of_images_is_refused(
-    images: torch.Tensor, columns: int, message: str
-) -> None:
+def test_invalid_images_are_refused(images: torch.Tensor, columns: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         image_grids.grid(images, columns)
 
@@ -114,7 +120,7 @@ def snapshots(folder: Path, steps: list[int], classes: int = 4) -> list[tuple[in
     return found
 
 
-def test_the_sheet_shows_time_from_left_to_right(tmp_path: Path) -> None:
+def test_contact_sheet_shows_time_from_left_to_right(tmp_path: Path) -> None:
     pngs = snapshots(tmp_path / "samples", [0, 1000, 20_000], classes=10)
     out = image_grids.contact_sheet(list(reversed(pngs)), tmp_path / "timeline.png")
     assert out == tmp_path / "timeline.png"
@@ -133,7 +139,7 @@ def test_the_sheet_shows_time_from_left_to_right(tmp_path: Path) -> None:
         assert header.shape[0] > 20
 
 
-def test_long_runs_are_thinned_and_keep_their_ends(tmp_path: Path) -> None:
+def test_long_runs_show_evenly_chosen_snapshots(tmp_path: Path) -> None:
     pngs = snapshots(tmp_path / "samples", list(range(0, 170_000, 10_000)), classes=1)
     out = image_grids.contact_sheet(pngs, tmp_path / "timeline.png")
     assert out is not None
@@ -191,7 +197,7 @@ def test_counts_are_short(num: int, text: str) -> None:
 
 # --- curves -----------------------------------------------------------------------------------
 
-BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA4499"
+BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA4499"
 
 
 def write_run(run_dir: Path, **values: float) -> None:
@@ -207,13 +213,14 @@ def height(path: Path) -> int:
 
 
 def test_losses_and_logits_have_their_colours(tmp_path: Path) -> None:
-    write_run(tmp_path, train__loss_d=1.0, train__loss_g=0.5)
-    out = image_grids.curves(tmp_path, tmp_path / "figures" / "curves.png")
+    write_run(tmp_path, train__discriminator__loss=1.0, train__generator__loss=0.5)
+    out = plots.curves(tmp_path, tmp_path / "figures" / "curves.png")
     assert holds(out, BLUE)
-    assert holds(out, VERMILLION)
+    assert holds(out, VERMILION)
     assert not holds(out, GREEN)
-    write_run(tmp_path, train__logits_real=1.0, train__logits_fake=-1.0)
-    image_grids.curves(tmp_path, out)
+    logits = {"train__discriminator__logits_real": 1.0, "train__discriminator__logits_fake": -1.0}
+    write_run(tmp_path, **logits)
+    plots.curves(tmp_path, out)
     assert holds(out, GREEN)
     assert holds(out, PURPLE)
     assert [p.name for p in out.parent.iterdir()] == ["curves.png"]
@@ -221,36 +228,73 @@ def test_losses_and_logits_have_their_colours(tmp_path: Path) -> None:
 
 def test_singular_values_of_many_layers_are_shades_and_of_few_are_named(tmp_path: Path) -> None:
     dark = "#440154"  # viridis begins here
-    write_run(tmp_path, **{f"spectral__d__conv{i}": 1.0 + i for i in range(4)})
-    out = image_grids.curves(tmp_path, tmp_path / "curves.png")
+    write_run(tmp_path, **{f"spectral__discriminator__conv{i}": 1.0 + i for i in range(4)})
+    out = plots.curves(tmp_path, tmp_path / "curves.png")
     assert not holds(out, dark)
-    write_run(tmp_path, **{f"spectral__g__conv{i}": 1.0 + i for i in range(20)})
-    image_grids.curves(tmp_path, out)
+    write_run(tmp_path, **{f"spectral__generator__conv{i}": 1.0 + i for i in range(20)})
+    plots.curves(tmp_path, out)
     assert holds(out, dark)
 
 
 def test_every_evaluation_metric_gets_a_panel(tmp_path: Path) -> None:
-    write_run(tmp_path, train__loss_d=1.0)
-    one = height(image_grids.curves(tmp_path, tmp_path / "one.png"))
+    write_run(tmp_path, train__discriminator__loss=1.0)
+    one = height(plots.curves(tmp_path, tmp_path / "one.png"))
     write_run(
-        tmp_path, train__images_per_second=9.0, train__grad_norm_d=1.0, train__r1=0.1,
+        tmp_path, train__images_per_second=9.0, train__discriminator__grad_norm=1.0,
+        train__discriminator__r1=0.1,
         eval__fd__digits8=3.0, eval__cs__digits8=5.0, eval__recall=0.5,
     )  # fmt: skip
-    seven = height(image_grids.curves(tmp_path, tmp_path / "seven.png"))
+    seven = height(plots.curves(tmp_path, tmp_path / "seven.png"))
     assert seven > 2.5 * one  # three rows of panels
 
 
-def test_a_floor_is_drawn_where_it_belongs(tmp_path: Path) -> None:
+def test_reference_lines_are_drawn_in_their_panel(tmp_path: Path) -> None:
     write_run(tmp_path, eval__fd__digits8=3.0)
 
     def drawn(lines: dict[str, dict[str, float]]) -> bytes:
-        return image_grids.curves(tmp_path, tmp_path / "curves.png", lines).read_bytes()
+        return plots.curves(tmp_path, tmp_path / "curves.png", lines).read_bytes()
 
     plain = drawn({})
     assert drawn({"eval/fd/another": {"floor": 0.6}}) == plain
     low, high = (drawn({"eval/fd/digits8": {"floor": floor}}) for floor in (0.6, 60.0))
     same, named = (drawn({"eval/fd/digits8": {name: 3.0}}) for name in ("floor", "ceiling"))
     assert len({plain, low, high, same, named}) == 5
+
+
+def test_panels_do_not_depend_on_the_names_of_phases() -> None:
+    keys = [
+        "images_seen", "time", "train/attempt", "train/images_per_second", "train/encoder/loss",
+        "train/encoder/kl", "train/encoder/grad_norm", "train/a_to_b/loss", "train/a_to_b/cycle",
+        "train/b_to_a/cycle", "train/a_to_b/logits_real", "train/critic/wgan_gp",
+        "train/mapping/path_penalty", "rank/step_ms/0",
+        "spectral/critic/conv2", "spectral/critic/conv10",
+    ]  # fmt: skip
+    panels = {panel.title: (panel.keys, panel.log) for panel in _panels(keys)}
+    assert panels == {
+        "Losses": (("train/a_to_b/loss", "train/encoder/loss"), False),
+        "Logits: logits real": (("train/a_to_b/logits_real",), False),
+        "Gradient norms": (("train/encoder/grad_norm",), True),
+        "Path lengths: path penalty": (("train/mapping/path_penalty",), True),
+        "Penalties: wgan gp": (("train/critic/wgan_gp",), True),
+        "cycle": (("train/a_to_b/cycle", "train/b_to_a/cycle"), False),
+        "kl": (("train/encoder/kl",), False),
+        "Largest singular values (critic)": (
+            ("spectral/critic/conv2", "spectral/critic/conv10"),
+            True,
+        ),
+        "Throughput (images/s)": (("train/images_per_second",), False),
+    }
+
+
+def test_labels_are_what_distinguishes_the_keys() -> None:
+    def labels(*keys: str) -> list[str]:
+        return list(_labels(keys).values())
+
+    assert labels("train/a/loss", "train/b/loss") == ["a", "b"]
+    assert labels("train/d/logits_real", "train/d/logits_fake") == ["real", "fake"]
+    assert labels("train/a/r1", "train/b/gradient_penalty") == ["a, r1", "b, gradient penalty"]
+    assert labels("train/a/logits_real", "train/b/logits_real") == ["a", "b"]
+    assert labels("spectral/d/blocks.0/conv", "spectral/d/linear") == ["blocks.0/conv", "linear"]
 
 
 def test_frechet_distances_are_logarithmic_and_named() -> None:
@@ -263,41 +307,46 @@ def test_frechet_distances_are_logarithmic_and_named() -> None:
     assert _eval_panel("eval/recall").title == "recall"
 
 
-def test_odd_runs_are_drawn_all_the_same(tmp_path: Path) -> None:
-    blank = image_grids.curves(tmp_path / "absent", tmp_path / "empty.png")
-    assert colors(blank).min() < 150  # it says so
+def test_runs_without_or_with_non_finite_metrics_are_drawn(tmp_path: Path) -> None:
+    blank = plots.curves(tmp_path / "absent", tmp_path / "empty.png")
+    assert colors(blank).min() < 150  # "no metrics yet"
     odd = tmp_path / "odd"
     odd.mkdir()
     metrics_log.append(
-        odd / "metrics.jsonl", 0, 0.0, {"eval/fd/x": math.nan, "train/loss_d": math.inf}
+        odd / "metrics.jsonl", 0, 0.0, {"eval/fd/x": math.nan, "train/discriminator/loss": math.inf}
     )
-    image_grids.curves(odd, tmp_path / "odd.png", {"eval/fd/x": {"floor": 0.6}})
+    plots.curves(odd, tmp_path / "odd.png", {"eval/fd/x": {"floor": 0.6}})
     metrics_log.append(
-        odd / "metrics.jsonl", 10, 0.0, {"eval/fd/x": 0.0, "train/grad_norm_g": -1.0}
+        odd / "metrics.jsonl", 10, 0.0, {"eval/fd/x": 0.0, "train/generator/grad_norm": -1.0}
     )
-    metrics_log.append(odd / "metrics.jsonl", 20, 0.0, {"eval/fd/x": -1e-5, "train/r1": 0.0})
+    metrics_log.append(
+        odd / "metrics.jsonl", 20, 0.0, {"eval/fd/x": -1e-5, "train/discriminator/r1": 0.0}
+    )
     metrics_log.append(
         odd / "metrics.jsonl", 30, 0.0, {"eval/fd/x": math.inf, "eval/cs/x": math.inf}
     )
-    image_grids.curves(odd, tmp_path / "odd.png")
+    plots.curves(odd, tmp_path / "odd.png")
     for step in range(100):
-        values = {"train/loss_d": math.nan if step % 7 else 1.0, "train/loss_g": math.nan}
+        values = {
+            "train/discriminator/loss": math.nan if step % 7 else 1.0,
+            "train/generator/loss": math.nan,
+        }
         metrics_log.append(odd / "metrics.jsonl", 10_000_000 + step, 0.0, values)
-    assert holds(image_grids.curves(odd, tmp_path / "odd.png"), BLUE)
+    assert holds(plots.curves(odd, tmp_path / "odd.png"), BLUE)
 
 
-def test_the_running_mean_skips_what_is_missing() -> None:
+def test_running_mean_skips_nan() -> None:
     y = np.array([1.0, math.nan, 3.0, 5.0, math.nan, math.nan, math.nan])
     expected = [1.0, 2.0, 4.0, 4.0, 5.0, math.nan, math.nan]
     np.testing.assert_allclose(_running_mean(y, 1), expected)
 
 
-def test_drawing_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
-    """No pyplot: it would pick a display, and two threads would share its current figure."""
+def test_pyplot_is_not_imported(tmp_path: Path) -> None:
+    """pyplot would choose a display, and two threads would share its current figure."""
     import subprocess
     import sys
 
-    write_run(tmp_path, train__loss_d=1.0)
+    write_run(tmp_path, train__discriminator__loss=1.0)
     code = (
         "import sys; from pathlib import Path; from bigan.reporting.plots import curves\n"
         "assert 'matplotlib' not in sys.modules\n"

@@ -1,4 +1,4 @@
-"""The journal under fire, and a real MLflow store (SQLite) behind the tracker."""
+"""The tracker with a real MLflow store (SQLite)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from bigan.reporting import metrics_log, mlflow_writer
 from bigan.reporting import tracker as tracking
-from bigan.reporting.tracker import Tracker, read_metrics, series
+from bigan.reporting.tracker import Tracker, read_metrics
 from bigan.run_config import TrackingConfig
 
 OFF = TrackingConfig(mlflow=False)
@@ -49,105 +48,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
     return out, err
 
 
-# --- journal ----------------------------------------------------------------------------------
-
-
-def test_a_line_holds_flat_keys_and_comes_back(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path / "run", OFF, role="train")
-    before = time.time()
-    tracker.log(1000, {"train/loss_d": 1.25, "eval/fd/digits8-cnn-v1": np.float32(0.5)})
-    assert tracker.close("FINISHED") is None
-    (line,) = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    record = json.loads(line)
-    assert record == read_metrics(tmp_path / "run")[0]
-    assert list(record)[:2] == ["images_seen", "time"]
-    assert record["images_seen"] == 1000
-    assert record["train/loss_d"] == 1.25
-    assert record["eval/fd/digits8-cnn-v1"] == 0.5
-    assert before - 0.01 <= record["time"] <= time.time() + 0.01
-
-
-def test_non_finite_numbers_are_valid_json_and_come_back(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, OFF, role="train")
-    tracker.log(1, {"a": math.nan, "b": math.inf, "c": -math.inf})
-
-    def refuse(name: str) -> float:
-        raise AssertionError(f"{name} is not JSON")
-
-    line = (tmp_path / "metrics.jsonl").read_text()
-    record = json.loads(line, parse_constant=refuse)
-    assert (record["a"], record["b"], record["c"]) == ("NaN", "Infinity", "-Infinity")
-    (read,) = read_metrics(tmp_path)
-    assert math.isnan(read["a"])
-    assert (read["b"], read["c"]) == (math.inf, -math.inf)
-
-
-@pytest.mark.parametrize(
-    ("tail", "kept"),
-    [
-        ('{"images_seen": 2, "time": 1.0, "train/lo', []),  # cut within a record
-        ('{"images_seen": 2, "time": 1.0, "a": 3.0}', [2]),  # only the newline is missing
-    ],
-)
-def test_a_torn_last_line_is_put_right(tmp_path: Path, tail: str, kept: list[int]) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"images_seen": 1, "time": 1.0, "a": 2.0}\n' + tail)
-    assert [r["images_seen"] for r in read_metrics(tmp_path)] == [1, *kept]  # reader alone
-    Tracker(tmp_path, OFF, role="train").log(3, {"a": 4.0})
-    records = [json.loads(line) for line in path.read_text().splitlines()]  # every line is valid
-    assert [r["images_seen"] for r in records] == [1, *kept, 3]
-    assert read_metrics(tmp_path) == records
-
-
-def test_reading_a_run_without_a_journal(tmp_path: Path) -> None:
-    assert read_metrics(tmp_path) == []
-
-
-def test_the_last_line_counts_for_a_repeated_tick() -> None:
-    records = [
-        {"images_seen": 10, "a": 1.0},
-        {"images_seen": 20, "a": 2.0, "b": 7.0},
-        {"images_seen": 30, "a": 3.0},
-        {"images_seen": 20, "a": 5.0},  # resumed from 10
-    ]
-    x, y = series(records, "a")
-    np.testing.assert_array_equal(x, [10, 20, 30])
-    np.testing.assert_array_equal(y, [1, 5, 3])
-    assert [len(v) for v in series(records, "missing")] == [0, 0]
-
-
-def test_two_processes_never_interleave(tmp_path: Path) -> None:
-    code = """
-import sys
-from pathlib import Path
-from bigan.reporting import metrics_log
-sys.stdout.write("ready\\n"); sys.stdout.flush(); sys.stdin.readline()
-for i in range(500):
-    values = {f"{sys.argv[2]}/{'k' * (i % 300)}": i, "padding" * 50: 0.1}
-    metrics_log.append(Path(sys.argv[1]) / "metrics.jsonl", i, 0.0, values)
-"""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path), role],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True,
-        )
-        for role in ("train", "evaluation")
-    ]  # fmt: skip
-    for process in both:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in both:
-        process.communicate("go\n", timeout=60)
-        assert process.returncode == 0
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    for role in ("train", "evaluation"):
-        own = [r["images_seen"] for r in records if any(k.startswith(f"{role}/") for k in r)]
-        assert own == list(range(500))
-    assert len(records) == 1000
-
-
-def test_without_mlflow_it_is_not_even_imported(tmp_path: Path) -> None:
+def test_mlflow_is_not_imported_without_it(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
@@ -163,31 +64,7 @@ assert not [name for name in sys.modules if name.partition(".")[0] == "mlflow"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
-def test_a_writer_waits_for_the_lock(tmp_path: Path) -> None:
-    """What keeps lines apart where one write is not atomic, and mending from cutting them."""
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("")
-    descriptor = os.open(path, os.O_RDWR)
-    code = """
-import sys
-from pathlib import Path
-from bigan.reporting import metrics_log
-sys.stdout.write("ready\\n"); sys.stdout.flush()
-metrics_log.append(Path(sys.argv[1]), 1, 0.0, {"a": 1.0})
-"""
-    with metrics_log.locked(descriptor) as alone:
-        assert alone
-        process = python(code, path)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(0.3)
-        assert path.read_text() == ""
-    finish(process)
-    assert len(read_metrics(tmp_path)) == 1
-    os.close(descriptor)
-
-
-def test_an_unwritable_journal_is_told_at_the_end(tmp_path: Path) -> None:
+def test_unwritten_lines_are_reported_by_close(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     tracker = Tracker(tmp_path, OFF, role="train")
     tracker.log(1, {"a": 1.0})
@@ -202,12 +79,12 @@ def test_an_unwritable_journal_is_told_at_the_end(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of runs whose store was made by a trainer and an evaluator at the same instant."""
+    """A folder of runs whose store was created by a trainer and an evaluator at the same time."""
     folder = tmp_path_factory.mktemp("runs")
     code = """
 import sys
 from pathlib import Path
-from bigan.reporting.mlflow_writer import Sender  # a Tracker without its journal, and without torch
+from bigan.reporting.mlflow_writer import Sender  # without metrics log and torch
 Path(sys.argv[1]).mkdir(exist_ok=True)
 sender = Sender(Path(sys.argv[1]), "tests", sys.argv[2])
 sender.metrics(7, 1.5, {f"{sys.argv[2]}/a": 1.0})
@@ -247,15 +124,15 @@ def wait_until(true: Any, seconds: float = 30) -> None:
         time.sleep(0.05)
 
 
-def test_a_store_opened_by_two_at_once_holds_one_run(runs: Path, client: Any) -> None:
+def test_store_created_by_two_processes_has_one_run(runs: Path, client: Any) -> None:
     experiment = client.get_experiment_by_name("tests")
     found = client.search_runs([experiment.experiment_id], "run_name = 'raced'")
     assert [r.info.run_id for r in found] == [run_id(runs / "raced")]
     assert set(found[0].data.metrics) == {"train/a", "evaluation/a"}
-    assert found[0].info.status == "RUNNING"  # close(None): to be continued
+    assert found[0].info.status == "RUNNING"  # close(None)
 
 
-def test_everything_arrives(runs: Path, client: Any) -> None:
+def test_metrics_params_and_artifacts_are_delivered(runs: Path, client: Any) -> None:
     run_dir = runs / "everything"
     picture = run_dir / "samples" / "20.png"
     picture.parent.mkdir(parents=True)
@@ -264,15 +141,20 @@ def test_everything_arrives(runs: Path, client: Any) -> None:
     tracker = Tracker(run_dir, ON, role="train")
     tracker.params({"train": {"batch": 64, "seed": 0}, "loss": "hinge"})
     for step in (10, 20):
-        tracker.log(step, {"train/loss_d": step / 8, "train/a@b": 1.0, "train/nan": math.nan})
+        tracker.log(
+            step, {"train/discriminator/loss": step / 8, "train/a@b": 1.0, "train/nan": math.nan}
+        )
     tracker.log(30, {f"many/{i}": float(i) for i in range(2500)})  # 1000 fit into one call
     tracker.picture(20, "samples", picture)
     tracker.artifact(run_dir / "curves.png")
     assert tracker.close("FINISHED") is None
 
     records = read_metrics(run_dir)
-    expected = [(r["images_seen"], r["train/loss_d"], round(r["time"] * 1000)) for r in records[:2]]
-    assert points(client, run_dir, "train/loss_d") == expected
+    expected = [
+        (r["images_seen"], r["train/discriminator/loss"], round(r["time"] * 1000))
+        for r in records[:2]
+    ]
+    assert points(client, run_dir, "train/discriminator/loss") == expected
     run = client.get_run(run_id(run_dir))
     assert run.data.params == {"train.batch": "64", "train.seed": "0", "loss": "hinge"}
     assert run.data.metrics["train/a_b"] == 1.0
@@ -285,7 +167,7 @@ def test_everything_arrives(runs: Path, client: Any) -> None:
     assert run.info.experiment_id == client.get_run(run_id(runs / "raced")).info.experiment_id
 
 
-def test_a_resume_continues_the_run_and_delivers_what_was_lost(runs: Path, client: Any) -> None:
+def test_resume_continues_the_run_and_delivers_lost_metrics(runs: Path, client: Any) -> None:
     run_dir = runs / "resumed"
     tracker = Tracker(run_dir, ON, role="train")
     tracker.params({"total": 100})
@@ -293,7 +175,7 @@ def test_a_resume_continues_the_run_and_delivers_what_was_lost(runs: Path, clien
     assert tracker.close("KILLED") is None
     first, before = run_id(run_dir), points(client, run_dir, "train/a")
     assert status(client, run_dir) == "KILLED"
-    # A kill between the journal and MLflow, and another one within a line
+    # Killed between the metrics log and MLflow, and within a line
     metrics_log.append(run_dir / "metrics.jsonl", 20, 1700000000.5, {"train/a": 2.0})
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"images_seen": 3')
@@ -306,7 +188,7 @@ def test_a_resume_continues_the_run_and_delivers_what_was_lost(runs: Path, clien
     assert run_id(run_dir) == first
     after = points(client, run_dir, "train/a")
     assert [(step, value) for step, value, _ in after] == [(10, 1.0), (20, 2.0), (30, 3.0)]
-    assert after[0] == before[0]  # sent twice, there once
+    assert after[0] == before[0]  # sent twice, stored once
     assert after[1][2] == 1700000000500
     run = client.get_run(first)
     assert run.data.params == {"total": "100", "new": "1"}
@@ -314,7 +196,7 @@ def test_a_resume_continues_the_run_and_delivers_what_was_lost(runs: Path, clien
     assert run.info.status == "FINISHED"
 
 
-def test_the_evaluator_writes_to_the_trainers_run_and_leaves_its_status(
+def test_evaluator_logs_to_the_run_of_the_trainer_and_keeps_its_status(
     runs: Path, client: Any
 ) -> None:
     run_dir = runs / "evaluated"
@@ -335,9 +217,7 @@ def test_the_evaluator_writes_to_the_trainers_run_and_leaves_its_status(
     assert len(points(client, run_dir, "eval/fd/digits8-cnn-v1")) == 2
 
 
-def test_an_evaluator_that_comes_first_makes_the_run_the_trainer_continues(
-    runs: Path, client: Any
-) -> None:
+def test_trainer_continues_a_run_created_by_the_evaluator(runs: Path, client: Any) -> None:
     run_dir = runs / "evaluator_first"
     evaluator = Tracker(run_dir, ON, role="evaluation")
     evaluator.log(10, {"eval/a": 1.0})
@@ -348,7 +228,7 @@ def test_an_evaluator_that_comes_first_makes_the_run_the_trainer_continues(
     assert status(client, run_dir) == "FINISHED"
 
 
-def test_a_failure_is_retried_and_a_missing_file_is_not(
+def test_errors_are_retried_and_missing_files_are_not(
     runs: Path, client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     attempts = []
@@ -377,7 +257,7 @@ def test_a_failure_is_retried_and_a_missing_file_is_not(
     assert len(caplog.records) == 1  # one line however often it fails
 
 
-def test_a_run_deleted_from_the_store_is_made_again(runs: Path, client: Any) -> None:
+def test_run_deleted_from_the_store_is_created_again(runs: Path, client: Any) -> None:
     run_dir = runs / "deleted"
     tracker = Tracker(run_dir, ON, role="train")
     tracker.log(1, {"a": 1.0})
@@ -390,7 +270,7 @@ def test_a_run_deleted_from_the_store_is_made_again(runs: Path, client: Any) -> 
     assert [p[:2] for p in points(client, run_dir, "a")] == [(1, 1.0)]
 
 
-# --- a server that is not there ---------------------------------------------------------------
+# --- unreachable servers ----------------------------------------------------------------------
 
 
 def slowest_call(tracker: Tracker, seconds: float) -> float:
@@ -403,21 +283,21 @@ def slowest_call(tracker: Tracker, seconds: float) -> float:
     return slowest
 
 
-def test_an_unreachable_server_never_blocks(
+def test_unreachable_server_does_not_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import mlflow  # noqa: F401 - what is measured is the server's absence, not the import
+    import mlflow  # noqa: F401 - the time of the import is not measured
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://somebody:secret@127.0.0.1:{port}")
     tracker = Tracker(tmp_path, ON, role="train")
-    # A shared machine may stop any call for a moment: the best of three rounds counts.
+    # A shared machine may suspend any call for a moment: the best of three rounds is used.
     assert min(slowest_call(tracker, 0.7) for _ in range(3)) < 0.05
     began = time.monotonic()
     note = tracker.close("FINISHED", timeout_seconds=20)
-    assert time.monotonic() - began < 10  # refused at once, so it does not use up its time
+    assert time.monotonic() - began < 10  # connections are refused at once
     assert note is not None
     assert "\n" not in note
     assert "metrics.jsonl" in note
@@ -426,7 +306,7 @@ def test_an_unreachable_server_never_blocks(
     assert len(read_metrics(tmp_path)) > 20
 
 
-def test_a_server_that_never_answers_does_not_hold_up_the_end(
+def test_server_that_never_answers_does_not_delay_close(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as silent:
@@ -445,7 +325,7 @@ def test_a_server_that_never_answers_does_not_hold_up_the_end(
         connection.close()
 
 
-def test_the_evaluator_follows_the_trainers_store(
+def test_evaluator_uses_the_store_of_the_trainer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = tmp_path / "runs" / "a"
@@ -468,7 +348,7 @@ def test_the_evaluator_follows_the_trainers_store(
 # --- environment ------------------------------------------------------------------------------
 
 
-def test_environment_tells_versions_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_has_versions_and_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
@@ -484,7 +364,7 @@ def test_environment_tells_versions_and_no_secrets(monkeypatch: pytest.MonkeyPat
     assert found["host"]
 
 
-def test_the_commit_is_told_only_for_a_tracked_source(tmp_path: Path) -> None:
+def test_commit_is_recorded_only_for_a_tracked_source(tmp_path: Path) -> None:
     def git(*arguments: str) -> str:
         command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
         done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)

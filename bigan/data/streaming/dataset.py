@@ -38,18 +38,24 @@ def open_manifest(data: str | Path | Manifest, fetch: Fetch | None = None) -> Ma
     return Manifest.load(folder)
 
 
-def open_level(path: str, resolution: int, fetch: Fetch) -> Manifest:
+def open_level(path: str, resolution: int | None, fetch: Fetch) -> Manifest:
     """The manifest of one level of a pyramid (`bigan pack --pyramid`), or of a plain data set.
 
-    `resolution` (pixels) selects the level; a plain data set may have another resolution. Raises
-    `DataError` like `open_manifest`.
+    `resolution` (pixels) selects the level, None the largest one of a local pyramid; a plain data
+    set may have another resolution. Raises `DataError` like `open_manifest`.
     """
     if not remote.is_remote(path):
-        pyramid = (Path(path) / PYRAMID).is_file()
-        return open_manifest(level_folder(path, resolution) if pyramid else path, fetch)
+        if not (Path(path) / PYRAMID).is_file():
+            return open_manifest(path, fetch)
+        levels = sorted(Path(path).glob(f"r*/{MANIFEST}"))
+        if resolution is None and levels:
+            return open_manifest(levels[-1].parent, fetch)
+        return open_manifest(level_folder(path, resolution or 0), fetch)
     try:
         return open_manifest(path, fetch)
     except DataError:  # a pyramid has no manifest of its own
+        if resolution is None:
+            raise
         return open_manifest(level_folder(path, resolution), fetch)
 
 
