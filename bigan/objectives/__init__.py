@@ -6,6 +6,20 @@ Adding its Config to the union registers it (docs/extending.md).
 
 from __future__ import annotations
 
-from bigan.objectives import gan
+from typing import Annotated, Any
 
-AnyObjective = gan.Config
+from pydantic import Discriminator, Tag
+
+from bigan.objectives import gan, vae
+
+
+def _name(section: Any) -> str:
+    """The tag of the section; `name` may be left out: gan."""
+    return str(section.get("name", "gan") if isinstance(section, dict) else section.name)
+
+
+AnyObjective = Annotated[
+    Annotated[gan.Config, Tag("gan")]
+    | Annotated[vae.Config, Tag("vae")],
+    Discriminator(_name),
+]  # fmt: skip
