@@ -144,7 +144,7 @@ def test_a_slice_of_the_batch_has_the_groups_of_the_whole() -> None:
 
 @pytest.mark.parametrize(
     ("size", "num_channels", "message"),
-    [((6, 4, 4, 4), 1, "multiple of 4"), ((4, 5, 4, 4), 2, "5 channels cannot be split into 2")],
+    [((6, 4, 4, 4), 1, "groups of 4"), ((4, 5, 4, 4), 2, "5 channels cannot be split into 2")],
 )
 def test_minibatch_stddev_refuses_what_it_cannot_split(
     size: tuple[int, ...], num_channels: int, message: str
