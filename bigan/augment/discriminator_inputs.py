@@ -1,4 +1,4 @@
-"""Images as the discriminator is shown them: real ones from bytes, all of them augmented."""
+"""The inputs of the discriminator: real images from bytes, and augmentation of all images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from bigan.run_config import RunConfig
 
 
 def as_images(real: Tensor, mirror: Tensor | None) -> Tensor:
-    """uint8 [m, H, W, C] -> float32 [m, C, H, W] in [-1, 1] (channels-last without a copy)."""
+    """uint8 [m, H, W, C] -> float32 [m, C, H, W] in [-1, 1], in channels-last format.
+
+    Images where `mirror` bool [m] is true are flipped horizontally.
+    """
     images = real.permute(0, 3, 1, 2).to(torch.float32) * (1 / 127.5) - 1
     if mirror is not None:
         images = torch.where(mirror.view(-1, 1, 1, 1), images.flip(3), images)
@@ -21,7 +24,7 @@ def as_images(real: Tensor, mirror: Tensor | None) -> Tensor:
 def augmented(
     config: RunConfig, images: Tensor, draws: Tensor | None, strength: Tensor | None
 ) -> Tensor:
-    """The images [m, C, H, W] as the discriminator is to see them, in float32 unless untouched."""
+    """Augmented images [m, C, H, W] in float32; without `draws` the images unchanged."""
     if draws is None:
         return images
     seen = augment.apply(config.augment, images.float(), draws, strength)
@@ -31,7 +34,7 @@ def augmented(
 def real_images(
     fading: bool, discriminator: nn.Module, real: Tensor, mirror: Tensor | None
 ) -> Tensor:
-    """float32 [m, C, H, W]: real images; those of a resolution that fades in fade in with it."""
+    """float32 real images [m, C, H, W], blended with their lower resolution while it fades in."""
     images = as_images(real, mirror)
     if fading:
         images = coarsened(images, discriminator.get_buffer("alpha"))

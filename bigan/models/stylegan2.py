@@ -2,7 +2,7 @@
 
 A mapping network turns z into w, which modulates every convolution of a synthesis network. The
 image is the sum of contributions of all resolutions (skip generator). All layers have an equalised
-learning rate. Widths and parameter counts are exactly those of the published PyTorch code, including
+learning rate. Widths and parameter counts are exactly those of the published PyTorch code and of
 its conditional form (arXiv:2006.06676).
 
 Per-pixel noise and style mixing, which are random in published code, are functions of z here

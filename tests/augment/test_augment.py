@@ -111,8 +111,8 @@ def test_policy_selects_operations_in_a_fixed_order() -> None:
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("{name: diffaugment, policy: []}", "augment.policy = []: expected some of color"),
-        ("{name: diffaugment, policy: [color, color]}", "each once"),
+        ("{name: diffaugment, policy: []}", "augment.policy = []"),
+        ("{name: diffaugment, policy: [color, color]}", "augment.policy = ['color', 'color']"),
         ("{name: diffaugment, policy: [colour]}", "did you mean 'color'"),
         ("{name: adda}", "did you mean 'ada'"),
         ("{name: ada, taget: 0.5}", "did you mean 'augment.target'"),
