@@ -1,4 +1,4 @@
-"""StyleGAN2 written once more, from a state dict: dense filters and one convolution per image."""
+"""A second implementation of StyleGAN2, from a state dict, with dense filters and loops."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tiny(**changes: object) -> Config:
 
 
 def networks(config: Config) -> tuple[Generator, Discriminator]:
-    """With biases and noise that are not zero, so that an omission shows."""
+    """With biases and noise that are not zero, so that a missing one changes the result."""
     generator, discriminator = network_parts.networks(config)
     draw = torch.Generator().manual_seed(2)
     for network in (generator, discriminator):
@@ -55,7 +55,7 @@ def scaled(weight: Tensor) -> Tensor:
 
 
 def stuffed(x: Tensor) -> Tensor:
-    """Zeros behind every pixel, in both directions."""
+    """Insert a zero after every pixel, along both axes."""
     wide = x.new_zeros(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
     wide[:, :, ::2, ::2] = x
     return wide
@@ -69,17 +69,17 @@ def filtered(x: Tensor, padding: tuple[int, int], gain: float = 1.0) -> Tensor:
 
 
 def modulated(x: Tensor, weight: Tensor, styles: Tensor, demodulate: bool, up: bool) -> Tensor:
-    """Equations 1 and 3 of the paper, image by image; the filter before the convolution."""
+    """Equations 1 and 3 of the paper for each image; with `up` the filter comes first."""
     images = []
     for image, style in zip(x, styles, strict=True):
-        mine = weight * style[None, :, None, None]
+        own = weight * style[None, :, None, None]
         if demodulate:
-            mine = mine / (mine.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+            own = own / (own.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
         if up:
             wide = filtered(stuffed(image[None]), (3, 2), gain=4)
-            images.append(F.conv2d(wide, mine.flip(2, 3)))
+            images.append(F.conv2d(wide, own.flip(2, 3)))
         else:
-            images.append(F.conv2d(image[None], mine, padding=weight.shape[2] // 2))
+            images.append(F.conv2d(image[None], own, padding=weight.shape[2] // 2))
     return torch.cat(images)
 
 
@@ -121,7 +121,7 @@ def conv(state: State, name: str, x: Tensor, stride: int = 1) -> Tensor:
     return F.conv2d(x, weight, bias, stride, padding=weight.shape[2] // 2 if stride == 1 else 0)
 
 
-def judged(state: State, images: Tensor, labels: Tensor, config: Config) -> Tensor:
+def discriminate(state: State, images: Tensor, labels: Tensor, config: Config) -> Tensor:
     x = clamped(lrelu(conv(state, "from_image", images)), config)
     for i in range(len(config.resolutions) - 1):
         h = clamped(lrelu(conv(state, f"blocks.{i}.conv1", x)), config)

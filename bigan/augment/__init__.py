@@ -1,14 +1,15 @@
-"""Augmentation of the images a discriminator sees, on the device: a tagged union of its kinds.
+"""Augmentation, on the device, of all images that the discriminator receives.
 
-A kind is one file with a frozen `Config(name: Literal[...])`, `draws` and `apply`; both are pure.
-All randomness comes in as `draws`, made on the host for the *global* batch from (seed, stream,
-images_seen) and sliced by rank like a latent, so that a resume or another number of processes
-sees the same augmentations. Everything is linear in the images but for contrast and saturation
-(also differentiable to any order), without a graph break, a host synchronisation or a shape that
-depends on values: penalties and torch.compile go through it.
+Each kind is one file with a frozen `Config(name: Literal[...])` and the pure functions `draws` and
+`apply`; `AugmentConfig` is the tagged union of the configs. All random numbers are in `draws`: they
+are drawn on the host for the *global* batch from (seed, stream, images_seen) and sliced by rank, as
+latents are, so augmentations do not depend on resumes or on the world size. `apply` is
+differentiable to any order and has no graph break, host synchronisation or data-dependent shape, so
+it works inside gradient penalties and under torch.compile.
 
-Real images, fake images and the generator's are augmented alike (Zhao et al. 2020,
-arXiv:2006.10738; Karras et al. 2020, arXiv:2006.06676), else the generator learns the augmentation.
+Real and generated images are augmented alike, in the steps of both networks; otherwise the
+generator would learn the augmentation (Zhao et al. 2020, arXiv:2006.10738; Karras et al. 2020,
+arXiv:2006.06676).
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ __all__ = [
 
 
 class NoAugment(Frozen):
+    """Images are not augmented."""
+
     name: Literal["none"] = "none"
 
 
@@ -36,7 +39,7 @@ AugmentConfig = Annotated[NoAugment | diffaugment.Config | ada.Config, Field(dis
 
 
 def adapts(config: AugmentConfig) -> bool:
-    """Whether the strength is steered by the discriminator's signs on real images."""
+    """Whether the strength is adapted to the signs of the discriminator's logits on real images."""
     return isinstance(config, ada.Config) and config.fixed is None
 
 
@@ -47,7 +50,7 @@ def needs_anneal_images(config: AugmentConfig) -> list[str]:
 
 
 def num_columns(config: AugmentConfig) -> int:
-    """Random numbers that one image takes; 0 without augmentation."""
+    """Random numbers per image; 0 without augmentation."""
     if isinstance(config, diffaugment.Config):
         return len(diffaugment.COLUMNS)
     return len(ada.columns(config.pipeline)) if isinstance(config, ada.Config) else 0
@@ -56,7 +59,10 @@ def num_columns(config: AugmentConfig) -> int:
 def draws(
     config: AugmentConfig, seed: int, stream: str, images_seen: int, num: int
 ) -> Tensor | None:
-    """float32 [num, K] on the CPU for the `num` images from `images_seen` on, or None."""
+    """float32 [num, K] on the CPU for the `num` images from `images_seen` on.
+
+    None without augmentation.
+    """
     if isinstance(config, diffaugment.Config):
         return diffaugment.draws(seed, stream, images_seen, num)
     if isinstance(config, ada.Config):
@@ -67,9 +73,10 @@ def draws(
 def apply(
     config: AugmentConfig, images: Tensor, draws: Tensor | None, strength: Tensor | None
 ) -> Tensor:
-    """Augmented images [m, C, R, R], about [-1, 1], from float32 images of the same shape.
+    """float32 images [m, C, R, R], nominally in [-1, 1] -> augmented images of the same shape.
 
-    `draws` [m, K] are this kind's; `strength` is ADA's p, a 0-d tensor in [0, 1].
+    `draws` [m, K] come from `draws` with the same config; `strength` is ADA's p, a 0-d tensor in
+    [0, 1].
     """
     if isinstance(config, diffaugment.Config):
         assert draws is not None

@@ -6,9 +6,10 @@ Data", appendix B), written from the paper.
     c  color              brightness, contrast, luma flip, hue rotation, saturation
     o  cutout             a square of half the image's size becomes zero
 
-Each transformation of each image happens with probability p (the strength), independently, those
-of the colors with `color_share` * p; with p = 0 images pass bit by bit. What lies beyond an edge is
-reflected. Positions are in pixels from the image's centre, (y, x), angles in radians.
+Each transformation is applied to each image independently with probability p (the strength), color
+transformations with `color_share` * p. At p = 0 images are returned bitwise unchanged. Images are
+padded by reflection. Positions are in pixels from the centre of the image, (y, x), and angles in
+radians.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from torch import Tensor
 from bigan import rng
 from bigan.augment import diffaugment
 from bigan.augment.sampling import bilinear, integers, reflect, take
-from bigan.config import Frozen
+from bigan.config import Fraction, Frozen, Positive
 
-# The first 13 columns decide what is done, the others how; the last 7 are standard normal.
+# The first 13 columns select transformations, the others are their parameters; the last 7 are
+# standard normal, all others uniform in [0, 1).
 GATES = (
     "flip", "quarter", "blit_shift",
     "scale", "rotate_first", "stretch", "rotate_last", "shift",
@@ -35,7 +37,7 @@ GATES = (
 UNIFORM = ("flip", "quarter", "blit_y", "blit_x", "angle_first", "angle_last", "luma", "hue")
 NORMAL = ("scale", "stretch", "shift_y", "shift_x", "brightness", "contrast", "saturation")
 COLUMNS = tuple(f"{name}?" for name in GATES) + UNIFORM + tuple(f"{n}~" for n in NORMAL)
-CUTOUT = ("cutout?", "cutout_y", "cutout_x")  # further columns, uniform, of a pipeline with "o"
+CUTOUT = ("cutout?", "cutout_y", "cutout_x")  # additional uniform columns of a pipeline with "o"
 
 # Low-pass of the orthogonal wavelet sym6 (Daubechies 1992, "least asymmetric"); sum sqrt(2).
 SYM6 = (
@@ -43,26 +45,29 @@ SYM6 = (
     0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
     -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148,
 )  # fmt: skip
-# The filter's centre of mass: how far the fine pixels lie from the coarse ones (see `double`).
+# Centre of mass of the filter: the offset of the fine pixels from the coarse ones (see `double`).
 CENTER = sum(k * h for k, h in enumerate(SYM6)) / sum(SYM6)
-PAD = 3  # reflected pixels, so that the filter is complete wherever the image is read
-
-Probability = Annotated[float, Field(ge=0, le=1)]
+PAD = 3  # reflected pixels per side, so that the filter fits at every position that is read
 
 
 class Config(Frozen):
+    """The pipeline, and how its strength p is determined.
+
+    p is adapted so that r_t, the mean sign of the discriminator's logits on real images, stays at
+    `target`; or it is `fixed`; or it is annealed from `fixed` to `fixed_end`.
+    """
+
     name: Literal["ada"]
     pipeline: Literal[
         "b", "g", "c", "bg", "bc", "gc", "bgc", "o", "bo", "go", "co", "bgo", "bco", "gco", "bgco"
     ] = "bgc"  # fmt: skip
-    color_share: Probability = 1.0  # of the strength, for the transformations of the colors
-    target: Annotated[float, Field(gt=0, lt=1)] = 0.6  # of r_t, the mean sign of D on real images
-    rampup_images: Annotated[int, Field(gt=0)] = 500_000  # p goes from 0 to 1 over no fewer images
-    # p is adapted each time this many images have been seen; null: 4 discriminator steps.
-    every_images: Annotated[int, Field(gt=0)] | None = None
-    initial: Probability = 0.0
-    fixed: Probability | None = None  # this strength throughout, no adaptation, unless
-    fixed_end: Probability | None = None  # it goes there over the recipe's `anneal_images`
+    color_share: Fraction = 1.0  # color transformations have the probability color_share * p
+    target: Annotated[float, Field(gt=0, lt=1)] = 0.6  # of r_t
+    rampup_images: Positive = 500_000  # minimum number of images for p to go from 0 to 1
+    every_images: Positive | None = None  # between two adaptations; none: 4 discriminator steps
+    initial: Fraction = 0.0  # value of an adaptive p at the start
+    fixed: Fraction | None = None  # p is not adapted and has this value at the start
+    fixed_end: Fraction | None = None  # and this value after `anneal_images`; none: constant
 
     def images_between(self, batch: int) -> int:
         """Images between two adaptations."""
@@ -72,15 +77,18 @@ class Config(Frozen):
     def _one_strength(self) -> Config:
         if self.fixed is not None and self.initial:
             raise ValueError(
-                "fixed and initial exclude each other: an adaptive one begins at initial"
+                f"fixed = {self.fixed} and initial = {self.initial} exclude each other: initial is "
+                "the start of an adaptive strength; remove one of them"
             )
         if self.fixed_end is not None and self.fixed is None:
-            raise ValueError("fixed_end needs fixed, the strength it begins with, for example 0")
+            raise ValueError(
+                f"fixed_end = {self.fixed_end} needs fixed, the strength at the start; use fixed=0"
+            )
         return self
 
 
 def columns(pipeline: str) -> tuple[str, ...]:
-    """Names of the random numbers that one image takes, in their order."""
+    """Names of the random numbers of one image, in order."""
     return COLUMNS + CUTOUT if "o" in pipeline else COLUMNS
 
 
@@ -121,7 +129,7 @@ def apply(
 
 
 def chosen(d: dict[str, Tensor], gate: str, p: Tensor, value: Tensor, neutral: float) -> Tensor:
-    """`value` [m] for the images whose gate opens (probability p), else what changes nothing."""
+    """`value` [m] where the transformation is applied (probability p), else `neutral`."""
     return torch.where(d[f"{gate}?"] < p, value, neutral)
 
 
@@ -130,7 +138,7 @@ def blit_of(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sine and cosine of the quarter turn, -1 or 1 for the flip, shift [m, 2] in whole pixels).
 
-    The first is [m, 2]. All values are exact: they permute pixels.
+    The first is [m, 2]. All values are exact, as these transformations permute pixels.
     """
     p = p if enabled else torch.zeros_like(p)
     turns = integers(chosen(d, "quarter", p, d["quarter"], 0.0), 4)
@@ -143,13 +151,14 @@ def blit_of(
 
 
 def exact_blit(images: Tensor, turn: Tensor, flip: Tensor, shift: Tensor) -> Tensor:
-    """Flip, quarter turn and shift without interpolation, each image its own.
+    """Flip, quarter turn and shift without interpolation, with different values for each image.
 
-    Source of the pixel at (y, x): the turn and flip undone of (y, x) - shift, as in `resample`.
+    The source of the pixel at (y, x) is (y, x) - shift with the turn and the flip inverted, as in
+    `resample`.
     """
     size = images.shape[-1]
     sine, cosine = turn.unbind(1)
-    sideways = cosine == 0  # then rows of the source run along columns of the result
+    sideways = cosine == 0  # rows of the source become columns of the result
     images = torch.where(sideways.view(-1, 1, 1, 1), images.transpose(2, 3), images)
     signs = torch.where(sideways, flip * sine, cosine), torch.where(sideways, -sine, flip * cosine)
     middle = (size - 1) / 2
@@ -164,9 +173,9 @@ def exact_blit(images: Tensor, turn: Tensor, flip: Tensor, shift: Tensor) -> Ten
 def geometry_of(d: dict[str, Tensor], p: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """(inverse matrix [m, 2, 2] on (x, y), shift [m, 2] as (y, x) in pixels, moved bool [m]).
 
-    Inverse, because each pixel of the result asks where it comes from:
-    scale^-1 rotate_first^-1 stretch^-1 rotate_last^-1. A rotation happens if either of the two
-    does, so each has probability 1 - sqrt(1 - p).
+    The inverse scale^-1 rotate_first^-1 stretch^-1 rotate_last^-1 maps pixels of the result to
+    their sources. Each of the two rotations has probability 1 - sqrt(1 - p), so that at least one
+    is applied with probability p.
     """
     p_rotate = 1 - (1 - p).sqrt()
     scale = chosen(d, "scale", p, torch.exp2(0.2 * d["scale~"]), 1.0)
@@ -192,14 +201,14 @@ def resample(
 ) -> Tensor:
     """All geometry, blitting included, as one resampling of [m, C, R, R].
 
-    Read bilinearly from twice the resolution and written at twice the resolution, with the same
-    wavelet low-pass up and down (up is the adjoint of down). The wavelet is orthogonal, so what is
-    moved by nothing or by half pixels loses nothing.
+    The image is doubled, read bilinearly at the positions of the doubled result, and halved, with
+    one wavelet low-pass filter (doubling is the adjoint of halving). The wavelet is orthogonal, so
+    shifts by multiples of half a pixel are exact.
     """
     size = images.shape[-1]
     middle = (size - 1) / 2
     fine = torch.arange(2 * size + len(SYM6) - 2, device=images.device, dtype=shift.dtype)
-    places = (fine - CENTER) / 2 - middle  # of the fine pixels of the result
+    places = (fine - CENTER) / 2 - middle  # positions of the fine pixels of the result
     y, x = (
         (places - along[:, None]).unsqueeze(axis)
         for axis, along in ((2, shift[:, 0]), (1, shift[:, 1]))
@@ -215,7 +224,7 @@ def resample(
 
 def double(images: Tensor) -> Tensor:
     """[m, C, H, W] -> [m, C, 2H + 10, 2W + 10]; fine pixel j lies at (j - CENTER) / 2."""
-    # Even and odd fine pixels apart, then interleaved: several times as fast as conv_transpose2d.
+    # Even and odd fine pixels are computed separately: several times as fast as conv_transpose2d.
     phases = (_taps(images) * math.sqrt(2)).flip(0).view(-1, 2).T.flip(0)
     flat = images.flatten(0, 1)[:, None]
     flat = F.conv2d(flat, phases[:, None, :, None], padding=(5, 0)).transpose(1, 2)
@@ -225,7 +234,7 @@ def double(images: Tensor) -> Tensor:
 
 
 def halve(images: Tensor) -> Tensor:
-    """[m, C, 2H + 10, 2W + 10] -> [m, C, H, W]: `double` undone, and its adjoint up to scale."""
+    """[m, C, 2H + 10, 2W + 10] -> [m, C, H, W]: inverse and scaled adjoint of `double`."""
     taps = _taps(images) / math.sqrt(2)
     flat = images.flatten(0, 1)[:, None]
     flat = F.conv2d(flat, taps.view(1, 1, -1, 1), stride=(2, 1))
@@ -236,9 +245,10 @@ def halve(images: Tensor) -> Tensor:
 def color(images: Tensor, d: dict[str, Tensor], p: Tensor) -> Tensor:
     """All color transformations as one affine map of the channels (1 or 3).
 
-    With v the grey axis they are: x + b, then times c, then 1 - 2 v v^T (luma flip), rotation about
-    v (hue), and stretching what is orthogonal to v (saturation). The last four commute; together
-    they keep the grey part up to a sign and turn and stretch the rest.
+    With v the unit vector of grey, they are x + b (brightness), multiplication by c (contrast),
+    1 - 2 v v^T (luma flip), a rotation about v (hue), and a scaling orthogonal to v (saturation).
+    The last four commute: they change the component along v by a factor, and rotate and scale the
+    orthogonal component.
     """
     brightness = chosen(d, "brightness", p, 0.2 * d["brightness~"], 0.0).view(-1, 1, 1, 1)
     contrast = chosen(d, "contrast", p, torch.exp2(0.5 * d["contrast~"]), 1.0)
@@ -256,12 +266,12 @@ def color(images: Tensor, d: dict[str, Tensor], p: Tensor) -> Tensor:
 
 
 def _taps(like: Tensor) -> Tensor:
-    # Filled on the device: a tensor made from a list would be copied there, and waited for.
+    # Filled on the device: a tensor made from a list would be copied from the host synchronously.
     return torch.stack([torch.full((), h, dtype=like.dtype, device=like.device) for h in SYM6])
 
 
 def _padded(images: Tensor) -> Tensor:
-    """`PAD` reflected pixels on each side (F.pad's gradient is not deterministic on CUDA)."""
+    """Add `PAD` reflected pixels per side; the gradient of F.pad is not deterministic on CUDA."""
     for axis in (2, 3):
         size = images.shape[axis]
         before = images.narrow(axis, 1, PAD).flip(axis)

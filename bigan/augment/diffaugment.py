@@ -1,10 +1,10 @@
 """DiffAugment (Zhao et al. 2020, "Differentiable Augmentation for Data-Efficient GAN Training").
 
-Every image is augmented at full strength at every look; three groups of operations, any subset:
+Every image is augmented at full strength every time, by any subset of these operations:
 
     color        brightness +-0.5 (in units of [-1, 1]), saturation x [0, 2], contrast x [0.5, 1.5]
-    translation  by up to 1/8 of the size along each axis, zeros (grey) moving in
-    cutout       a square of half the size, centred anywhere, becomes zero
+    translation  by up to 1/8 of the size along each axis, padded with zeros (grey)
+    cutout       a square of half the size, at a random position, becomes zero
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ COLUMNS = ("brightness", "saturation", "contrast", "shift_y", "shift_x", "cut_y"
 
 
 class Config(Frozen):
+    """The operations to apply."""
+
     name: Literal["diffaugment"]
-    policy: tuple[Operation, ...] = ORDER  # a subset; always done in this order
+    policy: tuple[Operation, ...] = ORDER  # a subset; always applied in this order
 
     @field_validator("policy")
     @classmethod
     def _some_once(cls, policy: tuple[Operation, ...]) -> tuple[Operation, ...]:
         if not policy or len(set(policy)) != len(policy):
-            raise ValueError(f"expected some of {', '.join(ORDER)}, each once")
+            raise ValueError(f"expected one or more of {', '.join(ORDER)}, each at most once")
         return tuple(name for name in ORDER if name in policy)
 
 
 def draws(seed: int, stream: str, images_seen: int, num: int) -> Tensor:
-    """Uniform float32 [num, K] in [0, 1), the same whatever the policy."""
+    """Uniform float32 [num, K] in [0, 1); they do not depend on the policy."""
     return rng.uniform(seed, stream, images_seen, (num, len(COLUMNS)))
 
 
@@ -54,7 +56,7 @@ def apply(images: Tensor, draws: Tensor, policy: tuple[Operation, ...]) -> Tenso
 
 
 def color(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tensor) -> Tensor:
-    """Brightness, saturation, contrast, in this order; all three uniform [m]."""
+    """Change brightness, saturation and contrast, in this order, by uniform numbers [m]."""
     brightness, saturation, contrast = (
         u.view(-1, 1, 1, 1) for u in (brightness, saturation, contrast)
     )
@@ -67,7 +69,7 @@ def color(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tens
 
 
 def translate(images: Tensor, shift_y: Tensor, shift_x: Tensor) -> Tensor:
-    """Whole pixels; `shift_*` uniform [m]."""
+    """Shift by integer numbers of pixels; `shift_*` are uniform numbers [m]."""
     sources, inside = [], []
     for shift, size in zip((shift_y, shift_x), images.shape[2:], strict=True):
         largest = int(size / 8 + 0.5)
@@ -80,7 +82,7 @@ def translate(images: Tensor, shift_y: Tensor, shift_x: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor, cut_y: Tensor, cut_x: Tensor) -> Tensor:
-    """The square's centre is uniform over the image: at an edge part of it lies outside."""
+    """Set a square to 0; its centre is uniform over the image, so part of it may lie outside."""
     hit = []
     for cut, size in zip((cut_y, cut_x), images.shape[2:], strict=True):
         length = int(size / 2 + 0.5)

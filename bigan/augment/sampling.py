@@ -1,7 +1,7 @@
-"""Reading images at other places, written so that it can be differentiated to any order.
+"""Resampling of images that is differentiable to any order.
 
-`grid_sample` has no double backward, so a gradient penalty cannot go through it. A gather is
-linear in the images, and so are its derivatives.
+`grid_sample` has no double backward, which gradient penalties need. Here images are resampled by
+gathers, which are linear in the images.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from torch import Tensor
 
 
 def integers(uniform: Tensor, num: int) -> Tensor:
-    """int64 in [0, num), equally likely, from uniform float32 in [0, 1).
+    """Uniform int64 in [0, num), num < 2**24, from uniform float32 in [0, 1).
 
-    The largest float32 below 1, times num < 2**24, is never rounded up to num.
+    The product of num and the largest float32 below 1 is not rounded up to num.
     """
     return (uniform * num).long()
 
 
 def reflect(positions: Tensor, size: int) -> Tensor:
-    """Positions (int or float, any value) folded into [0, size - 1] as mirrors at both ends would.
+    """Positions (int or float, any value) reflected into [0, size - 1].
 
-    The edge pixel is not repeated: -1 is 1, `size` is size - 2.
+    The edge pixel is not repeated: -1 becomes 1, and `size` becomes size - 2.
     """
     return (size - 1) - ((positions % (2 * (size - 1))) - (size - 1)).abs()
 
 
 def take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """out[m, c, i, j] = images[m, c, rows[m, i], columns[m, j]]; exact, [m, C, I, J].
+    """out[m, c, i, j] = images[m, c, rows[m, i], columns[m, j]], of shape [m, C, I, J].
 
-    `rows` int64 [m, I], `columns` int64 [m, J]. Where an index occurs at most twice per axis (every
-    use here), its gradient sums two numbers at most, so it is deterministic on CUDA too.
+    `rows` is int64 [m, I], `columns` int64 [m, J]. If an index occurs at most twice per axis, as in
+    every use here, the gradient sums at most two numbers and is deterministic on CUDA.
     """
     num_channels, width = images.shape[1], images.shape[3]
     picked = images.gather(2, rows[:, None, :, None].expand(-1, num_channels, -1, width))
@@ -42,8 +42,8 @@ def bilinear(images: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Images [m, C, H, W] at positions `y`, `x` [m, I, J] in pixels: [m, C, I, J].
 
     0 is the centre of the first pixel; positions must lie in [0, H - 1) and [0, W - 1). The
-    gradient sums many numbers into one pixel: on CUDA its last bits vary from run to run unless
-    `torch.use_deterministic_algorithms(True)` is set.
+    gradient sums many numbers into one pixel, so on CUDA it is only deterministic with
+    `torch.use_deterministic_algorithms(True)`.
     """
     num_channels, width = images.shape[1], images.shape[3]
     top, left = y.floor(), x.floor()

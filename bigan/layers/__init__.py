@@ -1,1 +1,1 @@
-"""Layers whose forward passes never write a buffer; state changes are explicit functions."""
+"""Building blocks of networks. No forward writes a buffer; state changes are explicit functions."""

@@ -13,16 +13,16 @@ from bigan.layers.spectral import SNConv2d
 class SelfAttention(Layer):
     """x [B, C, H, W] -> x + gamma * attention(x); C a multiple of 8, H and W even.
 
-    The form that BigGAN uses: queries (theta) and keys (phi) have C / 8 channels, values (g) C / 2,
-    keys and values are max-pooled 2 x 2. gamma is a learned scalar that starts at 0, so that the
-    layer begins as the identity. Written out rather than with scaled_dot_product_attention, whose
-    fused kernels have no second derivative, which gradient penalties need.
+    BigGAN's form: queries (theta) and keys (phi) have C / 8 channels, values (g) C / 2; keys and
+    values are max-pooled 2 x 2. gamma is a learned scalar with initial value 0, so that the layer
+    is the identity at first. It does not use scaled_dot_product_attention, whose fused kernels have
+    no second derivative; gradient penalties need one. Raises ValueError for other C.
     """
 
     def __init__(self, channels: int, eps: float = 1e-4) -> None:
         super().__init__()
         if channels % 8:
-            raise ValueError(f"self-attention needs a multiple of 8 channels, not {channels}")
+            raise ValueError(f"SelfAttention: {channels} channels; use a multiple of 8")
         self.theta = SNConv2d(channels, channels // 8, 1, bias=False, eps=eps)
         self.phi = SNConv2d(channels, channels // 8, 1, bias=False, eps=eps)
         self.g = SNConv2d(channels, channels // 2, 1, bias=False, eps=eps)
@@ -39,19 +39,19 @@ class SelfAttention(Layer):
         theta = self.theta(x).flatten(2)  # [B, C/8, HW]
         phi = F.max_pool2d(self.phi(x), 2).flatten(2)  # [B, C/8, HW/4]
         g = F.max_pool2d(self.g(x), 2).flatten(2)  # [B, C/2, HW/4]
-        # Without the 1 / sqrt(d) of transformers: spectral norm bounds the products already.
+        # Without the 1 / sqrt(d) of transformers: spectral normalisation bounds the products.
         attention = torch.softmax(torch.bmm(theta.transpose(1, 2), phi), dim=-1)  # [B, HW, HW/4]
         values = torch.bmm(g, attention.transpose(1, 2))  # [B, C/2, HW]
         return x + self.gamma * self.output(values.unflatten(2, (height, width)))
 
 
-def reachable(resolutions: tuple[int, ...]) -> tuple[int, ...]:
-    """The same, if a network's maps can have them; ValueError says what to use instead."""
+def check_resolutions(resolutions: tuple[int, ...]) -> tuple[int, ...]:
+    """Return `resolutions`; ValueError unless each is a size that a network's map can have."""
     possible = [2**i for i in range(2, 10)]
     for resolution in resolutions:
         if resolution not in possible:
             nearest = min(possible, key=lambda p: abs(p - resolution))
             raise ValueError(
-                f"{resolution} px occurs in no network, their maps are powers of two; use {nearest}"
+                f"no network has a map of {resolution} px, sizes are powers of two; use {nearest}"
             )
     return resolutions

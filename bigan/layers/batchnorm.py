@@ -1,12 +1,11 @@
 """Batch normalisation without running buffers, over one process or all of them.
 
-In training a forward uses the statistics of its batch and writes nothing. For the averaged
-generator, BigGAN's "standing statistics" (Brock et al. 2019, section 4.1) are accumulated on
-purpose by `collecting_statistics` and used in evaluation mode.
+In training mode a forward uses the statistics of its batch and writes nothing. In evaluation mode
+it uses BigGAN's "standing statistics" (Brock et al. 2019, section 4.1), which
+`collecting_statistics` accumulates explicitly, for example for the EMA of a generator.
 
-With a process group set, the batch is the joined batch of its ranks, each of which must bring the
-same number of images. Statistics are computed in float32 (float64 for float64 input) whatever
-the autocast.
+With a process group, statistics are those of the global batch; every rank must have the same number
+of images. They are computed in float32 (float64 for float64 input), also under autocast.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from bigan.layers.spectral import SNLinear
 
 
 class _AverageOverRanks(torch.autograd.Function):
-    """x -> mean of x over the ranks of a group. Self-adjoint, hence its own backward.
+    """x -> mean of x over the ranks of a group; it is self-adjoint, so backward is the same mean.
 
-    Rank r receives d(sum of all ranks' losses)/dx_r; averaging parameter gradients over the ranks
-    afterwards (DDP) gives the gradient of the mean loss.
+    Rank r receives d(sum of all ranks' losses)/dx_r. Averaging parameter gradients over the ranks
+    afterwards, as DDP does, gives the gradient of the mean loss.
     """
 
     @staticmethod
     def forward(x: Tensor, group_name: str, group_size: int) -> Tensor:
-        # Functional collectives: the one form that eager, autograd and torch.compile all take.
+        # Only functional collectives work in eager mode, under autograd and in torch.compile.
         total = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group_name)
         return torch.ops._c10d_functional.wait_tensor(total) / group_size
 
@@ -62,19 +61,19 @@ class _Normalise(Layer):
         super().__init__()
         self.num_features = num_features
         self.eps = eps
-        # The group by name: a string can be copied with the network and is seen by the compiler.
+        # The name instead of the group: it can be deep-copied and traced by torch.compile.
         self.group_name: str | None = None
         self.group_size = 1
         self.register_buffer("standing_mean", torch.zeros(num_features))
         self.register_buffer("standing_var", torch.ones(num_features))
 
     def normalise(self, x: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
-        """gain and bias of shape [C] (one per channel), [B, C] (one per image too) or None."""
+        """`gain` and `bias`: [C], or [B, C] if they differ between images, or None."""
         dtype = x.dtype
         x = at_least_float32(x)
         if self.training and self.group_name is not None:
             joined_mean, scale = self._joined_statistics(x)
-            # One multiplication and one addition over the map, everything else is [B, C].
+            # One multiplication and one addition per pixel; everything else has shape [B, C].
             scale = scale if gain is None else gain * scale
             shift = -joined_mean * scale if bias is None else bias - joined_mean * scale
             return (x * _over_map(scale) + _over_map(shift)).to(dtype)
@@ -88,10 +87,10 @@ class _Normalise(Layer):
         return y.to(dtype)
 
     def _joined_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, 1 / sqrt(var + eps)), each [C], of the batch joined over the group.
+        """(mean, 1 / sqrt(var + eps)), each [C], over the batches of all ranks in the group.
 
-        E[x^2] - E[x]^2 cancels where a mean is large against the spread: for two numbers per
-        channel float64 costs nothing, and keeps what the ranks measured.
+        E[x^2] - E[x]^2 loses precision where the mean is large compared with the deviation, so it
+        is computed in float64, which costs nothing for two numbers per channel.
         """
         assert self.group_name is not None
         var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
@@ -103,7 +102,7 @@ class _Normalise(Layer):
         return mean.to(x.dtype), scale.to(x.dtype)
 
     def reset_statistics(self) -> None:
-        """Standing statistics of a layer that has seen nothing: mean 0, variance 1."""
+        """Set the standing statistics to mean 0 and variance 1, in place."""
         with torch.no_grad():
             self.standing_mean.zero_()
             self.standing_var.fill_(1)
@@ -141,8 +140,8 @@ class BatchNorm2d(_Normalise):
 class ConditionalBatchNorm2d(_Normalise):
     """Batch normalisation whose gain and bias are linear in a condition (BigGAN appendix B.1).
 
-    gain = 1 + W_g cond, bias = W_b cond; x [B, C, H, W], cond [B, cond_dim] -> [B, C, H, W].
-    The 1 matters: without it a layer with small weights passes nothing on.
+    x [B, C, H, W], cond [B, cond_dim] -> [B, C, H, W], with gain = 1 + W_g cond, bias = W_b cond.
+    Without the 1 the output of a layer with small weights would be close to 0.
     """
 
     def __init__(
@@ -162,14 +161,14 @@ def _over_map(x: Tensor) -> Tensor:
 
 
 def normalisation_layers(network: nn.Module) -> list[_Normalise]:
-    """Every batch normalisation of this file in `network`, in registration order."""
+    """Every batch normalisation layer of `network`, in registration order."""
     return [module for module in network.modules() if isinstance(module, _Normalise)]
 
 
 def set_process_group(network: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Let `network`'s layers share batch statistics over `group`; None: each process its own.
+    """Compute the batch statistics of `network` over `group`; None: over each process alone.
 
-    The name of the group is kept, not the group, so that the network can still be copied.
+    Layers store the name of the group instead of the group, so that networks can be deep-copied.
     """
     size = 1 if group is None else dist.get_world_size(group)
     for layer in normalisation_layers(network):
@@ -181,13 +180,13 @@ def set_process_group(network: nn.Module, group: dist.ProcessGroup | None) -> No
 def collecting_statistics(
     network: nn.Module, reduce: Callable[[Tensor], None] | None = None
 ) -> Iterator[None]:
-    """Set the standing statistics from the forwards made inside; no gradients are recorded.
+    """Context that sets the standing statistics from the forwards inside; gradients are disabled.
 
-    The network is in training mode inside, and back in its former mode afterwards. On leaving,
-    each layer's mean and variance are those of all its inputs pooled; `reduce` sums a float64
-    tensor over the ranks in place, so that all ranks get the same. Forwards must be eager: a
-    compiled graph does not report. Raises RuntimeError if there were none; on an exception the
-    old statistics stay.
+    The network is in training mode inside; its former mode is restored on exit. On exit the mean
+    and variance of each layer are set to those of all its inputs, pooled. `reduce` sums a float64
+    tensor over the ranks in place, so that all ranks get equal statistics. Forwards must be eager,
+    because forward hooks do not run in compiled graphs. Raises RuntimeError if there was no
+    forward. After an exception inside, the former statistics are kept.
     """
     layers = normalisation_layers(network)
     # Per layer: sum of x, sum of x^2, number of values per channel; pooled in float64.
@@ -215,7 +214,9 @@ def collecting_statistics(
         reduce(joined)
     for layer, total in zip(layers, joined.split([t.numel() for t in sums]), strict=True):
         if total[-1] == 0:
-            raise RuntimeError("collecting_statistics: no eager forward was made inside")
+            raise RuntimeError(
+                f"collecting_statistics: {type(network).__name__} had no eager forward inside"
+            )
         mean, mean_square = (total[:-1] / total[-1]).chunk(2)
         layer.standing_mean.copy_(mean)
         layer.standing_var.copy_((mean_square - mean.square()).clamp_min(0))
@@ -224,7 +225,7 @@ def collecting_statistics(
 def _adding_to(total: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def add(layer: nn.Module, args: tuple[Any, ...]) -> None:
         x: Tensor = args[0]
-        # The mean and variance of one batch are accurate in float32; their sums need float64.
+        # float32 is accurate enough for the moments of one batch, but not for their sums.
         var, mean = torch.var_mean(at_least_float32(x), dim=(0, 2, 3), correction=0)
         mean, var = mean.double(), var.double()
         num = x.numel() // x.shape[1]

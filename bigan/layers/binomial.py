@@ -1,15 +1,14 @@
 """Resampling by two with the binomial filter [1, 2, 1] / 4 along each axis; zeros lie outside.
 
-Together with the repetition or the averaging of pixel pairs it makes [1, 3, 3, 1] / 8, the bilinear
-filter of StyleGAN2 and R3GAN (whose setting "[1, 2, 1]" is convolved with [1, 1]). It is symmetric:
-neither direction shifts the image, and both commute with flips. As with the zero padding of
-convolutions (and in the published networks) a border pixel misses its outer neighbour's share: a
-constant keeps its value but on the outermost rows and columns, where blurring and up-sampling leave
-3/4 of it, down-sampling 7/8.
+Combined with repeating or averaging pairs of pixels it gives [1, 3, 3, 1] / 8, the bilinear filter
+of StyleGAN2 and R3GAN (R3GAN's setting "[1, 2, 1]" is convolved with [1, 1]). The filter is
+symmetric: resampling does not shift the image and commutes with flips. As in the published networks
+zeros are added at the borders, so a constant image keeps its value except in the outermost rows and
+columns, where blurring and up-sampling multiply it by 3/4 and down-sampling by 7/8.
 
-Written with average pooling: [1, 2, 1] = [1, 1] * [1, 1]. That has a second derivative, keeps the
-memory format (on the CPU channels-last is ten times faster), a compiler fuses it, and it is
-deterministic on GPUs, where the gradient of bilinear interpolation is not.
+Implemented by average pooling, since [1, 2, 1] = [1, 1] * [1, 1]. It has a second derivative,
+preserves the memory format (on CPUs channels-last is ten times faster), can be fused by the
+compiler, and is deterministic on GPUs, where the gradient of bilinear interpolation is not.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The low-pass filter [1, 3, 3, 1] / 8 along each axis, around strided convolutions (StyleGAN2).
+"""The low-pass filter [1, 3, 3, 1] / 8 along each axis, for strided convolutions (StyleGAN2).
 
-Zhang 2019 (arXiv:1904.11486): filtering before every second pixel is dropped, or after zeros were
-put between pixels, keeps a network (nearly) free of aliasing. The filter is [1, 1] / 2 convolved
-three times with itself, hence three means of 2 x 2 pixels: pooling, which has a second derivative,
-keeps the memory format and is deterministic on GPUs. Images and shortcuts, without a convolution in
-between, are resampled by the same filter in `bigan.layers.binomial`.
+Filtering before a convolution of stride 2, or after a transposed one, reduces aliasing (Zhang 2019,
+arXiv:1904.11486). The filter is the convolution of three [1, 1] / 2, so it is implemented as three
+average poolings of 2 x 2, which have a second derivative, preserve the memory format and are
+deterministic on GPUs. Images and shortcuts, which are resampled without a convolution, use the same
+filter in `bigan.layers.binomial`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from torch import Tensor
 
 
 def blur(x: Tensor, padding: int) -> Tensor:
-    """[B, C, H, W] -> [B, C, H + 2p - 3, W + 2p - 3], after p = 0 .. 3 zeros on every side."""
-    # A mean that reaches one pixel beyond the map finds all of it that is not zero: the zeros may
-    # as well be added between the means.
+    """[B, C, H, W] -> [B, C, H + 2p - 3, W + 2p - 3], with p = 0 .. 3 zeros on every side."""
+    # Padding by one before each of p poolings equals padding by p before the first one.
     for i in range(3):
         x = F.avg_pool2d(x, 2, stride=1, padding=int(i < padding))
     return x

@@ -1,8 +1,8 @@
 """Equalised learning rate (Karras et al. 2018, arXiv:1710.10196, section 4.1).
 
-Weights are drawn from N(0, 1) and multiplied by He's constant in every forward rather than once at
-the start: Adam's steps, which do not depend on a gradient's size, then change every weight by the
-same share, whatever the layer's fan-in.
+Weights are drawn from N(0, 1) and multiplied by He's constant in every forward instead of once at
+initialisation. The size of Adam's steps does not depend on the scale of the gradient, so every
+weight then changes by the same relative amount, whatever the fan-in of its layer.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from bigan.layers.init import Layer, Scheme
 
 
 class Equalised(Layer):
-    """A stored `weight` used as `weight * scale`, and a bias used as `bias * lr_multiplier`.
+    """Parameters whose effective values are `weight * scale` and `bias * lr_multiplier`.
 
-    scale = gain * lr_multiplier / sqrt(fan-in), all entries but the first dimension being the
-    fan-in. With `lr_multiplier` m the stored values are 1/m times as large, so that a step of the
-    optimiser changes what is used m times as much (StyleGAN's mapping network: 0.01). The used bias
-    begins at `initial_bias`. Built with zeros: call `reset_parameters`.
+    scale = gain * lr_multiplier / sqrt(fan-in); the fan-in is the product of all dimensions but the
+    first. With `lr_multiplier` m the stored values are 1/m times as large, so that an optimizer
+    step changes the effective values m times as much (0.01 in StyleGAN's mapping network). The
+    effective bias has the initial value `initial_bias`. Built with zeros: call `reset_parameters`.
     """
 
     bias: nn.Parameter | None
@@ -51,10 +51,10 @@ class Equalised(Layer):
         if self.bias is not None:
             self.bias.fill_(self.initial_bias / self.lr_multiplier)
 
-    def used_weight(self) -> Tensor:
+    def effective_weight(self) -> Tensor:
         return self.weight * self.scale
 
-    def used_bias(self) -> Tensor | None:
+    def effective_bias(self) -> Tensor | None:
         if self.bias is None or self.lr_multiplier == 1:
             return self.bias
         return self.bias * self.lr_multiplier
@@ -75,7 +75,7 @@ class EqualisedLinear(Equalised):
         super().__init__((out_features, in_features), bias, gain, lr_multiplier, initial_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.used_weight(), self.used_bias())
+        return F.linear(x, self.effective_weight(), self.effective_bias())
 
 
 class EqualisedConv2d(Equalised):
@@ -93,4 +93,4 @@ class EqualisedConv2d(Equalised):
         self.padding = kernel_size // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.used_weight(), self.used_bias(), padding=self.padding)
+        return F.conv2d(x, self.effective_weight(), self.effective_bias(), padding=self.padding)

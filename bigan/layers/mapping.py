@@ -1,8 +1,8 @@
 """StyleGAN's mapping network (Karras et al. 2019, arXiv:1812.04948) and its mean output.
 
-    w = f(z, label): both normalised to a root mean square of 1, joined, then fully connected layers
+    w = f(z, label): both normalised to a root mean square of 1, concatenated, then linear layers
 
-The mean of w, about which samples are truncated, is a buffer that no forward writes: whoever trains
+The mean of w, towards which samples are truncated, is a buffer that no forward writes: the trainer
 calls `mean_latent` and `follow_latents` between two steps.
 """
 
@@ -21,33 +21,33 @@ from bigan.layers.precision import at_least_float32, without_autocast
 
 
 def leaky_relu(x: Tensor, clamp: float | None = None) -> Tensor:
-    """Leaky ReLU of slope 0.2 times sqrt(2), which about keeps the mean square of its input.
+    """sqrt(2) * leaky ReLU of slope 0.2, which roughly preserves the mean square of its input.
 
-    `clamp` bounds the result's absolute value, so that float16 does not overflow.
+    `clamp` bounds the absolute value of the result, so that float16 does not overflow.
     """
     x = F.leaky_relu(x, 0.2) * math.sqrt(2)
     return x if clamp is None else x.clamp(-clamp, clamp)
 
 
 class LabelEmbedding(EqualisedLinear):
-    """Labels int64 [B] -> [B, dim]: the fully connected layer of a one-hot vector.
+    """Labels int64 [B] -> [B, dim]: a linear layer of one-hot labels.
 
-    Its rows are scaled by 1 / sqrt(num_classes), as published: they are to be normalised.
+    As published, rows are scaled by 1 / sqrt(num_classes); the caller normalises them.
     """
 
     def __init__(self, num_classes: int, dim: int) -> None:
         super().__init__(num_classes, dim)
 
     def forward(self, labels: Tensor) -> Tensor:
-        x = F.embedding(labels, self.used_weight().t())
+        x = F.embedding(labels, self.effective_weight().t())
         return x if self.bias is None else x + self.bias
 
 
 class Mapping(nn.Module):
     """z [B, z_dim], labels int64 [B] -> w [B, w_dim], in float32 at least.
 
-    With `num_classes` the label takes part. With z_dim = 0 it is alone and z is not read:
-    the discriminator's embedding of labels.
+    Labels have an effect if `num_classes` is given. With z_dim = 0, w depends on the label alone
+    and z may be None: the discriminator's embedding of labels.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Mapping(nn.Module):
 
     def forward(self, z: Tensor | None, labels: Tensor) -> Tensor:
         parts = []
-        # In full precision, as published: the cost is nothing, and all of an image hangs on w.
+        # In float32, as published: it costs next to nothing, and w determines the entire image.
         with without_autocast(labels):
             if z is not None and self.z_dim:
                 parts.append(pixel_norm(at_least_float32(z)))
@@ -112,19 +112,25 @@ class AveragedMapping(Layer):
 
 
 def has_latent_average(network: nn.Module) -> bool:
-    """Whether `network` has a mean latent that must be kept up to date."""
+    """Whether `network` has a mean latent, which must be updated at every training step."""
     return any(isinstance(module, AveragedMapping) for module in network.modules())
 
 
 @torch.no_grad()
 def mean_latent(generator: nn.Module, z: Tensor, labels: Tensor) -> Tensor:
-    """The mean of w [w_dim] over a batch; to be averaged over ranks before it is followed."""
+    """The mean of w [w_dim] over a batch; average it over the ranks before `follow_latents`.
+
+    Raises ValueError for a network without a mean latent, as `follow_latents` does.
+    """
     return _averaged_mapping(generator).network(z, labels).mean(dim=0)
 
 
 @torch.no_grad()
 def follow_latents(generator: nn.Module, w_mean: Tensor) -> None:
-    """Move the generator's mean latent towards `w_mean` [w_dim], in place: once per step."""
+    """Update the generator's mean latent by the batch mean `w_mean` [w_dim], once per step.
+
+    In place: w_average <- beta * w_average + (1 - beta) * w_mean.
+    """
     mapping = _averaged_mapping(generator)
     mapping.w_average.lerp_(w_mean.to(mapping.w_average), 1 - mapping.beta)
 
@@ -133,4 +139,6 @@ def _averaged_mapping(generator: nn.Module) -> AveragedMapping:
     for module in generator.modules():
         if isinstance(module, AveragedMapping):
             return module
-    raise ValueError(f"{type(generator).__name__} has no mean latent; see has_latent_average")
+    raise ValueError(
+        f"{type(generator).__name__} has no mean latent; check with has_latent_average"
+    )

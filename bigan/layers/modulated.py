@@ -1,9 +1,9 @@
 """Modulated convolution with demodulation (Karras et al. 2020, arXiv:1912.04958, section 2.2).
 
-Every image b has a convolution of its own: weights w_oik s_bi, divided by their norm per output
-channel o (equations 1 and 3). Written here as: scale the input's channels, convolve with weights
-that all images share, scale the output's channels. These are the same numbers, without B copies of
-the weights and without grouped convolutions, whose second derivatives are slow or missing.
+Image b is convolved with the weights w_oik s_bi, divided by their norm per output channel o
+(equations 1 and 3). This is computed as: scale the input channels, convolve with weights shared by
+all images, scale the output channels. The result is the same, without B copies of the weights and
+without grouped convolutions, whose second derivatives are slow or missing.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ def modulated_conv2d(
 ) -> Tensor:
     """x [B, in, H, W], weight [out, in, k, k], styles [B, in] -> [B, out, H, W].
 
-    k is odd and zeros keep the size. With `up` the map is doubled, [B, out, 2H, 2W], for k = 3:
-    zeros between the pixels, convolution, `blur`, times 4. As in the published code that weight is
-    applied as a convolution, not as a correlation: mirrored with respect to `up=False`.
+    k is odd, and zero padding keeps the size. With `up` the result is [B, out, 2H, 2W], for k = 3:
+    zeros between the pixels, convolution, `blur`, times 4. As in the published code, the weight is
+    then applied as a convolution instead of a correlation: mirrored compared with `up=False`.
     """
     with without_autocast(x):
         styles = at_least_float32(styles)
-        # Float16 holds x * styles if no style is above 1. The largest is taken out before the
-        # convolution and put back behind it: it cancels, hence has no part in any derivative.
+        # float16 does not overflow in x * styles if no style is above 1: the largest is divided out
+        # before the convolution and multiplied back after it. It cancels, so it needs no gradient.
         largest = styles.detach().abs().amax(dim=1, keepdim=True).clamp_min(1e-8)
         factors = largest
         if demodulate:
@@ -48,7 +48,7 @@ def modulated_conv2d(
 class ModulatedConv2d(Equalised):
     """x [B, in, H, W], w [B, w_dim] -> [B, out, H, W], or [B, out, 2H, 2W] with `up`.
 
-    styles = A w + b with b beginning at 1; the convolution has a bias of its own behind it.
+    styles = A w + b, with initial value 1 of b. A bias is added after the convolution.
     """
 
     def __init__(
@@ -68,6 +68,6 @@ class ModulatedConv2d(Equalised):
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         with without_autocast(w):
             styles = self.style(w)
-        y = modulated_conv2d(x, self.used_weight(), styles, self.demodulate, self.up)
+        y = modulated_conv2d(x, self.effective_weight(), styles, self.demodulate, self.up)
         assert self.bias is not None
         return y + self.bias.to(y.dtype)[:, None, None]

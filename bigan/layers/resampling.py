@@ -1,8 +1,8 @@
-"""Doubling and halving of images and feature maps, and the blends of a growing network.
+"""Doubling and halving of images and feature maps, and the blending of a growing network.
 
-Source: Karras et al. 2018 (arXiv:1710.10196), figure 2. `alpha`, the share of the finer resolution,
-is a 0-d tensor on the images' device, never a Python number: its value must not become a constant
-of a compiled graph, which would be compiled anew at every step of a fade-in.
+Source: Karras et al. 2018 (arXiv:1710.10196), figure 2. `alpha`, the weight of the finer
+resolution, is a 0-d tensor on the device of the images. A Python number would become a constant of
+the compiled graph, which would then be recompiled at every step of a fade-in.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ def enlarge(x: Tensor) -> Tensor:
 
 
 def repeated(images: Tensor, resolution: int) -> Tensor:
-    """[B, C, R, R] of any type -> [B, C, resolution, resolution]: every pixel becomes a block.
+    """[B, C, R, R] of any dtype -> [B, C, resolution, resolution]: every pixel becomes a block.
 
-    How images of a lower resolution, a divisor of the whole one, are shown and judged.
+    R divides `resolution`. Used to display and evaluate images of a stage below full resolution.
     """
     repeats = resolution // images.shape[-1]
     if repeats == 1:
@@ -36,18 +36,18 @@ def shrink(x: Tensor) -> Tensor:
 
 
 def fade(coarse: Tensor, fine: Tensor, alpha: Tensor) -> Tensor:
-    """(1 - alpha) * coarse + alpha * fine, of one shape and type; exact at alpha 0 and 1.
+    """(1 - alpha) * coarse + alpha * fine, both of one shape and dtype; exact at alpha 0 and 1.
 
-    Computed in float32 at least: in bfloat16 alpha itself would move in steps of 1/256.
+    Computed in float32 at least: in bfloat16 alpha would have steps of 1/256.
     """
     wide = at_least_float32(fine)
     return torch.lerp(at_least_float32(coarse), wide, alpha.to(wide.dtype)).to(fine.dtype)
 
 
 def coarsened(images: Tensor, alpha: Tensor) -> Tensor:
-    """Real images [B, C, R, R] as they are shown while resolution R fades in.
+    """Real images [B, C, R, R] as the discriminator receives them while resolution R fades in.
 
-    At alpha 0 they hold what R/2 can show, at alpha 1 they are untouched: as detailed, at any time,
-    as the images of the generator.
+    At alpha 0 they have the detail of R/2, at alpha 1 they are unchanged: always the same level of
+    detail as the generated images.
     """
     return fade(enlarge(shrink(images)), images, alpha)

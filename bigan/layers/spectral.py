@@ -1,9 +1,9 @@
 """Spectral normalisation (Miyato et al. 2018, arXiv:1802.05957) with an explicit power iteration.
 
-A layer's forward uses `weight / sigma` with sigma = u^T W v, where W is the weight as a matrix of
-one row per output and the unit vectors u, v are constants: the gradient flows through W alone
-(their equation 12). The forward writes nothing, so that it can be differentiated by torch.func
-and compiled; whoever trains calls `power_iteration` between two steps.
+The forward of a layer uses `weight / sigma` with sigma = u^T W v, where W is the weight as a matrix
+with one row per output. The unit vectors u and v are constants: the gradient flows through W alone
+(their equation 12). The forward writes nothing, so that it can be differentiated by torch.func and
+compiled; the trainer calls `power_iteration` between two steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class SpectralNorm(Layer):
     """A raw `weight` and estimates `u`, `v` of its first pair of singular vectors.
 
     Built with zeros, which give no finite output: call `reset_parameters`, or load a state dict.
-    `eps` bounds from below the norm that a power iteration divides by.
+    `eps` is the lower bound of the norms that the power iteration divides by.
     """
 
     u: Tensor
@@ -108,7 +108,7 @@ class SNEmbedding(SpectralNorm):
         super().__init__((num_embeddings, dim), bias=False, eps=eps)
 
     def forward(self, labels: Tensor) -> Tensor:
-        # Dividing the chosen rows instead of the table: the same numbers, less memory.
+        # Dividing the selected rows instead of the table gives equal numbers with less memory.
         return F.embedding(labels, self.weight) / self.singular_value()
 
 
@@ -122,9 +122,9 @@ def spectral_layers(network: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
 def power_iteration(network: nn.Module, eps: float | None = None) -> None:
     """One power iteration, in place, of every spectrally normalised layer in `network`.
 
-    To be called once before each training step of the network (its published form iterates in
-    every training forward). `eps` replaces the layers' own. Equal weights and vectors on all
-    ranks stay equal.
+    Call it once before each training step of the network (published code iterates in every training
+    forward). `eps` overrides that of the layers. Weights and vectors that are equal on all ranks
+    stay equal.
     """
     for _, layer in spectral_layers(network):
         layer.iterate(eps)

@@ -98,7 +98,7 @@ class Encoder(nn.Module):
         self.linear = nn.Linear(16 * last, 2 * config.z_dim)
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Set every parameter, from `generator` alone."""
+        """Set all parameters, from `generator` alone."""
         init.init_weights(self, generator)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,7 +128,7 @@ class Decoder(nn.Module):
         self.to_image = nn.Conv2d(widths[-1], config.image_channels, 3, padding=1)
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Set every parameter, from `generator` alone."""
+        """Set all parameters, from `generator` alone."""
         init.init_weights(self, generator)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Residual networks with spectral normalisation everywhere, a class-conditional BatchNorm generator
 whose latent is split over the blocks (hierarchical z), one self-attention layer and a projection
-discriminator. Widths and parameter counts follow the published implementations to the unit.
+discriminator. Widths and parameter counts are exactly those of the published implementations.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bigan.config import Positive, PositiveFloat
 from bigan.layers import init
-from bigan.layers.attention import SelfAttention, reachable
+from bigan.layers.attention import SelfAttention, check_resolutions
 from bigan.layers.batchnorm import BatchNorm2d, ConditionalBatchNorm2d
 from bigan.layers.spectral import SNConv2d, SNEmbedding, SNLinear
 from bigan.models.base import ModelConfig
@@ -73,7 +73,7 @@ class SharedConfig(ModelConfig):
     @field_validator("attention_resolutions")
     @classmethod
     def _reachable(cls, resolutions: tuple[int, ...]) -> tuple[int, ...]:
-        return reachable(resolutions)
+        return check_resolutions(resolutions)
 
     def check_attention(self, layers: Iterable[tuple[int, int]], keys: str) -> None:
         """ValueError if attention is impossible at one of the (resolution, channels) `layers`.
@@ -93,7 +93,7 @@ class Config(SharedConfig):
     """The shape and the initial values of both networks."""
 
     name: Literal["biggan"]
-    z_dim: Positive  # of the complete latent; if hierarchical a multiple of blocks + 1 (20 each)
+    z_dim: Positive  # of the complete latent; with hierarchical=true a multiple of blocks + 1
     channels: Positive = 96
     discriminator_channels: Positive | None = None  # its own multiplier; none: `channels`
     hierarchical: bool = True  # a slice of z for the first layer and for each block
@@ -105,7 +105,7 @@ class Config(SharedConfig):
 
     @property
     def z_chunk(self) -> int:
-        """Entries of z that the first layer receives (and each block, if hierarchical)."""
+        """Entries of z for the first layer (and for each block, if hierarchical)."""
         return self.z_dim // (self.num_blocks + 1) if self.hierarchical else self.z_dim
 
     @property
@@ -147,16 +147,16 @@ class GeneratorBlock(nn.Module):
         h = F.relu(self.bn1(x, cond))
         h = self.conv1(F.interpolate(h, scale_factor=2.0, mode="nearest"))
         h = self.conv2(F.relu(self.bn2(h, cond)))
-        # A 1x1 convolution commutes with repeating pixels; before it there are a quarter as many.
+        # A 1x1 convolution commutes with nearest-neighbour upsampling and is cheaper before it.
         return h + F.interpolate(self.shortcut(x), scale_factor=2.0, mode="nearest")
 
 
 class Generator(nn.Module):
     """z [B, z_dim], labels int64 [B] -> images [B, C, R, R] in [-1, 1].
 
-    The first slice of z makes a 4 x 4 map; each block is conditioned on the shared class embedding
-    joined with its own slice. With `hierarchical=False` all of z makes the map and the blocks see
-    the class alone.
+    The 4 x 4 map is computed from the first slice of z. Each block is conditioned on the shared
+    class embedding concatenated with its own slice. With `hierarchical=False` the map is computed
+    from all of z, and blocks are conditioned on the class alone.
     """
 
     def __init__(self, config: Config) -> None:
@@ -164,7 +164,7 @@ class Generator(nn.Module):
         self.config = config
         widths = config.generator_widths
         cond_dim = config.shared_dim + (config.z_chunk if config.hierarchical else 0)
-        # Deliberately not spectrally normalised (nor orthogonally regularised).
+        # As published, neither spectrally normalised nor orthogonally regularised.
         self.shared = nn.Embedding(config.num_classes, config.shared_dim)
         self.first = SNLinear(config.z_chunk, 16 * widths[0], eps=config.sn_eps)
         self.blocks = nn.ModuleList()
@@ -177,7 +177,7 @@ class Generator(nn.Module):
         self.to_image = SNConv2d(widths[-1], config.image_channels, 3, eps=config.sn_eps)
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Fill every parameter and buffer, from `generator` alone."""
+        """Set all parameters and buffers, from `generator` alone."""
         init.init_weights(self, generator, self.config.init)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
@@ -213,11 +213,11 @@ class DiscriminatorBlock(nn.Module):
         self.shortcut = SNConv2d(in_channels, out_channels, 1, eps=eps) if learned else None
 
     def forward(self, x: Tensor) -> Tensor:
-        # Out of place: the shortcut needs x before the activation.
+        # Not in place: the shortcut needs x before the activation.
         h = self.conv1(x if self.first else F.relu(x))
         h = self.conv2(F.relu(h))
         if self.halve:
-            # Pooling commutes with the 1x1 shortcut; after it there are a quarter of the pixels.
+            # Average pooling commutes with the 1x1 shortcut, which is cheaper after it.
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         return h + (x if self.shortcut is None else self.shortcut(x))
 
@@ -248,7 +248,7 @@ class Discriminator(nn.Module):
         self.embedding = SNEmbedding(config.num_classes, widths[-1], eps=eps)
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Fill every parameter and buffer, from `generator` alone."""
+        """Set all parameters and buffers, from `generator` alone."""
         init.init_weights(self, generator, self.config.init)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """BigGAN-deep (Brock, Donahue & Simonyan 2019, arXiv:1809.11096, appendix B, tables 7 to 9).
 
-BigGAN with four times the depth and fewer parameters: two bottleneck blocks per resolution, whose
-shortcuts are the identity on all channels that both ends have. Each conditional BatchNorm receives
-all of z; the discriminator is the generator's mirror image. Parameter counts follow the published
-implementations to the unit.
+BigGAN with four times the depth and fewer parameters: two bottleneck blocks per resolution, with
+shortcuts that are the identity on the channels common to both ends. Each conditional BatchNorm
+receives all of z. The widths of the discriminator mirror those of the generator. Parameter counts
+are exactly those of the published implementations.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from bigan.layers.batchnorm import BatchNorm2d, ConditionalBatchNorm2d
 from bigan.layers.spectral import SNConv2d, SNEmbedding, SNLinear
 from bigan.models.biggan import WIDTHS, SharedConfig
 
-# A block's wider end has this many times the channels of its 3 x 3 convolutions.
+# Ratio of the channels at a block's wider end to those of its 3 x 3 convolutions.
 BOTTLENECK = 4
 
 
 class Config(SharedConfig):
     """The shape and the initial values of both networks.
 
-    Nothing is published for 16 px, and no agreed form for 32 px: those two are ours, of constant
-    width as BigGAN's for CIFAR.
+    No network is published for 16 px, and no definite one for 32 px: those two are ours, with a
+    constant width like BigGAN's for CIFAR.
     """
 
     name: Literal["biggan_deep"]
@@ -40,10 +40,10 @@ class Config(SharedConfig):
 
     @model_validator(mode="after")
     def _shapes(self) -> Config:
-        # The last width is never the wider end of a block.
+        # No block has the last width at its wider end.
         units = min(WIDTHS[self.resolution][:-1])
         if self.channels * units % BOTTLENECK:
-            multiple = BOTTLENECK // units  # of the units 1, 2 and 4, which all divide 4
+            multiple = BOTTLENECK // units  # units is 1, 2 or 4
             nearest = max(multiple, round(self.channels / multiple) * multiple)
             raise ValueError(
                 f"channels = {self.channels} gives blocks of {self.channels * units} channels at "
@@ -58,7 +58,7 @@ class Config(SharedConfig):
 class GeneratorBlock(nn.Module):
     """x [B, in, H, W], cond [B, cond_dim] -> [B, out, H, W], or [B, out, 2H, 2W] with `upsample`.
 
-    out is at most in: the shortcut keeps the first channels and drops the others.
+    out <= in: the shortcut keeps the first `out` channels and drops the others.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class GeneratorBlock(nn.Module):
 class Generator(nn.Module):
     """z [B, z_dim], labels int64 [B] -> images [B, C, R, R] in [-1, 1].
 
-    The shared class embedding joined with z makes a 4 x 4 map and conditions all blocks. At each
-    resolution the second of two blocks drops the surplus channels and doubles the map.
+    The shared class embedding concatenated with z determines the 4 x 4 map and conditions all
+    blocks. The second of the two blocks per resolution reduces the channels and upsamples.
     """
 
     def __init__(self, config: Config) -> None:
@@ -102,7 +102,7 @@ class Generator(nn.Module):
         self.config = config
         widths, eps = config.generator_widths, config.sn_eps
         cond_dim = config.shared_dim + config.z_dim
-        # Deliberately not spectrally normalised (nor orthogonally regularised).
+        # As published, neither spectrally normalised nor orthogonally regularised.
         self.shared = nn.Embedding(config.num_classes, config.shared_dim)
         self.first = SNLinear(cond_dim, 16 * widths[0], eps=eps)
         self.blocks = nn.ModuleList()
@@ -118,7 +118,7 @@ class Generator(nn.Module):
         self.to_image = SNConv2d(widths[-1], config.image_channels, 3, eps=eps)
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Fill every parameter and buffer, from `generator` alone."""
+        """Set all parameters and buffers, from `generator` alone."""
         init.init_weights(self, generator, self.config.init)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class Generator(nn.Module):
 class DiscriminatorBlock(nn.Module):
     """[B, in, H, W] -> [B, out, H, W], or [B, out, H/2, W/2] with `downsample`.
 
-    out is at least in: the shortcut keeps all channels and appends a 1 x 1 convolution of them.
+    out >= in: the shortcut keeps all channels and appends a 1 x 1 convolution of them.
     """
 
     def __init__(self, in_channels: int, out_channels: int, downsample: bool, eps: float) -> None:
@@ -149,7 +149,7 @@ class DiscriminatorBlock(nn.Module):
         self.shortcut = SNConv2d(in_channels, missing, 1, eps=eps) if missing else None
 
     def forward(self, x: Tensor) -> Tensor:
-        # Out of place: the shortcut needs x before the activation.
+        # Not in place: the shortcut needs x before the activation.
         h = self.conv1(F.relu(x))
         h = self.conv2(F.relu(h))
         h = F.relu(self.conv3(F.relu(h)))
@@ -163,9 +163,9 @@ class DiscriminatorBlock(nn.Module):
 class Discriminator(nn.Module):
     """images [B, C, R, R] in [-1, 1], labels int64 [B] -> logits [B], by projection.
 
-    A 3 x 3 convolution of the image, then at each resolution a block that halves the map and adds
-    channels, and one that keeps both. logit = w . h + b + embedding(label) . h with h the sum over
-    positions of the last features (Miyato & Koyama 2018, arXiv:1802.05637).
+    A 3 x 3 convolution of the image, then per resolution one block that downsamples and adds
+    channels, and one that does neither. logit = w . h + b + embedding(label) . h with h the sum
+    over positions of the last features (Miyato & Koyama 2018, arXiv:1802.05637).
     """
 
     def __init__(self, config: Config) -> None:
@@ -187,7 +187,7 @@ class Discriminator(nn.Module):
         self.embedding = SNEmbedding(config.num_classes, widths[-1], eps=eps)
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Fill every parameter and buffer, from `generator` alone."""
+        """Set all parameters and buffers, from `generator` alone."""
         init.init_weights(self, generator, self.config.init)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:

@@ -1,15 +1,16 @@
-"""ProGAN (Karras et al. 2018, arXiv:1710.10196): a generator and discriminator that grow.
+"""ProGAN (Karras et al. 2018, arXiv:1710.10196): progressive growing of both networks.
 
-Equalised learning rate everywhere; pixelwise normalisation in the generator, minibatch standard
+Equalised learning rate in all layers; pixelwise normalisation in the generator, minibatch standard
 deviation in the discriminator. Widths and structure are those of the paper's table 2.
 
-Growth is done from outside. The networks of a stage are those of `Config(resolution=R,
-fading=...)`. Widths depend on the resolution of a layer alone, and layers are named by it
-(`blocks.8.conv1.weight`, `to_image.8.weight`): every parameter of the networks of R/2 is found in
-those of R, under its name and in its shape, but for the image layers, of which a fading network
-has the old and the new one and any other network only its own. To grow is to build the next stage
-(R/2 stable, R fading, R stable), to initialise it, to copy all *parameters* that both have, and to
-set `alpha`, which is a buffer of both networks and belongs to the schedule.
+Growth is done by the caller. The networks of a stage are those of `Config(resolution=R,
+fading=...)`, and stages follow each other as R/2 stable, R fading, R stable. The width of a layer
+depends only on its resolution, and layers are named by resolution (`blocks.8.conv1.weight`,
+`to_image.8.weight`), so every parameter of the networks of R/2 has the same name and shape in those
+of R. The exceptions are the image layers: a fading network has those of R/2 and R, a stable one
+only that of R. To grow, build the networks of the next stage, initialise them, copy all
+*parameters* that exist in both, and set `alpha`, a buffer of both networks that the schedule
+determines.
 """
 
 from __future__ import annotations
@@ -30,24 +31,24 @@ from bigan.layers.pixelnorm import pixel_norm
 from bigan.layers.resampling import enlarge, fade, shrink
 from bigan.models.base import ModelConfig
 
-GAIN = math.sqrt(2)  # He's, for what an activation follows
+GAIN = math.sqrt(2)  # of He et al. 2015, for layers that are followed by an activation
 
 
 class Config(ModelConfig):
-    """Everything that decides the shape and the initial values of both networks of one stage."""
+    """The shape and the initial values of both networks of one stage."""
 
     can_grow: ClassVar[bool] = True
 
     name: Literal["progan"]
     resolution: Literal[4, 8, 16, 32, 64, 128, 256, 512, 1024]
-    fading: bool = False  # between resolution/2 and resolution, at the networks' `alpha`
+    fading: bool = False  # blend resolution/2 and resolution with the networks' `alpha`
     num_classes: Positive
     conditional: bool = False
     z_dim: Positive = 512
     image_channels: Literal[1, 3] = 3
-    base_channels: Positive = 8192  # layers at R px have base_channels / (R/2) channels, but
-    max_channels: Positive = 512  # not more than this
-    minibatch_group: Annotated[int, Field(ge=2)] = 4  # images compared by the discriminator
+    base_channels: Positive = 8192  # layers at R px have base_channels / (R/2) channels,
+    max_channels: Positive = 512  # up to this maximum
+    minibatch_group: Annotated[int, Field(ge=2)] = 4  # of the minibatch standard deviation
 
     @property
     def is_fading(self) -> bool:
@@ -62,29 +63,29 @@ class Config(ModelConfig):
         return self.minibatch_group
 
     def channels_at(self, resolution: int) -> int:
-        """Channels of the maps at `resolution`; the published nf(stage) at 2**(stage + 1) px."""
+        """Channels of the maps at `resolution`: the published nf(stage) for 2**(stage + 1) px."""
         return min(self.base_channels // (resolution // 2), self.max_channels)
 
     @property
     def resolutions(self) -> list[int]:
-        """4, 8, ..., resolution: one block of each network at each."""
+        """4, 8, ..., resolution: each network has one block per resolution."""
         return [2**i for i in range(2, self.resolution.bit_length())]
 
     @property
     def image_resolutions(self) -> list[int]:
-        """Those with a layer from features to images (or back), the coarser one first."""
+        """Resolutions with a layer between features and images, the lower one first."""
         return [self.resolution // 2, self.resolution] if self.fading else [self.resolution]
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
         if self.fading and self.resolution == 4:
             raise ValueError(
-                "fading: there is no network below 4 px to fade from; use fading=false, "
-                "or resolution=8"
+                "fading: no network has less than 4 px, which resolution = 4 would fade in from; "
+                "use fading=false, or resolution=8"
             )
         if self.conditional and self.num_classes == 1:
             raise ValueError(
-                "conditional: projection without labels: the data have num_classes = 1; "
+                "conditional: there are no labels to condition on, num_classes = 1; "
                 "use conditional=false"
             )
         if self.channels_at(self.resolution) == 0:
@@ -104,8 +105,8 @@ class FirstBlock(init.Layer):
 
     def __init__(self, in_features: int, out_channels: int) -> None:
         super().__init__()
-        # In the paper a 4 x 4 convolution of the 1 x 1 map z; its fan-in counts 16 positions, of
-        # which 15 are padding: a quarter of the usual gain.
+        # In the paper this is a 4 x 4 convolution of z as a 1 x 1 map, whose fan-in includes 15
+        # positions of padding: a quarter of the usual gain.
         self.linear = EqualisedLinear(in_features, 16 * out_channels, bias=False, gain=GAIN / 4)
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.conv = EqualisedConv2d(out_channels, out_channels, 3, gain=GAIN)
@@ -139,10 +140,10 @@ class GeneratorBlock(nn.Module):
 class Generator(nn.Module):
     """z [B, z_dim], labels int64 [B] -> images [B, C, R, R], nominally in [-1, 1].
 
-    The image layer is linear: nothing bounds the images. z is normalised to a root mean square of
-    1. With `conditional` the one-hot label is joined to it (published code does so before
-    normalising, which hardly differs: a label adds 1 to a squared norm of z_dim); without it
-    `labels` has no effect.
+    The image layer is linear, so images are not bounded. z is normalised to a root mean square of
+    1. With `conditional` the one-hot label is concatenated (published code does so before
+    normalising; the difference is small, as a label adds 1 to a squared norm of z_dim). Otherwise
+    labels have no effect.
     """
 
     alpha: Tensor
@@ -162,7 +163,7 @@ class Generator(nn.Module):
         self.register_buffer("alpha", torch.zeros(()))
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Fill every parameter from `generator` alone; alpha is 0 when fading, otherwise 1."""
+        """Set all parameters, from `generator` alone; alpha is 0 when fading, otherwise 1."""
         init.init_weights(self, generator)
         self.alpha.fill_(0.0 if self.config.fading else 1.0)
 
@@ -209,9 +210,9 @@ class LastBlock(nn.Module):
 class Discriminator(nn.Module):
     """images [B, C, R, R], labels int64 [B] -> logits [B].
 
-    With `conditional` the logit is w . h + b + embedding(label) . h, h the last features. This
-    projection (Miyato & Koyama 2018, arXiv:1802.05637), with an equalised embedding, is ours: the
-    published code has the discriminator predict the class instead (AC-GAN).
+    With `conditional` the logit is w . h + b + embedding(label) . h with h the last features. This
+    projection (Miyato & Koyama 2018, arXiv:1802.05637) with an equalised embedding is ours; in the
+    published code the discriminator predicts the class instead (AC-GAN).
     """
 
     alpha: Tensor
@@ -238,7 +239,7 @@ class Discriminator(nn.Module):
         self.register_buffer("alpha", torch.zeros(()))
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Fill every parameter from `generator` alone; alpha is 0 when fading, otherwise 1."""
+        """Set all parameters, from `generator` alone; alpha is 0 when fading, otherwise 1."""
         init.init_weights(self, generator)
         self.alpha.fill_(0.0 if self.config.fading else 1.0)
 
@@ -252,7 +253,7 @@ class Discriminator(nn.Module):
             h = block(h)
         logits: Tensor = self.linear(h).squeeze(1)
         if self.embedding is not None:
-            # Scaling the chosen rows instead of the table: the same numbers, less memory.
+            # Scaling the selected rows instead of the table gives equal numbers with less memory.
             rows = F.embedding(labels, self.embedding.weight) * self.embedding.scale
             logits = logits + (rows * h).sum(dim=1)
         return logits

@@ -1,9 +1,9 @@
 """R3GAN (Huang et al. 2024, "The GAN is dead; long live the GAN!", arXiv:2501.05441).
 
-Two mirror-image residual networks of inverted bottlenecks with grouped convolutions, and nothing
-else: no normalisation, no attention, no style, no minibatch statistics, no tanh. They rest on their
-first values (Fixup, Zhang et al. 2019, arXiv:1901.09321) and on the relativistic loss with R1 and
-R2 penalties at every step, for which they were made.
+Two residual networks that mirror each other, of inverted bottlenecks with grouped convolutions.
+They have no normalisation, attention, style modulation, minibatch statistics or tanh. Stable
+training depends on the initial values (Fixup, Zhang et al. 2019, arXiv:1901.09321) and on the
+relativistic loss with R1 and R2 penalties at every step.
 """
 
 from __future__ import annotations
@@ -26,27 +26,28 @@ from bigan.models.base import ModelConfig
 SLOPE = 0.2  # of the leaky ReLU below zero
 LRELU_GAIN = math.sqrt(2 / (1 + SLOPE**2))  # keeps the second moment (He et al. 2015, eq. 15)
 MAX_WIDTH = 768
-WIDEST_RESOLUTION = 32  # the last with MAX_WIDTH; above it the width halves at every doubling
+WIDEST_RESOLUTION = 32  # highest one with MAX_WIDTH; each doubling above it halves the width
 
 
 class Config(ModelConfig):
-    """Everything that decides the shape and the initial values of both networks.
+    """The shape and the initial values of both networks.
 
-    The defaults are the published FFHQ and CIFAR-10 networks; ImageNet's have `conditional: true`,
-    a `group_size` of 32 and 1536 channels in each of their 4 (32 px) or 5 stages (64 px).
+    The defaults are those of the published FFHQ and CIFAR-10 networks. The published ImageNet
+    networks have `conditional: true`, `group_size: 32` and 1536 channels in each of their 4 (32 px)
+    or 5 stages (64 px).
     """
 
     name: Literal["r3gan"]
     resolution: Literal[4, 8, 16, 32, 64, 128, 256, 512, 1024]
     num_classes: Positive
-    conditional: bool = False  # false: both networks ignore the labels
+    conditional: bool = False  # false: labels have no effect
     z_dim: Positive = 64
     image_channels: Literal[1, 3] = 3
-    widths: tuple[Positive, ...] | None = None  # from 4 px up; none: 768, halving above 32 px
+    widths: tuple[Positive, ...] | None = None  # by stage from 4 px; none: 768, halved above 32 px
     blocks_per_stage: Positive = 2
     expansion: Positive = 2  # hidden channels of a block, in units of its width
     group_size: Positive = 16  # channels in a group of the 3 x 3 convolutions
-    embedding_dim: Positive = 64  # class embedding beside z; the discriminator's: widths[0] entries
+    embedding_dim: Positive = 64  # class embedding of the generator; the discriminator's: widths[0]
 
     @property
     def is_conditional(self) -> bool:
@@ -74,15 +75,15 @@ class Config(ModelConfig):
     def _shapes(self) -> Config:
         if self.conditional and self.num_classes == 1:
             raise ValueError(
-                "conditional: projection without labels: the data have num_classes = 1; "
+                "conditional: there are no labels to condition on, num_classes = 1; "
                 "use conditional=false"
             )
         if len(self.stage_widths) != self.num_stages:
             default = list(self.model_copy(update={"widths": None}).stage_widths)
             raise ValueError(
                 f"widths has {len(self.stage_widths)} entries, and a {self.resolution} px network "
-                f"has {self.num_stages} stages (4, 8, ..., {self.resolution} px); use as many, for "
-                f"example widths={default}"
+                f"has {self.num_stages} stages (4, 8, ..., {self.resolution} px); use one width "
+                f"per stage, for example widths={default}"
             )
         step = self.group_size // math.gcd(self.group_size, self.expansion)
         for width in self.stage_widths:
@@ -97,7 +98,7 @@ class Config(ModelConfig):
 
 
 class Drawn(init.Layer):
-    """A `weight` whose first values are N(0, std^2), and a `bias` that begins at 0.
+    """A `weight` with initial values N(0, std^2), and a `bias` with initial value 0.
 
     Built with zeros: call `reset_parameters`.
     """
@@ -165,9 +166,9 @@ class Conv2d(Drawn):
 class ResidualBlock(nn.Module):
     """[B, width, H, W] -> the same: x + 1x1(lrelu(grouped 3x3(lrelu(1x1(x)) + b)) + b)).
 
-    The last convolution begins at 0, so that the network begins as its up- or down-sampling path
-    alone; Fixup scales the other m - 1 = 2 by L^(-1 / (2m - 2)) = L^(-1/4), L being the number of
-    blocks, so that one optimiser step changes the network's output by as much at any depth.
+    The last convolution is initially 0, so that every block is initially the identity. Fixup scales
+    the initial values of the other m - 1 = 2 by L^(-1 / (2m - 2)) = L^(-1/4) with L the number of
+    blocks, so that one optimizer step changes the output equally at any depth.
     """
 
     def __init__(self, width: int, config: Config) -> None:
@@ -186,7 +187,7 @@ class ResidualBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """[B, in, H, W] -> [B, out, 2H, 2W]: change of width, then interpolation (they commute)."""
+    """[B, in, H, W] -> [B, out, 2H, 2W]: 1 x 1 convolution, then upsampling (they commute)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -198,7 +199,7 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """[B, in, H, W] -> [B, out, H/2, W/2]: interpolation, then change of width."""
+    """[B, in, H, W] -> [B, out, H/2, W/2]: downsampling, then 1 x 1 convolution."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -210,7 +211,7 @@ class Downsample(nn.Module):
 
 
 class Basis(Drawn):
-    """[B, in] -> [B, width, 4, 4]: a learned 4 x 4 map for each channel, scaled by a linear map."""
+    """[B, in] -> [B, width, 4, 4]: a learned 4 x 4 map per channel, scaled by a linear layer."""
 
     def __init__(self, in_features: int, width: int) -> None:
         super().__init__((width, 4, 4), std=1.0)
@@ -221,10 +222,10 @@ class Basis(Drawn):
 
 
 class Readout(Drawn):
-    """[B, width, 4, 4] -> [B, out]: each channel's product with a learned 4 x 4 map, then linear.
+    """[B, width, 4, 4] -> [B, out]: dot product with a learned 4 x 4 map per channel, then linear.
 
-    A depth-wise 4 x 4 convolution without padding, written as the product it is. Biases are absent
-    because the relativistic loss sees differences of logits alone.
+    Equal to a depth-wise 4 x 4 convolution without padding. There are no biases because the
+    relativistic loss depends only on differences of logits.
     """
 
     def __init__(self, width: int, out_features: int) -> None:
@@ -258,7 +259,7 @@ class Generator(nn.Module):
         self.to_image = Conv2d(widths[-1], config.image_channels, 1)
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Fill every parameter, from `generator` alone."""
+        """Set all parameters, from `generator` alone."""
         init.init_weights(self, generator)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
@@ -272,10 +273,11 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """images [B, C, R, R], labels int64 [B] -> logits [B], under autocast too in float32.
+    """images [B, C, R, R], labels int64 [B] -> logits [B], in float32 also under autocast.
 
-    A conditional logit is the product of the readout with the class embedding; that begins smaller
-    by the root of its length, so that the sum over its entries keeps the scale of one.
+    A conditional logit is the dot product of the readout with the class embedding. The initial
+    values of the embedding are divided by the root of its length, so that the sum over its entries
+    has the scale of one entry.
     """
 
     def __init__(self, config: Config) -> None:
@@ -292,7 +294,7 @@ class Discriminator(nn.Module):
         self.readout = Readout(widths[-1], widths[-1] if config.conditional else 1)
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Fill every parameter, from `generator` alone."""
+        """Set all parameters, from `generator` alone."""
         init.init_weights(self, generator)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -301,7 +303,7 @@ class Discriminator(nn.Module):
         for blocks, downsample in zip(others, self.downsamples, strict=True):
             h = downsample(blocks(h))
         h = last(h)
-        # The loss takes differences of logits, which half precision would round away.
+        # The loss depends on differences of logits, which half precision would round away.
         with without_autocast(h):
             features = self.readout(h)
             if self.embedding is None:

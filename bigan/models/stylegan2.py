@@ -1,12 +1,12 @@
 """StyleGAN2 (Karras et al. 2020, arXiv:1912.04958): style-based generator, residual discriminator.
 
-A mapping network turns z into w; w modulates every convolution of a synthesis network whose image
-is the sum of contributions of all resolutions (skip generator). Equalised learning rate everywhere.
-Widths and parameter counts follow the published PyTorch implementation (with its conditional form,
-arXiv:2006.06676) to the unit.
+A mapping network turns z into w, which modulates every convolution of a synthesis network. The
+image is the sum of contributions of all resolutions (skip generator). All layers have an equalised
+learning rate. Widths and parameter counts are exactly those of the published PyTorch code and of
+its conditional form (arXiv:2006.06676).
 
-What is random in a published forward pass, per-pixel noise and mixed styles, is here a function of
-z (`bigan.layers.hashing`): the generator is a pure function of (z, labels).
+Per-pixel noise and style mixing, which are random in published code, are functions of z here
+(`bigan.layers.hashing`): the generator is a pure function of (z, labels).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from bigan.layers.modulated import ModulatedConv2d
 from bigan.layers.precision import at_least_float32, without_autocast
 from bigan.models.base import ModelConfig
 
-# Streams of `hashing`, all from one key per image; convolution i has stream NOISE + i.
+# Streams of `hashing`, all with one key per image; convolution i has stream NOISE + i.
 MIXED_LATENT, IS_MIXED, FIRST_MIXED, NOISE = range(4)
 
 
 class Config(ModelConfig):
-    """Everything that decides the shape and the values of both networks."""
+    """The shape and the initial values of both networks, and the generator's mean latent."""
 
     latent_space: ClassVar[Literal["z", "w"]] = "w"
 
@@ -47,14 +47,14 @@ class Config(ModelConfig):
     z_dim: Positive = 512
     w_dim: Positive = 512
     image_channels: Literal[1, 3] = 3
-    channel_base: Positive = 32768  # layers at R px have channel_base / R channels, but
-    max_channels: Positive = 512  # not more than this
+    channel_base: Positive = 32768  # layers at R px have channel_base / R channels,
+    max_channels: Positive = 512  # up to this maximum
     mapping_layers: Positive = 8
     mapping_lr_multiplier: PositiveFloat = 0.01
     w_average_beta: Fraction = 0.995  # decay per step of the mean latent, used by truncation
-    style_mixing: Fraction = 0.9  # share of the training images made from two latents
-    minibatch_group: Positive = 4  # images compared by the discriminator
-    activation_clamp: PositiveFloat | None = None  # float16: 256
+    style_mixing: Fraction = 0.9  # probability that a training image has two latents
+    minibatch_group: Positive = 4  # of the minibatch standard deviation
+    activation_clamp: PositiveFloat | None = None  # bound of activations; published for fp16: 256
 
     @property
     def is_conditional(self) -> bool:
@@ -70,24 +70,24 @@ class Config(ModelConfig):
 
     @property
     def resolutions(self) -> list[int]:
-        """4, 8, ..., resolution: one block of the generator at each."""
+        """4, 8, ..., resolution: the generator has one block per resolution."""
         return [2**i for i in range(2, self.resolution.bit_length())]
 
     @property
     def num_ws(self) -> int:
-        """Convolutions of the synthesis network and its last image layer: 18 at 1024 px."""
+        """One w per convolution of the synthesis network and one for the last image layer."""
         return 2 * len(self.resolutions)
 
     @property
     def embedded_classes(self) -> int | None:
-        """Classes that the networks know of."""
+        """Number of embedded classes; None if labels have no effect."""
         return self.num_classes if self.conditional else None
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
         if self.conditional and self.num_classes == 1:
             raise ValueError(
-                "conditional: there is nothing to condition on, the data have num_classes = 1; "
+                "conditional: there are no labels to condition on, num_classes = 1; "
                 "use conditional=false"
             )
         if self.channels_at(self.resolution) == 0:
@@ -101,8 +101,8 @@ class Config(ModelConfig):
 class StyledConv(init.Layer):
     """Modulated 3 x 3 convolution, noise, bias and activation.
 
-    x [B, in, H, W], w [B, w_dim], noise [B, 1, H', W'] -> [B, out, H', W'], doubled with `up`. The
-    strength of the noise is learned, one number per layer, and begins at 0.
+    x [B, in, H, W], w [B, w_dim], noise [B, 1, H', W'] -> [B, out, H', W']; H' = 2H with `up`. The
+    strength of the noise is one learned number with initial value 0.
     """
 
     def __init__(self, in_channels: int, out_channels: int, up: bool, config: Config) -> None:
@@ -126,8 +126,9 @@ class StyledConv(init.Layer):
 class Synthesis(nn.Module):
     """ws [B, num_ws, w_dim], keys int64 [B] -> images [B, C, R, R], nominally in [-1, 1].
 
-    `keys` decide the noise. Convolution i takes ws[:, i]; the image layer behind it, of each
-    resolution, shares ws[:, i + 1] with the next convolution. Nothing bounds the images.
+    The noise is a function of `keys`. Convolution i is modulated by ws[:, i]. The image layer after
+    the last convolution i of a resolution shares ws[:, i + 1] with the next convolution. Images are
+    not bounded.
     """
 
     def __init__(self, config: Config) -> None:
@@ -169,9 +170,9 @@ class Synthesis(nn.Module):
 class Generator(nn.Module):
     """z [B, z_dim], labels int64 [B] -> images [B, C, R, R], nominally in [-1, 1].
 
-    In training mode a share `style_mixing` of the images takes a second latent from a random layer
-    on (mixing regularisation, Karras et al. 2019, section 3.1). The key of an image, which decides
-    this and the noise, is a hash of its z unless `noise_key` int64 [B] in [0, 2^63) is given.
+    In training mode, with probability `style_mixing`, an image has a second latent from a random
+    layer on (mixing regularization, Karras et al. 2019, section 3.1). This and the noise are
+    functions of the key of the image: a hash of its z, or `noise_key`, int64 [B] in [0, 2^63).
     `truncation_psi` < 1, one number or a tensor [B], trades variety for quality; it needs a mean
     latent that has been kept up to date.
     """
@@ -191,7 +192,7 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Fill every parameter and buffer, from `generator` alone."""
+        """Set all parameters and buffers, from `generator` alone."""
         init.init_weights(self, generator)
         first = self.synthesis.first
         first.copy_(torch.empty(first.shape).normal_(generator=generator))
@@ -209,12 +210,12 @@ class Generator(nn.Module):
     def latents(
         self, z: Tensor, labels: Tensor, keys: Tensor, truncation_psi: float | Tensor = 1.0
     ) -> Tensor:
-        """ws [B, num_ws, w_dim] as `synthesis` is to get them: mixed, in training mode."""
+        """The input ws [B, num_ws, w_dim] of `synthesis`: with style mixing in training mode."""
         ws = self.mapping(z, labels, truncation_psi)
         if not self.training or self.config.style_mixing == 0:
             return ws
         other = hashing.normal_field(keys, MIXED_LATENT, (self.config.z_dim,)).to(z.dtype)
-        # The other latent takes over at one of the layers 1 .. num_ws - 1, or never.
+        # The other latent applies from one of the layers 1 .. num_ws - 1 on, or not at all.
         is_mixed = hashing.uniform(keys, IS_MIXED) < self.config.style_mixing
         first = 1 + (hashing.uniform(keys, FIRST_MIXED) * (self.config.num_ws - 1)).floor()
         layers = torch.arange(self.config.num_ws, device=ws.device)
@@ -223,11 +224,11 @@ class Generator(nn.Module):
 
 
 class BlurredConv2d(EqualisedConv2d):
-    """[B, in, H, W] -> [B, out, H / 2, W / 2]: blur, then convolution of stride 2; H, W even."""
+    """[B, in, H, W], H and W even -> [B, out, H / 2, W / 2]: blur, convolution of stride 2."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = blur(x, padding=self.padding + 1)
-        return F.conv2d(x, self.used_weight(), self.used_bias(), stride=2)
+        return F.conv2d(x, self.effective_weight(), self.effective_bias(), stride=2)
 
 
 class DiscriminatorBlock(nn.Module):
@@ -243,15 +244,15 @@ class DiscriminatorBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = leaky_relu(self.conv1(x), self.clamp)
         h = leaky_relu(self.conv2(h), self.clamp)
-        # Two terms of about the same mean square, and not correlated: their sum keeps it.
+        # The sum of two uncorrelated terms of equal mean square, scaled to that mean square.
         return (h + self.shortcut(downsample(x))) * math.sqrt(0.5)
 
 
 class Discriminator(nn.Module):
     """images [B, C, R, R], labels int64 [B] -> logits [B].
 
-    With `conditional` the last features are projected on the label's mapped embedding:
-    logit = features . mapping(label) / sqrt(their dimension).
+    With `conditional` logit = features . mapping(label) / sqrt(dimension of the features), where
+    the mapping network is applied to the label's embedding.
     """
 
     def __init__(self, config: Config) -> None:
@@ -281,7 +282,7 @@ class Discriminator(nn.Module):
         )
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Fill every parameter, from `generator` alone."""
+        """Set all parameters, from `generator` alone."""
         init.init_weights(self, generator)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -289,7 +290,7 @@ class Discriminator(nn.Module):
         h = leaky_relu(self.from_image(images), clamp)
         for block in self.blocks:
             h = block(h)
-        # The 4 x 4 head in float32, as published: next to no work, and logits to full precision.
+        # The 4 x 4 head is in float32, as published: it is cheap, and logits need the precision.
         with without_autocast(h):
             h = self.minibatch_stddev(at_least_float32(h))
             h = leaky_relu(self.conv(h), clamp)

@@ -1,4 +1,4 @@
-"""ADA: every transformation against the paper's product of matrices, and its adaptive strength."""
+"""ADA: transformations against the paper's product of matrices, and the adaptive strength."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def noise(num: int = 4, channels: int = 3, size: int = 16, seed: int = 0) -> Ten
 
 
 def ada_draws(num: int = 1, **given: float) -> Tensor:
-    """[num, K] with every gate shut and the given columns; `flip=0.7` also opens the gate of flip.
+    """[num, K] with all gates closed but those of the given columns: `flip=0.7` opens that of flip.
 
     A column with ~ in its name is written `scale_`; a gate of its own is opened by `rotate_last=0`.
     """
@@ -46,7 +46,7 @@ def rotation(angle: float) -> np.ndarray:
 
 
 def paper_matrix(d: dict[str, float], size: int) -> np.ndarray:
-    """G of the paper's appendix B, one matrix after the other, for gates that are all open."""
+    """G of the paper's appendix B as a product of matrices, with all gates open."""
     steps = [
         homogeneous(1 - 2 * int(d["flip"] * 2), 0, 0, 1),
         rotation(math.pi / 2 * int(d["quarter"] * 4)),
@@ -64,14 +64,14 @@ def paper_matrix(d: dict[str, float], size: int) -> np.ndarray:
 
 
 def hills(x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:
-    """A smooth picture without symmetry, of positions in pixels from the centre."""
+    """A smooth image without symmetry, as a function of positions in pixels from the centre."""
     x, y = x / size, y / size
     a = np.exp(-((x - 0.1) ** 2 + (y + 0.05) ** 2) / 0.02)
     return a + 0.5 * np.cos(4 * x + 7 * y) - 0.3 * np.exp(-((x + 0.2) ** 2 + y**2) / 0.01)
 
 
 def test_wavelet_is_orthogonal_and_smooth() -> None:
-    """Orthonormal to its even shifts, with six vanishing moments: this makes it a sym6/db6."""
+    """Orthonormal to its even shifts, with six vanishing moments, as sym6 and db6 are."""
     h = np.array(ada.SYM6)
     for shift in range(0, 12, 2):
         assert h[shift:] @ h[: 12 - shift] == pytest.approx(float(shift == 0), abs=1e-9)
@@ -96,7 +96,7 @@ def test_strength_zero_changes_no_bit(channels: int, pipeline: str) -> None:
 @pytest.mark.parametrize("pipeline", ["b", "bg", "bgc"])
 def test_blitting_is_exact(pipeline: str) -> None:
     images = noise(2)
-    blit = {  # what is drawn: the picture it makes
+    blit = {  # the draws, and the expected image
         (("flip", 0.7),): images.flip(3),
         (("flip", 0.2),): images,
         (("quarter", 0.3),): torch.rot90(images, -1, (2, 3)),
@@ -114,7 +114,7 @@ def test_blitting_is_exact(pipeline: str) -> None:
     assert torch.equal(moved[..., 1:, -1], images[..., :-1, -3])
 
 
-def test_cutout_comes_last_and_as_often_as_all_the_rest() -> None:
+def test_cutout_is_last_and_has_the_same_probability() -> None:
     images, num = noise(1, size=8).expand(4000, -1, -1, -1), 4000
     draws, p = ada.draws(0, "x", 0, num, "bco"), torch.tensor(0.25)
     without = ada.apply(images, draws[:, : len(ada.COLUMNS)], p, "bc")
@@ -128,20 +128,20 @@ def test_cutout_comes_last_and_as_often_as_all_the_rest() -> None:
     assert (hole.float().mean(0) > 0).all(), "anywhere"
 
 
-def test_colors_change_with_their_share_of_the_strength() -> None:
+def test_color_share_scales_the_strength_of_colors_alone() -> None:
     images, num = noise(1, channels=1, size=4).expand(8000, -1, -1, -1), 8000
     draws, p = ada.draws(0, "x", 0, num), torch.tensor(0.4)
     for share in (1.0, 0.5):
         changed = ada.apply(images, draws, p, "c", share) != images
-        q = 0.4 * share  # brightness, contrast, and the half of all luma flips that turn
+        q = 0.4 * share  # brightness, contrast; half of the luma flips change an image
         expected = 1 - (1 - q) ** 2 * (1 - q / 2)
         assert changed.flatten(1).any(1).float().mean().item() == pytest.approx(expected, abs=0.02)
     moved = ada.apply(images, draws, p, "b", 0.0)
-    assert torch.equal(moved, ada.apply(images, draws, p, "b")), "only the colors have a share"
+    assert torch.equal(moved, ada.apply(images, draws, p, "b"))  # "b" has no colors
 
 
 def test_geometry_is_the_papers_product_of_matrices() -> None:
-    """A known smooth picture, seen through G: every pixel that comes from inside must agree."""
+    """A known smooth image transformed by G: all pixels with a source inside the image agree."""
     size, num = 48, 24
     middle = (size - 1) / 2
     y, x = np.mgrid[:size, :size] - middle
@@ -155,7 +155,7 @@ def test_geometry_is_the_papers_product_of_matrices() -> None:
         source = np.linalg.inv(paper_matrix(d, size)) @ np.stack(
             [x.ravel(), y.ravel(), np.ones(x.size)]
         )
-        # Blitting is part of the matrix: what it would lose is still there.
+        # Blitting is part of the matrix: pixels that it alone would move out are still available.
         inside = np.abs(source[:2]).max(0) < middle - 3
         inside_total += inside.sum()
         error = np.abs(hills(source[0], source[1], size) - image.ravel())[inside]
@@ -170,7 +170,7 @@ def test_blit_shift_and_geometry_shift_add_up() -> None:
     torch.testing.assert_close(back[..., 4:-4, 4:-4], images[..., 4:-4, 4:-4], rtol=0, atol=1e-5)
 
 
-def test_whole_and_half_pixels_through_the_resampler() -> None:
+def test_the_resampler_is_exact_for_multiples_of_half_a_pixel() -> None:
     images = noise(2, size=32)
     draws = ada_draws(2, shift_y_=0.5, shift_x_=-0.75, shift=0)  # times 32 / 8: 2 down, 3 left
     moved = ada.apply(images, draws, ONE, "g")
@@ -184,7 +184,7 @@ def test_whole_and_half_pixels_through_the_resampler() -> None:
 
 
 def test_geometry_does_not_alias() -> None:
-    """Enlarging the scene's stripes downwards: what a smaller picture cannot show becomes grey."""
+    """Stripes that are too fine for a smaller scale become grey."""
     stripes = torch.tensor([1.0, -1.0]).repeat(16).expand(1, 1, 32, 32)
     smaller = ada.apply(stripes, ada_draws(scale_=-4.0), ONE, "g")  # 2 ** -0.8 times
     assert smaller[..., 8:-8, 8:-8].abs().max() < 0.35
@@ -195,7 +195,7 @@ def test_each_transformation_happens_with_probability_p() -> None:
     draws = ada.draws(0, "x", 0, 8000)
     d, p = dict(zip(ada.COLUMNS, draws.unbind(1), strict=True)), torch.tensor(0.3)
     _, _, moved = ada.geometry_of(d, p, 16)
-    # Scale, stretch, shift, and a rotation by either of two: four things of probability p.
+    # Scale, stretch, shift, and at least one of two rotations: each has probability p.
     assert moved.float().mean().item() == pytest.approx(1 - 0.7**4, abs=0.02)
     (turn, flip, shift) = ada.blit_of(d, p, 16, enabled=True)
     assert (flip < 0).float().mean().item() == pytest.approx(0.15, abs=0.015)
@@ -252,7 +252,7 @@ def strength(p: float = 0.5) -> AdaptiveStrength:
     ("signs", "expected"),
     [((1.0, 1.0), 0.58), ((0.65, 0.6), 0.58), ((0.5, 0.65), 0.42), ((-1.0, 1.0), 0.42)],
 )
-def test_strength_follows_the_mean_sign(signs: tuple[float, float], expected: float) -> None:
+def test_strength_adapts_to_the_mean_sign(signs: tuple[float, float], expected: float) -> None:
     adaptive = strength()
     for sign in signs:
         adaptive.observe(torch.tensor(sign), 40, World())
@@ -270,8 +270,8 @@ def test_strength_stays_between_zero_and_one() -> None:
         assert adaptive.p.item() == end
 
 
-def test_exactly_on_target_nothing_moves() -> None:
-    """0.6 is not a float32: the sums are whole numbers so that rounding decides nothing."""
+def test_strength_is_constant_exactly_on_target() -> None:
+    """0.6 is not a float32; the sums are integers, so rounding does not matter."""
     adaptive = strength()
     for _ in range(7):
         adaptive.observe(torch.tensor(24.0) / 40, 40, World())

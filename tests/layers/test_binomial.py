@@ -20,7 +20,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def matrix(name: str, size: int) -> Tensor:
-    """[out, size]: what the function does to a row, entry by entry from the definitions."""
+    """[out, size]: the matrix of the function on one row, from the definition of each entry."""
     num = {"blur": size, "upsample": 2 * size, "downsample": size // 2}[name]
     rows = torch.zeros(num, size, dtype=torch.float64)
     for i in range(num):
@@ -32,7 +32,7 @@ def matrix(name: str, size: int) -> Tensor:
             neighbour = i // 2 - 1 if i % 2 == 0 else i // 2 + 1
             taps = {i // 2: 3 / 4, neighbour: 1 / 4}
         for j, tap in taps.items():
-            if 0 <= j < size:  # zeros lie outside
+            if 0 <= j < size:  # zero padding
                 rows[i, j] = tap
     return rows
 
@@ -56,7 +56,7 @@ def test_odd_sizes_and_single_pixels() -> None:
 @pytest.mark.parametrize(
     ("name", "edge"), [("blur", 3 / 4), ("upsample", 3 / 4), ("downsample", 7 / 8)]
 )
-def test_a_constant_stays_constant_but_for_the_outermost_pixels(name: str, edge: float) -> None:
+def test_a_constant_stays_constant_except_at_the_border(name: str, edge: float) -> None:
     y = FUNCTIONS[name](torch.full((1, 2, 8, 8), 5.0))
     assert (y[:, :, 1:-1, 1:-1] == 5).all()
     for side in (y[:, :, 0, 1:-1], y[:, :, -1, 1:-1], y[:, :, 1:-1, 0], y[:, :, 1:-1, -1]):
@@ -84,7 +84,7 @@ def test_up_then_down_is_a_centred_low_pass_filter() -> None:
 
 
 def test_energy_and_the_highest_frequency() -> None:
-    """White noise keeps the sum of the squared taps of its variance; a checkerboard vanishes."""
+    """The variance of white noise is scaled by the sum of squared taps; a checkerboard vanishes."""
     x = draw(64, 16, 32, 32)
     for name, share in (("blur", 6 / 16), ("upsample", 10 / 16), ("downsample", 20 / 64)):
         inside = FUNCTIONS[name](x)[:, :, 1:-1, 1:-1]
@@ -125,5 +125,5 @@ def test_memory_format_precision_and_meta(name: str) -> None:
         assert low.dtype == dtype
         torch.testing.assert_close(low.float(), expected, rtol=0.02, atol=0.02)
     assert resample(x.to("meta")).shape == expected.shape
-    with torch.autocast("cpu", torch.bfloat16):  # touches nothing here
+    with torch.autocast("cpu", torch.bfloat16):  # has no effect here
         assert torch.equal(resample(x), expected)

@@ -13,7 +13,7 @@ TAPS = (1, 3, 3, 1)
 
 
 def resampled(x: Tensor, up: int = 1, down: int = 1, padding: tuple[int, int] = (0, 0)) -> Tensor:
-    """float64 [B, C, H, W]: zeros between pixels, zeros around (before, after), filter, decimate.
+    """float64 [B, C, H, W]: zeros between pixels, padding (before, after), filter, decimation.
 
     The filter has sum 1, times up * up.
     """
@@ -76,7 +76,7 @@ def test_half_precision_and_memory_format(dtype: torch.dtype) -> None:
     assert y.dtype == dtype
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y.double(), blur(x.double(), 1), rtol=0, atol=0.02)
-    # A sum over the filter's window before its division would overflow.
+    # A sum over the window of the filter would overflow before the division.
     assert blur(torch.full((1, 1, 8, 8), 3e4, dtype=torch.float16), 1).isfinite().all()
 
 

@@ -1,4 +1,4 @@
-"""Random fields from keys: the law of the numbers, and that nothing but the key matters."""
+"""Random fields from keys: their distribution, and that they depend on the key alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def latents(num: int, dim: int = 16, seed: int = 0) -> Tensor:
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
-    """In units of its own standard deviation for independent numbers."""
+    """In units of its standard deviation under independence."""
     a, b = a.double().flatten(), b.double().flatten()
     return float(((a - a.mean()) * (b - b.mean())).mean() / a.std() / b.std() * a.numel() ** 0.5)
 
@@ -28,7 +28,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 def mix(word: int) -> int:
-    """lowbias32 in 32-bit unsigned arithmetic, which Python's integers and a mask are."""
+    """lowbias32 in 32-bit unsigned arithmetic, by Python integers and a mask."""
     word ^= word >> 16
     word = word * 0x7FEB352D & M32
     word ^= word >> 15
@@ -66,7 +66,7 @@ def test_numbers_are_box_mullers() -> None:
 
 
 def test_values_are_pinned() -> None:
-    """A changed constant would change the images of every stored network."""
+    """A changed constant would change the images of every stored snapshot."""
     z = torch.tensor([[0.0, 1.0, -2.5], [1.0, 0.0, -2.5]])
     assert keys(z).tolist() == [6842975192726312983, 2101612963829563815]
 
@@ -96,7 +96,7 @@ def test_keys_are_distinct_and_depend_on_the_order() -> None:
     assert both.min() >= 0
     assert both.dtype == torch.int64
     low = both & M32
-    assert low.unique().numel() > 29980  # either half is good by itself
+    assert low.unique().numel() > 29980  # each half is well distributed
     assert (both >> 32).unique().numel() > 29980
     assert keys(torch.zeros(1, 8)).item() != keys(torch.zeros(1, 9)).item()
 
@@ -112,7 +112,7 @@ def test_a_key_is_that_of_the_latent_in_float32() -> None:
     assert torch.equal(torch.cat([keys(z[:2]), keys(z[2:])]), expected)
 
 
-# --- the laws ------------------------------------------------------------------------------------
+# --- distributions -------------------------------------------------------------------------------
 
 
 def test_fields_are_standard_normal() -> None:
@@ -175,7 +175,7 @@ def test_pixels_and_streams_are_unrelated() -> None:
                 assert abs(correlation(y, other.roll(shift, 2))) < 4.5, (stream, shift)
 
 
-# --- nothing but the key -------------------------------------------------------------------------
+# --- no dependence on anything else --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (1, 5, 5), (1, 8, 8)])

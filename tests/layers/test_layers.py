@@ -1,4 +1,4 @@
-"""Layers against their formulas, torch's own versions, and the ways other code bases failed."""
+"""Layers against their formulas, torch's versions, and errors known from other code bases."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_after_a_power_iteration_equals_torch_spectral_norm_in_training(kind: st
 
     for _ in range(2):
         power_iteration(ours)
-        expected, found = theirs(x), ours(x)  # theirs iterates inside its training forward
+        expected, found = theirs(x), ours(x)  # torch iterates in its training forward
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         w = draw(*expected.shape, seed=2)
         (found_gradient,) = torch.autograd.grad((found * w).sum(), ours.weight)
@@ -93,7 +93,7 @@ def test_the_epsilon_bounds_the_norm_divided_by() -> None:
 
 
 def test_spectral_norm_is_not_rounded_by_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA's autocast rounds torch.mv, the CPU's does not: look at the switch itself."""
+    """CPU autocast does not round torch.mv as CUDA's does, so the autocast state is checked."""
     layer = initialised(SNLinear(64, 64), "normal")
     product, seen = torch.mv, []
 
@@ -149,7 +149,7 @@ def test_statistics_are_float32_for_bfloat16_input() -> None:
     torch.testing.assert_close(found, expected.bfloat16())
 
 
-def test_training_forward_leaves_standing_statistics_alone() -> None:
+def test_training_forward_does_not_change_standing_statistics() -> None:
     layer = BatchNorm2d(3)
     layer(draw(4, 3, 2, 2) + 5)
     assert torch.equal(layer.standing_mean, torch.zeros(3))
@@ -167,11 +167,11 @@ def test_standing_statistics_are_those_of_all_batches_pooled() -> None:
     torch.testing.assert_close(network[0].standing_mean, mean.float())
     torch.testing.assert_close(network[0].standing_var, var.float())
     before = network[0].standing_mean.clone()
-    network.train()(batches[0])  # nothing is collected outside
+    network.train()(batches[0])  # not collected outside of the context
     assert torch.equal(network[0].standing_mean, before)
 
 
-def test_standing_statistics_survive_an_error_and_refuse_to_be_empty() -> None:
+def test_standing_statistics_are_kept_on_an_error_and_need_a_forward() -> None:
     layer = BatchNorm2d(2)
     broken = nn.Sequential(layer, nn.Linear(3, 3))
     with pytest.raises(RuntimeError, match="shapes"), collecting_statistics(broken):
@@ -193,7 +193,7 @@ def test_standing_statistics_reduce_once_in_float64() -> None:
 # --- attention -----------------------------------------------------------------------------------
 
 
-def test_attention_begins_as_the_identity() -> None:
+def test_attention_is_initially_the_identity() -> None:
     layer = initialised(SelfAttention(16))
     x = draw(2, 16, 4, 4)
     assert torch.equal(layer(x), x)
@@ -248,7 +248,7 @@ def everything() -> nn.Module:
 
 
 @pytest.mark.parametrize("scheme", ["orthogonal", "normal"])
-def test_initialise_fills_everything_from_its_generator_alone(scheme: str) -> None:
+def test_init_weights_sets_everything_from_the_generator_alone(scheme: str) -> None:
     networks = []
     for global_seed in (1, 2):
         torch.manual_seed(global_seed)
@@ -276,7 +276,7 @@ def test_orthogonal_weights_have_orthonormal_rows_or_columns() -> None:
             torch.testing.assert_close(module.singular_value(), torch.tensor(1.0), msg=name)
 
 
-def test_normal_weights_have_deviation_a_fiftieth() -> None:
+def test_normal_weights_have_the_deviation_of_the_scheme() -> None:
     layer = initialised(SNLinear(200, 200), "normal")
     assert abs(layer.weight.std().item() - 0.02) < 5e-4
     assert abs(layer.weight.mean().item()) < 5e-4

@@ -1,4 +1,4 @@
-"""Modulated convolution and its activation: equal to one convolution per image, at any scale."""
+"""Modulated convolution against one convolution per image, and its activation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bigan.layers.modulated import ModulatedConv2d, modulated_conv2d
 @pytest.mark.parametrize("up", [False, True])
 @pytest.mark.parametrize("demodulate", [False, True])
 def test_scaled_inputs_and_outputs_equal_grouped_convolutions(demodulate: bool, up: bool) -> None:
-    """In value, and in first and second derivatives, at styles of any size and sign."""
+    """In value and in first and second derivatives, for styles of any magnitude and sign."""
     draw = torch.Generator().manual_seed(0)
     x, weight, styles = (
         torch.randn(size, generator=draw, dtype=torch.float64).requires_grad_()
@@ -39,7 +39,7 @@ def test_demodulated_convolutions_keep_the_mean_square() -> None:
         layer.reset_parameters(draw)
         layer.style.reset_parameters(draw)
         y = layer(x, 10 * torch.randn(4, 8, generator=draw))[..., 2:-2, 2:-2]
-        # A pixel of doubled white noise is (1 a + 3 b) / 4 along each axis: 10/16 of the power.
+        # Doubled white noise is (a + 3 b) / 4 along each axis: 10/16 of the power.
         expected = (10 / 16) ** 2 if up else 1.0
         assert y.square().mean().item() == pytest.approx(expected, rel=0.1)
         assert layer(torch.zeros_like(x), torch.zeros(4, 8)).abs().max() == 0

@@ -73,7 +73,7 @@ def test_the_ends_of_a_fade_are_exact() -> None:
 
 
 def test_half_precision_does_not_round_alpha() -> None:
-    """bfloat16 would make 0.999 a 1, and lose the last step of the fade: 1.024 would become 0."""
+    """bfloat16 would round 0.999 to 1 and lose the last step of the fade: 1.024 would become 0."""
     coarse, fine = torch.full((1,), 1024.0).bfloat16(), torch.zeros(1).bfloat16()
     mixed = fade(coarse, fine, torch.tensor(0.999))
     assert mixed.dtype == torch.bfloat16
@@ -135,7 +135,7 @@ def test_minibatch_stddev_equals_a_loop(batch_size: int, group: int, num_channel
             torch.testing.assert_close(found[image, 6 + extra], expected)
 
 
-def test_a_slice_of_the_batch_has_the_groups_of_the_whole() -> None:
+def test_a_slice_of_the_batch_has_the_groups_of_the_batch() -> None:
     layer = MinibatchStdDev(4)
     x = draw(16, 3, 4, 4)
     torch.testing.assert_close(torch.cat([layer(part) for part in x.split(8)]), layer(x))
@@ -144,9 +144,9 @@ def test_a_slice_of_the_batch_has_the_groups_of_the_whole() -> None:
 
 @pytest.mark.parametrize(
     ("size", "num_channels", "message"),
-    [((6, 4, 4, 4), 1, "multiple of 4"), ((4, 5, 4, 4), 2, "5 channels cannot be split into 2")],
+    [((6, 4, 4, 4), 1, "groups of 4"), ((4, 5, 4, 4), 2, "5 channels cannot be split into 2")],
 )
-def test_minibatch_stddev_refuses_what_it_cannot_split(
+def test_minibatch_stddev_refuses_sizes_that_it_cannot_split(
     size: tuple[int, ...], num_channels: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -154,7 +154,7 @@ def test_minibatch_stddev_refuses_what_it_cannot_split(
 
 
 def test_normalisations_in_half_precision_and_their_dtypes() -> None:
-    """300^2 is infinite in float16; both compute in float32."""
+    """300^2 overflows in float16; both are computed in float32."""
     x = 300 * draw(4, 6, 2, 2)
     stddev = MinibatchStdDev(4)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
@@ -171,7 +171,7 @@ def test_pixel_norm_gives_every_position_a_unit_rms() -> None:
     torch.testing.assert_close(F.cosine_similarity(x, y, dim=1), torch.ones(3, 2, 2))
     z = draw(3, 5)
     torch.testing.assert_close(pixel_norm(z), z * (5**0.5 / z.norm(dim=1, keepdim=True)))
-    # The epsilon: 1e-8 beside the mean square, which is half of what divides here.
+    # The epsilon 1e-8 equals the mean square here, so it is half of the divisor.
     torch.testing.assert_close(pixel_norm(torch.full((1, 5), 1e-4)), torch.full((1, 5), 0.5**0.5))
 
 

@@ -17,7 +17,7 @@ Values = dict[str, object]
 class Family:
     """Configs of one family; all entries but `small` and `full` are changes to `small`."""
 
-    small: Values  # of few parameters, with every option that the tests should see
+    small: Values  # few parameters, all optional parts enabled
     full: Callable[[int], Values]  # resolution -> a config of published widths
     variants: dict[str, Values] = field(default_factory=dict)  # further configs under test
     shallow: Values = field(default_factory=dict)  # fewer layers, where time depends on them

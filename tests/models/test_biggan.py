@@ -87,7 +87,7 @@ def test_generator_block_equals_its_definition() -> None:
     ("first", "halve", "channels"), [(True, True, 2), (False, True, 8), (False, False, 8)]
 )
 def test_discriminator_block_equals_its_definition(first: bool, halve: bool, channels: int) -> None:
-    """Above all, that the shortcut sees the block's input before the activation."""
+    """In particular the shortcut receives the block's input before the activation."""
     block = DiscriminatorBlock(channels, 8, first, halve, eps=1e-4)
     init_weights(block, torch.Generator().manual_seed(0))
     x = torch.randn(3, channels, 6, 6, generator=torch.Generator().manual_seed(1))

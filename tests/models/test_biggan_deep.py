@@ -23,7 +23,7 @@ def num_parameters(resolution: int) -> list[int]:
 
 @pytest.mark.parametrize(("resolution", "millions"), [(128, 50.4), (256, 55.9), (512, 56.2)])
 def test_released_generators_are_as_large(resolution: int, millions: float) -> None:
-    """Theirs have 128 output maps, 3 of them used (sizes recalled from their PyTorch port)."""
+    """They have 128 output maps, of which 3 are used (sizes recalled from their PyTorch port)."""
     unused_maps = (128 - 3) * (3 * 3 * 128 + 1)
     assert round((num_parameters(resolution)[0] + unused_maps) / 1e6, 1) == millions
 
@@ -75,7 +75,7 @@ def test_blocks_are_those_of_the_tables(resolution: int) -> None:
 
 
 class Written:
-    """Both networks as the paper has them, over a state dict; no layer of ours is called."""
+    """Both networks by the definition of the paper, from a state dict, without bigan's layers."""
 
     def __init__(self, network: nn.Module, attention: tuple[int, ...]) -> None:
         self.state = network.state_dict()
@@ -154,7 +154,7 @@ class Written:
 
 
 def test_both_networks_equal_their_definition() -> None:
-    """In float64 at 64 px, where widths change; every parameter has its place in the definition."""
+    """In float64 at 64 px, where widths change; the definition uses every parameter."""
     config = small(
         "biggan_deep", resolution=64, channels=2, image_channels=3, attention_resolutions=[32]
     )
@@ -178,7 +178,7 @@ def test_both_networks_equal_their_definition() -> None:
         assert definition.used == set(network.state_dict()) - standing
 
 
-def test_the_discriminator_does_not_touch_its_input() -> None:
+def test_the_discriminator_does_not_change_its_input() -> None:
     block = DiscriminatorBlock(8, 8, True, 1e-4)
     init_weights(block, torch.Generator().manual_seed(0))
     x = torch.randn(3, 8, 6, 6, generator=torch.Generator().manual_seed(1))

@@ -35,7 +35,7 @@ def tiny(**changes: object) -> Config:
 
 
 def networks(config: Config, seed: int = 0) -> list[Any]:
-    """Initialised, with biases that are not 0, so that a missing one is seen."""
+    """Initialised, with biases that are not 0, so that a missing one changes the result."""
     pair = built(config)
     for number, network in enumerate(pair):
         draw = torch.Generator().manual_seed(2 * seed + number)
@@ -193,8 +193,8 @@ def test_without_conditional_labels_have_no_effect() -> None:
 
 
 @pytest.mark.parametrize("fading", [False, True])
-def test_first_values(fading: bool) -> None:
-    """N(0, 1) for every weight, 0 for every bias, from the given generator alone."""
+def test_initial_values(fading: bool) -> None:
+    """N(0, 1) for weights and 0 for biases; alpha by `fading`."""
     config = tiny(fading=fading, base_channels=256, max_channels=64, z_dim=64)
     states: list[dict[str, Tensor]] = [{}, {}]
     for global_seed, state in enumerate(states):
@@ -221,13 +221,13 @@ def test_first_values(fading: bool) -> None:
 
 
 def grow(old: nn.Module, new: nn.Module) -> nn.Module:
-    """What a trainer does: copy every parameter that both networks have."""
-    mine = dict(new.named_parameters())
+    """Copy every parameter that both networks have, as the trainer does."""
+    targets = dict(new.named_parameters())
     with torch.no_grad():
         for name, parameter in old.named_parameters():
-            if name in mine:
-                assert mine[name].shape == parameter.shape, name
-                mine[name].copy_(parameter)
+            if name in targets:
+                assert targets[name].shape == parameter.shape, name
+                targets[name].copy_(parameter)
     return new
 
 

@@ -174,14 +174,14 @@ def test_blocks_expansion_and_groups_are_the_configs() -> None:
                 assert block.conv3.bias is None
 
 
-# --- first values --------------------------------------------------------------------------------
+# --- initial values ------------------------------------------------------------------------------
 
 
 def deviation(parameter: Tensor) -> float:
     return parameter.detach().double().square().mean().sqrt().item()
 
 
-def test_first_values_have_the_papers_variances() -> None:
+def test_initial_values_have_the_papers_variances() -> None:
     """He et al.'s for each fan-in; in blocks with the gain of the leaky ReLU and L^(-1/4)."""
     config = tiny(
         resolution=16, widths=[128, 128, 64], group_size=16, z_dim=48, embedding_dim=80,
@@ -224,8 +224,8 @@ def test_first_values_have_the_papers_variances() -> None:
                 assert abs(parameter.mean().item()) < limit, name
 
 
-def test_depth_scales_the_first_values_of_blocks() -> None:
-    """L is the number of blocks of the whole network: 16 times as many, half the deviation."""
+def test_depth_scales_the_initial_values_of_blocks() -> None:
+    """L counts the blocks of the network: 16 times as many halve the deviation."""
     shallow, deep = (
         networks(tiny(resolution=4, widths=[64], group_size=16, blocks_per_stage=n))[0]
         for n in (1, 16)
@@ -235,8 +235,8 @@ def test_depth_scales_the_first_values_of_blocks() -> None:
         assert deviation(pair[0]) / deviation(pair[1]) == pytest.approx(2, rel=0.05)
 
 
-def test_the_networks_begin_as_their_resampling_paths() -> None:
-    """Every block begins as the identity, and what is left is linear, in z and in the image."""
+def test_the_networks_are_initially_their_resampling_paths() -> None:
+    """Blocks are the identity, so the networks are linear in z and in the image."""
     config = tiny()
     generator, discriminator = networks(config)
     z, labels, images = batch(config)
@@ -250,7 +250,7 @@ def test_the_networks_begin_as_their_resampling_paths() -> None:
     torch.testing.assert_close(discriminator(3 * images, labels), 3 * discriminator(images, labels))
 
 
-def test_first_signals_have_unit_scale() -> None:
+def test_initial_activations_have_unit_scale() -> None:
     config = tiny(
         resolution=8, widths=[256, 128], group_size=16, z_dim=64, image_channels=3,
         conditional=False,
@@ -265,8 +265,8 @@ def test_first_signals_have_unit_scale() -> None:
     assert deviation(h) == pytest.approx(LRELU_GAIN * 4**-0.25, rel=0.05)
 
 
-def test_the_activations_before_the_branch_are_left_alone() -> None:
-    """No operation in place: neither the skip nor a saved activation may change under way."""
+def test_a_block_does_not_change_its_input() -> None:
+    """No operation is in place: the shortcut and saved activations must not change."""
     block = ResidualBlock(8, tiny())
     for parameter in block.parameters():
         parameter.data.normal_(generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import make
 from network_parts import batch, built
-from stylegan2_reference import judged, mapped, networks, synthesised, tiny
+from stylegan2_reference import discriminate, mapped, networks, synthesised, tiny
 from torch import Tensor
 
 from bigan.layers import hashing
@@ -76,12 +76,12 @@ def test_discriminator_equals_its_definition(which: str) -> None:
     config = tiny(**VARIANTS[which])
     discriminator = networks(config)[1].double()
     _, labels, images = batch(config)
-    expected = judged(discriminator.state_dict(), images.double(), labels, config)
+    expected = discriminate(discriminator.state_dict(), images.double(), labels, config)
     torch.testing.assert_close(discriminator(images.double(), labels), expected)
     assert expected.std() > 0.005
 
 
-# --- first values --------------------------------------------------------------------------------
+# --- initial values ------------------------------------------------------------------------------
 
 
 def test_initial_weights_are_the_published_ones() -> None:

@@ -18,7 +18,7 @@ from bigan.layers.mapping import (
 
 @pytest.mark.parametrize("share", [1.0, 0.25])
 def test_styles_are_mixed_in_training_mode(share: float) -> None:
-    """From one of the layers 1 .. num_ws - 1 on, all equally likely, in `share` of the images."""
+    """A fraction `share` of the images, from layer 1 .. num_ws - 1 on with equal probability."""
     config = tiny(resolution=16, style_mixing=share)
     generator, _ = networks(config)
     z, labels, _ = batch(config, 6000)
@@ -29,7 +29,7 @@ def test_styles_are_mixed_in_training_mode(share: float) -> None:
     assert ws.shape == (6000, config.num_ws, config.w_dim)
     is_first = (ws == one).all(2)
     assert torch.equal(ws, torch.where(is_first[..., None], one, other))
-    # Once the other has taken over it keeps the place.
+    # The other latent applies to all layers from its first one on.
     assert (is_first.int().diff(dim=1) <= 0).all()
     counts = is_first.sum(1).bincount(minlength=config.num_ws + 1)
     assert counts[0] == 0
@@ -92,9 +92,9 @@ def test_each_image_can_have_its_own_truncation(training: bool) -> None:
     psi = torch.tensor([0.0, 0.3, 0.7, 1.0]).repeat(2)
     images = generator(z, labels, truncation_psi=psi)
     for value in psi.unique().tolist():
-        mine = psi == torch.tensor(value)
-        expected = generator(z, labels, truncation_psi=value)[mine]
-        torch.testing.assert_close(images[mine], expected, rtol=1e-5, atol=1e-5)
+        rows = psi == torch.tensor(value)
+        expected = generator(z, labels, truncation_psi=value)[rows]
+        torch.testing.assert_close(images[rows], expected, rtol=1e-5, atol=1e-5)
     compiled = torch.compile(generator.mapping, backend="aot_eager", fullgraph=True)
     ws = compiled(z, labels, psi)
     torch.testing.assert_close(ws, generator.mapping(z, labels, psi))
