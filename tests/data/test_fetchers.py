@@ -26,7 +26,7 @@ from bigan.data.streaming import cache, local_shards, remote
 from bigan.data.streaming import fetchers as fetching
 from bigan.data.streaming.order import Order, grouped
 from bigan.data.streaming.stream import Batch, ShardStream, sequential
-from bigan.data.streaming.streamed_shards import Streamed
+from bigan.data.streaming.streamed_shards import StreamedShards
 from bigan.distributed.world import World
 
 BLOCK = 400
@@ -471,7 +471,7 @@ def test_a_damaged_index_stops_every_mode(digits: Path, tmp_path: Path, mode: st
 def test_members_are_the_same_from_disk_and_stream(digits: Path) -> None:
     manifest = Manifest.load(digits)
     exact = local_shards.LocalShards(manifest, "train")
-    streamed = Streamed(manifest, "train", iter(()), threading.Event(), 1, False)
+    streamed = StreamedShards(manifest, "train", iter(()), threading.Event(), 1, False)
     for sample in (0, 101, 1296):
         assert streamed.member(sample) == exact.member(sample)
 
