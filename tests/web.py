@@ -33,7 +33,9 @@ def serving(folder: Path) -> Iterator[Web]:
     handler = functools.partial(_Handler, web)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     web.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, args=(0.01,), daemon=True
+    )  # poll interval
     thread.start()
     try:
         yield web

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data_helpers import one_line
 from PIL import Image
 
 from bigan.data import DataError
@@ -26,12 +27,6 @@ PYTHON_2 = (
     b"\x07(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x02\x07\xc8tbU\x06labelsq\x08]"
     b"q\tK\x03au."
 )
-
-
-def one_line(error: pytest.ExceptionInfo[DataError], *parts: str) -> None:
-    text = str(error.value)
-    assert "\n" not in text
-    assert all(part in text for part in parts), text
 
 
 def cifar(root: Path, hundred: bool = False, protocol: int = 2, text: bool = True) -> np.ndarray:

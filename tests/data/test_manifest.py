@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_helpers import one_line, tree
 
 from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, decode_into, encode
@@ -23,20 +24,6 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "digits"
     pack("digits", folder)
     return folder
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {
-        file.relative_to(folder).as_posix(): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
-
-
-def one_line(error: pytest.ExceptionInfo[DataError], *parts: str) -> None:
-    text = str(error.value)
-    assert "\n" not in text
-    assert all(part in text for part in parts), text
 
 
 @pytest.fixture

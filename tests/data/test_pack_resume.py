@@ -10,7 +10,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from multiprocessing.process import BaseProcess
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import ROOT
+from data_helpers import tree
 from PIL import Image
 
 from bigan import atomic_files
@@ -52,14 +52,6 @@ def undisturbed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "d"
     assert len(packed(photos, folder, 5).bad) == 1
     return folder
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {
-        file.relative_to(folder).as_posix(): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
 
 
 def start(source: Path, target: Path, shard_size: int, part: Part | None = None) -> BaseProcess:
@@ -378,32 +370,3 @@ def test_sbatch_array_covers_every_shard(array: range, tmp_path: Path) -> None:
         assert said[5:] == ["--jobs", "6", "--resolution", "64"]
         found.append(said[4])
     assert found == [f"{i}/{len(array)}" for i in range(len(array))]
-
-
-# --- temporaries --------------------------------------------------------------------------------
-
-
-def test_only_abandoned_temporaries_are_removed(tmp_path: Path) -> None:
-    """Other writers may be at work in the same folder, here or on another host."""
-    own = atomic_files.temporary_name(tmp_path / "x.tar")
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    dead = own.with_name(own.name.replace(f"-{os.getpid()}.", f"-{gone.pid}."))
-    dead_folder = dead.with_name(f".spool{dead.name}")
-    elsewhere = tmp_path / ".x.tar.0123-4567-1.tmp"
-    old = tmp_path / ".y.tar.0123-4567-1.tmp"
-    for path in (own, dead, elsewhere, old):
-        path.write_bytes(b"half")
-    dead_folder.mkdir()
-    long_ago = time.time() - atomic_files.ABANDONED_SECONDS - 60
-    os.utime(old, (long_ago, long_ago))
-    pack("digits", tmp_path, resolution=8)
-    left = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
-    assert left == {own.name, elsewhere.name}
-    atomic_files.remove_leftovers(tmp_path)
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_temporary_names_are_unique(tmp_path: Path) -> None:
-    names = {atomic_files.temporary_name(tmp_path / "x") for _ in range(100)}
-    assert len(names) == 100

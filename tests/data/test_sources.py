@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from data_helpers import one_line
 from PIL import Image
 
 from bigan.data import DataError
@@ -19,12 +20,6 @@ from bigan.data.packing.listing import assign_splits, number_labels, split_of, u
 from bigan.data.packing.sources import open_source
 
 NOISE = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
-
-
-def one_line(error: pytest.ExceptionInfo[DataError], *parts: str) -> None:
-    text = str(error.value)
-    assert "\n" not in text
-    assert all(part in text for part in parts), text
 
 
 @pytest.mark.parametrize("resolution", [8, 16, 32])

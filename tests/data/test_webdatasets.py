@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
+from data_helpers import one_line
 from PIL import Image
 
 from bigan.data import DataError
@@ -58,12 +59,6 @@ def shards(root: Path, **fields: Any) -> Path:
                 values = {name: value(i) for name, value in fields.items()}
                 writer.write({"__key__": f"sample{i:03d}", "png": PIXELS[i], **values})
     return root
-
-
-def one_line(error: pytest.ExceptionInfo[DataError], *parts: str) -> None:
-    text = str(error.value)
-    assert "\n" not in text
-    assert all(part in text for part in parts), text
 
 
 def test_folder_file_and_pattern(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def decode_any(data: bytes) -> Image.Image:
     if not data:
         raise BadImageError("is empty (0 bytes)")
     if data.startswith(np.lib.format.MAGIC_PREFIX):
-        return plain(npy(data))
+        return plain(read_npy(data))
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header only
             _check_size(image.width, image.height)
@@ -141,7 +141,7 @@ def to_square(
     return np.asarray(fitted).reshape(resolution, resolution, channels)
 
 
-def npy(data: bytes) -> Pixels:
+def read_npy(data: bytes) -> Pixels:
     """The uint8 [H, W], [H, W, 1] or [H, W, 3] array of a .npy file; `BadImageError` otherwise.
 
     The size in the header is checked before allocation.

@@ -282,16 +282,16 @@ def mnist(root: Path) -> Listing:
     official: list[str] = []
     for prefix, split in (("train", "train"), ("t10k", "test")):
         stems = [f"{prefix}-images-idx3", f"{prefix}-labels-idx1"]
-        pictures, classes = (find_idx(root, stem) for stem in stems)
-        if split == "test" and pictures is None and classes is None:
+        image_file, classes = (find_idx(root, stem) for stem in stems)
+        if split == "test" and image_file is None and classes is None:
             continue
-        if pictures is None or classes is None:
-            missing = stems[0] if pictures is None else stems[1]
+        if image_file is None or classes is None:
+            missing = stems[0] if image_file is None else stems[1]
             raise DataError(f"{root}: {missing}-ubyte is missing; download it again")
-        pixels, numbers = _idx(pictures, 3), _idx(classes, 1)
+        pixels, numbers = _idx(image_file, 3), _idx(classes, 1)
         if len(pixels) != len(numbers) or (images and pixels.shape[1:] != images[0].shape[1:]):
             raise DataError(
-                f"{pictures}: has images {list(pixels.shape)}, but {len(numbers)} labels "
+                f"{image_file}: has images {list(pixels.shape)}, but {len(numbers)} labels "
                 "(or another size than the training images); download both again"
             )
         images.append(pixels)

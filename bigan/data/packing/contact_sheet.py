@@ -62,8 +62,8 @@ def contact_sheet(title: str, rows: Sequence[Row]) -> Image.Image:
         for number, image in enumerate(row.images):
             line, column = divmod(number, COLUMNS)
             pixels = image[..., 0] if image.shape[2] == 1 else image
-            picture = Image.fromarray(pixels).resize((cell, cell), Image.Resampling.LANCZOS)
-            page.paste(picture, (left + column * (cell + _GAP), y + line * (cell + _GAP)))
+            thumbnail = Image.fromarray(pixels).resize((cell, cell), Image.Resampling.LANCZOS)
+            page.paste(thumbnail, (left + column * (cell + _GAP), y + line * (cell + _GAP)))
         y += num_lines * (cell + _GAP)
     return page
 

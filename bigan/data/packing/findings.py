@@ -51,15 +51,15 @@ def findings(
     `scans` are those of the manifest's shards, made with `deep`. Samples have their original names
     if the records of the pack exist, otherwise the names of shard and member.
     """
-    scans = [scan for scan in scans if scan.look is not None]
+    scans = [scan for scan in scans if scan.statistics is not None]
     if not any(scan.decoded.any() for scan in scans):
         return [], None
     name = _namer(manifest)
     notes = _duplicates(scans, name) + _constant(scans, name)
     notes += _classes(manifest, scans) + _pixels(scans)
-    picture = contact_sheet(_title(manifest, scans), _rows(manifest, scans))
+    sheet = contact_sheet(_title(manifest, scans), _rows(manifest, scans))
     data = io.BytesIO()
-    picture.save(data, "PNG", optimize=True)
+    sheet.save(data, "PNG", optimize=True)
     try:
         atomic_files.write_atomic(destination / SHEET, data.getvalue())
     except OSError as error:
@@ -141,7 +141,9 @@ def equal_rows(digest: NDArray[np.uint64]) -> list[list[int]]:
 
 def _duplicates(scans: Sequence[Scan], name: _Namer) -> list[Note]:
     decoded = np.flatnonzero(np.concatenate([scan.decoded for scan in scans]))
-    digest = np.concatenate([scan.look.digest[scan.decoded] for scan in scans if scan.look])
+    digest = np.concatenate(
+        [scan.statistics.digest[scan.decoded] for scan in scans if scan.statistics]
+    )
     locate = _locator(scans)
     notes = []
     for group in equal_rows(digest):
@@ -168,8 +170,8 @@ def _constant(scans: Sequence[Scan], name: _Namer) -> list[Note]:
     names = tuple(
         f"{name(scan, row)} ({scan.shard.split})"
         for scan in scans
-        if scan.look
-        for row in np.flatnonzero(scan.look.constant).tolist()
+        if scan.statistics
+        for row in np.flatnonzero(scan.statistics.constant).tolist()
     )
     if not names:
         return []
@@ -205,7 +207,9 @@ def _classes(manifest: Manifest, scans: Sequence[Scan]) -> list[Note]:
 
 
 def _pixels(scans: Sequence[Scan]) -> list[Note]:
-    histogram = np.sum([scan.look.histogram for scan in scans if scan.look], axis=0)  # [C, 256]
+    histogram = np.sum(
+        [scan.statistics.histogram for scan in scans if scan.statistics], axis=0
+    )  # [C, 256]
     share = histogram / histogram.sum(axis=1, keepdims=True)
     values = np.arange(256.0)
     mean = share @ values

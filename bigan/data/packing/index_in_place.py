@@ -18,7 +18,7 @@ from PIL import Image
 
 from bigan.data import DataError
 from bigan.data.format.codec import ENCODINGS, first_line
-from bigan.data.format.convert import npy
+from bigan.data.format.convert import read_npy
 from bigan.data.format.manifest import COLUMNS, Manifest, Shard, write_data_set
 from bigan.data.format.tar import tar_files
 from bigan.data.packing.listing import has_too_many_classes
@@ -171,7 +171,7 @@ def _shape(data: bytes, encoder: str) -> tuple[int, int, int]:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         return height, width, 3  # the decoder converts grey to RGB
     if encoder == "npy":
-        shape = npy(data).shape
+        shape = read_npy(data).shape
         return shape if len(shape) == 3 else (0, 0, 0)
     with Image.open(io.BytesIO(data), formats=[encoder.upper()]) as image:
         return image.height, image.width, {"L": 1, "RGB": 3}.get(image.mode, 0)

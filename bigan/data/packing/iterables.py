@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,48 @@ def iterable(
     """
     file = scratch / "pixels.raw" if scratch.is_dir() else scratch
     file.parent.mkdir(parents=True, exist_ok=True)
-    keys: list[str] = []
-    written: list[Any] = []  # labels as given
-    bad: list[tuple[str, str]] = []
+    spooled = _spool(items, resolution, shrink, file)
+    classes, numbers = number_labels(spooled.labels, _names(items))
+    kept = [i for i, label in enumerate(numbers) if isinstance(label, int)]
+    unlabelled = [
+        (spooled.keys[i], label) for i, label in enumerate(numbers) if isinstance(label, str)
+    ]
+    labels = tuple(label for label in numbers if isinstance(label, int))
+    spooled.content.update(repr((classes, labels)).encode("utf-8", "surrogatepass"))
+    shape = (spooled.resolution or 0, spooled.resolution or 0, channels)
+    size = shape[0] * shape[1] * shape[2]
+
+    def original(i: int) -> Pixels:
+        return np.frombuffer(read_at(file, kept[i] * size, size), np.uint8).reshape(shape)
+
+    return Listing(
+        name=type(items).__name__,
+        identity=spooled.content.hexdigest(),
+        classes=classes,
+        keys=tuple(spooled.keys[i] for i in kept),
+        labels=labels,
+        original=original,
+        bad=(*spooled.bad, *unlabelled),
+        resolution=spooled.resolution,
+        channels=channels,
+    )
+
+
+@dataclass
+class _Spooled:
+    """The images in the spool file, in order: keys, labels as given, and a hash of the pixels."""
+
+    resolution: int | None
+    keys: list[str] = field(default_factory=list)
+    labels: list[Any] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    content: Any = field(default_factory=hashlib.sha256)
+
+
+def _spool(items: Iterable[Any], resolution: int | None, shrink: Shrink, file: Path) -> _Spooled:
+    """Convert every item and append its pixels to `file`."""
+    spooled = _Spooled(resolution)
     seen: set[str] = set()
-    content = hashlib.sha256()
     with file.open("wb") as spool:
         for number, item in enumerate(_items(items)):
             key = f"{number:09d}"
@@ -52,46 +90,29 @@ def iterable(
                 given, label, key = _parts(item, key)
                 if key in seen:
                     raise BadImageError("appears twice")
-                image = _picture(given)
-                if resolution is None:
-                    if image.width != image.height:
-                        raise DataError(
-                            f"the first image is {image.width}x{image.height}; set the resolution "
-                            "of the packed images, e.g. --resolution 64"
-                        )
-                    resolution = image.width
-                pixels = shrink(image, resolution)
+                image = _to_image(given)
+                if spooled.resolution is None:
+                    spooled.resolution = _square_size(image)
+                pixels = shrink(image, spooled.resolution)
             except (BadImageError, OSError) as error:
-                bad.append((key, first_line(error)))
+                spooled.bad.append((key, first_line(error)))
                 continue
             seen.add(key)
-            keys.append(key)
-            written.append(label)
+            spooled.keys.append(key)
+            spooled.labels.append(label)
             raw = pixels.tobytes()
             spool.write(raw)
-            content.update(raw)
-    classes, numbers = number_labels(written, _names(items))
-    kept = [i for i, label in enumerate(numbers) if isinstance(label, int)]
-    bad += [(keys[i], label) for i, label in enumerate(numbers) if isinstance(label, str)]
-    labels = tuple(label for label in numbers if isinstance(label, int))
-    content.update(repr((classes, labels)).encode("utf-8", "surrogatepass"))
-    shape = (resolution or 0, resolution or 0, channels)
-    size = shape[0] * shape[1] * shape[2]
+            spooled.content.update(raw)
+    return spooled
 
-    def original(i: int) -> Pixels:
-        return np.frombuffer(read_at(file, kept[i] * size, size), np.uint8).reshape(shape)
 
-    return Listing(
-        name=type(items).__name__,
-        identity=content.hexdigest(),
-        classes=classes,
-        keys=tuple(keys[i] for i in kept),
-        labels=labels,
-        original=original,
-        bad=tuple(bad),
-        resolution=resolution,
-        channels=channels,
-    )
+def _square_size(image: Image.Image) -> int:
+    if image.width != image.height:
+        raise DataError(
+            f"the first image is {image.width}x{image.height}; set the resolution of the packed "
+            "images, e.g. --resolution 64"
+        )
+    return image.width
 
 
 def _items(items: Iterable[Any]) -> Iterator[Any]:
@@ -136,7 +157,7 @@ def _parts(item: Any, key: str) -> tuple[Any, Any, str]:
     return item, None, key
 
 
-def _picture(value: Any) -> Image.Image:
+def _to_image(value: Any) -> Image.Image:
     if isinstance(value, str | Path):
         value = Path(value).read_bytes()
     if isinstance(value, bytes | bytearray | memoryview):

@@ -40,7 +40,7 @@ class Problem:
 
 
 @dataclass
-class Look:
+class PixelStatistics:
     """Statistics of the pixels of one shard; `digest` and `constant` have one row per sample."""
 
     digest: NDArray[np.uint64]  # [n, 2], the first half of the sha256 of the pixels
@@ -48,7 +48,7 @@ class Look:
     histogram: NDArray[np.int64]  # [C, 256], pixels of each value
 
     @classmethod
-    def empty(cls, num: int, channels: int) -> Look:
+    def empty(cls, num: int, channels: int) -> PixelStatistics:
         histogram = np.zeros((channels, 256), np.int64)
         return cls(np.zeros((num, 2), np.uint64), np.zeros(num, bool), histogram)
 
@@ -71,7 +71,7 @@ class Scan:
     size: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     label: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # -1: unknown
     decoded: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
-    look: Look | None = None
+    statistics: PixelStatistics | None = None
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ def mapped(file: Path) -> Iterator[Buffer]:
 def scan_shard(manifest: Manifest, deep: bool, shard: Shard, index: Columns | None) -> Scan:
     """Check `shard` of `manifest.folder`; `index` holds its samples (None: the index is damaged).
 
-    With `deep` the result has a `look`. Memory: one encoded and decoded image and about 100 bytes
-    per sample, since the shard is memory-mapped.
+    With `deep` the result has `statistics`. Memory: one encoded and decoded image and about 100
+    bytes per sample, since the shard is memory-mapped.
     """
     scan = Scan(shard)
     file = manifest.folder / shard.url
@@ -132,11 +132,11 @@ def _scan(
     shard = scan.shard
     problems: list[Problem] = []
     listing = _indexed_samples if is_indexed_in_place(manifest) else _samples
-    samples, whole = listing(data, manifest, shard, problems)
-    if whole:
+    samples, intact = listing(data, manifest, shard, problems)
+    if intact:
         _check_counts([sample.label for sample in samples], shard, problems)
     if index is not None:
-        samples += _compare(samples, index, shard, len(data), whole, problems)
+        samples += _compare(samples, index, shard, len(data), intact, problems)
     scan.offset, scan.size, scan.label = np.array(
         [(sample.offset, sample.size, sample.label) for sample in samples], np.int64
     ).reshape(-1, 3).T  # fmt: skip
@@ -177,7 +177,7 @@ def _samples(
             yield member
 
     incomplete: list[tuple[str, str, bool]] = []  # (key, what is missing, whether it is the last)
-    whole = True
+    intact = True
     try:
         for key, group in group_samples(members()):
             found: dict[str, Member] = {}
@@ -196,14 +196,14 @@ def _samples(
                 incomplete.append((key, "label" if image else "image", last in found.values()))
             seen.add(key)
     except DataError as error:
-        whole = False
+        intact = False
         what = str(error).removeprefix(f"{shard.url}: ")
         what += f", after member {last.name}" if last else ""
         problems.append(Problem(shard.url, what))
     for key, lacks, at_end in incomplete:
-        if whole or not at_end:  # otherwise the damage behind it is the cause
+        if intact or not at_end:  # otherwise the damage behind it is the cause
             problems.append(Problem(shard.url, f"sample {key} lacks its {lacks}"))
-    return samples, whole
+    return samples, intact
 
 
 def _indexed_samples(
@@ -211,7 +211,7 @@ def _indexed_samples(
 ) -> tuple[list[_Sample], bool]:
     """`_samples` for a shard that was indexed in place, read in the same way as then."""
     listed, bad = list_samples(data, shard.url)
-    whole = not (bad and bad[-1][0] == shard.url)
+    intact = not (bad and bad[-1][0] == shard.url)
     for name, what in bad:
         key = name.removeprefix(shard.url).removeprefix("/")
         problems.append(_at(shard, key, what) if key else Problem(shard.url, what))
@@ -221,14 +221,14 @@ def _indexed_samples(
         label = 0 if manifest.num_classes == 1 and sample.label is None else sample.label
         if label is None:
             label = -1
-            if whole or sample is not listed[-1]:  # otherwise the damage behind it is the cause
+            if intact or sample is not listed[-1]:  # otherwise the damage behind it is the cause
                 problems.append(_at(shard, name, "has no label"))
         elif label >= manifest.num_classes:
             what = f"has label {label}, but there are {manifest.num_classes} classes"
             problems.append(_at(shard, name, what))
             label = -1
         samples.append(_Sample(name, sample.offset, sample.size, label))
-    return samples, whole
+    return samples, intact
 
 
 def _label(
@@ -266,7 +266,7 @@ def _compare(
     index: Columns,
     shard: Shard,
     num_bytes: int,
-    whole: bool,
+    intact: bool,
     problems: list[Problem],
 ) -> list[_Sample]:
     """Report differences between tar and index; returns the samples behind a damaged header."""
@@ -288,7 +288,7 @@ def _compare(
     end = samples[-1].offset if samples else 0
     rest, lost = [], 0
     for offset, (size, label) in listed.items():
-        if whole or offset < end:
+        if intact or offset < end:
             what = f"has no image at byte {offset}, where the index lists one"
             problems.append(Problem(shard.url, what))
         elif offset + size > num_bytes:
@@ -310,10 +310,10 @@ def _decode(
     deep: bool,
     problems: list[Problem],
 ) -> None:
-    """Decode every image; fills `scan.decoded` and, if `deep`, `scan.look`."""
+    """Decode every image; fills `scan.decoded` and, if `deep`, `scan.statistics`."""
     pixels = np.empty((manifest.resolution, manifest.resolution, manifest.channels), np.uint8)
     scan.decoded = np.zeros(len(samples), bool)
-    scan.look = Look.empty(len(samples), manifest.channels) if deep else None
+    scan.statistics = PixelStatistics.empty(len(samples), manifest.channels) if deep else None
     for row, sample in enumerate(samples):
         image = bytes(data[sample.offset : sample.offset + sample.size])
         try:
@@ -322,5 +322,5 @@ def _decode(
             problems.append(_at(scan.shard, sample.name, str(error)))
             continue
         scan.decoded[row] = True
-        if scan.look:
-            scan.look.add(row, pixels)
+        if scan.statistics:
+            scan.statistics.add(row, pixels)

@@ -199,8 +199,8 @@ def tars(files: Sequence[Path], name: str) -> Listing:
 
 def is_packed(folder: Path) -> bool:
     """Whether this is a complete or unfinished destination of `bigan pack`."""
-    noted = (folder / MANIFEST).is_file() or (folder / PLAN).is_file()
-    return noted and bool(tar_files(folder))
+    started = (folder / MANIFEST).is_file() or (folder / PLAN).is_file()
+    return started and bool(tar_files(folder))
 
 
 def packed(folder: Path) -> Listing:

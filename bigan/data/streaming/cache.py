@@ -171,15 +171,15 @@ class ReadAhead:
                 with contextlib.suppress(DataError):
                     self._cache.fetch(self._shards[number])
 
-        begun = -1  # position that reading must reach before the next block is downloaded
+        needed = -1  # position that reading must reach before the next block is downloaded
         with ThreadPoolExecutor(self._connections, "bigan-cache") as executor:
             for positions, samples in self._blocks:
                 if not len(positions):
                     continue
                 with self._moved:
-                    while not self._closed and self._position < begun:
+                    while not self._closed and self._position < needed:
                         self._moved.wait()
                 if self._closed:
                     return
                 list(executor.map(fetch, np.unique(self._shard_of[samples]).tolist()))
-                begun = int(positions[0])
+                needed = int(positions[0])

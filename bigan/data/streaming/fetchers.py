@@ -30,7 +30,7 @@ from bigan.data.format.manifest import Index, Manifest
 from bigan.data.settings import Fetch
 from bigan.data.streaming.cache import NodeCache, ReadAhead
 from bigan.data.streaming.local_shards import LocalShards
-from bigan.data.streaming.streamed_shards import Streamed
+from bigan.data.streaming.streamed_shards import StreamedShards
 
 Indices = NDArray[np.int64]
 Blocks = Callable[[], Iterator[tuple[Indices, Indices]]]
@@ -75,7 +75,7 @@ class Fetcher(Protocol):
     def close(self) -> None: ...
 
 
-class Encoded(Protocol):
+class EncodedSource(Protocol):
     """Source of encoded samples for a `Decoder`."""
 
     manifest: Manifest
@@ -93,9 +93,9 @@ class Encoded(Protocol):
 
 
 class Decoder:
-    """A fetcher that decodes the samples of an `Encoded` source."""
+    """A fetcher that decodes the samples of an `EncodedSource` source."""
 
-    def __init__(self, source: Encoded, stop: threading.Event, on_bad: str) -> None:
+    def __init__(self, source: EncodedSource, stop: threading.Event, on_bad: str) -> None:
         self.manifest = source.manifest
         self.index = source.index
         self.stop = stop
@@ -168,8 +168,8 @@ class Resident:
             self._pixels = np.empty((num, *self.manifest.image_shape), np.uint8)
             self._bad: dict[int, BadSample] = {}
 
-            def load(piece: Indices) -> list[BadSample]:
-                return decoder.read(piece, piece, self._pixels[piece[0] : piece[-1] + 1])
+            def load(chunk: Indices) -> list[BadSample]:
+                return decoder.read(chunk, chunk, self._pixels[chunk[0] : chunk[-1] + 1])
 
             with ThreadPoolExecutor(threads) as executor:
                 for replaced in executor.map(load, consecutive(0, num, RESIDENT_CHUNK)):
@@ -228,10 +228,12 @@ def make_fetcher(manifest: Manifest, split: str, blocks: Blocks, fetch: Fetch) -
         manifest.verify_index()
     if mode == "resident":
         num = manifest.num_samples(split)
-        blocks = partial(_whole_split, num)
-    source: LocalShards | Streamed
+        blocks = partial(_split_in_chunks, num)
+    source: LocalShards | StreamedShards
     if mode == "stream" or not on_disk:
-        source = Streamed(manifest, split, blocks(), stop, fetch.connections, fetch.allow_pipe)
+        source = StreamedShards(
+            manifest, split, blocks(), stop, fetch.connections, fetch.allow_pipe
+        )
     elif manifest.remote is None:
         source = LocalShards(manifest, split)
     else:
@@ -256,5 +258,5 @@ def _cached(manifest: Manifest, split: str, blocks: Blocks, fetch: Fetch) -> Loc
     return LocalShards(manifest, split, cache, ahead)
 
 
-def _whole_split(num: int) -> Iterator[tuple[Indices, Indices]]:
-    return ((piece, piece) for piece in consecutive(0, num, 64 * RESIDENT_CHUNK))
+def _split_in_chunks(num: int) -> Iterator[tuple[Indices, Indices]]:
+    return ((chunk, chunk) for chunk in consecutive(0, num, 64 * RESIDENT_CHUNK))

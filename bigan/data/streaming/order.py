@@ -57,14 +57,14 @@ class Order:
 
     def samples(self, start: int, stop: int) -> Indices:
         """Sample indices at positions start, ..., stop - 1, across any number of epochs."""
-        pieces = []
+        parts = []
         while start < stop:
             epoch, offset = divmod(start, self.num_samples)
             low, order = self._block_at(epoch, offset)
-            piece = order[offset - low : offset - low + stop - start]
-            pieces.append(piece)
-            start += len(piece)
-        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+            part = order[offset - low : offset - low + stop - start]
+            parts.append(part)
+            start += len(part)
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def at(self, positions: Indices) -> Indices:
         """Sample indices at `positions`, which must be consecutive and increasing."""

@@ -20,7 +20,7 @@ Indices = NDArray[np.int64]
 POLL_SECONDS = 0.2  # between two checks of `stop` while waiting
 
 
-class Streamed:
+class StreamedShards:
     """Encoded samples in the order of `blocks`, from shards that are read sequentially.
 
     `blocks` yields the (positions, samples) of one block after the other. The encoded samples of a

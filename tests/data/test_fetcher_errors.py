@@ -1,0 +1,301 @@
+"""Fetchers: bad samples, read errors, closing."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from streams import BLOCK, data_threads, same, take
+from web import Web, serving
+
+from bigan.data import DataError
+from bigan.data.format.manifest import Manifest
+from bigan.data.packing.pack import pack
+from bigan.data.settings import Fetch
+from bigan.data.streaming import cache, local_shards, remote
+from bigan.data.streaming import fetchers as fetching
+from bigan.data.streaming.order import Order
+from bigan.data.streaming.stream import ShardStream, sequential
+from bigan.data.streaming.streamed_shards import StreamedShards
+from bigan.distributed.world import World
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    pack("digits", folder, resolution=8, shard_size=100)
+    return folder
+
+
+@pytest.fixture
+def web(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    monkeypatch.setattr(remote, "WAITS_SECONDS", (0.0, 0.0))
+    with serving(digits) as server:
+        yield server
+
+
+# --- bad samples ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, int]:
+    """A copy whose sample at position 100 does not decode any more, and that sample's number."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(digits, folder)
+    manifest = Manifest.load(folder)
+    index = manifest.load_index("train")
+    shards = manifest.shards("train")
+    sample = int(Order([s.nsamples for s in shards], 0, BLOCK).samples(100, 101)[0])
+    file = folder / shards[int(index.shard[sample])].url
+    flip(file, int(index.offset[sample]))
+    monkeypatch.setattr(fetching, "CHECKSUM_BYTES", 0)
+    return folder, sample
+
+
+def flip(file: Path, byte: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[byte] ^= 0xFF
+    file.write_bytes(bytes(content))
+
+
+def test_after_the_last_sample_comes_the_first(digits: Path, damaged: tuple[Path, int]) -> None:
+    folder, _ = damaged
+    manifest = Manifest.load(folder)
+    flip(folder / manifest.shards("train")[-1].url, int(manifest.load_index("train").offset[-1]))
+    *_, end = sequential(folder, "train", World(), 500, Fetch(on_bad="skip"))
+    first = next(iter(sequential(digits, "train", World(), 1)))
+    assert torch.equal(end.pixels[-1:], first.pixels)
+    assert end.labels[-1] == first.labels[0]
+    assert (end.bad[-1].position, end.bad[-1].replacement) == (1296, 0)
+
+
+def test_a_damaged_shard_is_not_streamed(damaged: tuple[Path, int]) -> None:
+    with pytest.raises(DataError, match="damaged"):
+        take(damaged[0], fetch=Fetch(mode="stream", on_bad="skip"))
+
+
+@pytest.mark.parametrize("how", [{}, {"mode": "resident"}])
+def test_skipping_puts_the_next_sample_in_place(
+    digits: Path, damaged: tuple[Path, int], how: dict
+) -> None:
+    folder, sample = damaged
+    """In order over an epoch's end, whoever decodes: threads, memory, worker processes."""
+    good, got = take(digits, 30), take(folder, 30, fetch=Fetch(on_bad="skip", **how))
+    images = torch.cat([b.pixels for b in sequential(digits, "train", World(), 500)])
+    labels = torch.cat([b.labels for b in sequential(digits, "train", World(), 500)])
+    for before, after in zip(good, got, strict=True):
+        expected = before.pixels.clone()
+        if 100 in before.positions:
+            row = before.positions.tolist().index(100)
+            expected[row] = images[sample + 1]
+            assert int(after.labels[row]) == int(labels[sample + 1])
+            (bad,) = after.bad
+            assert (bad.position, bad.member) == (100, f"{sample:09d}.npy")
+            assert bad.shard.endswith(".tar")
+            assert bad.replacement == sample + 1
+        else:
+            assert after.bad == ()
+            assert torch.equal(after.labels, before.labels)
+        assert torch.equal(after.pixels, expected)
+
+
+def test_skipping_is_the_same_after_a_resume_and_on_other_ranks(
+    damaged: tuple[Path, int],
+) -> None:
+    fetch = Fetch(on_bad="skip")
+    whole = take(damaged[0], 6, fetch=fetch)
+    again = take(damaged[0], 4, fetch=fetch, images_seen=96)
+    assert same(whole[2:], again)
+    assert [b.bad for b in again] == [b.bad for b in whole[2:]]
+    ranks = [take(damaged[0], 6, fetch=fetch, world=World(r, 2)) for r in range(2)]
+    joined = [torch.cat([ranks[0][i].pixels, ranks[1][i].pixels]) for i in range(6)]
+    assert all(torch.equal(a.pixels, b) for a, b in zip(whole, joined, strict=True))
+    assert sum(len(b.bad) for rank in ranks for b in rank) == 1
+
+
+def test_stopping_names_shard_and_member(damaged: tuple[Path, int]) -> None:
+    with pytest.raises(DataError) as error:
+        take(damaged[0], fetch=Fetch(mode="resident"))
+    assert f"bad sample {damaged[1]:09d}.npy" in str(error.value)
+    assert "data.on_bad=skip" in str(error.value)
+
+
+def test_a_broken_data_set_is_not_skipped(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise fetching.BadImageError("not today")
+
+    monkeypatch.setattr(fetching, "decode_into", refuse)
+    monkeypatch.setattr(
+        local_shards.LocalShards, "read_raw", lambda self, p, s, *_: list(range(len(s)))
+    )
+    with pytest.raises(DataError, match=r"no image from .* decodes"):
+        take(digits, 1, fetch=Fetch(on_bad="skip"))
+
+
+def test_read_errors_are_not_skipped(digits: Path, tmp_path: Path) -> None:
+    """Only an image that does not decode is replaced: a flaky disk must not change the data."""
+    shutil.copytree(digits, tmp_path / "d")
+    settings: dict = {"seed": 0, "world": World(), "batch": 48, "block": BLOCK}
+    fetch = Fetch(on_bad="skip", prefetch=1)
+    with ShardStream(tmp_path / "d", "train", fetch=fetch, **settings) as stream:
+        next(stream)
+        for shard in (tmp_path / "d").glob("train-*.tar"):
+            os.truncate(shard, 1000)
+        with pytest.raises(DataError, match="is shorter than"):
+            list(itertools.islice(stream, 30))
+
+
+# --- the parts ------------------------------------------------------------------------------------
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    """Wait for what a thread does; False if it has not happened after two seconds."""
+    deadline = time.monotonic() + 2
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_read_ahead_stays_one_block_ahead() -> None:
+    class Cache:
+        fetched: ClassVar[list[str]] = []
+
+        def fetch(self, shard: str) -> None:
+            self.fetched.append(shard)
+            if shard == "b":  # left to whoever needs it; the next ones come all the same
+                raise DataError("no such shard")
+
+    numbers = np.arange(40)
+    blocks = [(numbers[i : i + 10], numbers[i : i + 10]) for i in range(0, 40, 10)]
+    ahead = cache.ReadAhead(Cache(), "abcd", numbers // 10, iter(blocks), 1)  # type: ignore[arg-type]
+    try:
+        for position, shards in [(0, "ab"), (9, "ab"), (10, "abc"), (5, "abc"), (20, "abcd")]:
+            ahead.reached(position)
+            assert until(lambda: "".join(Cache.fetched) == shards)  # noqa: B023
+            time.sleep(0.02)
+            assert "".join(Cache.fetched) == shards
+    finally:
+        ahead.close()
+
+
+def test_cache_evicts_what_was_used_longest_ago(digits: Path, web: Web, tmp_path: Path) -> None:
+    shards = Manifest.load(digits).shards("train")[:6]
+    limit = 5 * max(shard.filesize for shard in shards)
+    leftover = tmp_path / "cache" / ".x.tar.killed.tmp"
+    leftover.parent.mkdir()
+    leftover.write_text("half a shard")
+    os.utime(leftover, (1, 1))
+    node = cache.NodeCache(tmp_path / "cache", web.url, limit)
+    files = [tmp_path / "cache" / f"{shard.sha256}.tar" for shard in shards]
+    for age, (shard, file) in enumerate(zip(shards[:5], files, strict=False)):
+        os.close(node.open(shard))
+        os.utime(file, (age + 1, age + 1))
+    os.close(node.open(shards[0]))
+    os.close(node.open(shards[5]))
+    assert [file.exists() for file in files] == [True, False, True, True, True, True]
+    assert not leftover.exists()
+
+
+def test_cache_in_an_impossible_place(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot be used as data\.cache"):
+        cache.NodeCache(tmp_path / "file" / "cache", "http://host/data")
+
+
+def test_a_damaged_copy_of_the_index_is_replaced(digits: Path, web: Web, tmp_path: Path) -> None:
+    fetch = Fetch(cache=tmp_path / "cache")
+    take(web.url, 1, fetch=fetch)
+    assert not (tmp_path / "user-cache").exists()
+    copies = list((tmp_path / "cache").glob("manifests/*/index/*"))
+    assert copies
+    for copy in copies:
+        copy.write_bytes(b"damaged")
+    assert same(take(digits, 1), take(web.url, 1, fetch=fetch))
+
+
+@pytest.mark.parametrize("mode", ["exact", "stream"])
+def test_a_damaged_index_stops_every_mode(digits: Path, tmp_path: Path, mode: str) -> None:
+    shutil.copytree(digits, tmp_path / "d")
+    (file,) = (tmp_path / "d" / "index").glob("train*label*")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    with pytest.raises(DataError, match="label"):
+        take(tmp_path / "d", 1, fetch=Fetch(mode=mode))  # type: ignore[arg-type]
+
+
+def test_members_are_the_same_from_disk_and_stream(digits: Path) -> None:
+    manifest = Manifest.load(digits)
+    exact = local_shards.LocalShards(manifest, "train")
+    streamed = StreamedShards(manifest, "train", iter(()), threading.Event(), 1, False)
+    for sample in (0, 101, 1296):
+        assert streamed.member(sample) == exact.member(sample)
+
+
+def test_raw_reads_are_whole_or_not_at_all(digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits, tmp_path / "d")
+    shards = local_shards.LocalShards(Manifest.load(tmp_path / "d"), "train")
+    out, numbers = np.zeros((6, 8, 8, 1), np.uint8), np.arange(6)
+    assert shards.read_raw(numbers, numbers, out, lambda: True) == []
+    assert not out.any()  # stopped before the first one
+    end = int(shards.index.offset[5] + shards.index.size[5])
+    os.truncate(tmp_path / "d" / "train-000000.tar", end - 1)
+    assert shards.read_raw(numbers, numbers, out, lambda: False) == [5]
+    shards.close()
+
+
+def test_a_dropped_stream_of_a_url_ends_its_threads(web: Web, tmp_path: Path) -> None:
+    for fetch in (Fetch(), Fetch(cache=tmp_path / "cache")):
+        settings: dict = {"seed": 0, "world": World(), "batch": 48, "block": 100}
+        stream = ShardStream(web.url, "train", fetch=fetch, **settings)
+        next(stream)
+        del stream
+        gc.collect()
+        assert not data_threads()
+
+
+def test_a_failed_resident_split_ends_its_threads(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise fetching.BadImageError("not today")
+
+    monkeypatch.setattr(fetching, "decode_into", refuse)
+    monkeypatch.setattr(fetching, "RESIDENT_CHUNK", 1)  # blocks of 64: the third one waits
+    with pytest.raises(DataError, match="not today"):
+        take(web.url, 1, fetch=Fetch(mode="resident"))
+    assert not data_threads()
+
+
+def test_a_command_that_goes_on_is_ended() -> None:
+    began = time.monotonic()
+    with remote.open_url("pipe:echo x; exec sleep 20", True) as stream:
+        assert stream.read(2) == b"x\n"
+    assert time.monotonic() - began < 10
+
+
+def test_buckets_need_their_programs(
+    digits: Path, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(DataError, match="needs the program 'aws'"):
+        take("s3://bucket/data", 1)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    aws = tmp_path / "bin" / "aws"  # stands in for `aws s3 cp --only-show-errors URL -`
+    aws.parent.mkdir()
+    aws.write_text(f'#!/bin/sh\n[ "$5" = - ] && exec cat "{digits}/${{4#s3://bucket/data/}}"\n')
+    aws.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{aws.parent}:{os.environ['PATH']}")
+    assert same(take(digits, 3), take("s3://bucket/data", 3))
