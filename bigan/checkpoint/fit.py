@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from bigan.checkpoint.progress import CheckpointError, go_back
+from bigan.checkpoint.progress import CheckpointError, deletion_hint
 from bigan.checkpoint.reader import Reader
 
 Shapes = dict[str, tuple[int, ...]]
@@ -57,7 +57,7 @@ def optimizer_shapes(reader: Reader, parameters: Sequence[str]) -> dict[str, Sha
         if wrong or found.keys() != stored[parameters[0]].keys():
             raise CheckpointError(
                 f"{reader.folder}: the optimizer state of {name} ({', '.join(found) or 'none'}) is "
-                f"not that of this run; {go_back(reader.folder)}"
+                f"not that of this run; {deletion_hint(reader.folder)}"
             )
     return stored
 

@@ -24,7 +24,7 @@ from bigan.cli.pack import (
     pack_command,
     verify_command,
 )
-from bigan.distributed.world import TOLD
+from bigan.distributed.world import REPORTED_ELSEWHERE
 from bigan.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ def _is_rank_0() -> bool:
 
 def _said_by_rank_0(error: Exception) -> bool:
     """Whether another process prints the same line: one problem, one line."""
-    told = TOLD in getattr(error, "__notes__", [])
+    told = REPORTED_ELSEWHERE in getattr(error, "__notes__", [])
     everywhere = getattr(error, "everywhere", False) and not _is_rank_0()
     return told or everywhere
 

@@ -21,14 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bigan.distributed.launch import (
-    agree_on_program,
+    check_same_program,
     chosen_engine,
     connect,
     launch_remarks,
     program,
 )
-from bigan.distributed.wait_times import Waiting
-from bigan.distributed.world import everyone, sum_over_ranks, together
+from bigan.distributed.wait_times import WaitTimer
+from bigan.distributed.world import all_ranks_agree, on_all_ranks, sum_over_ranks
 from bigan.engine.compiling import compile_backend, compile_now
 from bigan.engine.guard import apply_flags, clip
 from bigan.engine.loss_scale import SMALLEST, LossScale
@@ -90,12 +90,12 @@ class Engine:
         self._accelerator, self.world = connect(config.train.collective_timeout_seconds)
         set_float32(config.precision)
         size = self.world.size
-        self.echo: Echo = echo if self.world.is_main else lambda _: None
-        self.name = together(
+        self.echo: Echo = echo if self.world.is_rank_0 else lambda _: None
+        self.name = on_all_ranks(
             self.world, lambda: chosen_engine(config.engine, environment, self.world.size)
         )
         require_supported(self.name)
-        agree_on_program(self.world, program(config.model_dump(mode="json"), self.name))
+        check_same_program(self.world, program(config.model_dump(mode="json"), self.name))
         for remark in launch_remarks(environment, config.precision, config.compile):
             self.echo(remark)
         self.process_group = dist.group.WORLD if size > 1 else None
@@ -103,12 +103,12 @@ class Engine:
         replicated = self.name in {"single", "ddp"}
         self.memory_format = torch.channels_last if replicated else torch.contiguous_format
         self._backend, reason = compile_backend(config.compile, self.world.device)
-        if not everyone(self.world, not reason):  # nodes may differ in their compilers
+        if not all_ranks_agree(self.world, not reason):  # nodes may differ in their compilers
             self._backend = None
             self.echo(f"eager mode: {reason or 'not every node can compile'}")
         self._halt = torch.zeros((), device=self.world.device)
         self._first_bad = torch.full((), -1.0, dtype=torch.float64, device=self.world.device)
-        self.waiting = Waiting(self.world)
+        self.waiting = WaitTimer(self.world)
         self.compile_seconds = 0.0  # of the phases prepared last
         self.reduces_gradients = True  # False: DDP processes train apart, to time the exchange
 
@@ -216,7 +216,7 @@ class Engine:
         total: Tensors = {}
         outputs: list[Tensors] = []
         finite = torch.ones((), dtype=torch.bool, device=self.world.device)
-        self.waiting.here()
+        self.waiting.wait_for_all()
         with self._on_stage(prepared, others), contextlib.ExitStack() as exchange:
             wrapped.zero_grad()
             for index, micro_batch in enumerate(inputs):
@@ -225,7 +225,7 @@ class Engine:
                     result = wrapped(networks, micro_batch, step.terms)
                     finite = torch.isfinite(result.loss.detach()) & finite
                     if last:
-                        self.waiting.here()
+                        self.waiting.wait_for_all()
                         exchange.enter_context(self.waiting.exchange())
                     scaled = result.loss if scale is None else result.loss * scale.scale
                     wrapped.backward(scaled / num)

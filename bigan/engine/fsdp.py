@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from bigan.checkpoint import Piece
+from bigan.checkpoint import TensorShard
 from bigan.distributed.world import World
 from bigan.engine.unit import Unit
 from bigan.engine.wrapped import Networks, NewOptimizer, ReadRange, StateShapes
@@ -84,7 +84,7 @@ class FullySharded:
                 start = first * (parameter.numel() // shape[0])
                 local = nn.Parameter(parameter.to_local().detach())
                 yield _Slice(name, shape, start, local, parameter)
-            elif self._world.is_main:
+            elif self._world.is_rank_0:
                 yield _Slice(name, shape, 0, parameter, None)
 
     def __call__(self, networks: Networks, inputs: Tensors, terms: Terms) -> Result:
@@ -148,7 +148,7 @@ class FullySharded:
         for parameter in [*self._sharded, *(parameters[name] for name in self.trainable)]:
             parameter.requires_grad_(not frozen)
 
-    def pieces(self) -> Iterator[Piece]:
+    def shards(self) -> Iterator[TensorShard]:
         for part in self._slices:
             tensors = {}
             if part.values.numel():  # none: fewer rows than processes
@@ -158,11 +158,13 @@ class FullySharded:
                 if not isinstance(value, Tensor):
                     continue
                 if value.ndim == 0:  # a number of steps; of a scalar parameter on rank 0 alone
-                    yield Piece(name, (), 0, value, replicated=part.gathered is not None)
+                    yield TensorShard(name, (), 0, value, replicated=part.gathered is not None)
                 elif value.numel():
                     tensors[name] = value
             for name, tensor in tensors.items():
-                yield Piece(name, part.shape, part.start, tensor.reshape(-1), replicated=False)
+                yield TensorShard(
+                    name, part.shape, part.start, tensor.reshape(-1), replicated=False
+                )
 
     def load_state(self, shapes: Mapping[str, StateShapes], read: ReadRange) -> None:
         for part in self._slices:

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from bigan.checkpoint import Piece
+from bigan.checkpoint import TensorShard
 from bigan.engine.wrapped import Networks, NewOptimizer, ReadRange, StateShapes
 from bigan.objectives.base import Phase, Result, Tensors, Terms
 
@@ -60,7 +60,7 @@ class Replicated:
         for parameter in self._parameters.values():
             parameter.requires_grad_(not frozen)
 
-    def pieces(self) -> Iterator[Piece]:
+    def shards(self) -> Iterator[TensorShard]:
         for name, parameter in self._parameters.items():
             yield _complete(f"networks/{name}", parameter.detach())
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -82,5 +82,5 @@ class Replicated:
         pass
 
 
-def _complete(name: str, tensor: Tensor) -> Piece:
-    return Piece(name, tuple(tensor.shape), 0, tensor, replicated=True)
+def _complete(name: str, tensor: Tensor) -> TensorShard:
+    return TensorShard(name, tuple(tensor.shape), 0, tensor, replicated=True)

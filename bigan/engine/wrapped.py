@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from bigan.checkpoint import Piece
+from bigan.checkpoint import TensorShard
 from bigan.objectives.base import Phase, Result, Tensors, Terms
 
 Networks = Mapping[str, nn.Module]
@@ -56,7 +56,7 @@ class Wrapped(Protocol):
     def freeze(self, frozen: bool) -> None:
         """Whether the trainable parameters get no gradients; called inside `unsharded`."""
 
-    def pieces(self) -> Iterator[Piece]:
+    def shards(self) -> Iterator[TensorShard]:
         """This process's part of the trainable parameters and of the optimizer's state.
 
         Named "networks/<name>" and "optimizers/<name>.<state>", <name> as in `trainable` and
@@ -64,7 +64,7 @@ class Wrapped(Protocol):
         """
 
     def load_state(self, shapes: Mapping[str, StateShapes], read: ReadRange) -> None:
-        """Set the optimizer's state from the tensors that `pieces` names so.
+        """Set the optimizer's state from the tensors that `shards` names so.
 
         `shapes`: parameter name -> its state in the checkpoint.
         """

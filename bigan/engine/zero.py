@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bigan.checkpoint import Piece
+from bigan.checkpoint import TensorShard
 from bigan.distributed.world import World
 from bigan.engine.unit import Unit
 from bigan.engine.wrapped import Networks, NewOptimizer, ReadRange, StateShapes
@@ -171,10 +171,10 @@ class Zero:
         for parameter in self._parameters.values():
             parameter.requires_grad_(not frozen)
 
-    def pieces(self) -> Iterator[Piece]:
+    def shards(self) -> Iterator[TensorShard]:
         for name, parameter in self._parameters.items():
             data = parameter.detach().reshape(-1)
-            yield Piece(f"networks/{name}", tuple(parameter.shape), 0, data, replicated=True)
+            yield TensorShard(f"networks/{name}", tuple(parameter.shape), 0, data, replicated=True)
         state = self.optimizer.state.get(self._partition, {})
         for span in self._spans:
             for key, value in state.items():
@@ -182,9 +182,11 @@ class Zero:
                 if not isinstance(value, Tensor):
                     continue
                 if value.ndim == 0:  # a number of steps
-                    yield Piece(name, (), 0, value, replicated=True)
+                    yield TensorShard(name, (), 0, value, replicated=True)
                 elif span.at.start < span.at.stop:
-                    yield Piece(name, span.shape, span.start, value[span.at], replicated=False)
+                    yield TensorShard(
+                        name, span.shape, span.start, value[span.at], replicated=False
+                    )
 
     def load_state(self, shapes: Mapping[str, StateShapes], read: ReadRange) -> None:
         """Raises `RunError` if the parameters took different numbers of steps."""

@@ -11,7 +11,7 @@ import torch
 from bigan.checkpoint import snapshots
 from bigan.data.format.manifest import Manifest
 from bigan.data.streaming.dataset import open_level
-from bigan.distributed.world import World, on_main, once, together
+from bigan.distributed.world import World, on_all_ranks, on_rank_0, reported_by_rank_0
 from bigan.errors import UserError
 from bigan.evaluation import features, metrics, moments, reference, sampling
 from bigan.layers.resampling import repeated
@@ -92,14 +92,14 @@ class Judge:
     ) -> None:
         settings = config.evaluation
         self.config, self.world, self.device = config, world, device
-        self.sampler_name, sampler = on_main(world, lambda: choose_sampler(config))
+        self.sampler_name, sampler = on_rank_0(world, lambda: choose_sampler(config))
         data = config.streams[sampler.reference]
         resolution = config.model.resolution
-        self.manifest = on_main(world, lambda: open_level(data.path, resolution, data))
+        self.manifest = on_rank_0(world, lambda: open_level(data.path, resolution, data))
         self.inputs: Manifest | None = None
         if sampler.inputs is not None:
             source = config.streams[sampler.inputs]
-            self.inputs = on_main(world, lambda: open_level(source.path, resolution, source))
+            self.inputs = on_rank_0(world, lambda: open_level(source.path, resolution, source))
             available = self.inputs.num_samples(settings.split)
             settings = settings.model_copy(
                 update={"num_samples": min(settings.num_samples, available)}
@@ -112,7 +112,7 @@ class Judge:
         used = {name: objective.networks[name] for name in self.sampler.networks}
         self.normalises = sampling.has_batchnorm(used)
         self.check(settings.truncation)
-        self.extractor = together(
+        self.extractor = on_all_ranks(
             world, lambda: features.create(settings.extractor, settings.weights_path, device)
         )
         self.reference = reference.load_or_compute(
@@ -145,7 +145,7 @@ class Judge:
             )
         else:
             return
-        raise once(self.world, UserError(f"truncation {truncation:g}: {why}"))
+        raise reported_by_rank_0(self.world, UserError(f"truncation {truncation:g}: {why}"))
 
     def protocol(self, truncation: float | None) -> dict[str, object]:
         """All that the numbers of a snapshot depend on, besides its networks."""
@@ -195,7 +195,7 @@ class Judge:
             self._check_fit(snapshot.config, str(task.folder))
             return snapshot
 
-        snapshot = together(self.world, load)
+        snapshot = on_all_ranks(self.world, load)
         networks = {name: snapshot.networks[name] for name in self.sampler.networks}
         if truncation is not None:
             sampling.accumulate_statistics(
@@ -218,7 +218,7 @@ class Judge:
                 total = moments.merge(total, moments.of(sampled))
             return total
 
-        total = moments.all_reduce(self.world, together(self.world, own_part))
+        total = moments.all_reduce(self.world, on_all_ranks(self.world, own_part))
         logits = rows.gather(self.world)
 
         def numbers() -> Record:
@@ -232,17 +232,17 @@ class Judge:
                 seconds=time.perf_counter() - started,
             )
 
-        return on_main(self.world, numbers)
+        return on_rank_0(self.world, numbers)
 
     def measure_unless_replaced(self, task: Task, truncation: float | None) -> Record | None:
         """The record, or None if the trainer, resumed, wrote the snapshot again meanwhile."""
         try:
             record: Record | None = self.measure(task, truncation)
         except UserError:
-            if on_main(self.world, task.is_current):
+            if on_rank_0(self.world, task.is_current):
                 raise
             return None
-        return record if on_main(self.world, task.is_current) else None
+        return record if on_rank_0(self.world, task.is_current) else None
 
     def remarks(self, *truncations: float | None) -> list[str]:
         """What a reader of the numbers, at these truncations, has to know; said once."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bigan import models
 from bigan.data.format.manifest import Manifest
 from bigan.data.streaming.stream import sequential
-from bigan.distributed.world import World, sum_over_ranks, together
+from bigan.distributed.world import World, on_all_ranks, sum_over_ranks
 from bigan.errors import RunError
 from bigan.layers.batchnorm import collecting_statistics, normalisation_layers
 from bigan.objectives.samplers import Sampler
@@ -62,7 +62,7 @@ def accumulate_statistics(
 
     normalizing = nn.ModuleList(n for n in networks.values() if normalisation_layers(n))
     with collecting_statistics(normalizing, partial(sum_over_ranks, world)):
-        together(world, own_part)
+        on_all_ranks(world, own_part)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from bigan import checkpoint
 from bigan.checkpoint import Saver, snapshots
-from bigan.distributed.world import on_main, once
+from bigan.distributed.world import on_rank_0
 from bigan.errors import RunError
 from bigan.reporting import image_grids, plots
 from bigan.reporting.tracker import Tracker
@@ -58,12 +58,12 @@ class Artifacts:
 
     def checkpoint(self) -> None:
         """Begin to save the complete state; training may continue at once."""
-        self.saver.save(self._state.progress, self._state.pieces())
+        self.saver.save(self._state.progress, self._state.shards())
 
     def close(self) -> None:
         """Wait for the save under way; raises `RunError` if the newest state is not on disk."""
         self.saver.finish()
-        why = self.saver.verdict() or self._unwritten
+        why = self.saver.final_error() or self._unwritten
         if why:
             problem = RunError(f"training ended, but not all of it was saved: {why}")
             raise once(self._state.world, problem)
@@ -74,8 +74,8 @@ class Artifacts:
         numbered = sorted((int(path.stem), path) for path in grids)
         image_grids.contact_sheet(numbered, self._folder.timeline)
         if self._tracker:
-            self._tracker.artifact(self._folder.timeline)
-            self._tracker.artifact(self._folder.curves)
+            self._tracker.log_artifact(self._folder.timeline)
+            self._tracker.log_artifact(self._folder.curves)
         folder.finish(self._state.config, self._state.progress.images_seen)
 
     def _sample_grids(self) -> None:
@@ -84,7 +84,7 @@ class Artifacts:
             path = self._folder.sample_grid(seen, name if index else None)
             sample_grids.save(path, self._state, sampler)
             if self._tracker:
-                self._tracker.picture(seen, f"samples/{name}" if index else "samples", path)
+                self._tracker.log_image(seen, f"samples/{name}" if index else "samples", path)
 
     def _attempt(self, what: str, write: Callable[[], None]) -> None:
         """Write on rank 0. If the disk is full, report it and continue."""
@@ -96,7 +96,7 @@ class Artifacts:
                 return f"{what} could not be written ({error.strerror or error})"
             return ""
 
-        why = on_main(self._state.world, on_disk)
+        why = on_rank_0(self._state.world, on_disk)
         self._unwritten = why
         if why:
             self._state.engine.echo(

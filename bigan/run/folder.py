@@ -105,7 +105,7 @@ def prepare(config: RunConfig) -> None:
     record = json.dumps(environment(), indent=2, sort_keys=True) + "\n"
     atomic_files.write_atomic(folder.environment, record)
     folder.done.unlink(missing_ok=True)
-    signals.clear(folder.path)
+    signals.clear_markers(folder.path)
 
 
 def finish(config: RunConfig, images_seen: int) -> None:

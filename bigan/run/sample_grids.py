@@ -69,6 +69,6 @@ def _sample(state: TrainState, sampler: Sampler, inputs: Mapping[str, Tensor]) -
     chunk = state.config.train.micro_batch or state.config.train.batch
     num, parts = len(next(iter(inputs.values()))), []
     for start in range(0, num, chunk):
-        piece = {k: t[start : start + chunk].to(state.world.device) for k, t in inputs.items()}
-        parts.append(to_uint8(sampler(networks, piece)).cpu())
+        shard = {k: t[start : start + chunk].to(state.world.device) for k, t in inputs.items()}
+        parts.append(to_uint8(sampler(networks, shard)).cpu())
     return torch.cat(parts)

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from bigan import checkpoint, rng
-from bigan.checkpoint import Piece, Progress, Reader
+from bigan.checkpoint import Progress, Reader, TensorShard
 from bigan.config import ConfigError
 from bigan.data.streaming.fetchers import BadSample
 from bigan.data.streaming.stream import Batch
-from bigan.distributed.world import sum_over_ranks, together
+from bigan.distributed.world import on_all_ranks, sum_over_ranks
 from bigan.engine import Engine, Prepared
 from bigan.engine.loss_scale import LossScale
 from bigan.layers.batchnorm import (
@@ -161,9 +161,9 @@ class TrainState:
                 )
             return progress, reader
 
-        progress, reader = together(self.world, look)
-        reader.verify_together(self.world)  # or one rank alone would find it damaged, later
-        together(self.world, lambda: checkpoint.load(reader, self.saved_networks, self.state))
+        progress, reader = on_all_ranks(self.world, look)
+        reader.verify_across_ranks(self.world)  # or one rank alone would find it damaged, later
+        on_all_ranks(self.world, lambda: checkpoint.load(reader, self.saved_networks, self.state))
         self.former_forward_images = progress.forward_images
         self.progress = replace(
             progress, attempt=progress.attempt + 1, forward_images=self.progress.forward_images
@@ -218,19 +218,21 @@ class TrainState:
             prepared.wrapped.close()
         self.prepared.clear()
 
-    def pieces(self) -> Iterator[Piece]:
+    def shards(self) -> Iterator[TensorShard]:
         """This process's part of everything that a checkpoint holds."""
         trained: set[str] = set()
         for prepared in self.prepared.values():
             trained |= {f"networks/{name}" for name in prepared.wrapped.trainable}
-            yield from prepared.wrapped.pieces()
+            yield from prepared.wrapped.shards()
         groups = {"networks": self.saved_networks, "state": self.state}
         for group, modules in groups.items():
             for name, module in modules.items():
                 for key, tensor in module.state_dict().items():
                     key = f"{group}/{name}.{key}"
                     if key not in trained:
-                        yield Piece(key, tuple(tensor.shape), 0, tensor.detach(), replicated=True)
+                        yield TensorShard(
+                            key, tuple(tensor.shape), 0, tensor.detach(), replicated=True
+                        )
 
     @property
     def alpha(self) -> float:

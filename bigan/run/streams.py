@@ -14,7 +14,7 @@ from bigan.data.streaming import resampled
 from bigan.data.streaming.dataset import open_level, open_manifest
 from bigan.data.streaming.resampled import ResampledStream
 from bigan.data.streaming.stream import Batch, Endless, ShardStream
-from bigan.distributed.world import World, broadcast, gather, together
+from bigan.distributed.world import World, broadcast, gather, on_all_ranks
 from bigan.errors import UserError
 from bigan.run.stages import stages
 from bigan.run.state import TrainState
@@ -193,4 +193,4 @@ def agree_on_data(world: World, fingerprint: str) -> None:
                 "all nodes the same shards"
             )
 
-    together(world, compare)
+    on_all_ranks(world, compare)

@@ -60,7 +60,7 @@ def test_resume_restores_networks_moments_and_counters(recipe: Recipe) -> None:
             assert moments["step"].item() == 10
             assert moments["exp_avg_sq"].abs().sum() > 0 or parameter.numel() < 50
     saver = Saver(config.run_dir / "copy", training.world)
-    saver.save(training.progress, training.pieces())
+    saver.save(training.progress, training.shards())
     saver.finish()
     again = state_of(config.run_dir / "copy" / "checkpoints" / "400")
     before = state_of(folder)

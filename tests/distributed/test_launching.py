@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 from commands import environment, free_port
 
-from bigan.distributed.launch import agree_on_program, program
+from bigan.distributed.launch import check_same_program, program
 from bigan.distributed.launch_env import (
     FIRST_PORT,
     NUM_PORTS,
-    asked_engine,
     check_devices,
     check_launch,
     chosen_engine,
     first_host,
     from_slurm,
     launch_remarks,
+    requested_engine,
 )
 from bigan.distributed.world import World
 from bigan.errors import LaunchError
@@ -122,7 +122,7 @@ def test_deepspeed_json_sets_stage_and_offloading(
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(content))
     told = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
-    assert asked_engine(told) == engine
+    assert requested_engine(told) == engine
     (remark,) = launch_remarks(told, "fp32", "auto")
     assert str(path) in remark
 
@@ -136,7 +136,7 @@ def test_unusable_deepspeed_json(tmp_path: Path, text: str | None, says: str) ->
         path.write_text(text)
     told = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
     with pytest.raises(LaunchError, match=says):
-        asked_engine(told)
+        requested_engine(told)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_program_is_versions_engine_and_config() -> None:
     assert one["torch version"][0].isdigit()
     assert one != program(config, "fsdp")
     assert one != program(config | {"train": {"seed": 2}}, "ddp")
-    agree_on_program(World(), one)
+    check_same_program(World(), one)
 
 
 # Connected as srun starts them, with the variables of a DeepSpeed launch file.
@@ -284,15 +284,15 @@ TASKS = """
 import json, os, sys
 from bigan.errors import LaunchError
 from bigan.distributed.launch_env import chosen_engine
-from bigan.distributed.launch import agree_on_program, connect, disconnect
+from bigan.distributed.launch import check_same_program, connect, disconnect
 from bigan.distributed.world import gather
 
 told = dict(os.environ)
 accelerator, world = connect(60)
-agree_on_program(world, {"torch version": "2", "train.seed": "1"})
+check_same_program(world, {"torch version": "2", "train.seed": "1"})
 said = ""
 try:
-    agree_on_program(world, {"torch version": "2", "train.seed": str(world.rank)})
+    check_same_program(world, {"torch version": "2", "train.seed": str(world.rank)})
 except LaunchError as error:
     said = str(error)
 result = {
@@ -303,7 +303,7 @@ result = {
     "left": [n for n in os.environ if n.startswith(("ACCELERATE_", "FSDP_"))],
 }
 disconnect(world)
-if world.is_main:
+if world.is_rank_0:
     print(json.dumps(result))
 """
 

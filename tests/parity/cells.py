@@ -102,7 +102,7 @@ def train_cell(config: RunConfig, cell: str) -> tuple[dict[str, float], list[str
     for step in range(STEPS):
         state.advance(streams)
         if step in (AFTER_FIRST.get(cell, 0), STEPS - 1):
-            saver.save(state.progress, state.pieces())
+            saver.save(state.progress, state.shards())
         stage = state.stage
         enter_stage(state)
         if state.stage is not stage:  # new networks and engines, optimizers without state
@@ -113,7 +113,7 @@ def train_cell(config: RunConfig, cell: str) -> tuple[dict[str, float], list[str
     with streams:
         means, _ = state.statistics.collect()
     saver.finish()
-    assert not saver.verdict(), saver.verdict()
+    assert not saver.final_error(), saver.final_error()
     assert engine.halted_at() == -1
     state.close()
     return means, messages
@@ -177,7 +177,7 @@ def main() -> None:
             config = cell_config(digits, run_dir(folder, engine, cell), *overrides)
             losses[engine][cell], _ = train_cell(config, cell)
     last = Engine(config, print)
-    if last.world.is_main:
+    if last.world.is_rank_0:
         (folder / "losses.json").write_text(json.dumps(losses))
     disconnect(last.world)
 
