@@ -52,7 +52,7 @@ def measure(config: RunConfig, saves: int, steps: int) -> dict[str, Any]:
     for _ in range(saves):
         usual = [step() for _ in range(steps)]
         began = time.perf_counter()
-        saver.save(training.progress, training.pieces())
+        saver.save(training.progress, training.shards())
         wait(device)
         stalls.append(time.perf_counter() - began)
         meanwhile = []

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bigan import atomic_files, rng
-from bigan.distributed.world import World, on_main
+from bigan.distributed.world import World, on_rank_0
 from bigan.run.statistics import Statistics
 
 
@@ -23,8 +23,8 @@ def test_world_divides_everything_once() -> None:
         World(2, 2)
 
 
-def test_on_main_is_plain_for_one_process() -> None:
-    assert on_main(World(), lambda: 3) == 3
+def test_on_rank_0_at_world_size_1() -> None:
+    assert on_rank_0(World(), lambda: 3) == 3
 
 
 def test_draws_are_functions_of_their_triple() -> None:

@@ -31,7 +31,7 @@ from bigan.bench.measuring import synthetic_images, wait
 from bigan.checkpoint import Saver
 from bigan.data.stream import Batch
 from bigan.distributed.launch import disconnect
-from bigan.distributed.world import World, barrier, broadcast, on_main
+from bigan.distributed.world import World, barrier, broadcast, on_rank_0
 from bigan.engine import Engine
 from bigan.errors import RunError, UserError
 from bigan.layers.batchnorm import set_process_group
@@ -100,7 +100,7 @@ class Rank:
         if synthetic:
             classes = {str(label): 1 for label in range(config.model.num_classes)}
         else:
-            classes = on_main(self.world, lambda: check_data(config)).classes
+            classes = on_rank_0(self.world, lambda: check_data(config)).classes
         self.training = Training(config, self.engine, classes)
         self.training.prepare()
         self.stream: Iterator[Batch] = (
@@ -195,7 +195,7 @@ class Rank:
         wait(self.world.device)
         barrier(self.world)
         began = time.perf_counter()
-        self.saver.save(self.training.progress, self.training.pieces())
+        self.saver.save(self.training.progress, self.training.shards())
         wait(self.world.device)
         seconds = time.perf_counter() - began
         self.saver.finish()

@@ -10,7 +10,7 @@ state to save.
 
 Every engine writes this one format and reads what any other engine wrote, at any world size.
 Unsharded tensors (one process, DDP), dim-0 chunks (FSDP2) and flat partitions (ZeRO) are all ranges
-of the flattened, row-major tensor, and a part contains such ranges (`Piece`):
+of the flattened, row-major tensor, and a part contains such ranges (`TensorShard`):
 
 - an unsharded tensor under its name and in its shape ("networks/generator.linear.weight",
   "optimizers/generator.linear.weight.exp_avg");
@@ -21,33 +21,39 @@ A reader reads the headers, checks that the shards cover every tensor exactly on
 range of any tensor. torch.distributed.checkpoint is not used: its safetensors writer stores n-d
 boxes, not ranges of flattened tensors, and no checksums (docs/decisions.md).
 
-    progress.py   counters and progress.json        retention.py  which checkpoints are kept
-    pieces.py     what a rank holds                 part.py       the file of one rank
-    folder.py     staging folder to checkpoint      reader.py     any range of any tensor
-    saver.py      asynchronous saving               fit.py        does it fit this model?
+    progress.py       counters and progress.json     retention.py  which checkpoints are kept
+    tensor_shards.py  what a rank holds              part.py       the file of one rank
+    folder.py         staging folder to checkpoint   reader.py     any range of any tensor
+    saver.py          asynchronous saving            fit.py        does it fit this model?
 """
 
 from bigan.checkpoint.fit import check_fit, load_networks
-from bigan.checkpoint.pieces import Piece, require_finite
-from bigan.checkpoint.progress import FORMAT, CheckpointError, Progress, amend, read_progress
+from bigan.checkpoint.progress import (
+    FORMAT,
+    CheckpointError,
+    Progress,
+    read_progress,
+    update_progress,
+)
 from bigan.checkpoint.reader import Reader
-from bigan.checkpoint.retention import discard_after, latest, newest_until, prune
+from bigan.checkpoint.retention import discard_after, latest, latest_until, prune
 from bigan.checkpoint.saver import Saver
+from bigan.checkpoint.tensor_shards import TensorShard, require_finite
 
 __all__ = [
     "FORMAT",
     "CheckpointError",
-    "Piece",
     "Progress",
     "Reader",
     "Saver",
-    "amend",
+    "TensorShard",
     "check_fit",
     "discard_after",
     "latest",
+    "latest_until",
     "load_networks",
-    "newest_until",
     "prune",
     "read_progress",
     "require_finite",
+    "update_progress",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
-from bigan.checkpoint.progress import CheckpointError, go_back
+from bigan.checkpoint.progress import CheckpointError, deletion_hint
 from bigan.checkpoint.reader import Reader
 
 Shapes = dict[str, tuple[int, ...]]
@@ -36,7 +36,7 @@ def check_fit(reader: Reader, networks: Mapping[str, nn.Module], trained: Collec
         if _below(shapes, f"optimizers/{name}.") != expected:
             raise CheckpointError(
                 f"{reader.folder}: the optimiser state of {name} is not that of this model; "
-                f"{go_back(reader.folder)}"
+                f"{deletion_hint(reader.folder)}"
             )
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from bigan import atomic_files
-from bigan.checkpoint.pieces import Piece
 from bigan.checkpoint.progress import PartChecksum
+from bigan.checkpoint.tensor_shards import TensorShard
 
 CHUNK_BYTES = 16 * 2**20
 DTYPES = {
@@ -50,27 +50,27 @@ class HostBuffer:
         self._copied: torch.cuda.Event | None = None
 
     @torch.no_grad()
-    def fill(self, pieces: Sequence[Piece]) -> None:
+    def fill(self, shards: Sequence[TensorShard]) -> None:
         """Copy the shards. On CUDA the copies are enqueued on the current stream, not awaited.
 
         Work enqueued later on that stream (the next step) runs after the copies. Raises ValueError
         if two shards have the same key.
         """
         # Wide types first: every tensor then begins at a multiple of its element size.
-        pieces = sorted(pieces, key=lambda p: (-p.data.element_size(), p.name, p.start))
-        self._header = _header(pieces)
-        self._num_bytes = sum(piece.num_bytes for piece in pieces)
-        gpu = next((piece.data.device for piece in pieces if piece.data.is_cuda), None)
+        shards = sorted(shards, key=lambda p: (-p.data.element_size(), p.name, p.start))
+        self._header = _header(shards)
+        self._num_bytes = sum(shard.num_bytes for shard in shards)
+        gpu = next((shard.data.device for shard in shards if shard.data.is_cuda), None)
         if self._block.numel() < self._num_bytes:
             self._block = torch.empty(0, dtype=torch.uint8)  # free it before allocating more
             self._block = torch.empty(
                 self._num_bytes, dtype=torch.uint8, pin_memory=gpu is not None
             )
         at = 0
-        for piece in pieces:
-            place = self._block[at : at + piece.num_bytes].view(piece.data.dtype)
-            place.view(piece.data.shape).copy_(piece.data.detach(), non_blocking=True)
-            at += piece.num_bytes
+        for shard in shards:
+            place = self._block[at : at + shard.num_bytes].view(shard.data.dtype)
+            place.view(shard.data.shape).copy_(shard.data.detach(), non_blocking=True)
+            at += shard.num_bytes
         self._copied = None
         if gpu is not None:
             self._copied = torch.cuda.Event(blocking=True)
@@ -108,23 +108,23 @@ def file_checksum(path: Path) -> PartChecksum:
     return PartChecksum(num_bytes, crc32)
 
 
-def _header(pieces: Sequence[Piece]) -> bytes:
+def _header(shards: Sequence[TensorShard]) -> bytes:
     """The header of a safetensors file: uint64 length, then JSON of that length."""
     ranges: dict[str, list[int]] = {}
     tensors: dict[str, object] = {}
     at = 0
-    for piece in pieces:
-        key = piece.name if piece.is_whole else f"{piece.name}@{piece.start}"
+    for shard in shards:
+        key = shard.name if shard.is_unsharded else f"{shard.name}@{shard.start}"
         if key in tensors:
             raise ValueError(f"duplicate key {key}")
-        if not piece.is_whole:
-            ranges[key] = list(piece.shape)
+        if not shard.is_unsharded:
+            ranges[key] = list(shard.shape)
         tensors[key] = {
-            "dtype": DTYPES[piece.data.dtype],
-            "shape": list(piece.data.shape),
-            "data_offsets": [at, at + piece.num_bytes],
+            "dtype": DTYPES[shard.data.dtype],
+            "shape": list(shard.data.shape),
+            "data_offsets": [at, at + shard.num_bytes],
         }
-        at += piece.num_bytes
+        at += shard.num_bytes
     metadata = {"format": "pt", "ranges": json.dumps(ranges)}
     text = json.dumps({"__metadata__": metadata, **tensors}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

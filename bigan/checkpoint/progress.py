@@ -41,7 +41,7 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be used; the message is one line."""
 
 
-def go_back(folder: Path) -> str:
+def deletion_hint(folder: Path) -> str:
     """Advice for the message about a damaged checkpoint."""
     return f"delete {folder} to resume from the checkpoint before it"
 
@@ -52,7 +52,7 @@ def to_json(progress: Progress, parts: Sequence[PartChecksum]) -> str:
     return json.dumps(record, indent=2) + "\n"
 
 
-def amend(folder: Path, **changes: float) -> None:
+def update_progress(folder: Path, **changes: float) -> None:
     """Replace counters of a complete checkpoint atomically. Call on rank 0; raises OSError."""
     path = folder / "progress.json"
     record = json.loads(path.read_text()) | changes
@@ -84,7 +84,9 @@ def read_record(folder: Path) -> tuple[Progress, list[PartChecksum]]:
                 raise ValueError(f"images_seen = {progress.images_seen} is not the folder's name")
             return progress, parts
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); {go_back(folder)}") from None
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); {deletion_hint(folder)}"
+        ) from None
     raise CheckpointError(
         f"{path}: checkpoint format {version}, this version of bigan reads format {FORMAT}; "
         "resume with the version that wrote it"

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from bigan.checkpoint.part import DTYPES, file_checksum, part_name
-from bigan.checkpoint.progress import CheckpointError, go_back, read_record
-from bigan.distributed.world import World, together
+from bigan.checkpoint.progress import CheckpointError, deletion_hint, read_record
+from bigan.distributed.world import World, on_all_ranks
 
 T = TypeVar("T")
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
@@ -43,7 +43,7 @@ class Reader:
 
     `verify`: compare a part with its checksum before the first value is read from it, which reads
     the file once more (mostly from the page cache) at the speed of a CRC-32, several GB/s. The
-    ranks of a launch share that work with `verify_together`.
+    ranks of a launch share that work with `verify_across_ranks`.
 
     Raises `CheckpointError` if a part is missing or damaged, or if the shards do not cover every
     tensor exactly once.
@@ -57,17 +57,17 @@ class Reader:
         }
         self._handles: dict[Path, Any] = {}
         self._unverified = set(self._checksums) if verify else set()
-        self._pieces: dict[str, list[_Stored]] = {}
+        self._shards: dict[str, list[_Stored]] = {}
         for path in self._checksums:
-            for name, piece in self._guard(path, partial(self._index, path)):
-                self._pieces.setdefault(name, []).append(piece)
-        for name, pieces in self._pieces.items():
-            pieces.sort(key=lambda p: (p.start, p.stop))
-            self._check(name, pieces)
+            for name, shard in self._guard(path, partial(self._index, path)):
+                self._shards.setdefault(name, []).append(shard)
+        for name, shards in self._shards.items():
+            shards.sort(key=lambda p: (p.start, p.stop))
+            self._check(name, shards)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the unsharded tensor."""
-        return {name: pieces[0].shape for name, pieces in self._pieces.items()}
+        return {name: shards[0].shape for name, shards in self._shards.items()}
 
     def read(self, name: str) -> Tensor:
         """An unsharded tensor on the CPU; the caller owns its memory."""
@@ -79,19 +79,19 @@ class Reader:
 
         The caller owns the memory. Raises IndexError if the tensor has no such elements.
         """
-        pieces = self._find(name)
-        if not 0 <= start <= stop <= math.prod(pieces[0].shape):
-            raise IndexError(f"{name} of shape {pieces[0].shape} has no range [{start}, {stop})")
-        out = torch.empty(stop - start, dtype=TORCH_DTYPES[pieces[0].dtype])
-        for piece in pieces:
-            first, last = max(start, piece.start), min(stop, piece.stop)
+        shards = self._find(name)
+        if not 0 <= start <= stop <= math.prod(shards[0].shape):
+            raise IndexError(f"{name} of shape {shards[0].shape} has no range [{start}, {stop})")
+        out = torch.empty(stop - start, dtype=TORCH_DTYPES[shards[0].dtype])
+        for shard in shards:
+            first, last = max(start, shard.start), min(stop, shard.stop)
             if first < last:
-                self._verify(piece.path)
-                read = partial(self._values, piece, first - piece.start, last - piece.start)
-                out[first - start : last - start] = self._guard(piece.path, read)
+                self._verify(shard.path)
+                read = partial(self._values, shard, first - shard.start, last - shard.start)
+                out[first - start : last - start] = self._guard(shard.path, read)
         return out
 
-    def verify_together(self, world: World) -> None:
+    def verify_across_ranks(self, world: World) -> None:
         """Compare all parts with their checksums, each on one rank. A collective.
 
         Raises `CheckpointError` on all ranks if one of them finds a damaged part.
@@ -101,13 +101,15 @@ class Reader:
             for path in sorted(self._unverified)[world.rank :: world.size]:
                 self._verify(path)
 
-        together(world, mine)
+        on_all_ranks(world, mine)
         self._unverified.clear()
 
     def _find(self, name: str) -> list[_Stored]:
-        if name not in self._pieces:
-            raise CheckpointError(f"{self.folder}: contains no {name}; {go_back(self.folder)}")
-        return self._pieces[name]
+        if name not in self._shards:
+            raise CheckpointError(
+                f"{self.folder}: contains no {name}; {deletion_hint(self.folder)}"
+            )
+        return self._shards[name]
 
     def _index(self, path: Path) -> list[tuple[str, _Stored]]:
         num_bytes = path.stat().st_size
@@ -129,27 +131,27 @@ class Reader:
                 found.append((key, _Stored(path, key, stored, dtype, stored, 0)))
         return found
 
-    def _check(self, name: str, pieces: list[_Stored]) -> None:
-        first, reached = pieces[0], 0
-        for piece in pieces:
-            if (piece.shape, piece.dtype) != (first.shape, first.dtype):
+    def _check(self, name: str, shards: list[_Stored]) -> None:
+        first, reached = shards[0], 0
+        for shard in shards:
+            if (shard.shape, shard.dtype) != (first.shape, first.dtype):
                 raise self._misfit(f"the parts differ in the shape or type of {name}")
-            if piece.start != reached:
+            if shard.start != reached:
                 raise self._misfit(f"{name} has a gap or an overlap at element {reached}")
-            reached = piece.stop
+            reached = shard.stop
         if reached != math.prod(first.shape):
             raise self._misfit(f"{name} ends at element {reached} of {math.prod(first.shape)}")
 
     def _misfit(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.folder}: {what}; {go_back(self.folder)}")
+        return CheckpointError(f"{self.folder}: {what}; {deletion_hint(self.folder)}")
 
-    def _values(self, piece: _Stored, start: int, stop: int) -> Tensor:
+    def _values(self, shard: _Stored, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a stored tensor; reads only the rows that contain them."""
-        if not piece.stored:
-            return self._handles[piece.path].get_tensor(piece.key).reshape(1)
-        row = math.prod(piece.stored[1:])
+        if not shard.stored:
+            return self._handles[shard.path].get_tensor(shard.key).reshape(1)
+        row = math.prod(shard.stored[1:])
         first, last = start // row, -(-stop // row)
-        rows = self._handles[piece.path].get_slice(piece.key)[first:last]
+        rows = self._handles[shard.path].get_slice(shard.key)[first:last]
         return rows.reshape(-1)[start - first * row : stop - first * row]
 
     def _verify(self, path: Path) -> None:
@@ -157,7 +159,7 @@ class Reader:
             if self._guard(path, partial(file_checksum, path)) != self._checksums[path]:
                 raise CheckpointError(
                     f"{path}: damaged (its checksum differs from the recorded one); "
-                    f"{go_back(self.folder)}"
+                    f"{deletion_hint(self.folder)}"
                 )
             self._unverified.discard(path)
 
@@ -167,5 +169,5 @@ class Reader:
         except (OSError, ValueError, TypeError, AttributeError, safetensors.SafetensorError) as e:
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__
             raise CheckpointError(
-                f"{path}: damaged or missing ({reason}); {go_back(self.folder)}"
+                f"{path}: damaged or missing ({reason}); {deletion_hint(self.folder)}"
             ) from None

@@ -15,7 +15,7 @@ def latest(run_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def newest_until(run_dir: Path, images_seen: int) -> Path | None:
+def latest_until(run_dir: Path, images_seen: int) -> Path | None:
     """The newest complete checkpoint of at most `images_seen`, or None. Call on rank 0."""
     found = atomic_files.numbered_folders(run_dir / "checkpoints")
     return next((f for f in reversed(found) if int(f.name) <= images_seen), None)

@@ -17,10 +17,10 @@ from typing import TypeVar
 
 from bigan.checkpoint.folder import complete, staging_folder
 from bigan.checkpoint.part import HostBuffer, part_name
-from bigan.checkpoint.pieces import Piece, require_finite_tensors, share
 from bigan.checkpoint.progress import PartChecksum, Progress
 from bigan.checkpoint.retention import prune
-from bigan.distributed.world import World, broadcast, gather, together
+from bigan.checkpoint.tensor_shards import TensorShard, require_finite_tensors, shards_to_write
+from bigan.distributed.world import World, broadcast, gather, on_all_ranks
 
 T = TypeVar("T")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -42,7 +42,7 @@ class Saver:
     and one from before `trusted_until` (images_seen), which may be set at any time. If a checkpoint
     cannot be written (a full disk on any rank), one line is passed to `echo`, training continues,
     older checkpoints are kept and the next save is tried when it is due. `failures` counts failed
-    saves; at the end of the run `verdict` returns an error if the newest save failed.
+    saves; at the end of the run `final_error` returns an error if the newest save failed.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Saver:
         self._checked = False
         self._pruning: threading.Thread | None = None  # on rank 0
 
-    def save(self, progress: Progress, pieces: Iterable[Piece]) -> None:
+    def save(self, progress: Progress, shards: Iterable[TensorShard]) -> None:
         """Copy this rank's shards to host memory and start to write them.
 
         Returns when the copies are made (CPU) or enqueued before the next step (CUDA). Finishes a
@@ -79,12 +79,12 @@ class Saver:
         self.finish()
 
         def stage() -> None:
-            mine = share(pieces, self._world)
+            mine = shards_to_write(shards, self._world)
             names, tensors = [p.name for p in mine], [p.data for p in mine]
             require_finite_tensors(progress.images_seen, names, tensors)
             self._buffer.fill(mine)
 
-        together(self._world, stage)
+        on_all_ranks(self._world, stage)
         self._progress = replace(progress)
         self._outcome = Failure("the writer thread did not end", "report this")
         # A daemon thread: a process that has to exit does not wait for a file system that hangs.
@@ -105,11 +105,13 @@ class Saver:
         failure = next((o for o in outcomes if isinstance(o, Failure)), None)
         if failure is None:
             parts = [o for o in outcomes if isinstance(o, PartChecksum)]
-            failure = broadcast(self._world, self._complete(parts) if self._world.is_main else None)
+            failure = broadcast(
+                self._world, self._complete(parts) if self._world.is_rank_0 else None
+            )
         self._failed = failure
         if failure is not None:
             self.failures += 1
-            if self._world.is_main:
+            if self._world.is_rank_0:
                 shutil.rmtree(self._staging, ignore_errors=True)
             self._say(
                 f"checkpoint of images_seen = {self._progress.images_seen} was not saved "
@@ -123,7 +125,7 @@ class Saver:
         if self._pruning is not None:
             self._pruning.join()
 
-    def verdict(self) -> str | None:
+    def final_error(self) -> str | None:
         """The error message if the newest save failed, else None; the same on all ranks.
 
         Call at the end of a run, after `finish`.
@@ -172,7 +174,7 @@ class Saver:
             self._say(f"an older checkpoint was not deleted ({pruned.reason}); {pruned.advice}")
 
     def _say(self, line: str) -> None:
-        if self._world.is_main:
+        if self._world.is_rank_0:
             self._echo(line)
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from bigan.cli.arguments import CONFIG_HELP, OVERRIDE_HELP, count, fraction, part, positive
 from bigan.cli.bench import add_benchmarks
-from bigan.distributed.world import TOLD
+from bigan.distributed.world import REPORTED_ELSEWHERE
 from bigan.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -377,7 +377,7 @@ def _is_rank_0() -> bool:
 
 def _said_by_rank_0(error: Exception) -> bool:
     """Whether another process prints the same line: one problem, one line."""
-    told = TOLD in getattr(error, "__notes__", [])
+    told = REPORTED_ELSEWHERE in getattr(error, "__notes__", [])
     everywhere = getattr(error, "everywhere", False) and not _is_rank_0()
     return told or everywhere
 

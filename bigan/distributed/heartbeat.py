@@ -23,8 +23,8 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from bigan.distributed.signals import leave, say
-from bigan.distributed.world import TOLD, World, gather, together
+from bigan.distributed.signals import exit_process, print_line
+from bigan.distributed.world import REPORTED_ELSEWHERE, World, gather, on_all_ranks
 from bigan.errors import PeerError, RunError
 
 BEAT_SECONDS = 1.0
@@ -33,7 +33,7 @@ EXPLAIN_BEATS = 5  # time limit of `explain`
 FAILED_BEATS = 15  # after a rank reported a failure: the other ranks exit, if they hang
 GONE_BEATS = 5  # after the store closed its connections: the ranks exit
 NUM_NAMED = 8
-GO_ON = "the same command resumes from the last checkpoint"
+RESUME_HINT = "the same command resumes from the last checkpoint"
 BYE, LEFT, FAILED = "bye", "left", "failed: "  # final values of a counter
 
 # In messages of gloo, NCCL and the store after the loss of a peer; mostly plain RuntimeErrors.
@@ -148,7 +148,7 @@ def describe(report: Report, members: Sequence[Member]) -> str:
     return "; ".join(parts) + (f"; and {rest} more" if rest > 0 else "")
 
 
-def speakers(report: Report, members: Sequence[Member]) -> set[int]:
+def reporting_ranks(report: Report, members: Sequence[Member]) -> set[int]:
     """The ranks that print: rank 0 or, if it is lost, the lowest remaining rank of each host."""
     alive = [r for r in range(len(members)) if r not in report.silent and r not in report.failed]
     if 0 in alive:
@@ -186,7 +186,7 @@ class Heartbeat:
         self,
         world: World,
         lost_after_seconds: float = 60.0,
-        echo: Callable[[str], None] = say,
+        echo: Callable[[str], None] = print_line,
         connect: Callable[[float], dist.Store] = connect_to_store,
     ) -> None:
         self.world = world
@@ -210,7 +210,7 @@ class Heartbeat:
         size, rank = self.world.size, self.world.rank
         if size == 1:
             return self
-        store = together(self.world, lambda: self._connect(self.lost_after_seconds))
+        store = on_all_ranks(self.world, lambda: self._connect(self.lost_after_seconds))
         own = Member(socket.gethostname(), os.getpid(), secrets.token_hex(8))
         keys = [str(rank) for rank in range(size)]
         if rank == 0:  # before any rank can read, so that no read waits for a key
@@ -261,17 +261,17 @@ class Heartbeat:
         while time.monotonic() < deadline and not self._known():
             time.sleep(self.beat_seconds / 10)
         known = self._named = self._known()
-        self._over = self.world.is_main  # ranks that still hang in the collective exit as well
+        self._over = self.world.is_rank_0  # ranks that still hang in the collective exit as well
         self._wake.set()
         if not known:
-            return f"a collective failed, but no rank is lost ({first_line}); {GO_ON}"
-        return f"{describe(known, self._members)}; {GO_ON}"
+            return f"a collective failed, but no rank is lost ({first_line}); {RESUME_HINT}"
+        return f"{describe(known, self._members)}; {RESUME_HINT}"
 
-    def lost(self, error: BaseException) -> RunError:
-        """`explain(error)` as an error to raise, noted `TOLD` if another rank prints it."""
+    def lost_rank_error(self, error: BaseException) -> RunError:
+        """`explain(error)` as an error to raise, with a note if another rank prints it."""
         problem = RunError(self.explain(error))
-        if self._threads and self.world.rank not in speakers(self._known(), self._members):
-            problem.add_note(TOLD)
+        if self._threads and self.world.rank not in reporting_ranks(self._known(), self._members):
+            problem.add_note(REPORTED_ELSEWHERE)
         return problem
 
     def _leave_as(self, end: str) -> None:
@@ -284,7 +284,7 @@ class Heartbeat:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self._gone:
             if self._end_published and (
-                not self.world.is_main or self._watch.all_ended(self._named.silent)
+                not self.world.is_rank_0 or self._watch.all_ended(self._named.silent)
             ):
                 return
             self._wake.set()
@@ -307,10 +307,10 @@ class Heartbeat:
                 self._store.set(str(self.world.rank), end or str(num_beats))
                 values = [value.decode() for value in self._store.multi_get(self._keys)]
                 now = time.monotonic()
-                received = Report() if self.world.is_main else Report.parse(values.pop())
+                received = Report() if self.world.is_rank_0 else Report.parse(values.pop())
                 self._watch.note(values, now - before)
                 report = replace(self._watch.report(), over=over)
-                if self.world.is_main and report != published:
+                if self.world.is_rank_0 and report != published:
                     self._store.set("report", report.dump())
                     published = report
                 before, self._report = now, received.merged(report)
@@ -335,7 +335,7 @@ class Heartbeat:
             num_exchanges = self._num_exchanges
             known = self._known()
             failing = failing + step if known.failed else 0.0
-            if unanswered >= self.lost_after_seconds and not self.world.is_main:
+            if unanswered >= self.lost_after_seconds and not self.world.is_rank_0:
                 known = known.merged(Report({0: unanswered}))
             limit = self.beat_seconds * (GONE_BEATS if self._gone else FAILED_BEATS)
             if (
@@ -345,12 +345,12 @@ class Heartbeat:
             ):
                 with self._leaving:
                     if not self._end:
-                        leave(1, partial(self._report_and_stop, known))
+                        exit_process(1, partial(self._report_and_stop, known))
 
     def _report_and_stop(self, known: Report) -> None:
-        if self.world.rank in speakers(known, self._members):
-            self._echo(f"{describe(known, self._members)}; stopping; {GO_ON}")
-        if self.world.is_main and not self._gone:
+        if self.world.rank in reporting_ranks(known, self._members):
+            self._echo(f"{describe(known, self._members)}; stopping; {RESUME_HINT}")
+        if self.world.is_rank_0 and not self._gone:
             self._over = True
             self._wake.set()
             time.sleep(3 * self.beat_seconds)  # rank 0 may host the store that the others read

@@ -26,11 +26,11 @@ from bigan.distributed.launch_env import (
     from_slurm,
     launch_remarks,
 )
-from bigan.distributed.world import World, broadcast, together
+from bigan.distributed.world import World, broadcast, on_all_ranks
 from bigan.errors import LaunchError
 
 __all__ = [
-    "agree_on_program",
+    "check_same_program",
     "chosen_engine",
     "connect",
     "disconnect",
@@ -110,7 +110,7 @@ def program(config: Mapping[str, Any], engine: str) -> dict[str, str]:
     return {**versions, "the engine": engine, **kept}
 
 
-def agree_on_program(world: World, fingerprint: Mapping[str, str]) -> None:
+def check_same_program(world: World, fingerprint: Mapping[str, str]) -> None:
     """Check that all ranks run the same program (see `program`); a collective.
 
     Raises `LaunchError` on every rank, with the first rank and key that differ from rank 0.
@@ -126,7 +126,7 @@ def agree_on_program(world: World, fingerprint: Mapping[str, str]) -> None:
                     f"has {there}; start every node with the same packages, launch file and config"
                 )
 
-    together(world, compare)
+    on_all_ranks(world, compare)
 
 
 def _accelerator(timeout_seconds: int) -> Accelerator:

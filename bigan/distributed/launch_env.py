@@ -104,7 +104,7 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^,-]+)[^\]]*\]", r"\1", match[1])
 
 
-def asked_engine(environment: Mapping[str, str]) -> str | None:
+def requested_engine(environment: Mapping[str, str]) -> str | None:
     """The engine that the launch file requests, or None; raises `LaunchError` if unsupported.
 
     FSDP means FSDP2 for any `fsdp_version`: version 1 shards flattened parameters, which cannot be
@@ -112,7 +112,7 @@ def asked_engine(environment: Mapping[str, str]) -> str | None:
     and the optimiser offloading are used.
     """
     if _is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
-        return _asked_zero(environment)
+        return _requested_zero(environment)
     if not _is_true(environment, "ACCELERATE_USE_FSDP"):
         return None
     if _is_true(environment, "FSDP_OFFLOAD_PARAMS"):
@@ -128,21 +128,21 @@ def chosen_engine(setting: str, environment: Mapping[str, str], world_size: int)
 
     `environment`: as it was before `connect`. Returns single, ddp, fsdp, zero1, zero2, zero3,
     zero1_offload or zero2_offload. Raises `LaunchError` if config and launch file contradict each
-    other. The environment may differ between nodes: call it inside `world.together`.
+    other. The environment may differ between nodes: call it inside `world.on_all_ranks`.
     """
-    asked = asked_engine(environment)
+    requested = requested_engine(environment)
     launched = world_size > 1 or "WORLD_SIZE" in environment
     if setting == "auto":
-        name = asked or ("ddp" if world_size > 1 else "single")
+        name = requested or ("ddp" if world_size > 1 else "single")
     else:
         name = setting
     if name == "single" and world_size > 1:
         raise LaunchError(
             f"engine = single, but {world_size} processes were started; use engine=auto"
         )
-    if asked not in (None, name):
+    if requested not in (None, name):
         raise LaunchError(
-            f"engine = {name}, but the launch file requests {asked}; use engine=auto, or "
+            f"engine = {name}, but the launch file requests {requested}; use engine=auto, or "
             f"--config_file launch/{_launch_file(name)}.yaml"
         )
     if name == "ddp" and world_size == 1:
@@ -193,7 +193,7 @@ def launch_remarks(environment: Mapping[str, str], precision: str, compiled: str
     return remarks
 
 
-def _asked_zero(environment: Mapping[str, str]) -> str:
+def _requested_zero(environment: Mapping[str, str]) -> str:
     stage, offload, offload_parameters = (
         environment.get(f"ACCELERATE_DEEPSPEED_{name}", default).lower()
         for name, default in (

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from bigan.distributed.world import World, gather, once
+from bigan.distributed.world import World, gather, reported_by_rank_0
 from bigan.errors import RunError
 
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # by size in bytes
@@ -42,13 +42,13 @@ def check_replicas(world: World, networks: Mapping[str, nn.Module], images_seen:
     if world.size == 1:
         return
     prints = [fingerprint(network).to(world.device) for network in networks.values()]
-    everyone = [tuple(row) for row in gather(world, torch.stack(prints).tolist())]
-    if len(set(everyone)) == 1:
+    rows = [tuple(row) for row in gather(world, torch.stack(prints).tolist())]
+    if len(set(rows)) == 1:
         return
-    votes = Counter(everyone)
-    right = max(votes, key=lambda row: (votes[row], row == everyone[0]))
+    votes = Counter(rows)
+    right = max(votes, key=lambda row: (votes[row], row == rows[0]))
     wrong = []
-    for rank, row in enumerate(everyone):
+    for rank, row in enumerate(rows):
         names = [n for n, own, good in zip(networks, row, right, strict=True) if own != good]
         wrong += [f"rank {rank} ({', '.join(names)})"] if names else []
     problem = RunError(
@@ -57,4 +57,4 @@ def check_replicas(world: World, networks: Mapping[str, nn.Module], images_seen:
         "state is not saved; the same command resumes from the last checkpoint. If it happens "
         "again, test the memory and the device of that rank"
     )
-    raise once(world, problem)
+    raise reported_by_rank_0(world, problem)

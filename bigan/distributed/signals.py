@@ -28,21 +28,21 @@ CLEANUP_SECONDS = 5.0  # for a line and the marker, on file systems and pipes th
 
 GRACE_SECONDS = 30.0  # from the first signal, or the last step boundary, to the next boundary
 
-Say = Callable[[str], None]
+Echo = Callable[[str], None]
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Write `bigan: LINE` to stderr without a lock that a hanging thread could hold."""
     with contextlib.suppress(OSError):
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"bigan: {line}\n".encode())
 
 
-def speaks(environment: Mapping[str, str]) -> bool:
+def launched_as_rank_0(environment: Mapping[str, str]) -> bool:
     """Whether this process is rank 0, which prints messages that are equal on all ranks."""
     return environment.get("RANK", environment.get("SLURM_PROCID", "0")) == "0"
 
 
-def leave(code: int, cleanup: Callable[[], None]) -> None:
+def exit_process(code: int, cleanup: Callable[[], None]) -> None:
     """Exit with `code` after `cleanup()`, without waiting for other threads.
 
     `cleanup` is interrupted after `CLEANUP_SECONDS`.
@@ -63,10 +63,10 @@ class StopFlag:
     """Stores the first of `SIGNALS` in `signal` (0: none) and guarantees that the process exits.
 
     A second signal, `ECHO_SECONDS` or more after the first, exits at once with 128 + its number.
-    The process also exits with 128 + the first signal if the trainer reaches no step boundary
-    (`alive`) within `grace_seconds` and is not saving (`patient`): it hangs, for example on a
-    server that does not answer. `before_leaving(signal)` is called before such an exit, to write
-    the marker; it may be assigned later.
+    The process also exits with 128 + the first signal if the trainer reaches no `step_boundary`
+    within `grace_seconds` and is not saving (`suspend_grace_time`): it hangs, for example on a
+    server that does not answer. `before_exit(signal)` is called before such an exit, to write the
+    marker; it may be assigned later.
 
     Python runs a signal handler between two bytecodes of the main thread, never while that thread
     waits in C (a collective, a CUDA call). Therefore the C handler notifies a separate thread
@@ -79,24 +79,24 @@ class StopFlag:
     def __init__(
         self,
         grace_seconds: float = GRACE_SECONDS,
-        echo: Say = say,
-        before_leaving: Callable[[int], None] | None = None,
+        echo: Echo = print_line,
+        before_exit: Callable[[int], None] | None = None,
     ) -> None:
         self.signal: int = 0
         self.grace_seconds = grace_seconds
-        self.before_leaving = before_leaving
+        self.before_exit = before_exit
         self._echo = echo
         self._former: dict[int, object] = {}
         self._first = 0.0  # time of the first signal
         self._alive = 0.0  # time of the last step boundary
         self._saving = False
 
-    def alive(self) -> None:
+    def step_boundary(self) -> None:
         """Record a step boundary; call at each."""
         self._alive = time.monotonic()
 
     @contextlib.contextmanager
-    def patient(self) -> Iterator[None]:
+    def suspend_grace_time(self) -> Iterator[None]:
         """A context in which the grace time is suspended, for saving."""
         self._saving = True
         try:
@@ -148,10 +148,10 @@ class StopFlag:
             self._first = now
             self.signal = self.signal or number
             line = "saving at the next step boundary; a second signal exits without saving"
-            if speaks(os.environ):
+            if launched_as_rank_0(os.environ):
                 self._echo(f"signal {number}: {line}")
         elif now - self._first >= ECHO_SECONDS:
-            self._leave(number, "exiting without saving", speaks(os.environ))
+            self._leave(number, "exiting without saving", launched_as_rank_0(os.environ))
 
     def _patience(self) -> float | None:
         """Seconds until the grace time ends; None without a signal."""
@@ -165,13 +165,13 @@ class StopFlag:
         def cleanup() -> None:
             if verbose:
                 self._echo(f"signal {number}: {line}")
-            if self.before_leaving is not None:
-                self.before_leaving(number)
+            if self.before_exit is not None:
+                self.before_exit(number)
 
-        leave(128 + number, cleanup)
+        exit_process(128 + number, cleanup)
 
 
-def asked(run_dir: Path) -> bool:
+def stop_requested(run_dir: Path) -> bool:
     """Whether the file STOP exists in the run folder."""
     return (run_dir / STOP).exists()
 
@@ -182,7 +182,7 @@ def write_requeue(run_dir: Path, signal: int, images_seen: int) -> None:
     write_atomic(run_dir / REQUEUE, json.dumps(content) + "\n")
 
 
-def clear(run_dir: Path) -> None:
+def clear_markers(run_dir: Path) -> None:
     """Delete the stop request and the marker of the previous attempt; call at the start."""
     for name in (STOP, REQUEUE):
         (run_dir / name).unlink(missing_ok=True)

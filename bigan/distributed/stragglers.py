@@ -41,8 +41,8 @@ class SlowRanks:
         """
         if self._world.size == 1:
             return {}, ""
-        everyone = gather_numbers(self._world, [step_seconds, data_seconds])
-        own, data = ([row[i] for row in everyone] for i in (0, 1))
+        rows = gather_numbers(self._world, [step_seconds, data_seconds])
+        own, data = ([row[i] for row in rows] for i in (0, 1))
         rank, ratio = slowest(own)
         report = {f"rank/step_ms/{r}": 1000 * s for r, s in enumerate(own[:NUM_LOGGED])}
         report |= {"rank/slowest": rank, "rank/slowest_ratio": ratio}

@@ -13,14 +13,14 @@ import torch.distributed as dist
 from bigan.distributed.world import World
 
 
-class Shared(NamedTuple):
+class WaitTimes(NamedTuple):
     """Seconds that are not a rank's own work."""
 
-    waited: float  # for the slowest rank, in `here`
+    waited: float  # for the slowest rank, in `wait_for_all`
     exchanged: float  # in backward passes that exchange gradients, including the optimiser step
 
 
-class Waiting:
+class WaitTimer:
     """Measures the time that a rank waits for the slowest rank and exchanges gradients.
 
     In synchronous training every step takes as long on each rank as on the slowest. The rest of the
@@ -34,7 +34,7 @@ class Waiting:
         self._seconds = [0.0, 0.0]
         self._events: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
 
-    def here(self) -> None:
+    def wait_for_all(self) -> None:
         """Wait for all ranks: an all-reduce of one number."""
         if self._world.size > 1:
             with self._timed(0):
@@ -59,13 +59,13 @@ class Waiting:
             yield
             self._seconds[kind] += time.perf_counter() - start
 
-    def collect(self) -> Shared:
+    def collect(self) -> WaitTimes:
         """The times since the last call. Synchronises with the device on CUDA."""
         if self._events:
             self._events[-1][2].synchronize()
         for kind, began, ended in self._events:
             self._seconds[kind] += began.elapsed_time(ended) / 1000
-        shared = Shared(*self._seconds)
+        times = WaitTimes(*self._seconds)
         self._seconds = [0.0, 0.0]
         self._events.clear()
-        return shared
+        return times

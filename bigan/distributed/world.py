@@ -13,7 +13,7 @@ from bigan.errors import PeerError, RunError, UserError
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
-TOLD = "raised on rank 0"
+REPORTED_ELSEWHERE = "reported by another rank"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class World:
             raise ValueError(f"rank {self.rank} is not in [0, {self.size})")
 
     @property
-    def is_main(self) -> bool:
+    def is_rank_0(self) -> bool:
         """Whether this is the rank that writes files and logs to trackers."""
         return self.rank == 0
 
@@ -81,22 +81,22 @@ def gather_numbers(world: World, values: Sequence[float]) -> list[list[float]]:
     if world.size == 1:
         return [list(values)]
     own = torch.tensor(values, dtype=torch.float64, device=world.device)
-    everyone = [torch.empty_like(own) for _ in range(world.size)]
-    dist.all_gather(everyone, own)
-    return torch.stack(everyone).tolist()
+    rows = [torch.empty_like(own) for _ in range(world.size)]
+    dist.all_gather(rows, own)
+    return torch.stack(rows).tolist()
 
 
-def largest(world: World, value: float) -> float:
+def max_over_ranks(world: World, value: float) -> float:
     """The maximum of `value` over all ranks, on every rank."""
     return max(row[0] for row in gather_numbers(world, [value]))
 
 
-def everyone(world: World, holds: bool) -> bool:
+def all_ranks_agree(world: World, holds: bool) -> bool:
     """Whether `holds` is true on all ranks; the same on every rank."""
     return all(gather(world, holds))
 
 
-def together(world: World, work: Callable[[], T]) -> T:
+def on_all_ranks(world: World, work: Callable[[], T]) -> T:
     """Run `work`, which must call no collective, on all ranks; raise on all ranks if one fails.
 
     Returns this rank's result. If `work` raises on any rank, every rank raises the error of the
@@ -117,23 +117,23 @@ def together(world: World, work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def on_main(world: World, decide: Callable[[], T]) -> T:
+def on_rank_0(world: World, decide: Callable[[], T]) -> T:
     """Run `decide` on rank 0 and return its result on every rank.
 
     If it raises, every rank raises: the same `UserError` or `RunError`, else a `PeerError`.
     """
-    result = together(world, decide if world.is_main else lambda: None)
+    result = on_all_ranks(world, decide if world.is_rank_0 else lambda: None)
     return broadcast(world, result)  # type: ignore[return-value]
 
 
-def once(world: World, error: E) -> E:
+def reported_by_rank_0(world: World, error: E) -> E:
     """`error`, to be raised on every rank and printed on rank 0 only (a note marks the others)."""
-    if not world.is_main:
-        error.add_note(TOLD)
+    if not world.is_rank_0:
+        error.add_note(REPORTED_ELSEWHERE)
     return error
 
 
 def _raise_first(world: World, errors: Sequence[Exception | None]) -> None:
     for error in errors:
         if error is not None:
-            raise once(world, error)
+            raise reported_by_rank_0(world, error)

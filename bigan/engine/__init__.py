@@ -22,14 +22,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bigan.distributed.launch import (
-    agree_on_program,
+    check_same_program,
     chosen_engine,
     connect,
     launch_remarks,
     program,
 )
-from bigan.distributed.wait_times import Waiting
-from bigan.distributed.world import everyone, sum_over_ranks, together
+from bigan.distributed.wait_times import WaitTimer
+from bigan.distributed.world import all_ranks_agree, on_all_ranks, sum_over_ranks
 from bigan.engine.compiling import compile_backend, compile_now
 from bigan.engine.loss_scale import SMALLEST, LossScale
 from bigan.engine.replicated import Replicated
@@ -102,12 +102,12 @@ class Engine:
         self._accelerator, self.world = connect(config.train.collective_timeout_seconds)
         set_float32(config.precision)
         size = self.world.size
-        self.echo: Echo = echo if self.world.is_main else lambda _: None
-        self.name = together(
+        self.echo: Echo = echo if self.world.is_rank_0 else lambda _: None
+        self.name = on_all_ranks(
             self.world, lambda: chosen_engine(config.engine, environment, self.world.size)
         )
         require_able(self.name, config)
-        agree_on_program(self.world, program(config.model_dump(mode="json"), self.name))
+        check_same_program(self.world, program(config.model_dump(mode="json"), self.name))
         for remark in launch_remarks(environment, config.precision, config.compile):
             self.echo(remark)
         self.process_group = dist.group.WORLD if size > 1 else None
@@ -115,12 +115,12 @@ class Engine:
         replicated = self.name in {"single", "ddp"}
         self.memory_format = torch.channels_last if replicated else torch.contiguous_format
         self._backend, reason = compile_backend(config.compile, self.world.device)
-        if not everyone(self.world, not reason):  # nodes may differ in their compilers
+        if not all_ranks_agree(self.world, not reason):  # nodes may differ in their compilers
             self._backend = None
             self.echo(f"eager mode: {reason or 'not every node can compile'}")
         self._halt = torch.zeros((), device=self.world.device)
         self._first_bad = torch.full((), -1.0, dtype=torch.float64, device=self.world.device)
-        self.waiting = Waiting(self.world)
+        self.waiting = WaitTimer(self.world)
         self.compile_seconds = 0.0  # of the phases prepared last
 
     def prepare(
@@ -199,7 +199,7 @@ class Engine:
         wrapped, num = prepared.wrapped, len(batches)
         total: dict[str, Tensor] = {}
         finite = torch.ones((), dtype=torch.bool, device=self.world.device)
-        self.waiting.here()
+        self.waiting.wait_for_all()
         with self._on_stage(prepared, other), contextlib.ExitStack() as exchange:
             wrapped.zero_grad()
             for index, batch in enumerate(batches):
@@ -207,7 +207,7 @@ class Engine:
                     loss, scalars = wrapped(other.phase.network, batch, terms)
                     finite = torch.isfinite(loss.detach()) & finite
                     if index == num - 1:
-                        self.waiting.here()
+                        self.waiting.wait_for_all()
                         exchange.enter_context(self.waiting.exchange())
                     scaled = loss if prepared.scale is None else loss * prepared.scale.scale
                     wrapped.backward(scaled / num)

@@ -48,13 +48,13 @@ def compile_now(
     except Exception as error:
         lines = str(error).strip().splitlines()
         why = f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
-    if not everyone_compiled(world, why):
+    if not all_ranks_compiled(world, why):
         phase._compiled_call_impl = None
         return 0.0, why or "on another process"
     return time.monotonic() - began, ""
 
 
-def everyone_compiled(world: World, why: str) -> bool:
+def all_ranks_compiled(world: World, why: str) -> bool:
     """Whether `why`, what this process failed with, is empty on all.
 
     Asked through the launch's store, not by a collective: while one process has failed, others may

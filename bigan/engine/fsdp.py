@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from bigan.checkpoint import Piece
+from bigan.checkpoint import TensorShard
 from bigan.distributed.world import World
 from bigan.engine.unit import Unit
 from bigan.engine.wrapped import MOMENTS, Batch, NewOptimizer, ReadRange
@@ -74,7 +74,7 @@ class FullySharded:
                 start = first * (parameter.numel() // shape[0])
                 local = nn.Parameter(parameter.to_local().detach())
                 yield _Slice(key, shape, start, local, parameter)
-            elif self._world.is_main:
+            elif self._world.is_rank_0:
                 yield _Slice(key, shape, 0, parameter, None)
 
     def __call__(self, other: nn.Module, batch: Batch, terms: tuple) -> tuple[Tensor, Scalars]:
@@ -136,13 +136,13 @@ class FullySharded:
         for parameter in [*self._sliced, *self.phase.network.parameters()]:
             parameter.requires_grad_(not frozen)
 
-    def pieces(self, name: str) -> Iterator[Piece]:
+    def shards(self, name: str) -> Iterator[TensorShard]:
         for part in self._slices:
             state = self.optimizer.state.get(part.values, {})
             if "step" in state:
                 key = f"optimizers/{name}.{part.key}.step"
                 everywhere = part.gathered is not None  # a scalar is stepped on rank 0 alone
-                yield Piece(key, (), 0, state["step"], replicated=everywhere)
+                yield TensorShard(key, (), 0, state["step"], replicated=everywhere)
             if part.values.numel() == 0:  # fewer rows than processes
                 continue
             tensors = {f"networks/{name}.{part.key}": part.values.detach()}
@@ -150,7 +150,7 @@ class FullySharded:
                 if moment in state:
                     tensors[f"optimizers/{name}.{part.key}.{moment}"] = state[moment]
             for key, tensor in tensors.items():
-                yield Piece(key, part.shape, part.start, tensor.reshape(-1), replicated=False)
+                yield TensorShard(key, part.shape, part.start, tensor.reshape(-1), replicated=False)
 
     def load_moments(self, name: str, read: ReadRange) -> None:
         for part in self._slices:

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from bigan.checkpoint import Piece
+from bigan.checkpoint import TensorShard
 from bigan.engine.wrapped import MOMENTS, Batch, NewOptimizer, ReadRange
 from bigan.objectives.gan import Phase, Scalars
 
@@ -50,7 +50,7 @@ class Replicated:
     def freeze(self, frozen: bool) -> None:
         self.phase.network.requires_grad_(not frozen)
 
-    def pieces(self, name: str) -> Iterator[Piece]:
+    def shards(self, name: str) -> Iterator[TensorShard]:
         for key, parameter in self.phase.network.named_parameters():
             yield _whole(f"networks/{name}.{key}", parameter.detach())
             for moment, tensor in self.optimizer.state.get(parameter, {}).items():
@@ -69,5 +69,5 @@ class Replicated:
         pass
 
 
-def _whole(name: str, tensor: Tensor) -> Piece:
-    return Piece(name, tuple(tensor.shape), 0, tensor, replicated=True)
+def _whole(name: str, tensor: Tensor) -> TensorShard:
+    return TensorShard(name, tuple(tensor.shape), 0, tensor, replicated=True)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from bigan.checkpoint import Piece
+from bigan.checkpoint import TensorShard
 from bigan.objectives.gan import Phase, Scalars
 
 Batch = tuple[Tensor | None, ...]
@@ -54,7 +54,7 @@ class Wrapped(Protocol):
     def freeze(self, frozen: bool) -> None:
         """Whether the network's parameters get no gradients; called inside `whole`."""
 
-    def pieces(self, name: str) -> Iterator[Piece]:
+    def shards(self, name: str) -> Iterator[TensorShard]:
         """This process's part of the parameters and of Adam's state of network `name`.
 
         Named "networks/<name>.<parameter>" and "optimizers/<name>.<parameter>.exp_avg",
@@ -62,7 +62,7 @@ class Wrapped(Protocol):
         """
 
     def load_moments(self, name: str, read: ReadRange) -> None:
-        """Set Adam's state from the tensors that `pieces` would name so."""
+        """Set Adam's state from the tensors that `shards` would name so."""
 
     def close(self) -> None:
         """Let go of what the engine holds beside the networks."""

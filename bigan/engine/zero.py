@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bigan.checkpoint import Piece
+from bigan.checkpoint import TensorShard
 from bigan.distributed.world import World
 from bigan.engine.unit import Unit
 from bigan.engine.wrapped import MOMENTS, Batch, NewOptimizer, ReadRange
@@ -165,9 +165,9 @@ class Zero:
     def freeze(self, frozen: bool) -> None:
         self.phase.network.requires_grad_(not frozen)
 
-    def pieces(self, name: str) -> Iterator[Piece]:
+    def shards(self, name: str) -> Iterator[TensorShard]:
         for key, parameter in self.phase.network.named_parameters():
-            yield Piece(
+            yield TensorShard(
                 f"networks/{name}.{key}",
                 tuple(parameter.shape),
                 0,
@@ -177,10 +177,12 @@ class Zero:
         state = self.optimizer.state.get(self._partition, {})
         for span in self._spans if state else []:
             stem = f"optimizers/{name}.{span.key}"
-            yield Piece(f"{stem}.step", (), 0, state["step"], replicated=True)
+            yield TensorShard(f"{stem}.step", (), 0, state["step"], replicated=True)
             for moment in MOMENTS if span.at.start < span.at.stop else ():
                 part = state[moment][span.at]
-                yield Piece(f"{stem}.{moment}", span.shape, span.start, part, replicated=False)
+                yield TensorShard(
+                    f"{stem}.{moment}", span.shape, span.start, part, replicated=False
+                )
 
     def load_moments(self, name: str, read: ReadRange) -> None:
         """Raises `RunError` if the parameters took different numbers of steps."""

@@ -12,7 +12,7 @@ from torch import nn
 from bigan import models
 from bigan.checkpoint import snapshots
 from bigan.data.dataset import open_level
-from bigan.distributed.world import World, on_main, once, together
+from bigan.distributed.world import World, on_all_ranks, on_rank_0, reported_by_rank_0
 from bigan.errors import UserError
 from bigan.evaluation import features, metrics, moments, reference, sampling
 from bigan.layers.batchnorm import normalisation_layers
@@ -71,7 +71,7 @@ class Judge:
     ) -> None:
         settings = config.evaluation
         self.config, self.world, self.device = config, world, device
-        self.manifest = on_main(
+        self.manifest = on_rank_0(
             world, lambda: open_level(config.data.path, config.model.resolution, config.data)
         )
         self._check_fit(config, "config.yaml")
@@ -79,7 +79,7 @@ class Judge:
         self.normalises = bool(normalisation_layers(generator))
         self.has_mean_latent = has_latent_average(generator)
         self.check(settings.truncation)
-        self.extractor = together(
+        self.extractor = on_all_ranks(
             world, lambda: features.create(settings.extractor, settings.weights_path, device)
         )
         self.reference = reference.load_or_compute(
@@ -105,7 +105,7 @@ class Judge:
             )
         else:
             return
-        raise once(self.world, UserError(f"truncation {truncation:g}: {why}"))
+        raise reported_by_rank_0(self.world, UserError(f"truncation {truncation:g}: {why}"))
 
     def protocol(self, truncation: float | None) -> dict[str, object]:
         """All that the numbers of a generator depend on, but for the generator itself."""
@@ -158,7 +158,7 @@ class Judge:
                 }
             )
 
-        generator, recipe = together(self.world, load)
+        generator, recipe = on_all_ranks(self.world, load)
         if truncation is not None:
             sampling.accumulate_statistics(
                 generator, recipe, counts, task.images_seen, self.world, self.device
@@ -174,7 +174,7 @@ class Judge:
                 total = moments.merge(total, moments.of(sampled))
             return total
 
-        total = moments.all_reduce(self.world, together(self.world, own_part))
+        total = moments.all_reduce(self.world, on_all_ranks(self.world, own_part))
         logits = rows.gather(self.world)
 
         def numbers() -> Record:
@@ -188,17 +188,17 @@ class Judge:
                 seconds=time.perf_counter() - started,
             )
 
-        return on_main(self.world, numbers)
+        return on_rank_0(self.world, numbers)
 
     def measure_unless_replaced(self, task: Task, truncation: float | None) -> Record | None:
         """The record, or None if the trainer, resumed, wrote the snapshot again meanwhile."""
         try:
             record: Record | None = self.measure(task, truncation)
         except UserError:
-            if on_main(self.world, task.is_current):
+            if on_rank_0(self.world, task.is_current):
                 raise
             return None
-        return record if on_main(self.world, task.is_current) else None
+        return record if on_rank_0(self.world, task.is_current) else None
 
     def remarks(self, *truncations: float | None) -> list[str]:
         """What a reader of the numbers, at these truncations, has to know; said once."""

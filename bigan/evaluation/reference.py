@@ -21,7 +21,7 @@ from bigan import atomic_files
 from bigan.data.settings import Fetch
 from bigan.data.shards import Manifest
 from bigan.data.stream import sequential
-from bigan.distributed.world import World, on_main, together
+from bigan.distributed.world import World, on_all_ranks, on_rank_0
 from bigan.errors import UserError
 from bigan.evaluation import moments
 from bigan.evaluation.features import Extractor
@@ -66,7 +66,7 @@ def load_or_compute(
     if manifest.num_samples(split) < 2:
         raise UserError(f"{manifest.folder}: split {split!r} has fewer than 2 images to compare to")
     path = cache / f"reference-{fingerprint(content)}.safetensors"
-    cached = on_main(world, lambda: _read(path, extractor.dim))
+    cached = on_rank_0(world, lambda: _read(path, extractor.dim))
     if cached is not None:
         return cached
     total = compute(extractor, manifest, split, world, batch, fetch)
@@ -81,7 +81,7 @@ def load_or_compute(
         cache.mkdir(parents=True, exist_ok=True)
         atomic_files.write_atomic(path, safetensors.torch.save(tensors, metadata))
 
-    on_main(world, write)
+    on_rank_0(world, write)
     return total
 
 
@@ -102,7 +102,7 @@ def compute(
             total = moments.merge(total, moments.of(features))
         return total
 
-    total = moments.all_reduce(world, together(world, own_part))
+    total = moments.all_reduce(world, on_all_ranks(world, own_part))
     expected = manifest.num_samples(split)
     if total.num != expected:
         raise RuntimeError(f"{total.num} reference images were read, there are {expected}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bigan import models, rng
-from bigan.distributed.world import World, sum_over_ranks, together
+from bigan.distributed.world import World, on_all_ranks, sum_over_ranks
 from bigan.errors import RunError
 from bigan.layers.batchnorm import collecting_statistics, normalisation_layers
 from bigan.layers.mapping import has_latent_average
@@ -83,7 +83,7 @@ def accumulate_statistics(
             generator(z.to(device), labels.to(device), **arguments)
 
     with collecting_statistics(generator, partial(sum_over_ranks, world)):
-        together(world, own_part)
+        on_all_ranks(world, own_part)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bigan.checkpoint import snapshots
-from bigan.distributed.world import World, on_main, once
+from bigan.distributed.world import World, on_rank_0, reported_by_rank_0
 from bigan.errors import UserError
 from bigan.evaluation.judge import FOLDER, Judge, Record, Task
 from bigan.evaluation.ledger import Ledger, as_content, is_of, read_json, write_json
@@ -57,9 +57,9 @@ def sweep(
         judge.check(truncation)
     ledger = Ledger(run_dir, judge.protocol(own))
     distance_key = judge.extractor.distance_key
-    task, why = on_main(world, lambda: choose(ledger, which, distance_key))
+    task, why = on_rank_0(world, lambda: choose(ledger, which, distance_key))
     table = Table(run_dir, judge, task)
-    tracker = Tracker(run_dir, config.tracking, role="evaluation") if world.is_main else None
+    tracker = Tracker(run_dir, config.tracking, role="evaluation") if world.is_rank_0 else None
 
     def deliver(truncation: float | None, record: Record) -> None:
         if truncation == own:
@@ -73,19 +73,19 @@ def sweep(
         table.add(truncation, as_content(record))
 
     try:
-        on_main(world, lambda: table.read(ledger))
-        if world.is_main:
+        on_rank_0(world, lambda: table.read(ledger))
+        if world.is_rank_0:
             for remark in (*judge.remarks(*truncations), f"snapshot {task.images_seen}: {why}"):
                 echo(remark)
-        for truncation in on_main(world, lambda: table.missing(truncations)):
+        for truncation in on_rank_0(world, lambda: table.missing(truncations)):
             record = judge.measure_unless_replaced(task, truncation)
             if record is None:
                 problem = UserError(
                     f"{task.folder}: was written again meanwhile; give the same command again"
                 )
-                raise once(world, problem)
-            on_main(world, functools.partial(deliver, truncation, record))
-        on_main(world, lambda: finish(table, tracker, echo))
+                raise reported_by_rank_0(world, problem)
+            on_rank_0(world, functools.partial(deliver, truncation, record))
+        on_rank_0(world, lambda: finish(table, tracker, echo))
     finally:
         note = tracker.close(None) if tracker is not None else None
         if note:
@@ -192,8 +192,8 @@ def finish(table: Table, tracker: Tracker | None, echo: Echo) -> None:
     except OSError as error:
         raise UserError(f"{picture}: cannot be written: {error.strerror or error}") from None
     if tracker is not None:
-        tracker.artifact(table.path)
-        tracker.artifact(picture)
+        tracker.log_artifact(table.path)
+        tracker.log_artifact(picture)
     for text in table.lines():
         echo(text)
     echo(f"{table.path}, {picture.name}")

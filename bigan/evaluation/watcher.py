@@ -20,7 +20,7 @@ import torch
 
 from bigan import config as configs
 from bigan.checkpoint import snapshots
-from bigan.distributed.world import World, on_main
+from bigan.distributed.world import World, on_rank_0
 from bigan.errors import UserError
 from bigan.evaluation.judge import Judge, Record
 from bigan.evaluation.ledger import Ledger, as_content
@@ -54,17 +54,17 @@ def evaluate(
     truncation = config.evaluation.truncation
     judge = Judge(run_dir, config, world, torch.device(device or world.device))
     ledger = Ledger(run_dir, judge.protocol(truncation))
-    tracker = Tracker(run_dir, config.tracking, role="evaluation") if world.is_main else None
+    tracker = Tracker(run_dir, config.tracking, role="evaluation") if world.is_rank_0 else None
     try:
         for remark in judge.remarks(truncation):
-            if world.is_main:
+            if world.is_rank_0:
                 echo(remark)
-        for _, content in on_main(world, ledger.measured):  # for the reader who comes back
-            if world.is_main:
+        for _, content in on_rank_0(world, ledger.measured):  # for the reader who comes back
+            if world.is_rank_0:
                 echo(line(content))
         num_measured = 0
         while True:
-            task, finished = on_main(world, ledger.next_task)
+            task, finished = on_rank_0(world, ledger.next_task)
             if task is None:
                 if finished or not watch:
                     break
@@ -73,8 +73,8 @@ def evaluate(
             record = judge.measure_unless_replaced(task, truncation)
             if record is not None:
                 num_measured += 1
-                on_main(world, functools.partial(publish, record, ledger, tracker, echo))
-        if world.is_main and not num_measured:
+                on_rank_0(world, functools.partial(publish, record, ledger, tracker, echo))
+        if world.is_rank_0 and not num_measured:
             echo(f"{run_dir}: every snapshot is already evaluated under this protocol")
     finally:
         note = tracker.close(None) if tracker is not None else None
@@ -120,8 +120,8 @@ def run_config(
         )
 
     waiting = False
-    while (config := on_main(world, look)) is None:
-        if world.is_main and not waiting:
+    while (config := on_rank_0(world, look)) is None:
+        if world.is_rank_0 and not waiting:
             echo(f"waiting for {path}")
         waiting = True
         time.sleep(poll_seconds)

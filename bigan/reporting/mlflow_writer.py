@@ -140,7 +140,7 @@ _Item = _Metrics | _Replay | _Artifact | _Params | _Terminate
 # --- the queue --------------------------------------------------------------------------------
 
 
-class Sender:
+class MlflowWriter:
     """Sends the metrics and files of one process. Every method except `close` returns at once."""
 
     def __init__(self, run_dir: Path, experiment: str, role: Role) -> None:

@@ -26,7 +26,7 @@ import torch
 
 from bigan.reporting import metrics_log
 from bigan.reporting.metrics_log import read_metrics, series
-from bigan.reporting.mlflow_writer import Role, Sender, Status
+from bigan.reporting.mlflow_writer import MlflowWriter, Role, Status
 from bigan.run_config import TrackingConfig
 
 __all__ = ["Role", "Status", "Tracker", "environment", "read_metrics", "series"]
@@ -48,7 +48,7 @@ class Tracker:
         self._num_unwritten = 0
         with contextlib.suppress(OSError):  # if it fails, every line is counted as unwritten
             run_dir.mkdir(parents=True, exist_ok=True)
-        self._sender = Sender(run_dir, config.experiment, role) if config.mlflow else None
+        self._mlflow = MlflowWriter(run_dir, config.experiment, role) if config.mlflow else None
 
     def log(self, images_seen: int, metrics: Mapping[str, float]) -> None:
         """Append {key: number} at `images_seen` to the metrics log and to the queue for MLflow."""
@@ -60,30 +60,30 @@ class Tracker:
             metrics_log.append(self._path, images_seen, seconds, values)
         except OSError:
             self._num_unwritten += 1
-        if self._sender:
-            self._sender.metrics(images_seen, seconds, values)
+        if self._mlflow:
+            self._mlflow.metrics(images_seen, seconds, values)
 
-    def picture(self, images_seen: int, key: str, path: Path) -> None:
+    def log_image(self, images_seen: int, key: str, path: Path) -> None:
         """Send the image file `path` to MLflow's artifact folder `key` ("samples").
 
         The file is read later, on another thread. A file of the same name replaces the previous
         one there.
         """
-        if self._sender:
-            self._sender.artifact(path, key)
+        if self._mlflow:
+            self._mlflow.artifact(path, key)
 
-    def artifact(self, path: Path) -> None:
+    def log_artifact(self, path: Path) -> None:
         """Send a file of the run to MLflow; it is read later, on another thread."""
-        if self._sender:
-            self._sender.artifact(path, None)
+        if self._mlflow:
+            self._mlflow.artifact(path, None)
 
-    def params(self, values: Mapping[str, Any]) -> None:
+    def log_params(self, values: Mapping[str, Any]) -> None:
         """Send the config to MLflow as parameters, nested keys joined by dots.
 
         MLflow parameters are immutable: what a resume changed becomes the tag `resumed.<key>`.
         """
-        if self._sender:
-            self._sender.params(values)
+        if self._mlflow:
+            self._mlflow.params(values)
 
     def close(self, status: Status | None, timeout_seconds: float = 60.0) -> str | None:
         """Send what is queued, within `timeout_seconds`, and set the final status of the run.
@@ -94,10 +94,10 @@ class Tracker:
         notes = []
         if self._num_unwritten:
             notes.append(f"{self._path}: {self._num_unwritten} line(s) could not be written")
-        if self._sender:
-            note = self._sender.close(status, timeout_seconds)
+        if self._mlflow:
+            note = self._mlflow.close(status, timeout_seconds)
             notes += [note] if note else []
-            self._sender = None
+            self._mlflow = None
         return "; ".join(notes) or None
 
 

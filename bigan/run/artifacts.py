@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from bigan import checkpoint
 from bigan.checkpoint import Saver, snapshots
-from bigan.distributed.world import on_main, once
+from bigan.distributed.world import on_rank_0, reported_by_rank_0
 from bigan.errors import RunError
 from bigan.reporting import image_grids, plots
 from bigan.reporting.tracker import Tracker
@@ -54,15 +54,15 @@ class Outputs:
 
     def checkpoint(self) -> None:
         """Begin to save the complete state; training may go on at once."""
-        self.saver.save(self._training.progress, self._training.pieces())
+        self.saver.save(self._training.progress, self._training.shards())
 
     def close(self) -> None:
         """Wait for the save under way; raises `RunError` if the newest state is not on disk."""
         self.saver.finish()
-        why = self.saver.verdict() or self._unwritten
+        why = self.saver.final_error() or self._unwritten
         if why:
             problem = RunError(f"trained to the end of this life, but not all was kept: {why}")
-            raise once(self._training.world, problem)
+            raise reported_by_rank_0(self._training.world, problem)
 
     def finish(self) -> None:
         """The pictures of the whole run, then its completion marker; on rank 0."""
@@ -73,8 +73,8 @@ class Outputs:
             [(int(path.stem), path) for path in grids], run_dir / "timeline.png"
         )
         if self._tracker:
-            self._tracker.artifact(run_dir / "timeline.png")
-            self._tracker.artifact(run_dir / "curves.png")
+            self._tracker.log_artifact(run_dir / "timeline.png")
+            self._tracker.log_artifact(run_dir / "curves.png")
         folder.finish(self._training.config, self._training.progress.images_seen)
 
     def _picture(self) -> None:
@@ -86,7 +86,7 @@ class Outputs:
             rows = []  # the rows differ by their latents only
         image_grids.save_grid(path, training.sample_grid(), columns=GRID_COLUMNS, row_labels=rows)
         if self._tracker:
-            self._tracker.picture(seen, "samples", path)
+            self._tracker.log_image(seen, "samples", path)
 
     def _attempt(self, what: str, write: Callable[[], None]) -> None:
         """Write on rank 0. If the disk refuses, say so and go on: the next one may succeed."""
@@ -98,7 +98,7 @@ class Outputs:
                 return f"{what} could not be written ({error.strerror or error})"
             return ""
 
-        why = on_main(self._training.world, on_disk)
+        why = on_rank_0(self._training.world, on_disk)
         self._unwritten = why
         if why:
             run_dir = self._training.config.run_dir

@@ -103,7 +103,7 @@ def prepare(config: RunConfig) -> None:
     record = json.dumps(environment(), indent=2, sort_keys=True) + "\n"
     atomic_files.write_atomic(folder / "environment.json", record)
     (folder / DONE).unlink(missing_ok=True)
-    signals.clear(folder)
+    signals.clear_markers(folder)
 
 
 def finish(config: RunConfig, images_seen: int) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bigan import atomic_files, checkpoint
 from bigan.checkpoint import Saver
-from bigan.distributed.world import broadcast, on_main
+from bigan.distributed.world import broadcast, on_rank_0
 from bigan.errors import RunError
 from bigan.layers import spectral
 from bigan.reporting.metrics_log import read_metrics
@@ -73,7 +73,7 @@ class Recovery:
                 self._detector.restore(ticks, progress.collapse_began)
             return self._detector.began
 
-        progress.collapse_began = on_main(self._training.world, restore)
+        progress.collapse_began = on_rank_0(self._training.world, restore)
         self._trust()
 
     def _trust(self) -> None:
@@ -92,7 +92,7 @@ class Recovery:
             return
         signs: list[Sign] = []
         began = NEVER
-        if training.world.is_main:
+        if training.world.is_rank_0:
             signs = self._detector.look(tick)
             began = self._detector.began
         began, signs = broadcast(training.world, (began, signs))
@@ -102,12 +102,12 @@ class Recovery:
         if not signs or (known and self._config.action == "warn"):
             return
         self._saver.finish()  # the checkpoint under way may be the one to go back to
-        self._healthy = on_main(training.world, lambda: self._decide(signs, report))
+        self._healthy = on_rank_0(training.world, lambda: self._decide(signs, report))
 
     def _decide(self, signs: list[Sign], report: dict[str, float]) -> Path | None:
         """The checkpoint to go back to, or None to go on; on rank 0. Raises `RunError`."""
         config, progress = self._config, self._training.progress
-        healthy = checkpoint.newest_until(self._run_dir, progress.collapse_began)
+        healthy = checkpoint.latest_until(self._run_dir, progress.collapse_began)
         says = describe(signs, report, progress.images_seen, progress.collapse_began)
         best = best_snapshot(self._run_dir)
         if best:
@@ -154,14 +154,14 @@ class Recovery:
         def settle() -> None:
             try:
                 checkpoint.discard_after(self._run_dir, int(healthy.name))
-                checkpoint.amend(healthy, rollbacks=rollbacks, lr_factor=lr_factor)
+                checkpoint.update_progress(healthy, rollbacks=rollbacks, lr_factor=lr_factor)
             except OSError as error:
                 raise RunError(
                     f"{healthy.parent}: cannot go back to {healthy.name} "
                     f"({error.strerror or error}); see to it, the same command tries again"
                 ) from None
 
-        on_main(training.world, settle)
+        on_rank_0(training.world, settle)
         attempt = training.progress.attempt
         training.close()
         training.build(training.stages[0])  # an engine's networks cannot always be loaded into

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from bigan import augment, checkpoint, models, rng
-from bigan.checkpoint import Piece, Progress, Reader
+from bigan.checkpoint import Progress, Reader, TensorShard
 from bigan.data.fetch import BadSample
 from bigan.data.stream import Batch
-from bigan.distributed.world import sum_over_ranks, together
+from bigan.distributed.world import on_all_ranks, sum_over_ranks
 from bigan.engine import Engine, Prepared
 from bigan.engine.loss_scale import LossScale
 from bigan.layers.batchnorm import (
@@ -149,9 +149,9 @@ class Training:
                 )
             return progress, reader
 
-        progress, reader = together(self.world, look)
-        reader.verify_together(self.world)  # or one rank alone would find it damaged, later
-        together(self.world, lambda: checkpoint.load_networks(reader, self.networks))
+        progress, reader = on_all_ranks(self.world, look)
+        reader.verify_across_ranks(self.world)  # or one rank alone would find it damaged, later
+        on_all_ranks(self.world, lambda: checkpoint.load_networks(reader, self.networks))
         self.former_forward_images = progress.forward_images
         self.progress = replace(
             progress, attempt=progress.attempt + 1, forward_images=self.progress.forward_images
@@ -192,17 +192,17 @@ class Training:
             prepared.wrapped.close()
         self.prepared.clear()
 
-    def pieces(self) -> Iterator[Piece]:
+    def shards(self) -> Iterator[TensorShard]:
         """This process's part of everything that a checkpoint holds."""
         trained: set[int] = set()
         for name, prepared in self.prepared.items():
             trained |= {id(parameter) for parameter in self.networks[name].parameters()}
-            yield from prepared.wrapped.pieces(name)
+            yield from prepared.wrapped.shards(name)
         for name, network in self.networks.items():
             for key, tensor in network.state_dict(keep_vars=True).items():
                 if id(tensor) not in trained:
                     key = f"networks/{name}.{key}"
-                    yield Piece(key, tuple(tensor.shape), 0, tensor.detach(), replicated=True)
+                    yield TensorShard(key, tuple(tensor.shape), 0, tensor.detach(), replicated=True)
 
     @property
     def alpha(self) -> float:

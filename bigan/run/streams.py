@@ -11,7 +11,7 @@ from bigan.data.dataset import open_level, open_manifest
 from bigan.data.resampled import ResampledStream
 from bigan.data.shards import Manifest
 from bigan.data.stream import Batch, Endless, ShardStream
-from bigan.distributed.world import World, broadcast, gather, together
+from bigan.distributed.world import World, broadcast, gather, on_all_ranks
 from bigan.errors import UserError
 from bigan.objectives.growth import stages
 from bigan.run.state import Training
@@ -146,4 +146,4 @@ def agree_on_data(world: World, fingerprint: str) -> None:
                 "all nodes the same shards"
             )
 
-    together(world, compare)
+    on_all_ranks(world, compare)

@@ -16,9 +16,9 @@ from bigan.data.stream import Batch, Endless
 from bigan.distributed.heartbeat import Heartbeat, is_communication_error
 from bigan.distributed.launch import disconnect
 from bigan.distributed.replica_check import check_replicas
-from bigan.distributed.signals import GRACE_SECONDS, StopFlag, asked, write_requeue
+from bigan.distributed.signals import GRACE_SECONDS, StopFlag, stop_requested, write_requeue
 from bigan.distributed.stragglers import SlowRanks
-from bigan.distributed.world import barrier, largest, on_main, together
+from bigan.distributed.world import barrier, max_over_ranks, on_all_ranks, on_rank_0
 from bigan.engine import Echo, Engine
 from bigan.errors import RunError
 from bigan.layers.batchnorm import normalisation_layers
@@ -59,7 +59,7 @@ def train(config: RunConfig, echo: Echo, on_tick: OnTick, stop: StopFlag | None 
             code = _train(config, engine, on_tick, stop)
         except Exception as error:
             if engine.world.size > 1 and is_communication_error(error):
-                raise beat.lost(error) from error
+                raise beat.lost_rank_error(error) from error
             raise
     # Not before all have said goodbye: the store they beat in may end with rank 0's process group.
     disconnect(engine.world)
@@ -69,8 +69,8 @@ def train(config: RunConfig, echo: Echo, on_tick: OnTick, stop: StopFlag | None 
 def _train(config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag) -> int:
     world, echo = engine.world, engine.echo
     accumulation_steps(config.train, world.size)
-    images = on_main(world, lambda: check_data(config))
-    resume_from = on_main(world, lambda: folder.check(config))
+    images = on_rank_0(world, lambda: check_data(config))
+    resume_from = on_rank_0(world, lambda: folder.check(config))
     training = Training(config, engine, images.classes)
     progress, total = training.progress, config.train.total_images
     training.progress.data_fingerprint = images.fingerprint
@@ -79,21 +79,23 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag) -
         progress = training.progress
         echo(f"resuming {config.run_dir} at images_seen = {progress.images_seen}")
         if progress.images_seen >= total:
-            on_main(world, lambda: finish_again(training))
+            on_rank_0(world, lambda: finish_again(training))
             echo(f"{config.run_dir}: already complete at images_seen = {progress.images_seen}")
             return 0
     enter_stage(training)
-    with together(world, lambda: open_stream(training)) as stream:
+    with on_all_ranks(world, lambda: open_stream(training)) as stream:
         agree_on_data(world, stream.fingerprint)
-        on_main(world, lambda: folder.prepare(config))
-        if world.is_main:
-            stop.before_leaving = lambda number: leave_marker(config.run_dir, number)
-        tracker = Tracker(config.run_dir, config.tracking, role="train") if world.is_main else None
+        on_rank_0(world, lambda: folder.prepare(config))
+        if world.is_rank_0:
+            stop.before_exit = lambda number: leave_marker(config.run_dir, number)
+        tracker = (
+            Tracker(config.run_dir, config.tracking, role="train") if world.is_rank_0 else None
+        )
         outputs = Outputs(training, tracker)
         status: Status = "FAILED"
         try:
             if tracker:
-                tracker.params(config.model_dump(mode="json"))
+                tracker.log_params(config.model_dump(mode="json"))
             for remark in remarks(training):
                 echo(remark)
             loop = Loop(training, outputs, tracker, on_tick, stop)
@@ -108,7 +110,7 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag) -
         if code:
             echo(
                 f"stopped by signal {code - 128} at images_seen = {progress.images_seen}; "
-                "the same command goes on from there"
+                "the same command resumes from there"
             )
         training.close()
     return code
@@ -148,7 +150,7 @@ def run_stages(training: Training, loop: Loop, stream: Endless) -> int:
             loop.finish()
             return 0
         enter_stage(training)
-        stream = together(world, lambda: open_stream(training))
+        stream = on_all_ranks(world, lambda: open_stream(training))
         agree_on_data(world, stream.fingerprint)
 
 
@@ -243,7 +245,7 @@ class Loop:
         while progress.images_seen < end:
             before = progress.images_seen
             training.step(stream)
-            self.stop.alive()
+            self.stop.step_boundary()
             self.num_steps += 1
             seen = progress.images_seen
             last, stage_ends = seen >= config.total_images, seen >= end
@@ -258,7 +260,7 @@ class Loop:
                 return 0
             if at_check or stop:
                 self.check_replicas()
-            with self.stop.patient():  # a save may take longer than the grace time
+            with self.stop.suspend_grace_time():  # a save may take longer than the grace time
                 if at_snapshot:
                     self.outputs.snapshot()
                 if at_checkpoint or stop:
@@ -271,9 +273,9 @@ class Loop:
 
     def finish(self) -> None:
         """Once all images have been seen: everything on disk, then the mark that it is."""
-        with self.stop.patient():
+        with self.stop.suspend_grace_time():
             self.outputs.close()
-            on_main(self.world, self.outputs.finish)
+            on_rank_0(self.world, self.outputs.finish)
             barrier(self.world)
 
     def checkpoint(self) -> None:
@@ -288,10 +290,12 @@ class Loop:
         saver.finish()
 
         def mark() -> None:
-            if self.stop.signal or not asked(run_dir):  # a user's STOP is not to be requeued
+            if self.stop.signal or not stop_requested(
+                run_dir
+            ):  # a user's STOP is not to be requeued
                 leave_marker(run_dir, number)
 
-        on_main(self.world, mark)
+        on_rank_0(self.world, mark)
         self.outputs.close()
 
     def tick(self) -> int:
@@ -309,7 +313,7 @@ class Loop:
         )
         if agreed["halted_at"] >= 0:
             saver.finish()  # what was sound is kept
-            on_main(self.world, partial(give_up, training, int(agreed["halted_at"]), means))
+            on_rank_0(self.world, partial(give_up, training, int(agreed["halted_at"]), means))
         self.steps_between = max(1, int(STOP_CHECK_SECONDS / agreed["step_seconds"]))
         self.steps_to_check = self.steps_between
         self.stop.grace_seconds = max(GRACE_SECONDS, 3 * agreed["step_seconds"])
@@ -357,11 +361,15 @@ class Loop:
         if self.steps_to_check > 0:
             return False
         self.steps_to_check = self.steps_between
-        return largest(self.world, self.stop_signal()) > 0
+        return max_over_ranks(self.world, self.stop_signal()) > 0
 
     def stop_signal(self) -> int:
         """This rank's stop signal, or 0; rank 0 also looks for the file STOP."""
-        if self.stop.signal == 0 and self.world.is_main and asked(self.training.config.run_dir):
+        if (
+            self.stop.signal == 0
+            and self.world.is_rank_0
+            and stop_requested(self.training.config.run_dir)
+        ):
             return signal.SIGTERM
         return self.stop.signal
 

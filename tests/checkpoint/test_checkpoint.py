@@ -60,7 +60,7 @@ def test_resume_restores_networks_moments_and_counters(recipe: Recipe) -> None:
             assert moments["step"].item() == 10
             assert moments["exp_avg_sq"].abs().sum() > 0 or parameter.numel() < 50
     saver = Saver(config.run_dir / "copy", training.world)
-    saver.save(training.progress, training.pieces())
+    saver.save(training.progress, training.shards())
     saver.finish()
     again = state_of(config.run_dir / "copy" / "checkpoints" / "400")
     before = state_of(folder)
@@ -93,7 +93,7 @@ def test_sigkill_between_and_during_saves(digits: Path, tmp_path: Path) -> None:
 
     Every second step is saved, so that many of the kills happen during a save.
     """
-    undisturbed = start(tmp_path / "whole", digits, *LONG)  # beside the killed one
+    undisturbed = start(tmp_path / "whole", digits, *LONG)  # in parallel with the killed run
     run, chance, kills = tmp_path / "killed", random.Random(0), 0
     for _ in range(40):
         process = start(run, digits, *LONG)

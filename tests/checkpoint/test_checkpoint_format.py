@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from bigan import checkpoint
-from bigan.checkpoint import CheckpointError, Piece, Progress, Reader
+from bigan.checkpoint import CheckpointError, Progress, Reader, TensorShard
 from bigan.checkpoint.folder import complete
 from bigan.checkpoint.part import HostBuffer, part_name
 from bigan.checkpoint.progress import to_json
 from bigan.distributed.world import World
 
 
-def write(folder: Path, parts: Sequence[Sequence[Piece]], check: bool = True) -> Path:
+def write(folder: Path, parts: Sequence[Sequence[TensorShard]], check: bool = True) -> Path:
     """A checkpoint of `len(parts)` ranks; `check=False` writes an inconsistent one as well."""
     staging = folder.with_name(f".{folder.name}.1.tmp")
     staging.mkdir(parents=True)
     checksums = []
-    for index, pieces in enumerate(parts):
+    for index, shards in enumerate(parts):
         buffer = HostBuffer()
-        buffer.fill(pieces)
+        buffer.fill(shards)
         checksums.append(buffer.write(staging / part_name(index, len(parts))))
     progress = Progress(images_seen=int(folder.name))
     if check:
@@ -35,13 +35,13 @@ def write(folder: Path, parts: Sequence[Sequence[Piece]], check: bool = True) ->
     return staging.rename(folder)
 
 
-def unsharded(name: str, tensor: Tensor) -> Piece:
-    return Piece(name, tuple(tensor.shape), 0, tensor, replicated=True)
+def unsharded(name: str, tensor: Tensor) -> TensorShard:
+    return TensorShard(name, tuple(tensor.shape), 0, tensor, replicated=True)
 
 
-def sharded(name: str, tensor: Tensor, start: int, stop: int) -> Piece:
+def sharded(name: str, tensor: Tensor, start: int, stop: int) -> TensorShard:
     part = tensor.reshape(-1)[start:stop]
-    return Piece(name, tuple(tensor.shape), start, part, replicated=False)
+    return TensorShard(name, tuple(tensor.shape), start, part, replicated=False)
 
 
 def toy() -> nn.Sequential:
@@ -55,13 +55,13 @@ def trained(network: nn.Module) -> torch.optim.Adam:
     return optimizer
 
 
-def state(name: str, network: nn.Module, optimizer: torch.optim.Adam | None) -> list[Piece]:
+def state(name: str, network: nn.Module, optimizer: torch.optim.Adam | None) -> list[TensorShard]:
     """The shards of a network and of its optimiser, all unsharded."""
-    pieces = [unsharded(f"networks/{name}.{k}", t) for k, t in network.state_dict().items()]
+    shards = [unsharded(f"networks/{name}.{k}", t) for k, t in network.state_dict().items()]
     for key, parameter in network.named_parameters() if optimizer else ():
         for kind, tensor in optimizer.state[parameter].items():
-            pieces.append(unsharded(f"optimizers/{name}.{key}.{kind}", tensor))
-    return pieces
+            shards.append(unsharded(f"optimizers/{name}.{key}.{kind}", tensor))
+    return shards
 
 
 def test_any_range_is_read_from_any_sharding(tmp_path: Path) -> None:
@@ -156,9 +156,9 @@ def test_checksums_are_compared_once_and_can_be_skipped(tmp_path: Path) -> None:
     careful = Reader(folder)
     assert torch.equal(careful.read_range("networks/x", 0, 4), tensor[:4]), "of the intact part"
     with pytest.raises(CheckpointError, match="checksum"):
-        careful.verify_together(World())
+        careful.verify_across_ranks(World())
     trusting = Reader(folder, verify=False)
-    trusting.verify_together(World())
+    trusting.verify_across_ranks(World())
     assert not torch.equal(trusting.read("networks/x"), tensor)
 
 
@@ -188,13 +188,13 @@ def test_shards_must_cover_every_tensor_once(tmp_path: Path) -> None:
             sharded("networks/y", tensor.double(), 5, 10),
         ],
     }
-    for index, (said, pieces) in enumerate(wrong.items()):
-        folder = write(tmp_path / str(index), [[piece] for piece in pieces], check=False)
+    for index, (said, shards) in enumerate(wrong.items()):
+        folder = write(tmp_path / str(index), [[shard] for shard in shards], check=False)
         with pytest.raises(CheckpointError, match=said):
             Reader(folder)
     for start, stop in ((-1, 3), (8, 11)):
         with pytest.raises(ValueError, match="range of a tensor"):
-            Piece(name, (10,), start, torch.zeros(stop - start), replicated=False)
+            TensorShard(name, (10,), start, torch.zeros(stop - start), replicated=False)
 
 
 def test_invalid_progress_is_refused(tmp_path: Path) -> None:
@@ -219,9 +219,9 @@ def test_invalid_progress_is_refused(tmp_path: Path) -> None:
 def test_check_fit_reads_the_headers(tmp_path: Path) -> None:
     network, average = toy(), toy()
     optimizer = trained(network)
-    pieces = [*state("g", network, optimizer), *state("ema", average, None)]
+    shards = [*state("g", network, optimizer), *state("ema", average, None)]
     networks = {"g": network, "ema": average}
-    checkpoint.check_fit(Reader(write(tmp_path / "1", [pieces])), networks, {"g"})
+    checkpoint.check_fit(Reader(write(tmp_path / "1", [shards])), networks, {"g"})
     wider = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 4))
     reader = Reader(tmp_path / "1")
     with pytest.raises(CheckpointError, match=r"another model: g\.2\.weight is \(3, 8\) there"):
@@ -230,7 +230,7 @@ def test_check_fit_reads_the_headers(tmp_path: Path) -> None:
         checkpoint.check_fit(reader, {"ema": nn.Sequential(*toy(), nn.Linear(3, 1))}, {})
     with pytest.raises(CheckpointError, match="optimiser state of ema is not that"):
         checkpoint.check_fit(reader, networks, {"g", "ema"})
-    short = [p for p in pieces if not p.name.endswith("2.bias.exp_avg_sq")]
+    short = [p for p in shards if not p.name.endswith("2.bias.exp_avg_sq")]
     with pytest.raises(CheckpointError, match="optimiser state of g is not that"):
         checkpoint.check_fit(Reader(write(tmp_path / "2", [short])), networks, {"g"})
 

@@ -20,17 +20,17 @@ import torch
 from commands import environment, free_port
 
 from bigan import atomic_files, checkpoint
-from bigan.checkpoint import Piece, Progress, Reader, Saver
-from bigan.checkpoint.pieces import share
+from bigan.checkpoint import Progress, Reader, Saver, TensorShard
 from bigan.checkpoint.retention import kept
+from bigan.checkpoint.tensor_shards import shards_to_write
 from bigan.distributed.world import World
 from bigan.errors import RunError
 
 NUM = 50_000  # elements: 200 kB
 
 
-def piece(tensor: torch.Tensor, name: str = "networks/x") -> Piece:
-    return Piece(name, tuple(tensor.shape), 0, tensor, replicated=True)
+def shard(tensor: torch.Tensor, name: str = "networks/x") -> TensorShard:
+    return TensorShard(name, tuple(tensor.shape), 0, tensor, replicated=True)
 
 
 def stored(run: Path) -> list[str]:
@@ -57,7 +57,7 @@ def test_saved_state_is_that_of_the_call(tmp_path: Path, monkeypatch: pytest.Mon
     saver = Saver(tmp_path, World())
     assert saver.poll() == 0.0
     saver.settle(all_done=True)  # nothing to settle
-    saver.save(progress, [piece(weight)])
+    saver.save(progress, [shard(weight)])
     assert saver.poll() == 1.0
     weight += 1
     progress.seconds = 9.0
@@ -72,14 +72,14 @@ def test_saved_state_is_that_of_the_call(tmp_path: Path, monkeypatch: pytest.Mon
     reader = Reader(tmp_path / "checkpoints" / "80")
     assert torch.equal(reader.read("networks/x"), weight - 1)
     assert reader.progress == Progress(images_seen=80, seconds=1.0)
-    assert (saver.failures, saver.verdict()) == (0, None)
+    assert (saver.failures, saver.final_error()) == (0, None)
 
 
 def test_next_save_completes_the_previous_one_and_prunes(tmp_path: Path) -> None:
     weight = torch.zeros(NUM)
     saver = Saver(tmp_path, World(), keep=1, milestone_images=100)
     for seen in (40, 120, 160, 220, 280):
-        saver.save(Progress(images_seen=seen), [piece(weight + seen)])
+        saver.save(Progress(images_seen=seen), [shard(weight + seen)])
     assert [name for name in stored(tmp_path) if name.isdigit()] == ["120", "220"]
     saver.finish()
     assert stored(tmp_path) == ["120", "220", "280"]
@@ -102,11 +102,13 @@ def test_kept_checkpoints() -> None:
 
 def test_replicated_shards_are_assigned_by_size() -> None:
     sizes = [1000, 900, 500, 400, 300, 200, 90, 5, 5]
-    common = [piece(torch.zeros(n), f"networks/{i}") for i, n in enumerate(sizes)]
-    own = Piece("optimizers/x", (8,), 4, torch.zeros(4), replicated=False)
-    empty = Piece("optimizers/y", (2,), 2, torch.zeros(0), replicated=False)
+    common = [shard(torch.zeros(n), f"networks/{i}") for i, n in enumerate(sizes)]
+    own = TensorShard("optimizers/x", (8,), 4, torch.zeros(4), replicated=False)
+    empty = TensorShard("optimizers/y", (2,), 2, torch.zeros(0), replicated=False)
     for size in (1, 2, 3, 16):
-        shares = [share([own, *reversed(common), empty], World(r, size)) for r in range(size)]
+        shares = [
+            shards_to_write([own, *reversed(common), empty], World(r, size)) for r in range(size)
+        ]
         assert all(mine[0] is own and empty not in mine for mine in shares)
         names = [p.name for mine in shares for p in mine[1:]]
         assert sorted(names) == sorted(p.name for p in common)
@@ -119,12 +121,12 @@ def test_non_finite_numbers_are_refused(tmp_path: Path, bad: float) -> None:
     weight = torch.zeros(2, 3)
     weight[1, 1] = bad
     saver = Saver(tmp_path, World())
-    good = piece(torch.ones(3), "networks/d.good")
+    good = shard(torch.ones(3), "networks/d.good")
     with pytest.raises(RunError, match=r"g\.bad is not finite at images_seen = 40"):
-        saver.save(Progress(images_seen=40), [good, piece(weight, "networks/g.bad")])
+        saver.save(Progress(images_seen=40), [good, shard(weight, "networks/g.bad")])
     assert not (tmp_path / "checkpoints").exists()
     numbers = torch.tensor([2**40, -1])
-    saver.save(Progress(images_seen=40), [good, piece(numbers), piece(torch.empty(0), "x")])
+    saver.save(Progress(images_seen=40), [good, shard(numbers), shard(torch.empty(0), "x")])
     saver.finish()
     assert stored(tmp_path) == ["40"]
 
@@ -132,7 +134,7 @@ def test_non_finite_numbers_are_refused(tmp_path: Path, bad: float) -> None:
 def refused(saver: Saver, seen: int, said: list[str]) -> str:
     """The one line that a failing save passes to `echo`."""
     before = len(said)
-    saver.save(Progress(images_seen=seen), [piece(torch.full((NUM,), float(seen)))])
+    saver.save(Progress(images_seen=seen), [shard(torch.full((NUM,), float(seen)))])
     saver.finish()
     assert len(said) == before + 1
     assert "\n" not in said[-1]
@@ -142,21 +144,21 @@ def refused(saver: Saver, seen: int, said: list[str]) -> str:
 def test_full_disk_is_reported_once_and_a_later_save_succeeds(tmp_path: Path) -> None:
     said: list[str] = []
     saver = Saver(tmp_path, World(), keep=1, echo=said.append)
-    saver.save(Progress(images_seen=40), [piece(torch.zeros(NUM))])
+    saver.save(Progress(images_seen=40), [shard(torch.zeros(NUM))])
     saver.finish()
     with full_disk():
         line = refused(saver, 80, said)
     assert "images_seen = 80 was not saved (rank 0: [Errno 27] File too large" in line
     assert "free some space" in line
     assert stored(tmp_path) == ["40"]
-    verdict = saver.verdict()
+    verdict = saver.final_error()
     assert verdict is not None
     assert "images_seen = 80 was not saved" in verdict
     assert saver.failures == 1
-    saver.save(Progress(images_seen=120), [piece(torch.ones(NUM))])
+    saver.save(Progress(images_seen=120), [shard(torch.ones(NUM))])
     saver.finish()
     assert stored(tmp_path) == ["120"]
-    assert (saver.failures, saver.verdict(), len(said)) == (1, None, 1)
+    assert (saver.failures, saver.final_error(), len(said)) == (1, None, 1)
 
 
 def test_disk_that_fills_up(tmp_path: Path) -> None:
@@ -171,8 +173,8 @@ def test_disk_that_fills_up(tmp_path: Path) -> None:
         said: list[str] = []
         saver = Saver(disk, World(), keep=9, echo=said.append)
         for seen in (40, 80):
-            saver.save(Progress(images_seen=seen), [piece(torch.zeros(2 * NUM))])
-        saver.save(Progress(images_seen=120), [piece(torch.zeros(2 * NUM))])
+            saver.save(Progress(images_seen=seen), [shard(torch.zeros(2 * NUM))])
+        saver.save(Progress(images_seen=120), [shard(torch.zeros(2 * NUM))])
         saver.finish()
         assert len(said) == 1
         assert "No space left on device" in said[0]
@@ -191,7 +193,7 @@ def test_unusable_folder_and_incomplete_tensors_are_reported(tmp_path: Path) -> 
     (tmp_path / "checkpoints").write_text("in the way")
     assert "run_dir" in refused(saver, 40, said)
     (tmp_path / "checkpoints").unlink()
-    half = Piece("networks/x", (10,), 0, torch.zeros(5), replicated=False)
+    half = TensorShard("networks/x", (10,), 0, torch.zeros(5), replicated=False)
     saver.save(Progress(images_seen=80), [half])
     saver.finish()
     assert "ends at element 5 of 10" in said[-1], "not complete unless readable"
@@ -205,7 +207,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 import torch, torch.distributed as dist
-from bigan.checkpoint import Piece, Progress, Saver
+from bigan.checkpoint import TensorShard, Progress, Saver
 from bigan.distributed.world import World
 from test_saver import full_disk
 
@@ -215,17 +217,17 @@ world = World(dist.get_rank(), dist.get_world_size())
 said = []
 saver = Saver(run, world, keep=2, echo=said.append)
 
-def pieces(seen):
+def shards(seen):
     weight = torch.arange(60.0).reshape(3, 4, 5) + seen
     moment = torch.arange(3000.0) + seen
     start, stop = ((0, 1111), (1111, 3000))[world.rank]  # not at a row
     return [
-        Piece("networks/w", (3, 4, 5), 0, weight, True),
-        Piece("networks/b", (3000,), 0, -moment, True),
-        Piece("optimizers/w.exp_avg", (30, 100), start, moment[start:stop], False),
+        TensorShard("networks/w", (3, 4, 5), 0, weight, True),
+        TensorShard("networks/b", (3000,), 0, -moment, True),
+        TensorShard("optimizers/w.exp_avg", (30, 100), start, moment[start:stop], False),
     ]
 
-saver.save(Progress(images_seen=40), pieces(40))
+saver.save(Progress(images_seen=40), shards(40))
 for _ in range(2000):  # as the trainer does at a tick
     busy = torch.tensor(saver.poll())
     dist.all_reduce(busy, op=dist.ReduceOp.MAX)
@@ -235,27 +237,28 @@ for _ in range(2000):  # as the trainer does at a tick
     time.sleep(0.01)
 first = sorted(p.name for p in (run / "checkpoints").iterdir())
 with full_disk() if world.rank == 1 else nullcontext():  # only the disk of rank 1
-    saver.save(Progress(images_seen=80), pieces(80))
+    saver.save(Progress(images_seen=80), shards(80))
     saver.finish()
-failed = [saver.failures, saver.verdict()]
-saver.save(Progress(images_seen=120), pieces(120))
+failed = [saver.failures, saver.final_error()]
+saver.save(Progress(images_seen=120), shards(120))
 saver.finish()
 try:
-    bad = pieces(160)
+    bad = shards(160)
     bad[2].data[5] += float("inf") if world.rank else 0.0
     saver.save(Progress(images_seen=160), bad)
     refused = ""
 except Exception as error:
     refused = f"{type(error).__name__}: {error}"
-everyone = [None] * world.size
-mine = {"said": said, "failed": failed, "last": saver.verdict(), "refused": refused, "first": first}
-dist.all_gather_object(everyone, mine)
-if world.is_main:
-    (run / "result.json").write_text(json.dumps(everyone))
+results = [None] * world.size
+mine = {"said": said, "failed": failed, "refused": refused, "first": first}
+mine["last"] = saver.final_error()
+dist.all_gather_object(results, mine)
+if world.is_rank_0:
+    (run / "result.json").write_text(json.dumps(results))
 sync = os.fsync
 if world.rank == 1:  # the next part is written and never synced
     os.fsync = lambda number: ((run / "hangs").touch(), time.sleep(60))
-saver.save(Progress(images_seen=200), pieces(200))
+saver.save(Progress(images_seen=200), shards(200))
 saver.finish()
 """
 

@@ -21,12 +21,13 @@ from bigan.distributed.world import World
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 world = World(dist.get_rank(), dist.get_world_size())
 compiling.OTHERS_SECONDS = 2.0
-found = [compiling.everyone_compiled(world, why) for why in ("", "no compiler")]
-found.append(compiling.everyone_compiled(world, "" if world.is_main else "on one, no collective"))
+found = [compiling.all_ranks_compiled(world, why) for why in ("", "no compiler")]
+why = "" if world.is_rank_0 else "on one, no collective"
+found.append(compiling.all_ranks_compiled(world, why))
 dist.barrier()
-if not world.is_main:  # rank 0 is inside the phase, waiting for this one
+if not world.is_rank_0:  # rank 0 is inside the phase, waiting for this one
     try:
-        compiling.everyone_compiled(world, "disk full")
+        compiling.all_ranks_compiled(world, "disk full")
     except RunError as error:
         found.append(str(error))
 Path(sys.argv[1], f"{world.rank}.json").write_text(json.dumps(found))

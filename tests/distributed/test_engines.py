@@ -57,15 +57,15 @@ Results = dict[str, Any]
 
 
 def state_of(training: Training) -> State:
-    """The joined pieces of all processes; every entry must be there exactly once."""
+    """The joined shards of all processes; every entry must be there exactly once."""
     mine = [
         (p.name, tuple(p.shape), p.start, p.data.detach().cpu().reshape(-1).clone(), p.replicated)
-        for p in training.pieces()
+        for p in training.shards()
     ]
     whole: State = {}
     seen: dict[str, Tensor] = {}
-    for rank, pieces in enumerate(gather(training.world, mine)):
-        for name, shape, start, data, replicated in pieces:
+    for rank, shards in enumerate(gather(training.world, mine)):
+        for name, shape, start, data, replicated in shards:
             if name not in whole:
                 whole[name] = torch.full(shape, float("nan"), dtype=data.dtype)
                 seen[name] = torch.zeros(shape, dtype=torch.int64)
@@ -146,7 +146,7 @@ def poisoned(config: RunConfig) -> dict[str, Any]:
         if output.requires_grad:
             output.register_hook(lambda gradient: gradient * float("inf"))
 
-    if not training.world.is_main:  # rank 0 must hear of it
+    if not training.world.is_rank_0:  # rank 0 must hear of it
         training.generator.register_forward_hook(spoil)
     training.phase_step("g", iter(()))
     state = {"before": before, "after": state_of(training), "at": training.engine.halted_at()}
@@ -176,7 +176,7 @@ def main(folder: Path) -> None:
         results[f"{engine}/adopted"] = continued(config, results["ddp/many/half"])
         results[f"{engine}/poisoned"] = poisoned(recipe("none", engine))
     world = Engine(recipe("none", "ddp"), print).world
-    if world.is_main:
+    if world.is_rank_0:
         torch.save(results, folder / "results.pt")
     disconnect(world)
 

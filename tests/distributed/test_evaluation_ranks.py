@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from bigan.errors import UserError
-from bigan.distributed.world import together
+from bigan.distributed.world import on_all_ranks
 from bigan.evaluation.truncation import sweep
 from bigan.evaluation.watcher import evaluate
 from bigan.distributed.world import World
@@ -40,7 +40,7 @@ def fail_on_rank_1():
         raise UserError("only here")
 
 try:
-    together(World(rank, size), fail_on_rank_1)
+    on_all_ranks(World(rank, size), fail_on_rank_1)
 except UserError as error:
     print(f"together: {error}", flush=True)
 for folder in sys.argv[1:]:

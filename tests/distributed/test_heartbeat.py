@@ -17,7 +17,7 @@ from bigan.distributed.heartbeat import (
     describe,
     is_communication_error,
 )
-from bigan.distributed.world import TOLD, World
+from bigan.distributed.world import REPORTED_ELSEWHERE, World
 
 MEMBERS = [Member(f"n{rank // 4}", 70 + rank, "") for rank in range(16)]
 
@@ -87,8 +87,8 @@ def test_a_thousand_lost_ranks_are_one_line() -> None:
 
 
 def test_rank_0_prints_or_else_one_rank_of_each_host() -> None:
-    assert heartbeat.speakers(Report({3: 60}), MEMBERS) == {0}
-    assert heartbeat.speakers(Report({0: 60, 4: 60}), MEMBERS) == {1, 5, 8, 12}
+    assert heartbeat.reporting_ranks(Report({3: 60}), MEMBERS) == {0}
+    assert heartbeat.reporting_ranks(Report({0: 60, 4: 60}), MEMBERS) == {1, 5, 8, 12}
 
 
 def test_communication_errors_are_distinguished_from_bugs() -> None:
@@ -129,7 +129,7 @@ def members_of(monkeypatch: pytest.MonkeyPatch, beats: int) -> dist.Store:
         return [own, other]
 
     monkeypatch.setattr(heartbeat, "gather", gather)
-    monkeypatch.setattr(heartbeat, "together", lambda _, work: work())
+    monkeypatch.setattr(heartbeat, "on_all_ranks", lambda _, work: work())
     return store
 
 
@@ -138,20 +138,20 @@ def test_silent_rank_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     ended = threading.Event()
 
-    def leave(code: int, cleanup: object) -> None:
+    def exit_process(code: int, cleanup: object) -> None:
         cleanup()  # type: ignore[operator]
         said.append(f"exit {code}")
         ended.set()
         raise Exited
 
-    monkeypatch.setattr(heartbeat, "leave", leave)
+    monkeypatch.setattr(heartbeat, "exit_process", exit_process)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     beat = Heartbeat(World(0, 2), 1.0, said.append, connect=lambda _: store)
     beat.__enter__()
     assert ended.wait(10)
     assert len(said) == 2
     assert said[0].startswith("rank 1 (host n1, pid 77): no heartbeat for 1 s; ")
-    assert said[0].endswith(heartbeat.GO_ON)
+    assert said[0].endswith(heartbeat.RESUME_HINT)
     assert said[1] == "exit 1"
     beat._closed.set()
 
@@ -159,9 +159,9 @@ def test_silent_rank_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_explain_waits_until_the_lost_rank_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     store = members_of(monkeypatch, beats=3)
     with Heartbeat(World(0, 2), 3.0, connect=lambda _: store) as beat:
-        error = beat.lost(RuntimeError("Connection closed by peer"))
+        error = beat.lost_rank_error(RuntimeError("Connection closed by peer"))
     assert str(error).startswith("rank 1 (host n1, pid 77): no heartbeat for 1 s; ")
-    assert TOLD not in getattr(error, "__notes__", [])
+    assert REPORTED_ELSEWHERE not in getattr(error, "__notes__", [])
 
 
 def test_no_rank_is_named_while_all_send_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:

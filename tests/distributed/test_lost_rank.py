@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from commands import environment, free_port
 
-from bigan.distributed.heartbeat import GO_ON
+from bigan.distributed.heartbeat import RESUME_HINT
 
 LOST_AFTER_SECONDS = 4.0
 
@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from bigan.errors import RunError
 from bigan.distributed.heartbeat import Heartbeat, is_communication_error
-from bigan.distributed.world import TOLD, World
+from bigan.distributed.world import REPORTED_ELSEWHERE, World
 
 SIZE = 3
 
@@ -52,7 +52,7 @@ def train(what, rank, folder, lost_after):
         except Exception as error:
             if not is_communication_error(error):
                 raise
-            raise beat.lost(error) from error
+            raise beat.lost_rank_error(error) from error
         if (what, rank) == ("busy", 1):
             time.sleep(lost_after * 0.8)  # rank 0 waits with its store
     dist.destroy_process_group()
@@ -65,7 +65,7 @@ def run(what, rank, folder, lost_after, port):
     try:
         train(what, rank, folder, lost_after)
     except RunError as error:
-        if TOLD not in getattr(error, "__notes__", []):
+        if REPORTED_ELSEWHERE not in getattr(error, "__notes__", []):
             print(f"bigan: {error}", file=sys.stderr)
         return 1
     except Exception:
@@ -168,7 +168,7 @@ def test_lost_rank_is_named_and_the_others_exit(
     (line,) = ranks.said()
     who = f"bigan: rank {victim} (host {socket.gethostname()}, pid {ranks.pid(victim)})"
     assert line.startswith((f"{who}: no heartbeat for ", f"{who}: the store of the launch is gone"))
-    assert line.endswith(GO_ON)
+    assert line.endswith(RESUME_HINT)
 
 
 def test_exception_of_a_rank_reaches_the_others(

@@ -8,7 +8,7 @@ from torch import nn
 
 from bigan.distributed import replica_check
 from bigan.distributed.replica_check import check_replicas, fingerprint
-from bigan.distributed.world import TOLD, World
+from bigan.distributed.world import REPORTED_ELSEWHERE, World
 from bigan.errors import RunError
 
 
@@ -80,7 +80,7 @@ def test_error_is_printed_on_rank_0_only(monkeypatch: pytest.MonkeyPatch) -> Non
     for rank in (0, 1, 2):
         with pytest.raises(RunError) as caught:
             checked(monkeypatch, [[1, 1], [1, 1], [2, 1]], rank)
-        assert (TOLD in getattr(caught.value, "__notes__", [])) == (rank != 0)
+        assert (REPORTED_ELSEWHERE in getattr(caught.value, "__notes__", [])) == (rank != 0)
 
 
 def test_equal_replicas_and_a_single_process_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,7 +134,7 @@ def test_hanging_process_exits_after_the_grace_time(
 ) -> None:
     code = """
 with StopFlag(grace_seconds=0.5) as stop:
-    stop.before_leaving = lambda n: write_requeue(__import__("pathlib").Path(sys.argv[1]), n, 40)
+    stop.before_exit = lambda n: write_requeue(__import__("pathlib").Path(sys.argv[1]), n, 40)
     hang()
 """
     run = script(code, tmp_path)
@@ -155,8 +155,8 @@ with StopFlag(grace_seconds=0.6) as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     for _ in range(5):
         time.sleep(0.3)
-        stop.alive()
-    with stop.patient():
+        stop.step_boundary()
+    with stop.suspend_grace_time():
         time.sleep(1)  # saving
 print("saved")
 """
@@ -168,7 +168,7 @@ def test_grace_time_restarts_after_saving(script: Callable[..., Script]) -> None
     code = """
 with StopFlag(grace_seconds=0.5) as stop:
     os.kill(os.getpid(), signal.SIGTERM)
-    with stop.patient():
+    with stop.suspend_grace_time():
         time.sleep(1)
     print("saved", flush=True)
     time.sleep(100)  # never comes
@@ -183,7 +183,7 @@ def test_hanging_marker_does_not_keep_the_process(script: Callable[..., Script])
     code = """
 from bigan.distributed import signals
 signals.CLEANUP_SECONDS = 0.3
-with StopFlag(grace_seconds=0.1, before_leaving=lambda _: hang()):
+with StopFlag(grace_seconds=0.1, before_exit=lambda _: hang()):
     os.kill(os.getpid(), signal.SIGTERM)
     hang()
 """
@@ -218,14 +218,14 @@ with StopFlag(grace_seconds=60):
 
 
 def test_files_of_a_stopped_run(tmp_path: Path) -> None:
-    assert not signals.asked(tmp_path)
+    assert not signals.stop_requested(tmp_path)
     (tmp_path / "STOP").touch()
-    assert signals.asked(tmp_path)
+    assert signals.stop_requested(tmp_path)
     signals.write_requeue(tmp_path, signal.SIGUSR2, 1200)
     content = json.loads((tmp_path / "REQUEUE").read_text())
     assert content == {"signal": 12, "images_seen": 1200}
-    signals.clear(tmp_path)
-    signals.clear(tmp_path)
+    signals.clear_markers(tmp_path)
+    signals.clear_markers(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -49,7 +49,7 @@ dist.all_gather_object(fingerprints, stream.fingerprint)
 once = [None] * world.size
 mine = [s for b in sequential(Path(folder), "test", world, 64) for s in describe(b)]
 dist.all_gather_object(once, mine)
-if world.is_main:
+if world.is_rank_0:
     result = {"seen": seen, "fingerprints": fingerprints, "once": [s for r in once for s in r]}
     Path(out).write_text(json.dumps(result))
 dist.destroy_process_group()

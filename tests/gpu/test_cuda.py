@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import ROOT, SMOKE, TEN_CLASSES, launch
 
-from bigan.checkpoint import Piece, Progress, Reader, Saver, snapshots
+from bigan.checkpoint import Progress, Reader, Saver, TensorShard, snapshots
 from bigan.data.stream import ShardStream
 from bigan.distributed.world import World
 from bigan.engine import Engine
@@ -129,12 +129,12 @@ def test_copies_from_the_device_are_of_the_moment_of_the_call(tmp_path: Path) ->
     odd = weight.contiguous(memory_format=torch.channels_last)
     step = torch.ones((), device="cuda")
     expected, saver = weight.cpu(), Saver(tmp_path, World(device=weight.device))
-    pieces = [
-        Piece(name, tuple(tensor.shape), 0, tensor, replicated=True)
+    shards = [
+        TensorShard(name, tuple(tensor.shape), 0, tensor, replicated=True)
         for name, tensor in (("x", weight), ("y", odd), ("z", step), ("host", torch.ones(3)))
     ]
     for seen in (40, 80):  # the second time into the same memory
-        saver.save(Progress(images_seen=seen), pieces)
+        saver.save(Progress(images_seen=seen), shards)
         weight += 1
         odd += 1
         step += 1

@@ -33,7 +33,7 @@ from bigan.run.state import Training
 PORT = "29412"  # every machine has its own ports
 LOST_AFTER_SECONDS = 10
 PATIENCE_SECONDS = LOST_AFTER_SECONDS + 10  # until the last survivor has left
-GO_ON = "the same command goes on from the last checkpoint"
+RESUME_HINT = "the same command resumes from the last checkpoint"
 SLOW_SECONDS = 0.05  # of each phase: a step of the others takes twice as long, or more
 VARIABLES = environment() | {
     "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
@@ -208,7 +208,7 @@ def test_slow_process_is_named(lives: list[Life], run: Path) -> None:
 
 
 def test_drifted_replica_stops_the_run_before_it_is_saved(lives: list[Life]) -> None:
-    drifted = "the processes no longer hold the same weights at images_seen = 400: rank 1 (d) "
+    drifted = "the ranks no longer hold the same weights at images_seen = 400: rank 1 (d) "
     assert lives[0].code == 1
     (line,) = with_words(lives[0].lines, "bigan: the")
     assert line.startswith(f"bigan: {drifted}differs from the others; ")
@@ -220,7 +220,7 @@ def test_process_that_fails_is_named_with_its_reason(lives: list[Life]) -> None:
     assert lives[1].code == 1
     (line,) = with_words(lives[1].lines, "bigan: rank")
     assert line.startswith(f"bigan: rank 1 (host {socket.gethostname()}, pid ")
-    assert line.endswith(f"failed: RuntimeError: a reason of its own; {GO_ON}")
+    assert line.endswith(f"failed: RuntimeError: a reason of its own; {RESUME_HINT}")
     assert lives[1].saved == 400
 
 
@@ -299,7 +299,7 @@ def test_training_goes_on_while_the_disk_is_full(
     assert code == 1
     assert with_words(lines, "images_seen", f"{total} of {total}"), lines[-20:]
     for seen in (400, 600):
-        (line,) = with_words(lines, f"images_seen = {seen} was not saved", "training goes on")
+        (line,) = with_words(lines, f"images_seen = {seen} was not saved", "training continues")
         assert "No space left on device" in line
     (verdict,) = with_words(lines, "bigan: trained to the end of this life, but not all")
     assert "2 failed in all; free some space or raise the quota" in verdict
@@ -353,7 +353,7 @@ def test_machine_that_dies_is_named_by_the_survivor(
         lines = logs[1 - victim].read_text().splitlines()
         (line,) = with_words(lines, "bigan: rank ")
         assert line.startswith(f"bigan: rank {victim} (host node{victim}, pid "), line
-        assert line.endswith(GO_ON)
+        assert line.endswith(RESUME_HINT)
     goes_on_here(settings(digits, run, int(newest(run).name) + 80))
     assert checkpoint.read_progress(newest(run)).attempt == 2
 
@@ -372,7 +372,7 @@ def test_machine_that_is_cut_off_is_named_by_both_sides(digits: Path, tmp_path: 
         for other, log in ((1, logs[0]), (0, logs[1])):
             (line,) = with_words(log.read_text().splitlines(), "bigan: rank ")
             assert line.startswith(f"bigan: rank {other} (host node{other}, pid "), line
-            assert "has not been heard of for" in line
+            assert "no heartbeat for" in line
         nodes[1].link_up()
         saved = int(newest(run).name)
         logs = train_on(nodes, settings(digits, run, saved + 80), tmp_path)

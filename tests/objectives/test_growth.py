@@ -309,7 +309,7 @@ def test_a_collapse_is_gone_back_from_into_a_former_stage(
     short = other.model_copy(update={"train": other.train.model_copy(update={"total_images": 112})})
     assert train(short, print, lambda *_: None) == 0
     healthy = other.run_dir / "checkpoints" / "112"
-    checkpoint.amend(healthy, rollbacks=1, lr_factor=other.collapse.lr_factor)
+    checkpoint.update_progress(healthy, rollbacks=1, lr_factor=other.collapse.lr_factor)
     assert train(other, print, lambda *_: None) == 0
     assert last_weights(other) == last_weights(config)
 

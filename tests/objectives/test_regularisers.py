@@ -193,7 +193,7 @@ def test_the_mean_length_is_followed_and_part_of_the_state(style: Recipe) -> Non
         training.step(stream)
     means, _ = training.statistics.collect()
     assert training.path_length.mean.item() == pytest.approx(0.25 * means["path_length"])
-    assert "networks/path_length.mean" in {piece.name for piece in training.pieces()}
+    assert "networks/path_length.mean" in {shard.name for shard in training.shards()}
 
 
 def test_path_lengths_take_a_part_of_the_batch(style: Recipe) -> None:

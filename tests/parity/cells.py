@@ -94,7 +94,7 @@ def train_cell(config: RunConfig, cell: str) -> tuple[dict[str, float], list[str
     for step in range(STEPS):
         training.step(stream)
         if step in (AFTER_FIRST.get(cell, 0), STEPS - 1):
-            saver.save(training.progress, training.pieces())
+            saver.save(training.progress, training.shards())
         stage = training.stage
         enter_stage(training)
         if training.stage is not stage:  # new networks and engines, moments from zero
@@ -104,7 +104,7 @@ def train_cell(config: RunConfig, cell: str) -> tuple[dict[str, float], list[str
     stream.close()
     means, _ = training.statistics.collect()
     saver.finish()
-    assert not saver.verdict(), saver.verdict()
+    assert not saver.final_error(), saver.final_error()
     assert training.engine.halted_at() == -1
     training.close()
     return means, messages
@@ -168,7 +168,7 @@ def main() -> None:
             config = recipe(digits, run_dir(folder, engine, cell), *overrides)
             losses[engine][cell], _ = train_cell(config, cell)
     last = Engine(config, print)
-    if last.world.is_main:
+    if last.world.is_rank_0:
         (folder / "losses.json").write_text(json.dumps(losses))
     disconnect(last.world)
 

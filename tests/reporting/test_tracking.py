@@ -56,7 +56,7 @@ from bigan.run_config import TrackingConfig
 from bigan.reporting.tracker import Tracker
 tracker = Tracker(Path(sys.argv[1]), TrackingConfig(mlflow=False), role="train")
 tracker.log(1, {"a": 1.0})
-tracker.params({"a": 1})
+tracker.log_params({"a": 1})
 assert tracker.close("FINISHED") is None
 assert not [name for name in sys.modules if name.partition(".")[0] == "mlflow"]
 """
@@ -84,11 +84,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = """
 import sys
 from pathlib import Path
-from bigan.reporting.mlflow_writer import Sender  # without metrics log and torch
+from bigan.reporting.mlflow_writer import MlflowWriter  # without metrics log and torch
 Path(sys.argv[1]).mkdir(exist_ok=True)
-sender = Sender(Path(sys.argv[1]), "tests", sys.argv[2])
-sender.metrics(7, 1.5, {f"{sys.argv[2]}/a": 1.0})
-note = sender.close(None, 110)
+writer = MlflowWriter(Path(sys.argv[1]), "tests", sys.argv[2])
+writer.metrics(7, 1.5, {f"{sys.argv[2]}/a": 1.0})
+note = writer.close(None, 110)
 assert note is None, note
 """
     both = [python(code, folder / "raced", role) for role in ("train", "evaluation")]
@@ -139,14 +139,14 @@ def test_metrics_params_and_artifacts_are_delivered(runs: Path, client: Any) -> 
     picture.write_bytes(b"png")
     (run_dir / "curves.png").write_bytes(b"curves")
     tracker = Tracker(run_dir, ON, role="train")
-    tracker.params({"train": {"batch": 64, "seed": 0}, "loss": "hinge"})
+    tracker.log_params({"train": {"batch": 64, "seed": 0}, "loss": "hinge"})
     for step in (10, 20):
         tracker.log(
             step, {"train/discriminator/loss": step / 8, "train/a@b": 1.0, "train/nan": math.nan}
         )
     tracker.log(30, {f"many/{i}": float(i) for i in range(2500)})  # 1000 fit into one call
-    tracker.picture(20, "samples", picture)
-    tracker.artifact(run_dir / "curves.png")
+    tracker.log_image(20, "samples", picture)
+    tracker.log_artifact(run_dir / "curves.png")
     assert tracker.close("FINISHED") is None
 
     records = read_metrics(run_dir)
@@ -170,7 +170,7 @@ def test_metrics_params_and_artifacts_are_delivered(runs: Path, client: Any) -> 
 def test_resume_continues_the_run_and_delivers_lost_metrics(runs: Path, client: Any) -> None:
     run_dir = runs / "resumed"
     tracker = Tracker(run_dir, ON, role="train")
-    tracker.params({"total": 100})
+    tracker.log_params({"total": 100})
     tracker.log(10, {"train/a": 1.0})
     assert tracker.close("KILLED") is None
     first, before = run_id(run_dir), points(client, run_dir, "train/a")
@@ -182,7 +182,7 @@ def test_resume_continues_the_run_and_delivers_lost_metrics(runs: Path, client: 
 
     tracker = Tracker(run_dir, ON, role="train")
     wait_until(lambda: status(client, run_dir) == "RUNNING")
-    tracker.params({"total": 200, "new": 1})
+    tracker.log_params({"total": 200, "new": 1})
     tracker.log(30, {"train/a": 3.0})
     assert tracker.close("FINISHED") is None
     assert run_id(run_dir) == first
@@ -247,7 +247,7 @@ def test_errors_are_retried_and_missing_files_are_not(
         tracker = Tracker(run_dir, ON, role="train")
         tracker.log(1, {"a": 1.0})
         wait_until(lambda: len(attempts) == 3)
-        tracker.artifact(run_dir / "absent.png")
+        tracker.log_artifact(run_dir / "absent.png")
         tracker.log(2, {"a": 2.0})
         note = tracker.close("FINISHED")
     assert [p[:2] for p in points(client, run_dir, "a")] == [(1, 1.0), (2, 2.0)]

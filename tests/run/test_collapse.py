@@ -13,7 +13,7 @@ import torch
 from commands import ROOT, SMOKE, TEN_CLASSES, launch
 
 from bigan import checkpoint
-from bigan.checkpoint import Piece, Progress
+from bigan.checkpoint import Progress, TensorShard
 from bigan.checkpoint.retention import kept
 from bigan.distributed.world import World
 from bigan.engine import Engine
@@ -156,11 +156,11 @@ def test_a_checkpoint_from_before_is_always_there() -> None:
 def test_counters_of_a_checkpoint_are_amended(tmp_path: Path) -> None:
     saver = checkpoint.Saver(tmp_path, World())
     saver.save(
-        Progress(images_seen=200), [Piece("networks/g.weight", (2,), 0, torch.ones(2), True)]
+        Progress(images_seen=200), [TensorShard("networks/g.weight", (2,), 0, torch.ones(2), True)]
     )
     saver.finish()
     folder = tmp_path / "checkpoints" / "200"
-    checkpoint.amend(folder, rollbacks=2, lr_factor=0.25)
+    checkpoint.update_progress(folder, rollbacks=2, lr_factor=0.25)
     progress = checkpoint.read_progress(folder)
     assert (progress.images_seen, progress.rollbacks, progress.lr_factor) == (200, 2, 0.25)
     checkpoint.Reader(folder)  # its parts are still known

@@ -15,7 +15,7 @@ from bigan.errors import RunError
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorShard:
     """Elements [start, start + data.numel()) of a flattened (row-major) tensor.
 
     `data` is the unsharded tensor in `shape` and any memory format, or a 1-D range, on any device.
@@ -30,7 +30,7 @@ class Piece:
     replicated: bool
 
     def __post_init__(self) -> None:
-        if self.is_whole:
+        if self.is_unsharded:
             return
         stop = self.start + self.data.numel()
         if self.data.dim() != 1 or self.start < 0 or stop > math.prod(self.shape):
@@ -40,7 +40,7 @@ class Piece:
             )
 
     @property
-    def is_whole(self) -> bool:
+    def is_unsharded(self) -> bool:
         """Whether `data` is the unsharded tensor."""
         return self.start == 0 and tuple(self.data.shape) == tuple(self.shape)
 
@@ -50,22 +50,22 @@ class Piece:
         return self.data.numel() * self.data.element_size()
 
 
-def share(pieces: Iterable[Piece], world: World) -> list[Piece]:
+def shards_to_write(shards: Iterable[TensorShard], world: World) -> list[TensorShard]:
     """The shards that this rank writes.
 
     Replicated shards are assigned by size, the largest first, each to the rank with the fewest
     bytes so far: a function of names, sizes and `world.size`, hence equal on all ranks. Empty
     ranges (FSDP2 has them for tensors with fewer rows than ranks) are left out.
     """
-    pieces = list(pieces)
-    mine = [p for p in pieces if not p.replicated and (p.is_whole or p.data.numel())]
+    shards = list(shards)
+    mine = [p for p in shards if not p.replicated and (p.is_unsharded or p.data.numel())]
     loads = [(0, rank) for rank in range(world.size)]
-    common = [p for p in pieces if p.replicated]
-    for piece in sorted(common, key=lambda p: (-p.num_bytes, p.name, p.start)):
+    common = [p for p in shards if p.replicated]
+    for shard in sorted(common, key=lambda p: (-p.num_bytes, p.name, p.start)):
         num_bytes, rank = loads[0]
-        heapq.heapreplace(loads, (num_bytes + piece.num_bytes, rank))
+        heapq.heapreplace(loads, (num_bytes + shard.num_bytes, rank))
         if rank == world.rank:
-            mine.append(piece)
+            mine.append(shard)
     return mine
 
 
