@@ -46,7 +46,7 @@ def ema_decay(
 
     decay = 0.5 ** (step_images / halflife): a half-life in images is independent of the batch size.
     With `rampup` the half-life is at most rampup * (images_seen - born), where `born` is the
-    images_seen at which the newest layers began to train (Karras et al. 2020, arXiv:1912.04958).
+    images_seen at which the newest layers began to train (Karras et al. 2020, arXiv:2006.06676).
     Before `start_images` the decay is 0: the average is a copy (Brock et al. 2019, appendix C).
     """
     if images_seen < start_images:

@@ -21,10 +21,10 @@ A reader reads the headers, checks that the shards cover every tensor exactly on
 range of any tensor. torch.distributed.checkpoint is not used: its safetensors writer stores n-d
 boxes, not ranges of flattened tensors, and no checksums (docs/decisions.md).
 
-    progress.py   counters and progress.json        retention.py  which checkpoints are kept
-    tensor_shards.py  what a rank holds                 part.py       the file of one rank
-    folder.py     staging folder to checkpoint      reader.py     any range of any tensor
-    saver.py      asynchronous saving               fit.py        does it fit this model?
+    progress.py       counters and progress.json     retention.py  which checkpoints are kept
+    tensor_shards.py  what a rank holds              part.py       the file of one rank
+    folder.py         staging folder to checkpoint   reader.py     any range of any tensor
+    saver.py          asynchronous saving            fit.py        does it fit this model?
 """
 
 from bigan.checkpoint.fit import check_fit, load, optimizer_shapes

@@ -42,13 +42,11 @@ def complete(
         Reader(staging, verify=False)
     (staging / atomic_files.COMPLETE).write_text("")
     atomic_files.sync(staging)
-    folder, former = (
-        staging.with_name(str(progress.images_seen)),
-        atomic_files.temporary_name(staging),
-    )
+    folder = staging.with_name(str(progress.images_seen))
+    old = atomic_files.temporary_name(staging)
     if folder.exists():  # incomplete, or the same state saved again
-        folder.replace(former)  # atomic: a folder that is being deleted must not look complete
+        folder.replace(old)  # atomic: a folder that is being deleted must not look complete
     staging.replace(folder)
     atomic_files.sync(folder.parent)
-    shutil.rmtree(former, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     return folder

@@ -268,7 +268,7 @@ class Heartbeat:
         return f"{describe(known, self._members)}; {RESUME_HINT}"
 
     def lost_rank_error(self, error: BaseException) -> RunError:
-        """`explain(error)` as an error to raise, noted `REPORTED_ELSEWHERE` if another rank prints it."""
+        """`explain(error)` as an error to raise, with a note if another rank prints it."""
         problem = RunError(self.explain(error))
         if self._threads and self.world.rank not in reporting_ranks(self._known(), self._members):
             problem.add_note(REPORTED_ELSEWHERE)

@@ -63,10 +63,10 @@ class StopFlag:
     """Stores the first of `SIGNALS` in `signal` (0: none) and guarantees that the process exits.
 
     A second signal, `ECHO_SECONDS` or more after the first, exits at once with 128 + its number.
-    The process also exits with 128 + the first signal if the trainer reaches no step boundary
-    (`step_boundary`) within `grace_seconds` and is not saving (`suspend_grace_time`): it hangs, for example on a
-    server that does not answer. `before_exit(signal)` is called before such an exit, to write
-    the marker; it may be assigned later.
+    The process also exits with 128 + the first signal if the trainer reaches no `step_boundary`
+    within `grace_seconds` and is not saving (`suspend_grace_time`): it hangs, for example on a
+    server that does not answer. `before_exit(signal)` is called before such an exit, to write the
+    marker; it may be assigned later.
 
     Python runs a signal handler between two bytecodes of the main thread, never while that thread
     waits in C (a collective, a CUDA call). Therefore the C handler notifies a separate thread

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from bigan import checkpoint
 from bigan.checkpoint import Saver, snapshots
-from bigan.distributed.world import on_rank_0
+from bigan.distributed.world import on_rank_0, reported_by_rank_0
 from bigan.errors import RunError
 from bigan.reporting import image_grids, plots
 from bigan.reporting.tracker import Tracker
@@ -66,7 +66,7 @@ class Artifacts:
         why = self.saver.final_error() or self._unwritten
         if why:
             problem = RunError(f"training ended, but not all of it was saved: {why}")
-            raise once(self._state.world, problem)
+            raise reported_by_rank_0(self._state.world, problem)
 
     def finish(self) -> None:
         """The pictures of the whole run, then its completion marker; on rank 0."""

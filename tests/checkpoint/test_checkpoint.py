@@ -93,7 +93,7 @@ def test_sigkill_between_and_during_saves(digits: Path, tmp_path: Path) -> None:
 
     Every second step is saved, so that many of the kills happen during a save.
     """
-    undisturbed = start(tmp_path / "whole", digits, *LONG)  # beside the killed one
+    undisturbed = start(tmp_path / "whole", digits, *LONG)  # in parallel with the killed run
     run, chance, kills = tmp_path / "killed", random.Random(0), 0
     for _ in range(40):
         process = start(run, digits, *LONG)

@@ -249,11 +249,12 @@ try:
     refused = ""
 except Exception as error:
     refused = f"{type(error).__name__}: {error}"
-everyone = [None] * world.size
-mine = {"said": said, "failed": failed, "last": saver.final_error(), "refused": refused, "first": first}
-dist.all_gather_object(everyone, mine)
+results = [None] * world.size
+mine = {"said": said, "failed": failed, "refused": refused, "first": first}
+mine["last"] = saver.final_error()
+dist.all_gather_object(results, mine)
 if world.is_rank_0:
-    (run / "result.json").write_text(json.dumps(everyone))
+    (run / "result.json").write_text(json.dumps(results))
 sync = os.fsync
 if world.rank == 1:  # the next part is written and never synced
     os.fsync = lambda number: ((run / "hangs").touch(), time.sleep(60))

@@ -22,7 +22,8 @@ dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 world = World(dist.get_rank(), dist.get_world_size())
 compiling.OTHERS_SECONDS = 2.0
 found = [compiling.all_ranks_compiled(world, why) for why in ("", "no compiler")]
-found.append(compiling.all_ranks_compiled(world, "" if world.is_rank_0 else "on one, no collective"))
+why = "" if world.is_rank_0 else "on one, no collective"
+found.append(compiling.all_ranks_compiled(world, why))
 dist.barrier()
 if not world.is_rank_0:  # rank 0 is inside the phase, waiting for this one
     try:

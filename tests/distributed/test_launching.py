@@ -43,7 +43,7 @@ def zero(stage: object, optimizer: str = "none", parameters: str = "none") -> di
 
 
 @pytest.mark.parametrize(
-    ("setting", "told", "world_size", "engine"),
+    ("setting", "requested", "world_size", "engine"),
     [
         ("auto", {}, 1, "single"),
         ("auto", {}, 2, "ddp"),
@@ -68,14 +68,14 @@ def zero(stage: object, optimizer: str = "none", parameters: str = "none") -> di
     ],
 )
 def test_engine_follows_from_config_and_launch_file(
-    setting: str, told: Mapping[str, str], world_size: int, engine: str
+    setting: str, requested: Mapping[str, str], world_size: int, engine: str
 ) -> None:
     launched = MULTIPLE if world_size > 1 else {}
-    assert chosen_engine(setting, {**launched, **told}, world_size) == engine
+    assert chosen_engine(setting, {**launched, **requested}, world_size) == engine
 
 
 @pytest.mark.parametrize(
-    ("setting", "told", "world_size", "says"),
+    ("setting", "requested", "world_size", "expected"),
     [
         ("single", {}, 2, "engine = single, but 2 processes were started"),
         ("ddp", {}, 1, "engine = ddp needs several processes"),
@@ -95,11 +95,11 @@ def test_engine_follows_from_config_and_launch_file(
     ],
 )
 def test_contradictions_are_refused_on_one_line(
-    setting: str, told: Mapping[str, str], world_size: int, says: str
+    setting: str, requested: Mapping[str, str], world_size: int, expected: str
 ) -> None:
     launched = MULTIPLE if world_size > 1 else {}
-    with pytest.raises(LaunchError, match=says) as caught:
-        chosen_engine(setting, {**launched, **told}, world_size)
+    with pytest.raises(LaunchError, match=expected) as caught:
+        chosen_engine(setting, {**launched, **requested}, world_size)
     assert "\n" not in str(caught.value)
 
 
@@ -121,26 +121,26 @@ def test_deepspeed_json_sets_stage_and_offloading(
 ) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(content))
-    told = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
-    assert requested_engine(told) == engine
-    (remark,) = launch_remarks(told, "fp32", "auto")
+    requested = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
+    assert requested_engine(requested) == engine
+    (remark,) = launch_remarks(requested, "fp32", "auto")
     assert str(path) in remark
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [(None, "No such file"), ("{", "JSON"), ("[]", "object")]
+    ("text", "expected"), [(None, "No such file"), ("{", "JSON"), ("[]", "object")]
 )
-def test_unusable_deepspeed_json(tmp_path: Path, text: str | None, says: str) -> None:
+def test_unusable_deepspeed_json(tmp_path: Path, text: str | None, expected: str) -> None:
     path = tmp_path / "ds.json"
     if text is not None:
         path.write_text(text)
-    told = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
-    with pytest.raises(LaunchError, match=says):
-        requested_engine(told)
+    requested = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
+    with pytest.raises(LaunchError, match=expected):
+        requested_engine(requested)
 
 
 @pytest.mark.parametrize(
-    ("told", "precision", "says"),
+    ("requested", "precision", "expected"),
     [
         ({}, "bf16", []),
         ({"ACCELERATE_MIXED_PRECISION": "no"}, "bf16", []),  # as in every launch file
@@ -154,11 +154,11 @@ def test_unusable_deepspeed_json(tmp_path: Path, text: str | None, says: str) ->
     ],
 )
 def test_unused_launcher_settings_are_reported(
-    told: Mapping[str, str], precision: str, says: list[str]
+    requested: Mapping[str, str], precision: str, expected: list[str]
 ) -> None:
-    remarks = launch_remarks(told, precision, "eager")
-    assert len(remarks) == len(says)
-    assert all(re.search(p, r) for p, r in zip(says, remarks, strict=True))
+    remarks = launch_remarks(requested, precision, "eager")
+    assert len(remarks) == len(expected)
+    assert all(re.search(p, r) for p, r in zip(expected, remarks, strict=True))
 
 
 TASK = {
@@ -287,7 +287,7 @@ from bigan.distributed.launch_env import chosen_engine
 from bigan.distributed.launch import check_same_program, connect, disconnect
 from bigan.distributed.world import gather
 
-told = dict(os.environ)
+requested = dict(os.environ)
 accelerator, world = connect(60)
 check_same_program(world, {"torch version": "2", "train.seed": "1"})
 said = ""
@@ -296,7 +296,7 @@ try:
 except LaunchError as error:
     said = str(error)
 result = {
-    "engine": chosen_engine("auto", told, world.size), "said": gather(world, said),
+    "engine": chosen_engine("auto", requested, world.size), "said": gather(world, said),
     "ranks": gather(world, (world.rank, world.size, world.local_rank)),
     "kind": str(accelerator.distributed_type),
     "imported": [m for m in ("deepspeed", "transformers") if m in sys.modules],
@@ -310,11 +310,17 @@ if world.is_rank_0:
 
 def test_srun_tasks_connect_without_accelerates_plugins() -> None:
     slurm = TASK | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
-    told = zero(1) | {"MASTER_PORT": str(free_port())}
+    requested = zero(1) | {"MASTER_PORT": str(free_port())}
     tasks = [
         subprocess.Popen(
             [sys.executable, "-c", TASKS],
-            env={**environment(), **slurm, **told, "SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+            env={
+                **environment(),
+                **slurm,
+                **requested,
+                "SLURM_PROCID": rank,
+                "SLURM_LOCALID": rank,
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
