@@ -7,6 +7,7 @@ The processes are started by `accelerate launch`, `torchrun`, or `srun` with one
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -53,7 +54,7 @@ REMOVED_PREFIXES = (
 )
 
 # Nodes may use different mount points: the images are compared by content, not by path.
-MAY_DIFFER = ("run_dir", "data.path", "data.cache")
+MAY_DIFFER = re.compile(r"run_dir|data\.(\w+\.)?(path|cache)")  # data: one stream or several
 PACKAGES = ("bigan", "torch", "accelerate", "deepspeed", "numpy")
 
 
@@ -105,7 +106,7 @@ def disconnect(world: World) -> None:
 
 def program(config: Mapping[str, Any], engine: str) -> dict[str, str]:
     """What must be equal on all ranks: versions, the engine and the leaves of the config."""
-    kept = {key: repr(value) for key, value in leaves(config) if key not in MAY_DIFFER}
+    kept = {key: repr(value) for key, value in leaves(config) if not MAY_DIFFER.fullmatch(key)}
     versions = {f"{name} version": _version(name) for name in PACKAGES}
     return {**versions, "the engine": engine, **kept}
 

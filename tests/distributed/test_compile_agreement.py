@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from commands import ROOT, environment, free_port
+from commands import environment, free_port
 
 RANK = """
 import json, sys, time
@@ -31,22 +31,30 @@ if not world.is_rank_0:  # rank 0 is inside the phase, waiting for this one
     except RunError as error:
         found.append(str(error))
 Path(sys.argv[1], f"{world.rank}.json").write_text(json.dumps(found))
+while not Path(sys.argv[1], "1.json").exists():  # rank 0 hosts the store
+    time.sleep(0.05)
 """
 
 
 def test_compilation_failure_is_known_on_all_ranks(tmp_path: Path) -> None:
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launcher, "--master_port", str(free_port()), str(script), str(tmp_path)],
-        env=environment() | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    shared = environment() | {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(tmp_path)],
+            env=shared | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], errors
     zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert zero == [True, False, False]
     assert one[:3] == zero

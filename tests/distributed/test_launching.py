@@ -272,6 +272,10 @@ def test_program_is_versions_engine_and_config() -> None:
     config = {"run_dir": "a", "data": {"path": "x", "block": 5}, "train": {"seed": 1}}
     one = program(config, "ddp")
     assert one == program(config | {"run_dir": "b", "data": {"path": "y", "block": 5}}, "ddp")
+    streams = {"data": {name: {"path": name, "block": 5} for name in ("photos", "paintings")}}
+    elsewhere = {"data": {name: {"path": "z", "block": 5} for name in ("photos", "paintings")}}
+    assert program(streams, "ddp") == program(elsewhere, "ddp")
+    assert program(streams, "ddp")["data.photos.block"] == "5"
     assert (one["train.seed"], one["data.block"], one["the engine"]) == ("1", "5", "ddp")
     assert one["torch version"][0].isdigit()
     assert one != program(config, "fsdp")
