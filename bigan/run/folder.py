@@ -29,7 +29,6 @@ FREE = (
     "compile",
     "data.path",
     "data.mode",
-    "data.backend",
     "data.threads",
     "data.prefetch",
     "data.on_bad",
