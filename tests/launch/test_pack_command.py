@@ -17,7 +17,8 @@ import pytest
 from commands import environment, run_bigan
 from PIL import Image
 
-from bigan.cli.main import main
+from bigan.cli.main import main, parser
+from bigan.data.packing.options import PackOptions
 
 
 def photos(root: Path, num: int) -> Path:
@@ -166,3 +167,15 @@ def test_bad_options_are_one_line(
     assert code == 2
     assert part in errors.strip().splitlines()[-1]
     assert not (tmp_path / "d").exists()
+
+
+def test_options_of_the_command_are_those_of_the_function() -> None:
+    omitted = vars(parser().parse_args(["pack", "photos", "data"]))
+    arguments = ["--allow-upscale", "--pyramid", "--part", "1/2", "--channels", "3"]
+    arguments += ["--resize", "area", "--encoding", "png"]
+    for name in PackOptions.__dataclass_fields__:
+        option = f"--{name.replace('_', '-')}"
+        arguments += [] if option in arguments else [option, "0" if "fraction" in name else "1"]
+    given = vars(parser().parse_args(["pack", "photos", "data", *arguments]))
+    assert given.keys() - omitted.keys() == PackOptions.__dataclass_fields__.keys()
+    assert given.keys() & omitted.keys() == omitted.keys()

@@ -93,7 +93,7 @@ class EncodedSource(Protocol):
 
 
 class Decoder:
-    """A fetcher that decodes the samples of an `EncodedSource` source."""
+    """A fetcher that decodes the samples of an `EncodedSource`."""
 
     def __init__(self, source: EncodedSource, stop: threading.Event, on_bad: str) -> None:
         self.manifest = source.manifest
