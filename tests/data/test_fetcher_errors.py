@@ -90,7 +90,7 @@ def test_bad_sample_is_replaced_by_the_next(
     digits: Path, damaged: tuple[Path, int], how: dict
 ) -> None:
     folder, sample = damaged
-    """In order across the end of an epoch, in exact and resident mode."""
+    """In order across the end of an epoch, with random access and in resident mode."""
     good, got = take(digits, 30), take(folder, 30, fetch=Fetch(on_bad="skip", **how))
     images = torch.cat([b.pixels for b in sequential(digits, "train", World(), 500)])
     labels = torch.cat([b.labels for b in sequential(digits, "train", World(), 500)])
@@ -224,7 +224,7 @@ def test_a_damaged_copy_of_the_index_is_replaced(digits: Path, web: Web, tmp_pat
     assert same(take(digits, 1), take(web.url, 1, fetch=fetch))
 
 
-@pytest.mark.parametrize("mode", ["exact", "stream"])
+@pytest.mark.parametrize("mode", ["random_access", "stream"])
 def test_a_damaged_index_stops_every_mode(digits: Path, tmp_path: Path, mode: str) -> None:
     shutil.copytree(digits, tmp_path / "d")
     (file,) = (tmp_path / "d" / "index").glob("train*label*")

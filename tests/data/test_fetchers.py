@@ -245,9 +245,9 @@ def test_truncated_download_is_never_cached(web: Web, tmp_path: Path) -> None:
     take(web.url, fetch=Fetch(cache=tmp_path / "cache"))
 
 
-def test_exact_needs_a_disk_and_resident_needs_memory(digits: Path, web: Web) -> None:
+def test_random_access_needs_a_disk_and_resident_needs_memory(digits: Path, web: Web) -> None:
     with pytest.raises(DataError, match=r"data\.cache=FOLDER"):
-        take(web.url, fetch=Fetch(mode="exact"))
+        take(web.url, fetch=Fetch(mode="random_access"))
     with pytest.raises(DataError, match=r"83,008 bytes of pixels.*data\.resident_bytes"):
         take(digits, fetch=Fetch(mode="resident", resident_bytes=83_007))
     take(digits, 1, fetch=Fetch(mode="resident", resident_bytes=83_008))
