@@ -219,8 +219,8 @@ def make_fetcher(manifest: Manifest, split: str, blocks: Blocks, fetch: Fetch) -
     on_disk = manifest.remote is None or fetch.cache is not None
     if mode == "random_access" and not on_disk:
         raise DataError(
-            f"{manifest.remote}: data.mode=random_access needs shards on a disk; set data.cache=FOLDER, "
-            "or use data.mode=stream"
+            f"{manifest.remote}: data.mode=random_access needs shards on a disk; set "
+            "data.cache=FOLDER, or use data.mode=stream"
         )
     if manifest.remote is None and mode != "stream":
         manifest.verify_checksums(CHECKSUM_BYTES)
