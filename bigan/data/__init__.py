@@ -4,6 +4,7 @@ format/      what is on disk: manifest and index, tar shards, encoded images, co
 packing/     `bigan pack` and `bigan verify`: sources of images, plan, shards, checks
 streaming/   sample order, fetchers, remote shards and cache, batches on the device
 settings.py  the `data` section of a config
+permutation.py  random permutations that are equal on all platforms
 """
 
 from bigan.errors import UserError

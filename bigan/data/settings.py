@@ -15,19 +15,19 @@ SMALL_RESOLUTION = 64  # pixels
 class Fetch(Frozen):
     """How samples are read and decoded. Nothing here changes the samples or their order."""
 
-    # auto: exact for a local folder or with a cache, stream for a URL
-    # exact: random access (index + pread) to local shards or to a verified cache on the node's disk
+    # auto: random_access for a local folder or with a cache, stream for a URL
+    # random_access: index + pread on local shards or on a verified cache on a disk of the node
     # resident: the whole split, decoded once, in the memory of each process
     # stream: shards are read sequentially without a copy on disk; for URLs and slow disks
     # resampled: shards without a manifest, sampled with replacement; no guarantees
-    mode: Literal["auto", "exact", "resident", "stream", "resampled"] = "auto"
+    mode: Literal["auto", "random_access", "resident", "stream", "resampled"] = "auto"
     # Decoding threads of each process. None: 2, or 1 for images of up to 64 px, whose decoding
     # takes so little time that several threads mostly compete for Python's lock.
     threads: Positive | None = None
     prefetch: Positive = 3  # batches read ahead per process
     on_bad: Literal["stop", "skip"] = "stop"  # skip: replace an undecodable sample by the next one
     allow_pipe: bool = False  # allow `pipe:` URLs to run shell commands
-    cache: Path | None = None  # folder on a disk of the node, for exact mode on a URL
+    cache: Path | None = None  # folder on a disk of the node, for random access to a URL
     cache_bytes: Positive | None = None  # upper limit of the cache; None: no limit
     resident_bytes: Positive = 8 * 2**30  # upper limit of resident mode per process
     connections: Positive = 4  # concurrent downloads per process

@@ -23,7 +23,6 @@ MAY_CHANGE = (
     "compile",
     "data.path",
     "data.mode",
-    "data.backend",
     "data.threads",
     "data.prefetch",
     "data.on_bad",

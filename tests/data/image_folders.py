@@ -27,7 +27,7 @@ def zipped(root: Path, file: Path, prefix: str = "", method: int = zipfile.ZIP_D
 
 
 def both(root: Path) -> list[Source]:
-    """The folder as it is and as a zip with a wrapping folder: the same in all but identity."""
+    """The folder and a zip of it with a wrapping folder; equal except for their identity."""
     folder = open_source(root, resolution=8)
     archive = open_source(zipped(root, root.with_suffix(".zip"), "wrap/"), resolution=8)
     for field in ("classes", "keys", "labels", "splits", "bad"):

@@ -1,4 +1,4 @@
-"""Random sources and what packing them writes."""
+"""Random sources, and readers of packed folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CIFAR's pickled batches and MNIST's idx files; no data file runs code."""
+"""Pickled batches of CIFAR and idx files of MNIST; no data file executes code."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_pickles_of_python_2() -> None:
     assert batch["labels"] == [3]
 
 
-def test_identity_is_that_of_the_content(tmp_path: Path) -> None:
+def test_identity_depends_on_the_content_only(tmp_path: Path) -> None:
     root = tmp_path / "cifar-10-batches-py"
     cifar(root)
     archive = tarred(root, tmp_path / "c.tar.gz")
@@ -109,7 +109,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_pickles_run_no_code(tmp_path: Path, protocol: int) -> None:
+def test_pickles_execute_no_code(tmp_path: Path, protocol: int) -> None:
     root, proof = tmp_path / "cifar-10-batches-py", tmp_path / "proof"
     cifar(root)
     for evil in (Evil(exec, f"open({str(proof)!r}, 'w')"), Evil(np.save, str(proof), 1), Evil):
@@ -123,8 +123,8 @@ def test_pickles_run_no_code(tmp_path: Path, protocol: int) -> None:
     assert not list(tmp_path.glob("proof*"))
 
 
-def test_no_numpy_object_is_made_by_the_unpickler() -> None:
-    """A pickle can lie to NumPy about an array's type and size; it only meets stand-ins."""
+def test_unpickler_creates_no_numpy_object() -> None:
+    """A pickle can contain a false type and size of an array; only stand-ins receive them."""
     for array in (np.zeros((2, 2), np.uint8), np.asarray([{}, 1], object)):
         for protocol in (2, 5):
             found = archives._load(pickle.dumps({"data": array}, protocol), Path("x"))["data"]
@@ -178,8 +178,8 @@ def test_two_data_sets_in_one_folder(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
-def test_everyday_names_are_no_cifar(tmp_path: Path) -> None:
-    """Lists called "train" and "test" beside photos; all three names together are CIFAR-100."""
+def test_common_file_names_are_not_cifar(tmp_path: Path) -> None:
+    """Files "train" and "test" beside photos; only all three names together are CIFAR-100."""
     (tmp_path / "cats").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "cats" / "1.png")
     for name in ("train", "test"):
@@ -190,7 +190,7 @@ def test_everyday_names_are_no_cifar(tmp_path: Path) -> None:
     assert len(open_source(tmp_path)) == len(images)
 
 
-def test_damaged_and_foreign_gzip_archives(tmp_path: Path) -> None:
+def test_damaged_and_unrelated_gzip_archives(tmp_path: Path) -> None:
     cifar(tmp_path / "cifar-10-batches-py")
     data = tarred(tmp_path / "cifar-10-batches-py", tmp_path / "c.tar.gz").read_bytes()
     flipped = bytearray(data)

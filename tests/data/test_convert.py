@@ -1,4 +1,4 @@
-"""Bytes of every kind of picture -> uint8 squares, and what is refused."""
+"""Conversion of image files to uint8 squares, and unusable files."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
         assert colour(pgm) == want
 
 
-def test_pixels_without_an_agreed_range_are_refused() -> None:
+def test_pixels_of_unknown_range_are_refused() -> None:
     with pytest.raises(BadImageError, match="floating-point"):
         colour(coded(np.ones(SIZE, np.float32), "TIFF"))
     with pytest.raises(BadImageError, match="32-bit"):
@@ -84,7 +84,7 @@ def test_one_channel_is_luma() -> None:
 
 
 @pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"])
-def test_content_decides_not_the_name(kind: str) -> None:
+def test_format_is_detected_from_the_content(kind: str) -> None:
     data = coded(smooth(16, 16), kind)
     want = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert np.array_equal(square(data, 16), want)
@@ -96,8 +96,8 @@ def test_first_frame_of_an_animation() -> None:
     assert colour(data) == [200, 0, 0]
 
 
-def test_camera_files_with_two_pictures() -> None:
-    """Phones write JPEGs with a second picture behind the first (MPO)."""
+def test_camera_files_with_two_images() -> None:
+    """Phones write JPEG files with a second image behind the first (MPO)."""
     frames = [Image.fromarray(smooth(16, 16)), Image.new("RGB", (16, 16))]
     data = coded(frames[0], "MPO", save_all=True, append_images=frames[1:])
     assert np.array_equal(square(data, 16), square(coded(frames[0], "JPEG"), 16))
@@ -121,7 +121,7 @@ def test_npy_arrays() -> None:
         square(npy(NOISE)[:-1], 8)
 
 
-def test_npy_header_that_lies_allocates_nothing() -> None:
+def test_false_npy_header_allocates_nothing() -> None:
     header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (11000, 11000, 1)}"
     data = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header
     with pytest.raises(BadImageError, match="holds 0 bytes"):
@@ -149,8 +149,8 @@ def test_all_orientations() -> None:
         assert np.array_equal(to_square(Image.open(io.BytesIO(data)), 48), np.asarray(want))
 
 
-def test_damaged_exif_is_no_reason_to_refuse() -> None:
-    """One type code is wrong, as some cameras have it; the orientation (6) is readable."""
+def test_damaged_exif_is_accepted() -> None:
+    """One type code is wrong, as from some cameras; the orientation (6) is readable."""
     exif = (
         b"Exif\0\0MM\0*\0\0\0\x08\0\x03\x01\x03\0\x02\0\0\0\x16\0\0\0\x32\x01\x12\0\x03\0\0\0\x01"
         b"\0\x06\0\0\x87i\0\x04\0\x0c\0\x01\0\0\0H\0\0\0\0desc\x02iption here\0long\0\0"
@@ -187,7 +187,7 @@ def test_nothing_is_resampled_at_the_same_size() -> None:
         assert np.array_equal(square(coded(NOISE), 48, resize=resize), NOISE)
 
 
-def test_enlarging_is_asked_for() -> None:
+def test_enlarging_must_be_requested() -> None:
     small = coded(smooth(20, 30))
     with pytest.raises(BadImageError) as error:
         square(small, 32)
@@ -197,7 +197,7 @@ def test_enlarging_is_asked_for() -> None:
 
 
 def test_damaged_structure_of_a_jpeg_is_refused() -> None:
-    """PIL shows these files without a word."""
+    """PIL decodes these files without an error."""
     data = bytearray(coded(smooth(200, 200), "JPEG", quality=90))
     middle = len(data) * 2 // 3
     data[middle : middle + 40] = b"\xff\xd0" * 20
@@ -211,7 +211,7 @@ def test_damaged_structure_of_a_jpeg_is_refused() -> None:
     [("JPEG", {}), ("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("PPM", {}),
      ("TIFF", {}), ("GIF", {})],
 )  # fmt: skip
-def test_cut_off_pictures_are_refused(kind: str, options: dict[str, object]) -> None:
+def test_truncated_images_are_refused(kind: str, options: dict[str, object]) -> None:
     data = coded(NOISE, kind, **options)
     for length in (1, 20, len(data) // 2, len(data) - 20):
         with pytest.raises(BadImageError):
@@ -223,13 +223,13 @@ def test_png_without_its_end_is_refused() -> None:
         square(coded(NOISE)[:-2], 8)
 
 
-def test_what_is_no_picture() -> None:
+def test_unknown_formats() -> None:
     with pytest.raises(BadImageError, match="empty"):
         square(b"", 8)
     for data in (
         b"<html>not found</html>",
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n",
-    ):  # PostScript is not even recognised, let alone run
+    ):  # PostScript is not recognised, therefore not executed
         with pytest.raises(BadImageError, match=r"^has an unknown image format$"):
             square(data, 8)
 
@@ -242,7 +242,7 @@ def test_reasons_are_the_same_in_every_process() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_bombs_are_refused_by_their_header(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bombs_are_refused_before_decoding(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = coded(Image.new("L", (400, 400)), kind)
     monkeypatch.setattr(convert, "MAX_PIXELS", 160_000)
     assert square(data, 8).shape == (8, 8, 3)
@@ -254,7 +254,7 @@ def test_bombs_are_refused_by_their_header(kind: str, monkeypatch: pytest.Monkey
 
 
 def test_bomb_of_real_size() -> None:
-    """A PNG that claims 20,000 x 20,000 pixels, in a few bytes."""
+    """A PNG of 20,000 x 20,000 pixels in a few bytes."""
     data = bytearray(coded(Image.new("L", SIZE)))
     data[16:24] = struct.pack(">II", 20_000, 20_000)
     with pytest.raises(BadImageError):

@@ -1,4 +1,4 @@
-"""Host buffers: reused, but only after the copy out of them is complete."""
+"""Host buffers are reused only after their copy is complete."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bigan.data.streaming import device as devices
 
 
 class Event:
-    """Stands in for a CUDA event: the test says when the copy is complete."""
+    """Replaces a CUDA event; the test sets when the copy is complete."""
 
     def __init__(self) -> None:
         self.complete = False
@@ -49,7 +49,7 @@ def test_a_buffer_waits_for_its_copy(to_cuda: devices.ToCuda) -> None:
     first = to_cuda.take(4)
     sent = to_cuda.send(first)
     others = [to_cuda.take(4) for _ in range(4)]
-    assert all(other is not first for other in others)  # the copy engine may still read it
+    assert all(other is not first for other in others)  # its copy may be running
     sent.event.complete = True  # type: ignore[attr-defined]
     assert to_cuda.take(4) is first
 

@@ -27,7 +27,7 @@ NUM, SIZE, CLASSES = 90, 16, 5
 
 
 def jpeg(number: int, size: tuple[int, int] = (SIZE, SIZE), mode: str = "RGB") -> bytes:
-    """A picture of one colour that tells its number: 8 grey levels apart."""
+    """An image of one grey level, 8 * number + 4."""
     file = io.BytesIO()
     colour = (number % 30) * 8 + 4
     full = {"L": colour, "RGB": (colour,) * 3, "CMYK": (0, 0, 0, 255 - colour)}[mode]
@@ -88,7 +88,7 @@ def add(tars: Path, name: str, members: dict[str, bytes]) -> None:
         ({"../a.jpg": jpeg(1), "../a.cls": b"1"}, "points outside of the tar"),
     ],
 )
-def test_unfit_tars_are_refused_with_the_way_out(
+def test_unsuitable_tars_are_refused_with_advice(
     tars: Path, members: dict[str, bytes], part: str
 ) -> None:
     add(tars, "x.tar", members)
@@ -99,7 +99,7 @@ def test_unfit_tars_are_refused_with_the_way_out(
     assert not (tars / MANIFEST).exists()
 
 
-def test_other_unfit_folders(tars: Path, tmp_path: Path) -> None:
+def test_other_unsuitable_folders(tars: Path, tmp_path: Path) -> None:
     cut = tars / "set-0001.tar"
     cut.write_bytes(cut.read_bytes()[:5000])
     with pytest.raises(DataError, match=r"set-0001\.tar.*truncated"):
@@ -113,7 +113,7 @@ def test_other_unfit_folders(tars: Path, tmp_path: Path) -> None:
         ShardStream(str(tars / "set-{0000..0001}.tar"), seed=0, world=World(), batch=10)
 
 
-def test_folders_without_a_usable_kind_of_image(tmp_path: Path) -> None:
+def test_folders_without_a_supported_format(tmp_path: Path) -> None:
     for kind, mode, part in [
         ("gif", "L", "unsupported formats: gif"),
         ("png", "RGBA", "neither 8-bit grey nor RGB"),
@@ -126,7 +126,7 @@ def test_folders_without_a_usable_kind_of_image(tmp_path: Path) -> None:
             ShardStream(folder, seed=0, world=World(), batch=1)
 
 
-def test_packed_folders_are_never_indexed_anew(tmp_path: Path) -> None:
+def test_packed_folders_are_never_indexed_in_place(tmp_path: Path) -> None:
     pack("digits", tmp_path / "digits", resolution=8)
     manifest = tmp_path / "digits" / MANIFEST
     before = manifest.read_bytes()
@@ -138,18 +138,18 @@ def test_packed_folders_are_never_indexed_anew(tmp_path: Path) -> None:
     assert not manifest.exists()
 
 
-def test_hidden_files_are_no_shards(tars: Path) -> None:
+def test_hidden_files_are_ignored(tars: Path) -> None:
     (tars / "._set-0000.tar").write_bytes(b"what a Mac leaves beside a file")
     assert numbers(list(sequential(tars, "train", World(), 60))) == [i % 30 for i in range(60)]
 
 
-def test_grey_pictures_in_a_colour_set(tars: Path) -> None:
+def test_grey_images_in_a_colour_set(tars: Path) -> None:
     add(tars, "x.tar", {"a.jpg": jpeg(29, mode="L"), "a.cls": b"1"})
     batches = list(sequential(tars, "train", World(), 16))
     assert numbers(batches)[-1] == 29
 
 
-def test_foreign_tars_as_a_source(tars: Path, tmp_path: Path) -> None:
+def test_indexed_tars_as_a_source(tars: Path, tmp_path: Path) -> None:
     packed = pack(tars, tmp_path / "packed", resolution=8, test_fraction=0.0)
     (manifest,) = packed.manifests
     assert sum(manifest.num_samples(split) for split in manifest.splits) == NUM
@@ -193,7 +193,7 @@ def test_resampled_draws_shards_at_random(tars: Path) -> None:
     assert numbers(again) == numbers(batches[:3])
     assert numbers(other) != numbers(batches[:3])[:30]
     resumed = resample(pattern, 3, images_seen=60)
-    assert numbers(resumed) != numbers(again)  # not the first images once more
+    assert numbers(resumed) != numbers(again)  # not the first images again
     assert [int(b.positions[0]) for b in resumed] == [60, 80, 100]
     assert [len(b.labels) for b in resample(pattern, 4, accumulation=2)] == [10] * 4
 
@@ -217,7 +217,7 @@ def test_resampled_bad_samples(tars: Path) -> None:
         resample(str(tars / "y.tar"), 1)
 
 
-def test_resampled_missing_and_forbidden_shards(tars: Path) -> None:
+def test_resampled_missing_and_disallowed_shards(tars: Path) -> None:
     with pytest.raises(DataError, match=r"set-0003\.tar: no such shard"):
         resample(str(tars / "set-{0000..0007}.tar"), 1)
     with pytest.raises(DataError, match=r"data\.allow_pipe"):
@@ -233,7 +233,7 @@ def test_resampled_shards_without_samples_do_not_hang(tmp_path: Path) -> None:
         resample(str(tmp_path / "empty" / "x.tar"), 1)
 
 
-def test_resampled_reads_labels_of_json_and_names_a_cut_tar_once(tars: Path) -> None:
+def test_resampled_reads_json_labels_and_reports_a_truncated_tar_once(tars: Path) -> None:
     members = {f"{i}.{kind}": x for i in range(9) for kind, x in sample_with_json(i).items()}
     add(tars, "x.tar", members)
     cut = (tars / "x.tar").read_bytes().index(b"3.jpg\0") + 512 + 100  # inside that image
@@ -255,11 +255,11 @@ def test_resampled_images_of_one_class_need_no_label(tars: Path) -> None:
         resample(str(tars / "x.tar"), 1)
 
 
-def test_resampled_shards_without_a_good_image_stop(tars: Path) -> None:
+def test_resampled_shards_without_a_usable_image_stop(tars: Path) -> None:
     add(tars, "x.tar", {"a.jpg": jpeg(1)[:200], "a.cls": b"1"})
     with pytest.raises(DataError, match="bad sample a"):
         resample(str(tars / "x.tar"), 1, fetch=Fetch(on_bad="skip"))
     cut = tars / "set-0000.tar"
     cut.write_bytes(cut.read_bytes()[:9000])
     with pytest.raises(DataError, match=r"set-0000\.tar: the tar cannot be read to its end"):
-        resample(str(cut), 1)  # at once, not when the shuffle buffer gives it out
+        resample(str(cut), 1)  # not only when the shuffle buffer returns it

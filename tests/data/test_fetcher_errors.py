@@ -50,7 +50,7 @@ def web(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 @pytest.fixture
 def damaged(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, int]:
-    """A copy whose sample at position 100 does not decode any more, and that sample's number."""
+    """A copy whose sample at position 100 does not decode, and the number of that sample."""
     folder = tmp_path / "damaged"
     shutil.copytree(digits, folder)
     manifest = Manifest.load(folder)
@@ -69,7 +69,7 @@ def flip(file: Path, byte: int) -> None:
     file.write_bytes(bytes(content))
 
 
-def test_after_the_last_sample_comes_the_first(digits: Path, damaged: tuple[Path, int]) -> None:
+def test_last_sample_is_replaced_by_the_first(digits: Path, damaged: tuple[Path, int]) -> None:
     folder, _ = damaged
     manifest = Manifest.load(folder)
     flip(folder / manifest.shards("train")[-1].url, int(manifest.load_index("train").offset[-1]))
@@ -86,11 +86,11 @@ def test_a_damaged_shard_is_not_streamed(damaged: tuple[Path, int]) -> None:
 
 
 @pytest.mark.parametrize("how", [{}, {"mode": "resident"}])
-def test_skipping_puts_the_next_sample_in_place(
+def test_bad_sample_is_replaced_by_the_next(
     digits: Path, damaged: tuple[Path, int], how: dict
 ) -> None:
     folder, sample = damaged
-    """In order over an epoch's end, whoever decodes: threads, memory, worker processes."""
+    """In order across the end of an epoch, with random access and in resident mode."""
     good, got = take(digits, 30), take(folder, 30, fetch=Fetch(on_bad="skip", **how))
     images = torch.cat([b.pixels for b in sequential(digits, "train", World(), 500)])
     labels = torch.cat([b.labels for b in sequential(digits, "train", World(), 500)])
@@ -110,21 +110,21 @@ def test_skipping_puts_the_next_sample_in_place(
         assert torch.equal(after.pixels, expected)
 
 
-def test_skipping_is_the_same_after_a_resume_and_on_other_ranks(
+def test_replacements_do_not_depend_on_resume_and_ranks(
     damaged: tuple[Path, int],
 ) -> None:
     fetch = Fetch(on_bad="skip")
-    whole = take(damaged[0], 6, fetch=fetch)
+    full = take(damaged[0], 6, fetch=fetch)
     again = take(damaged[0], 4, fetch=fetch, images_seen=96)
-    assert same(whole[2:], again)
-    assert [b.bad for b in again] == [b.bad for b in whole[2:]]
+    assert same(full[2:], again)
+    assert [b.bad for b in again] == [b.bad for b in full[2:]]
     ranks = [take(damaged[0], 6, fetch=fetch, world=World(r, 2)) for r in range(2)]
     joined = [torch.cat([ranks[0][i].pixels, ranks[1][i].pixels]) for i in range(6)]
-    assert all(torch.equal(a.pixels, b) for a, b in zip(whole, joined, strict=True))
+    assert all(torch.equal(a.pixels, b) for a, b in zip(full, joined, strict=True))
     assert sum(len(b.bad) for rank in ranks for b in rank) == 1
 
 
-def test_stopping_names_shard_and_member(damaged: tuple[Path, int]) -> None:
+def test_error_names_shard_and_member(damaged: tuple[Path, int]) -> None:
     with pytest.raises(DataError) as error:
         take(damaged[0], fetch=Fetch(mode="resident"))
     assert f"bad sample {damaged[1]:09d}.npy" in str(error.value)
@@ -144,7 +144,7 @@ def test_a_broken_data_set_is_not_skipped(digits: Path, monkeypatch: pytest.Monk
 
 
 def test_read_errors_are_not_skipped(digits: Path, tmp_path: Path) -> None:
-    """Only an image that does not decode is replaced: a flaky disk must not change the data."""
+    """Only an image that does not decode is replaced: a faulty disk must not change the data."""
     shutil.copytree(digits, tmp_path / "d")
     settings: dict = {"seed": 0, "world": World(), "batch": 48, "block": BLOCK}
     fetch = Fetch(on_bad="skip", prefetch=1)
@@ -160,7 +160,7 @@ def test_read_errors_are_not_skipped(digits: Path, tmp_path: Path) -> None:
 
 
 def until(condition: Callable[[], bool]) -> bool:
-    """Wait for what a thread does; False if it has not happened after two seconds."""
+    """Wait up to two seconds for a condition that a thread fulfils."""
     deadline = time.monotonic() + 2
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -173,7 +173,7 @@ def test_read_ahead_stays_one_block_ahead() -> None:
 
         def fetch(self, shard: str) -> None:
             self.fetched.append(shard)
-            if shard == "b":  # left to whoever needs it; the next ones come all the same
+            if shard == "b":  # raised for its reader only; later shards are downloaded
                 raise DataError("no such shard")
 
     numbers = np.arange(40)
@@ -189,7 +189,7 @@ def test_read_ahead_stays_one_block_ahead() -> None:
         ahead.close()
 
 
-def test_cache_evicts_what_was_used_longest_ago(digits: Path, web: Web, tmp_path: Path) -> None:
+def test_cache_evicts_least_recently_used(digits: Path, web: Web, tmp_path: Path) -> None:
     shards = Manifest.load(digits).shards("train")[:6]
     limit = 5 * max(shard.filesize for shard in shards)
     leftover = tmp_path / "cache" / ".x.tar.killed.tmp"
@@ -207,7 +207,7 @@ def test_cache_evicts_what_was_used_longest_ago(digits: Path, web: Web, tmp_path
     assert not leftover.exists()
 
 
-def test_cache_in_an_impossible_place(tmp_path: Path) -> None:
+def test_unusable_cache_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"cannot be used as data\.cache"):
         cache.NodeCache(tmp_path / "file" / "cache", "http://host/data")
@@ -224,7 +224,7 @@ def test_a_damaged_copy_of_the_index_is_replaced(digits: Path, web: Web, tmp_pat
     assert same(take(digits, 1), take(web.url, 1, fetch=fetch))
 
 
-@pytest.mark.parametrize("mode", ["exact", "stream"])
+@pytest.mark.parametrize("mode", ["random_access", "stream"])
 def test_a_damaged_index_stops_every_mode(digits: Path, tmp_path: Path, mode: str) -> None:
     shutil.copytree(digits, tmp_path / "d")
     (file,) = (tmp_path / "d" / "index").glob("train*label*")
@@ -243,7 +243,7 @@ def test_members_are_the_same_from_disk_and_stream(digits: Path) -> None:
         assert streamed.member(sample) == exact.member(sample)
 
 
-def test_raw_reads_are_whole_or_not_at_all(digits: Path, tmp_path: Path) -> None:
+def test_raw_reads_are_complete_or_skipped(digits: Path, tmp_path: Path) -> None:
     shutil.copytree(digits, tmp_path / "d")
     shards = local_shards.LocalShards(Manifest.load(tmp_path / "d"), "train")
     out, numbers = np.zeros((6, 8, 8, 1), np.uint8), np.arange(6)
@@ -278,14 +278,14 @@ def test_a_failed_resident_split_ends_its_threads(
     assert not data_threads()
 
 
-def test_a_command_that_goes_on_is_ended() -> None:
+def test_a_running_command_is_killed() -> None:
     began = time.monotonic()
     with remote.open_url("pipe:echo x; exec sleep 20", True) as stream:
         assert stream.read(2) == b"x\n"
     assert time.monotonic() - began < 10
 
 
-def test_buckets_need_their_programs(
+def test_buckets_need_external_programs(
     digits: Path, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -293,7 +293,7 @@ def test_buckets_need_their_programs(
         take("s3://bucket/data", 1)
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    aws = tmp_path / "bin" / "aws"  # stands in for `aws s3 cp --only-show-errors URL -`
+    aws = tmp_path / "bin" / "aws"  # replaces `aws s3 cp --only-show-errors URL -`
     aws.parent.mkdir()
     aws.write_text(f'#!/bin/sh\n[ "$5" = - ] && exec cat "{digits}/${{4#s3://bucket/data/}}"\n')
     aws.chmod(0o755)

@@ -47,15 +47,15 @@ def web(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 @pytest.mark.parametrize("world", [World(), World(1, 3)])
 @pytest.mark.parametrize("mode", ["resident", "stream"])
-def test_local_modes_show_the_same(digits: Path, mode: str, world: World) -> None:
-    """Over an epoch's end, from the middle of a block on, on a rank of one and of three."""
+def test_local_modes_are_equal(digits: Path, mode: str, world: World) -> None:
+    """Across the end of an epoch, from the middle of a block, on 1 and on 3 ranks."""
     want = take(digits, world=world, images_seen=480)
     assert same(want, take(digits, world=world, images_seen=480, fetch=Fetch(mode=mode)))
     assert not data_threads()
 
 
 @pytest.mark.parametrize("how", [{}, {"mode": "resident"}, {"cache": Path("cache")}])
-def test_remote_modes_show_the_same(digits: Path, web: Web, tmp_path: Path, how: dict) -> None:
+def test_remote_modes_are_equal(digits: Path, web: Web, tmp_path: Path, how: dict) -> None:
     if "cache" in how:
         how = {"cache": tmp_path / "cache"}
     assert same(take(digits), take(web.url, fetch=Fetch(**how)))
@@ -68,7 +68,7 @@ def test_evaluation_reads_a_url_once(digits: Path, web: Web) -> None:
     assert max(n for name, n in web.requests.items() if name.endswith(".tar")) == 1
 
 
-def test_evaluation_needs_a_batch(digits: Path) -> None:
+def test_evaluation_batch_must_be_positive(digits: Path) -> None:
     with pytest.raises(DataError, match="must be positive"):
         sequential(digits, "test", World(), 0)
 
@@ -78,16 +78,16 @@ def test_groups_end_with_the_blocks() -> None:
     ends = list(itertools.islice(order.block_ends(30), 6))
     assert all(end > 30 for end in ends)
     assert ends == sorted(set(ends))
-    whole = list(itertools.islice(order.block_ends(0), 12))
-    assert 26 in whole  # an epoch ends a block
-    assert 52 in whole
+    full = list(itertools.islice(order.block_ends(0), 12))
+    assert 26 in full  # the end of an epoch ends a block
+    assert 52 in full
     parts = [(np.arange(i, i + 4), np.arange(i, i + 4)) for i in range(0, 60, 4)]
-    found = list(itertools.islice(grouped(iter(parts), iter(whole)), 4))
-    assert [int(p[-1]) + 1 for p, _ in found] == whole[:4]
-    assert np.concatenate([p for p, _ in found]).tolist() == list(range(whole[3]))
+    found = list(itertools.islice(grouped(iter(parts), iter(full)), 4))
+    assert [int(p[-1]) + 1 for p, _ in found] == full[:4]
+    assert np.concatenate([p for p, _ in found]).tolist() == list(range(full[3]))
 
 
-def test_settings_are_checked() -> None:
+def test_fetch_settings() -> None:
     assert [Fetch().num_threads(r) for r in (32, 64, 65, 256)] == [1, 1, 2, 2]
     assert Fetch(threads=5).num_threads(32) == 5
     assert DataConfig(path="data/digits/").path == "data/digits"
@@ -106,7 +106,7 @@ def test_stream_holds_two_blocks_at_most(digits: Path) -> None:
         for _ in itertools.islice(stream, 60):
             source = stream._fetcher._source  # type: ignore[attr-defined]
             held.append(max(len(source._ready), len(source._block_of)))
-    assert 0 < max(held) <= 2 * 300  # a block is of whole shards, 100 samples each
+    assert 0 < max(held) <= 2 * 300  # a block consists of entire shards of 100 samples
 
 
 def test_broken_transfers_are_repeated(digits: Path, web: Web) -> None:
@@ -115,7 +115,7 @@ def test_broken_transfers_are_repeated(digits: Path, web: Web) -> None:
     assert web.requests["train-000003.tar"] >= 3
 
 
-def test_a_shard_that_stays_short_stops_the_run(web: Web) -> None:
+def test_a_truncated_shard_stops_the_run(web: Web) -> None:
     web.cut["train-000003.tar"] = 1000
     with pytest.raises(DataError, match=r"train-000003\.tar: cannot be read.*bytes arrived") as got:
         take(web.url)
@@ -139,7 +139,7 @@ def test_close_does_not_wait_for_a_silent_server(web: Web, tmp_path: Path, cache
     assert not data_threads()
 
 
-def test_other_bytes_than_the_manifest_says(digits: Path, tmp_path: Path, web: Web) -> None:
+def test_download_with_wrong_sha256(digits: Path, tmp_path: Path, web: Web) -> None:
     web.folder = tmp_path / "changed"
     shutil.copytree(digits, web.folder)
     shard = web.folder / "train-000002.tar"
@@ -153,12 +153,12 @@ def test_other_bytes_than_the_manifest_says(digits: Path, tmp_path: Path, web: W
 def test_no_data_set_at_the_url(web: Web) -> None:
     with pytest.raises(DataError, match=r"nowhere/manifest\.json: cannot be read.*error: 404"):
         take(f"{web.url}/nowhere")
-    assert web.requests["nowhere/manifest.json"] == 1  # it will not appear by asking again
+    assert web.requests["nowhere/manifest.json"] == 1  # a 404 is not repeated
     with pytest.raises(DataError, match="unsupported URL scheme"):
         take("gopher://host/data")
 
 
-def test_commands_run_only_if_allowed(digits: Path, tmp_path: Path, web: Web) -> None:
+def test_commands_must_be_allowed(digits: Path, tmp_path: Path, web: Web) -> None:
     proof = tmp_path / "proof"
     url = f"pipe:touch {proof}; cat {digits}"
     with pytest.raises(DataError, match=r"data\.allow_pipe=true"):
@@ -167,7 +167,7 @@ def test_commands_run_only_if_allowed(digits: Path, tmp_path: Path, web: Web) ->
     assert same(take(digits, 3), take(f"pipe:cat {digits}", 3, fetch=Fetch(allow_pipe=True)))
 
 
-def test_rewritten_urls_need_permission(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rewritten_urls_must_be_allowed(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOPEN_REWRITE", f"{web.url}=pipe:cat ")
     with pytest.raises(DataError, match="GOPEN_REWRITE"):
         take(web.url)
@@ -198,7 +198,7 @@ def test_small_cache_evicts_and_loses_nothing(digits: Path, web: Web, tmp_path: 
 
 
 def test_evicted_shards_do_not_stay_open(digits: Path, web: Web, tmp_path: Path) -> None:
-    """An unlinked file takes space as long as anybody has it open."""
+    """A deleted file occupies space while it is open."""
     largest = max(shard.filesize for shard in Manifest.load(digits).shards("train"))
     fetch = Fetch(cache=tmp_path / "cache", cache_bytes=8 * largest)
     settings: dict = {"seed": 0, "world": World(), "batch": 48, "block": 200, "fetch": fetch}
@@ -217,7 +217,7 @@ def test_evicted_shards_do_not_stay_open(digits: Path, web: Web, tmp_path: Path)
 def test_eviction_between_fetch_and_open(
     digits: Path, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cache race must cost a download, never change a sample (facts/data.md, section 2.2)."""
+    """A race of the cache may cost a download, but never change a sample."""
     node = cache.NodeCache(tmp_path / "cache", web.url)
     shard = Manifest.load(digits).shards("train")[0]
     fetch, raced = node.fetch, []
@@ -245,9 +245,9 @@ def test_truncated_download_is_never_cached(web: Web, tmp_path: Path) -> None:
     take(web.url, fetch=Fetch(cache=tmp_path / "cache"))
 
 
-def test_exact_needs_a_disk_and_resident_needs_memory(digits: Path, web: Web) -> None:
+def test_random_access_needs_a_disk_and_resident_needs_memory(digits: Path, web: Web) -> None:
     with pytest.raises(DataError, match=r"data\.cache=FOLDER"):
-        take(web.url, fetch=Fetch(mode="exact"))
+        take(web.url, fetch=Fetch(mode="random_access"))
     with pytest.raises(DataError, match=r"83,008 bytes of pixels.*data\.resident_bytes"):
         take(digits, fetch=Fetch(mode="resident", resident_bytes=83_007))
     take(digits, 1, fetch=Fetch(mode="resident", resident_bytes=83_008))

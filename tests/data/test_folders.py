@@ -72,7 +72,7 @@ def test_split_folders_without_classes(root: Path) -> None:
         assert source.splits == ("test", "train", "train")
 
 
-def test_train_beside_another_class_is_a_class(root: Path) -> None:
+def test_train_beside_another_folder_is_a_class(root: Path) -> None:
     write(root, "train/1.png", "bus/1.png")
     assert open_source(root, resolution=8).classes == ("bus", "train")
 
@@ -89,7 +89,7 @@ def test_train_beside_another_class_is_a_class(root: Path) -> None:
         (("train/a/1.png",), ("test",), "test: contains no images"),
     ],
 )
-def test_unclear_layouts(
+def test_ambiguous_layouts(
     root: Path, names: tuple[str, ...], folders: tuple[str, ...], part: str
 ) -> None:
     write(root, *names)
@@ -101,7 +101,7 @@ def test_unclear_layouts(
         one_line(error, part)
 
 
-def test_unreadable_class_names(root: Path) -> None:
+def test_unprintable_class_names(root: Path) -> None:
     write(root, "a\nb/1.png")
     with pytest.raises(DataError) as error:
         open_source(root, resolution=8)
@@ -115,7 +115,7 @@ def test_links(root: Path, tmp_path: Path) -> None:
     write(tmp_path / "elsewhere", "1.png")
     write(root, "a/1.png")
     (root / "b").symlink_to(tmp_path / "elsewhere")
-    (root / "a" / "up").symlink_to(root)  # without an end
+    (root / "a" / "up").symlink_to(root)  # a cycle
     (root / "a" / "self.png").symlink_to("self.png")
     (root / "a" / "gone.png").symlink_to("nowhere")
     os.mkfifo(root / "a" / "pipe.png")
@@ -175,7 +175,7 @@ def test_label_file_over_split_folders(root: Path) -> None:
         assert classes_of(source) == {"test/1.png": "b", "train/1.png": "b", "train/2.png": "a"}
 
 
-def test_entries_and_images_that_do_not_fit(root: Path, tmp_path: Path) -> None:
+def test_entries_without_images_and_images_without_entries(root: Path, tmp_path: Path) -> None:
     write(tmp_path, "secret.png")
     write(root, *(f"{i}.png" for i in range(1, 7)), "a/stem.png", "a/stem.jpg")
     rows = ["1.png,a", "1.png,a", "2.png,a", "2.png,b", "3.png,", "gone.png,a", "../secret.png,a",
@@ -219,7 +219,7 @@ def test_entries_and_images_that_do_not_fit(root: Path, tmp_path: Path) -> None:
         ("dataset.json", b'{"labels": [["1.png", [0, 1]]]}', "neither an integer"),
     ],
 )
-def test_label_files_that_cannot_be_used(root: Path, name: str, content: bytes, part: str) -> None:
+def test_invalid_label_files(root: Path, name: str, content: bytes, part: str) -> None:
     write(root, "1.png")
     (root / name).write_bytes(content)
     for spec in (root, zipped(root, root.with_suffix(".zip"))):
@@ -264,7 +264,7 @@ def test_damaged_file_is_a_bad_image(root: Path) -> None:
 
 
 def test_other_kinds_of_file_are_counted(root: Path) -> None:
-    """An image of an unknown kind must not vanish without a word; hidden files may."""
+    """Images of an unknown format are counted, hidden files are not."""
     write(root, "a/1.png", "a/2.jpg", "b/..dots..png", "b/.hidden.png", ".git/x.png")
     (root / "a" / "2.jpg").rename(root / "a" / "2.JFIF")
     shutil.copy(root / "a" / "2.JFIF", root / "b" / "3.jpe")
@@ -288,7 +288,7 @@ def test_other_kinds_of_file_are_counted(root: Path) -> None:
     assert (archive.keys, archive.num_ignored, archive.bad) == (folder.keys, 5, ())
 
 
-def test_stamp_knows_when_files_were_changed(root: Path) -> None:
+def test_stamp_depends_on_modification_times(root: Path) -> None:
     write(root, "a/1.png", "b/2.png")
     before = both(root)
     assert [source.stamp for source in both(root)[:1]] == [before[0].stamp]

@@ -96,7 +96,7 @@ def test_one_flipped_bit_is_found(copy: Path, name: str) -> None:
     with pytest.raises(DataError) as error:
         Manifest.load(copy).verify_checksums()
     one_line(error, name, "damaged")
-    assert not manifest.verify_checksums(limit_bytes=1000)  # too large to be looked at
+    assert not manifest.verify_checksums(limit_bytes=1000)  # too large
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_one_flipped_bit_is_found(copy: Path, name: str) -> None:
         lambda columns: columns["offset"].__iadd__(10**9),
     ],
 )
-def test_index_that_contradicts_the_manifest(copy: Path, wrong: Callable[[dict], object]) -> None:
+def test_inconsistent_index(copy: Path, wrong: Callable[[dict], object]) -> None:
     names = ("offset", "size", "label", "shard")
     columns = {name: np.load(copy / "index" / f"train.{name}.npy") for name in names}
     wrong(columns)
@@ -139,8 +139,8 @@ def test_shard_bytes_are_indexed_exactly() -> None:
     assert shard_bytes(SAMPLES, "npy") == data
 
 
-def test_no_cut_and_no_flipped_header_is_silent() -> None:
-    """All silent losses of WebDataset's reader: cuts anywhere, header damage, zeroed pages."""
+def test_truncation_and_flipped_headers_are_errors() -> None:
+    """Damage that WebDataset's reader ignores: truncation, damaged headers, zeroed pages."""
     data = shard_bytes(SAMPLES, "npy")
     members = list(walk_tar(data, "x.tar"))
     end = -(-(members[-1].offset + members[-1].size) // 512) * 512
@@ -204,7 +204,7 @@ def test_encode_and_decode_round_trip(encoding: str, channels: int) -> None:
 
 
 class Evil:
-    """Whoever unpickles this makes a folder."""
+    """Unpickling this creates a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -213,7 +213,7 @@ class Evil:
         return os.mkdir, (str(self.path),)
 
 
-def test_npy_written_by_others_is_read_but_never_unpickled(tmp_path: Path) -> None:
+def test_other_npy_files_are_read_but_never_unpickled(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     file = io.BytesIO()
     np.lib.format.write_array(file, np.asfortranarray(image), version=(2, 0))

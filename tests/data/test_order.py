@@ -1,4 +1,4 @@
-"""The order of samples: exact for every world size, the same on every platform."""
+"""The order of samples: exact for every world size, equal on every platform."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import itertools
 import numpy as np
 import pytest
 
+from bigan.data.permutation import permutation
 from bigan.data.streaming.order import (
     ORDER_VERSION,
     Order,
     grouped,
-    permutation,
     rank_positions,
     rank_range,
 )
@@ -26,7 +26,7 @@ GOLDEN = {
 
 
 def test_golden_order() -> None:
-    """Changing the order breaks every running job: raise ORDER_VERSION and these together."""
+    """A change of the order breaks running jobs: increase ORDER_VERSION with these values."""
     assert ORDER_VERSION == 1
     found = {seed: Order([3, 2, 3], seed, block=4).samples(0, 20).tolist() for seed in (0, 1, 7)}
     assert found == GOLDEN
@@ -52,17 +52,17 @@ def test_order_depends_on_seed_and_block() -> None:
 
 
 @pytest.mark.parametrize("block", [1, 10, 48])
-def test_order_is_the_same_read_in_any_pieces(block: int) -> None:
-    whole = Order(UNEVEN, 0, block).samples(0, 200)
+def test_order_does_not_depend_on_the_lookups(block: int) -> None:
+    full = Order(UNEVEN, 0, block).samples(0, 200)
     pieces = Order(UNEVEN, 0, block)
     random = np.random.default_rng(0)
     for _ in range(200):  # forwards, backwards, across blocks and epochs
         start, stop = sorted(random.integers(0, 201, 2))
-        assert np.array_equal(pieces.samples(start, stop), whole[start:stop])
+        assert np.array_equal(pieces.samples(start, stop), full[start:stop])
 
 
 def test_blocks_are_local_and_shuffled_inside() -> None:
-    """A block of 10 shards reads 10 shards only; inside it samples are not in shard order."""
+    """A block of 10 shards reads 10 shards only; its samples are not in shard order."""
     samples = Order([10] * 100, 0, block=100).samples(0, 1000).reshape(10, 100)
     assert all(len(set(block // 10)) == 10 for block in samples)
     assert all(len(set(block[:10] // 10)) > 3 for block in samples)
@@ -83,8 +83,8 @@ def test_far_seek_needs_one_block() -> None:
 
 
 @pytest.mark.parametrize("size", range(1, 65))
-def test_ranks_cover_every_epoch_once_in_one_order(size: int) -> None:
-    """All positions of a step are read, each by one rank; joined they are in global order."""
+def test_ranks_cover_every_epoch_once_in_order(size: int) -> None:
+    """All positions of a step are read, each by one rank; concatenated they are in global order."""
     accumulation, each = 2, 3
     batch = size * accumulation * each
     order = Order(UNEVEN, 5, 20)
@@ -104,7 +104,7 @@ def test_ranks_cover_every_epoch_once_in_one_order(size: int) -> None:
     assert sorted(seen[:48]) == sorted(seen[48:96]) == list(range(48))
 
 
-def test_joined_micro_batches_do_not_depend_on_the_world() -> None:
+def test_global_micro_batches_do_not_depend_on_the_world_size() -> None:
     def joined(size: int) -> list[list[int]]:
         ranks = [rank_positions(96, 48, 2, World(r, size)) for r in range(size)]
         return [np.concatenate([rank[m] for rank in ranks]).tolist() for m in range(2)]
@@ -114,8 +114,8 @@ def test_joined_micro_batches_do_not_depend_on_the_world() -> None:
     assert joined(1) == [list(range(96, 120)), list(range(120, 144))]
 
 
-def test_elastic_resume_loses_and_repeats_nothing() -> None:
-    """A run that changes its world size at every step reads what one process reads."""
+def test_elastic_resume_loses_and_repeats_no_sample() -> None:
+    """A run that changes its world size at every step reads the same samples as one process."""
     order = Order(UNEVEN, 1, 16)
     seen: list[int] = []
     images_seen = 0
@@ -157,7 +157,7 @@ def test_block_ends_come_after_the_start() -> None:
         assert next(order.block_ends(end - 1)) == end
 
 
-def test_groups_lose_no_part() -> None:
+def test_groups_contain_all_parts() -> None:
     numbers = np.arange(10)
     parts = [(numbers[:4], numbers[:4]), (numbers[4:], numbers[4:])]
     groups = grouped(parts, iter([4, 6, 100]))

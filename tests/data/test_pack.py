@@ -18,7 +18,7 @@ from bigan.data.format.manifest import Manifest
 from bigan.data.packing import pack_plan, sources
 from bigan.data.packing.pack import pack, pack_source
 
-DIGITS = {  # the digits at each size, as the first version of the packer wrote them
+DIGITS = {  # hashes of the digits at each size
     8: "f12bae61de47f8a26cf0cf30ffb9f4c0",
     16: "a8ca6cffbf1b60b5abe9589ac8fa2c2a",
     32: "784b2bc47b330d453c94642c0c794d66",
@@ -70,8 +70,8 @@ def test_packed_samples_are_the_source(digits: Path) -> None:
 
 
 @pytest.mark.parametrize("resolution", DIGITS)
-def test_the_digits_are_those_of_the_first_version(resolution: int, tmp_path: Path) -> None:
-    """A data set that was packed before has the same shards and the same index."""
+def test_digits_are_byte_identical_to_earlier_packs(resolution: int, tmp_path: Path) -> None:
+    """Shards and index have the bytes of earlier versions."""
     manifest = only(pack("digits", tmp_path / "d", resolution=resolution))
     assert manifest.fingerprint == DIGITS[resolution]
 
@@ -85,7 +85,7 @@ def test_records_name_the_originals(tmp_path: Path) -> None:
         assert np.array_equal(found[key], source.read(i))
 
 
-def test_names_that_are_no_text(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     """A file name of other bytes than UTF-8, with a tab and a newline."""
     source = drawn(20, bad=(3,))
     names = ("a\udcff.jpg", "b\tc\n.jpg", "ü.jpg", "d\udcfe\t.jpg", *source.keys[4:])
@@ -97,7 +97,7 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
 
 
 def test_packing_shuffles_globally(photos: Path, tmp_path: Path) -> None:
-    """Files come class by class; every shard must hold both classes, in another order per seed."""
+    """Files are listed by class; every shard has both classes, in an order that depends on seed."""
     orders = []
     for seed in (0, 1):
         options = {"resolution": 8, "shard_size": 18, "seed": seed}
@@ -161,7 +161,7 @@ def test_large_images_become_png(tmp_path: Path) -> None:
 
 
 def test_records_are_in_the_manifest(tmp_path: Path) -> None:
-    """Also that of a shard without a usable image."""
+    """Including that of a shard without usable images."""
     lost = pack_plan.make_plan(drawn(50), shard_size=10).members[1]
     packed = pack_source(drawn(50, bad=lost), tmp_path, shard_size=10, max_bad=10, pyramid=4)
     for manifest in packed.manifests:
@@ -175,7 +175,7 @@ def test_records_are_in_the_manifest(tmp_path: Path) -> None:
         }
 
 
-def test_index_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_index(tmp_path: Path) -> None:
     manifest = only(pack_source(drawn(50), tmp_path))
     file = tmp_path / next(iter(manifest.index))
     file.unlink()
@@ -188,7 +188,7 @@ def test_index_that_cannot_be_read(tmp_path: Path) -> None:
 # --- again --------------------------------------------------------------------------------------
 
 
-def test_packing_again_is_identical_and_does_nothing(digits: Path, tmp_path: Path) -> None:
+def test_packing_again_writes_nothing(digits: Path, tmp_path: Path) -> None:
     before = tree(digits)
     pack("digits", tmp_path / "again", jobs=1)
     assert tree(tmp_path / "again") == before
@@ -214,10 +214,8 @@ def test_progress_counts_images(tmp_path: Path) -> None:
     assert calls == [(50, 50)]
 
 
-def test_other_versions_have_packed_the_same_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A finished set is what it is; half of one must not be completed with other bytes."""
+def test_packs_of_other_library_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A complete pack is accepted; an incomplete one is not completed with other bytes."""
     pack_source(drawn(50), tmp_path, shard_size=10)
     before = tree(tmp_path)
     monkeypatch.setattr(pack_plan.PIL, "__version__", "99.0")

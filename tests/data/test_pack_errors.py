@@ -37,15 +37,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- unusable images ----------------------------------------------------------------------------
 
 
-def test_bad_images_are_all_named(photos: Path, tmp_path: Path) -> None:
+def test_all_bad_images_are_listed(photos: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     for file in photos.rglob("*.jpg"):
         copy = root / file.relative_to(photos)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(file.read_bytes())
     (root / "class1" / "image.31.jpg").write_bytes(b"")
-    whole = (root / "class0" / "image.10.jpg").read_bytes()
-    (root / "class0" / "image.10.jpg").write_bytes(whole[: len(whole) // 2])
+    full = (root / "class0" / "image.10.jpg").read_bytes()
+    (root / "class0" / "image.10.jpg").write_bytes(full[: len(full) // 2])
     with pytest.raises(DataError) as error:
         pack(root, tmp_path / "d", resolution=8)
     one_line(
@@ -61,8 +61,8 @@ def test_bad_images_are_all_named(photos: Path, tmp_path: Path) -> None:
     assert only(pack(root, tmp_path / "d", resolution=8, max_bad=2)).num_bad == 2
 
 
-def test_originals_removed_since_the_pack_was_begun(photos: Path, tmp_path: Path) -> None:
-    """The way out is named; the same images in other splits are another matter."""
+def test_originals_removed_after_the_start(photos: Path, tmp_path: Path) -> None:
+    """The error contains the remedy; the same images in other splits are another pack."""
     root, target = shutil.copytree(photos, tmp_path / "root"), tmp_path / "d"
     empty = root / "class1" / "image.31.jpg"
     empty.write_bytes(b"")
@@ -88,7 +88,7 @@ def test_originals_removed_since_the_pack_was_begun(photos: Path, tmp_path: Path
 
 
 def test_max_bad(tmp_path: Path) -> None:
-    """What is left out changes nothing else, and no image is read again for another limit."""
+    """Unusable images do not change the others, and no image is read again for another limit."""
     bad = (4, 17, 39)
     source = drawn(50, bad=bad)
     source = dataclasses.replace(source, bad=(("x.jpg", "has no label"),))
@@ -108,7 +108,7 @@ def test_max_bad(tmp_path: Path) -> None:
     assert packed.bad[0] == ("x.jpg", "has no label")
     assert (tmp_path / "d" / "bad.txt").read_text().count("\n") == 4
     assert tars.items() <= tree(tmp_path / "d").items()
-    # Every other image is where it would be without the bad ones, under the same key.
+    # Every other image has the same place and key as without the bad ones.
     pack_source(drawn(50), tmp_path / "good", shard_size=10)
     found, want = unpacked(tmp_path / "d"), unpacked(tmp_path / "good")
     assert set(found) == {key for i, key in enumerate(source.keys) if i not in bad}
@@ -119,14 +119,14 @@ def test_max_bad(tmp_path: Path) -> None:
         assert list(record(tmp_path / "d", name).keys) == kept
     numbers = {name for name, _ in members(tmp_path / "good")}
     assert {name for name, _ in members(tmp_path / "d")} < numbers
-    # The limit is part of the question, not of the answer.
+    # The limit is not part of the plan.
     assert pack_source(unread, tmp_path / "d", shard_size=10, max_bad=9) == packed
     with pytest.raises(DataError, match="4 of 51 images"):
         pack_source(unread, tmp_path / "d", shard_size=10)
     assert Manifest.load(tmp_path / "d") == manifest
 
 
-def test_the_list_of_bad_images_goes_with_them(tmp_path: Path) -> None:
+def test_bad_txt_is_deleted_without_bad_images(tmp_path: Path) -> None:
     unlabelled = dataclasses.replace(drawn(50), bad=(("x.jpg", "has no label"),))
     with pytest.raises(DataError, match=r"x\.jpg: has no label; all"):
         pack_source(unlabelled, tmp_path)
@@ -158,7 +158,7 @@ def test_a_shard_of_bad_images_only(tmp_path: Path) -> None:
         pack_source(drawn(50, bad=everything), tmp_path / "none", max_bad=50)
 
 
-def test_hopeless_sources_are_given_up_early(tmp_path: Path) -> None:
+def test_pack_stops_early_with_too_many_bad_images(tmp_path: Path) -> None:
     num, done = MAX_EXCESS_BAD + 500, []
     source = drawn(num, bad=tuple(range(num)))
     with pytest.raises(DataError) as error:
@@ -168,8 +168,8 @@ def test_hopeless_sources_are_given_up_early(tmp_path: Path) -> None:
     assert (tmp_path / "bad.txt").read_text().count("\n") == MAX_EXCESS_BAD + 8
 
 
-def test_a_disk_that_fails_is_not_a_bad_image(tmp_path: Path) -> None:
-    """Otherwise a hiccup of the network would remove images for ever."""
+def test_a_disk_error_is_not_a_bad_image(tmp_path: Path) -> None:
+    """Otherwise a network error would remove images permanently."""
     source = drawn(50)
 
     def read(i: int) -> np.ndarray:
@@ -182,8 +182,8 @@ def test_a_disk_that_fails_is_not_a_bad_image(tmp_path: Path) -> None:
         pack_source(broken, tmp_path / "d", shard_size=10, max_bad=50)
     one_line(error, "0031.jpg cannot be read: Input/output error")
     pack_source(source, tmp_path / "d", shard_size=10)
-    pack_source(source, tmp_path / "whole", shard_size=10)
-    assert tree(tmp_path / "d") == tree(tmp_path / "whole")
+    pack_source(source, tmp_path / "full", shard_size=10)
+    assert tree(tmp_path / "d") == tree(tmp_path / "full")
 
 
 @pytest.mark.parametrize(
@@ -194,9 +194,7 @@ def test_a_disk_that_fails_is_not_a_bad_image(tmp_path: Path) -> None:
         (SyntaxError("broken PNG file"), "SyntaxError: broken PNG file"),
     ],
 )
-def test_what_a_source_may_do_wrong(
-    image: np.ndarray | Exception, reason: str, tmp_path: Path
-) -> None:
+def test_invalid_sources(image: np.ndarray | Exception, reason: str, tmp_path: Path) -> None:
     source = drawn(20)
 
     def read(i: int) -> np.ndarray:
@@ -212,7 +210,7 @@ def test_what_a_source_may_do_wrong(
 # --- refusals -----------------------------------------------------------------------------------
 
 
-def test_refusals_leave_everything_as_it_was(digits: Path, photos: Path, tmp_path: Path) -> None:
+def test_refusals_change_nothing(digits: Path, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     (tmp_path / "file").write_text("a file")
@@ -248,8 +246,8 @@ def test_refusals_leave_everything_as_it_was(digits: Path, photos: Path, tmp_pat
 
 
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line; what is finished stays, and the same call goes on."""
-    pack_source(drawn(50), tmp_path / "whole", shard_size=10)
+    """One line; finished shards are kept, and the same call writes the others."""
+    pack_source(drawn(50), tmp_path / "full", shard_size=10)
     real, left = os.fsync, [6]
 
     def fsync(descriptor: int) -> None:
@@ -267,10 +265,10 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(list((tmp_path / "d" / "index").glob("*.json"))) == 2
     assert not list((tmp_path / "d").rglob("*.tmp"))
     pack_source(drawn(50), tmp_path / "d", shard_size=10)
-    assert tree(tmp_path / "d") == tree(tmp_path / "whole")
+    assert tree(tmp_path / "d") == tree(tmp_path / "full")
 
 
-def test_iterables_leave_no_spool(tmp_path: Path) -> None:
+def test_spool_of_an_iterable_is_deleted(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
     manifest = only(pack(((image, i % 2) for i, image in enumerate(images)), tmp_path / "d"))
     assert manifest.num_samples("train") + manifest.num_samples("test") == 40
@@ -284,8 +282,8 @@ def test_iterables_leave_no_spool(tmp_path: Path) -> None:
 
 
 def test_nothing_outside_the_destination_is_written(photos: Path, tmp_path: Path) -> None:
-    """Every file opened for writing, made or renamed, as Python's audit hook sees it."""
-    pack(photos, tmp_path / "before", resolution=8)  # whatever imports write is written now
+    """Every file that is opened for writing, created or renamed, by Python's audit hook."""
+    pack(photos, tmp_path / "before", resolution=8)  # files that imports write are written here
     target, written, active = tmp_path / "d", [], [True]
     changes = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink")
 
@@ -296,7 +294,7 @@ def test_nothing_outside_the_destination_is_written(photos: Path, tmp_path: Path
         if (writes or event in changes) and not isinstance(arguments[0], int):
             written.append(Path(os.fsdecode(arguments[0])))
 
-    sys.addaudithook(hook)  # it cannot be taken away again, only silenced
+    sys.addaudithook(hook)  # a hook cannot be removed, only disabled
     pack(photos, target, resolution=8, pyramid=4)
     pack(((np.zeros((8, 8, 3), np.uint8), i % 2) for i in range(50)), target / "more")
     active.clear()

@@ -1,4 +1,4 @@
-"""Packing that is killed, shared between processes, or finds remains of others."""
+"""Packing that is killed or divided among processes."""
 
 from __future__ import annotations
 
@@ -48,6 +48,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def small_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For tests without kills at random times."""
+    return make_photos(tmp_path_factory.mktemp("small") / "photos", 200, 32)
+
+
+@pytest.fixture(scope="module")
 def undisturbed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "d"
     assert len(packed(photos, folder, 5).bad) == 1
@@ -55,7 +61,7 @@ def undisturbed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(source: Path, target: Path, shard_size: int, part: Part | None = None) -> BaseProcess:
-    """`packed` in a process of its own, forked: importing takes longer than packing."""
+    """`packed` in a forked process: importing would take longer than packing."""
     context = multiprocessing.get_context("fork")
     process = context.Process(target=packed, args=(source, target, shard_size, part))
     process.start()
@@ -83,7 +89,7 @@ def finished(target: Path) -> set[str]:
 
 
 def kill_twice(source: Path, target: Path, shard_size: int) -> None:
-    """SIGKILL at random moments; the bytes of every file are those of an undisturbed pack."""
+    """SIGKILL at random times; all files equal those of an uninterrupted pack."""
     for _ in range(2):
         before = finished(target)
         process = start(source, target, shard_size)
@@ -134,28 +140,28 @@ def killed_pack(source: Path, target: Path, writes: int) -> None:
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
 
 
-def test_killed_at_every_kind_of_write(photos: Path, tmp_path: Path) -> None:
+def test_killed_during_every_kind_of_write(small_photos: Path, tmp_path: Path) -> None:
     """In the plan, a tar, a record, an index column and the manifest."""
-    whole = pack(photos, tmp_path / "undisturbed", resolution=8, shard_size=32, max_bad=1)
-    shards = len(whole.manifests[0].shardlist)
+    full = pack(small_photos, tmp_path / "undisturbed", resolution=8, shard_size=32, max_bad=1)
+    shards = len(full.manifests[0].shardlist)
     target = tmp_path / "killed"
     # Writes: plan, stamp, tar and record of each shard, bad.txt, 8 index columns, the manifest.
     moments = [(1, 0, 0), (5, 1, 1), (4, 3, 2), (2 * shards - 3, shards, shards)]
     for writes, tars, records in [*moments, (1, shards, shards), (3, shards, shards)]:
-        killed_pack(photos, target, writes)
+        killed_pack(small_photos, target, writes)
         assert len(list(target.glob("[a-z]*.tar"))) == tars
         assert len(list(target.glob("index/[a-z]*.json"))) == records
         assert list(target.rglob(".*.tmp"))
         with pytest.raises(DataError, match="bigan pack"):
             Manifest.load(target)
     kept = (target / "train-000000.tar").stat().st_mtime_ns
-    pack(photos, target, resolution=8, shard_size=32, max_bad=1)
+    pack(small_photos, target, resolution=8, shard_size=32, max_bad=1)
     assert tree(target) == tree(tmp_path / "undisturbed")
     assert (target / "train-000000.tar").stat().st_mtime_ns == kept
 
 
-def test_source_changed_since_the_pack_was_begun(tmp_path: Path) -> None:
-    """Other pixels of the same size must not be mixed with those of before."""
+def test_source_changed_after_the_start(tmp_path: Path) -> None:
+    """Changed pixels must not be mixed with earlier ones."""
 
     def photos(red: int) -> None:
         (tmp_path / "photos").mkdir(exist_ok=True)
@@ -176,24 +182,26 @@ def test_source_changed_since_the_pack_was_begun(tmp_path: Path) -> None:
         f"{tmp_path / 'd'}: the source files were modified after this pack was started; delete "
         f"{tmp_path / 'd'} and pack again"
     )
-    # The stamp is no part of the result; a finished set is what it is.
+    # The stamp is not part of the result; a complete pack is accepted.
     assert run(copy).complete
     for file in copy.iterdir():
         os.utime(file, ns=(1, 1))
     pack(copy, tmp_path / "other", resolution=8, shard_size=20)
     assert tree(tmp_path / "d") == tree(tmp_path / "other")
     assert run(tmp_path / "photos").complete
-    # Killed just before the end: what remains is cleared away.
-    (tmp_path / "d" / STAMP).write_text("begun")
+    # Killed just before the end: the stamp is deleted.
+    (tmp_path / "d" / STAMP).write_text("other")
     assert run(copy).complete
     assert tree(tmp_path / "d") == tree(tmp_path / "other")
 
 
 @pytest.mark.parametrize("damage", ["tar gone", "tar cut", "record gone", "record cut", "other"])
-def test_unfinished_shards_are_written_again(damage: str, photos: Path, tmp_path: Path) -> None:
+def test_unfinished_shards_are_written_again(
+    damage: str, small_photos: Path, tmp_path: Path
+) -> None:
     options = {"resolution": 8, "shard_size": 50, "max_bad": 1}
     target = tmp_path / "d"
-    pack(photos, target, **options)  # type: ignore[arg-type]
+    pack(small_photos, target, **options)  # type: ignore[arg-type]
     before = tree(target)
     other = (target / "train-000001.tar").stat().st_mtime_ns
     tar, record = target / "train-000000.tar", target / "index" / "train-000000.json"
@@ -208,7 +216,7 @@ def test_unfinished_shards_are_written_again(damage: str, photos: Path, tmp_path
         record.write_bytes(record.read_bytes()[:-100])
     else:
         record.write_bytes(record.read_bytes().replace(b'"plan":"', b'"plan":"x'))
-    pack(photos, target, **options)  # type: ignore[arg-type]
+    pack(small_photos, target, **options)  # type: ignore[arg-type]
     assert tree(target) == before
     assert (target / "train-000001.tar").stat().st_mtime_ns == other
 
@@ -226,8 +234,8 @@ def test_deleted_shard_is_packed_again(digits: Path, tmp_path: Path) -> None:
 # --- parts --------------------------------------------------------------------------------------
 
 
-def test_two_parts_at_once(photos: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Two processes that start together on an empty folder make what one makes."""
+def test_concurrent_parts(photos: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Two processes that start together on an empty folder write the same files as one."""
     target = tmp_path / "parts"
     parts = [start(photos, target, 5, (i, 2)) for i in (0, 1)]
     for part in parts:
@@ -237,15 +245,15 @@ def test_two_parts_at_once(photos: Path, undisturbed: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_parts_one_after_another(first: int, photos: Path, tmp_path: Path) -> None:
-    """0/3, 1/3, 2/3 and 1/3, 2/3, 3/3 are the same; each part writes its own shards only."""
+def test_sequential_parts(first: int, small_photos: Path, tmp_path: Path) -> None:
+    """0/3, 1/3, 2/3 and 1/3, 2/3, 3/3 are equal; each part writes its own shards only."""
     options = {"resolution": 8, "shard_size": 20, "max_bad": 1}
     target, calls, bad = tmp_path / "d", [], []
-    whole = pack(photos, tmp_path / "one", **options)  # type: ignore[arg-type]
+    full = pack(small_photos, tmp_path / "one", **options)  # type: ignore[arg-type]
     for i in (2, 0, 1):
         assert not (target / "manifest.json").exists()
         result = pack(
-            photos,
+            small_photos,
             target,
             part=(first + i, 3),
             progress=lambda *call: calls.append(call),
@@ -257,7 +265,7 @@ def test_parts_one_after_another(first: int, photos: Path, tmp_path: Path) -> No
     totals = {total for _, total in calls}
     assert len(calls) - 3 == 200
     assert 200 not in totals
-    assert bad[-1] == whole.bad
+    assert bad[-1] == full.bad
 
 
 def record_bad(folder: Path, shard: str) -> list[list[str]]:
@@ -265,30 +273,30 @@ def record_bad(folder: Path, shard: str) -> list[list[str]]:
     return json.loads((folder / "index" / f"{name}.json").read_text())["bad"]
 
 
-def test_only_the_last_part_judges_bad_images(photos: Path, tmp_path: Path) -> None:
+def test_max_bad_is_checked_by_the_last_part(small_photos: Path, tmp_path: Path) -> None:
     options = {"resolution": 8, "shard_size": 20}
     found: list[tuple[str, str]] = []
-    # The one shard with the bad image, and eight others; the last part comes in the end.
-    whole = pack(photos, tmp_path / "whole", max_bad=1, **options)  # type: ignore[arg-type]
-    names = [shard.url for shard in whole.manifests[0].shardlist]
-    lost = next(i for i in range(10) if len(record_bad(tmp_path / "whole", names[i])) == 1)
+    # The shard with the bad image and eight others; the last part follows.
+    full = pack(small_photos, tmp_path / "full", max_bad=1, **options)  # type: ignore[arg-type]
+    names = [shard.url for shard in full.manifests[0].shardlist]
+    lost = next(i for i in range(10) if len(record_bad(tmp_path / "full", names[i])) == 1)
     order = [lost, *(i for i in range(10) if i != lost)]
     target = tmp_path / "d"
     for i in order[:9]:
-        result = pack(photos, target, part=(i, 10), **options)  # type: ignore[arg-type]
+        result = pack(small_photos, target, part=(i, 10), **options)  # type: ignore[arg-type]
         assert not result.complete
-        again = pack(photos, target, part=(i, 10), **options)  # type: ignore[arg-type]
+        again = pack(small_photos, target, part=(i, 10), **options)  # type: ignore[arg-type]
         assert again == result
         found += result.bad
     assert len(found) == 1
     with pytest.raises(DataError, match="1 of 200 images cannot be used"):
-        pack(photos, target, part=(order[9], 10), **options)  # type: ignore[arg-type]
+        pack(small_photos, target, part=(order[9], 10), **options)  # type: ignore[arg-type]
     assert (target / "bad.txt").read_text().startswith("class1/00199.jpg\t")
-    assert pack(photos, target, part=(3, 10), max_bad=1, **options).complete  # type: ignore[arg-type]
+    assert pack(small_photos, target, part=(3, 10), max_bad=1, **options).complete  # type: ignore[arg-type]
 
 
-def test_one_of_two_different_plans_wins(tmp_path: Path) -> None:
-    """Both find the folder empty; only one may write into it."""
+def test_one_of_several_plans_wins(tmp_path: Path) -> None:
+    """All find the folder empty; only one may write into it."""
     outcomes: list[object] = []
     barrier = threading.Barrier(8)
 
@@ -310,7 +318,7 @@ def test_one_of_two_different_plans_wins(tmp_path: Path) -> None:
     assert not [name for name in files_there if name.endswith(".tmp")]
 
 
-def test_of_several_creators_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_several_creators_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     atomic_files.create_atomic(tmp_path / "x", "first")
     atomic_files.create_atomic(tmp_path / "x", "second")
     assert (tmp_path / "x").read_text() == "first"
@@ -325,10 +333,10 @@ def test_of_several_creators_one_wins(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "y"]
 
 
-def test_a_part_that_began_is_no_stranger(
+def test_a_part_started_meanwhile_is_accepted(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another part writes its plan and first shard just before we look into the folder."""
+    """Another part writes its plan and first shard just before the folder is listed."""
     target, real = tmp_path / "d", Path.iterdir
 
     def iterdir(folder: Path) -> object:
@@ -345,7 +353,7 @@ def test_a_part_that_began_is_no_stranger(
 
 @pytest.mark.parametrize("array", [range(8), range(1, 5), range(4, 16, 3), range(5, 6)])
 def test_sbatch_array_covers_every_shard(array: range, tmp_path: Path) -> None:
-    """The script as SLURM runs it, with a `bigan` that says how it was called."""
+    """The script as SLURM runs it, with a `bigan` that prints its arguments."""
     (tmp_path / "bigan").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
     (tmp_path / "bigan").chmod(0o755)
     found = []
@@ -359,14 +367,14 @@ def test_sbatch_array_covers_every_shard(array: range, tmp_path: Path) -> None:
         }
         environment = os.environ | {key: str(value) for key, value in variables.items()}
         environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
-        said = subprocess.run(
+        arguments = subprocess.run(
             ["bash", ROOT / "slurm" / "pack.sbatch", "my photos", "to here", "--resolution", "64"],
             env=environment,
             capture_output=True,
             text=True,
             check=True,
         ).stdout.splitlines()
-        assert said[:4] == ["pack", "my photos", "to here", "--part"]
-        assert said[5:] == ["--jobs", "6", "--resolution", "64"]
-        found.append(said[4])
+        assert arguments[:4] == ["pack", "my photos", "to here", "--part"]
+        assert arguments[5:] == ["--jobs", "6", "--resolution", "64"]
+        found.append(arguments[4])
     assert found == [f"{i}/{len(array)}" for i in range(len(array))]

@@ -1,4 +1,4 @@
-"""One pack at every resolution: the same samples, numbers and shards at each level."""
+"""Pyramids: the same samples, numbers and shards at each level."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
 
 
 def read_all(folder: Path, split: str) -> tuple[Pixels, list[int]]:
-    """Images uint8 [N, H, W, C] and labels of a split, as the stream delivers them."""
+    """Images uint8 [N, H, W, C] and labels of a split from the stream."""
     batches = list(sequential(folder, split, World(), 7))
     images = np.concatenate([batch.pixels.numpy() for batch in batches])
     return images, [label for batch in batches for label in batch.labels.tolist()]
@@ -66,7 +66,7 @@ def test_every_level_is_a_data_set_of_the_same_samples(packed: Packed) -> None:
     for manifest in packed.manifests:
         assert Manifest.load(manifest.folder) == manifest
         plan = (manifest.folder / "plan.json").read_text()
-        assert plan == (root / "plan.json").read_text()  # an unfinished level says that it is one
+        assert plan == (root / "plan.json").read_text()  # marks an unfinished level
         assert manifest.resolution == int(manifest.folder.name[1:])
         assert [s.nsamples for s in manifest.shardlist] == [s.nsamples for s in top.shardlist]
         for split in ("train", "test"):
@@ -78,7 +78,7 @@ def test_every_level_is_a_data_set_of_the_same_samples(packed: Packed) -> None:
 
 
 def test_levels_are_exact_means_of_the_top(packed: Packed) -> None:
-    """Rounded once, a half up; by NumPy's float64 means."""
+    """Rounded once, half up; compared with float64 means of NumPy."""
     for split in ("train", "test"):
         top, labels = read_all(packed.manifests[-1].folder, split)
         for manifest in packed.manifests:
@@ -89,7 +89,7 @@ def test_levels_are_exact_means_of_the_top(packed: Packed) -> None:
             assert found == labels
 
 
-def test_halvings_round_a_half_up_and_only_once() -> None:
+def test_halvings_round_half_up_and_once() -> None:
     image = np.zeros((4, 4, 1), np.uint8)
     image[:2, :2, 0] = [[1, 1], [0, 0]]  # 0.5 in its cell, 0.125 in all
     small, middle, top = halvings(image, 3)
@@ -106,7 +106,7 @@ def test_halvings_round_a_half_up_and_only_once() -> None:
 
 
 def test_transform_and_encoding_of_each_level(tmp_path: Path) -> None:
-    """What statistics of images depend on: a mean of a crop is not a crop."""
+    """The transform is part of reference statistics: a mean of a crop is not a crop."""
     mixed = pack_source(drawn(256, num=8), tmp_path / "mixed", pyramid=64).manifests
     assert [m.transform for m in mixed] == ["made+mean4-v1", "made+mean2-v1", "made"]
     assert [m.encoder for m in mixed] == ["npy", "npy", "png"]
@@ -137,8 +137,8 @@ def test_a_missing_level_is_packed_again(packed: Packed, tmp_path: Path) -> None
     assert tree() == before
 
 
-def test_the_digits_come_back_exactly(tmp_path: Path) -> None:
-    """Their enlargement keeps cell means: level 8 is the original, to the bit."""
+def test_level_8_of_the_digits_is_exact(tmp_path: Path) -> None:
+    """The enlargement preserves cell means: level 8 equals the original."""
     levels = pack("digits", tmp_path / "pyramid", resolution=32, pyramid=4).manifests
     original = pack("digits", tmp_path / "original", resolution=8).manifests[0]
     assert levels[1].fingerprint == original.fingerprint

@@ -1,4 +1,4 @@
-"""What a source is: the digits, the split rule, iterables, options."""
+"""Sources: the digits, the split rule, iterables, options."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_digits_are_grey_and_have_three_sizes_only() -> None:
 
 
 def test_split_rule() -> None:
-    """An image's split depends on its key alone, and a larger fraction only adds to it."""
+    """The split of an image depends on its key alone; a larger fraction only adds images."""
     assert unit_hash("class0/image.00.jpg") == pytest.approx(0.06212582, abs=1e-8)  # pinned
     keys = [f"image{i}" for i in range(5000)]
     splits = [split_of(key, 0.2, 0.1) for key in keys]
@@ -117,7 +117,7 @@ def test_unsafe_names() -> None:
 
 
 class Indexed:
-    """Like a torch Dataset: a length and items by number, no end that iteration would notice."""
+    """Like a torch Dataset: a length and items by number, without IndexError at the end."""
 
     classes = ("left", "right")
 

@@ -69,7 +69,7 @@ def num_open_shards() -> int:
 
 
 def test_batches_are_the_samples_of_the_order(digits: Path) -> None:
-    """Pixels and labels at every position are those the plan says, over more than two epochs."""
+    """Pixels and labels at every position follow the order, over more than two epochs."""
     plan = Order([s.nsamples for s in Manifest.load(digits).shards("train")], 0, 400)
     everything = list(sequential(digits, "train", World(), 100))
     images, labels, places = joined(everything)
@@ -92,7 +92,7 @@ def test_batch_types(digits: Path) -> None:
     assert batch.pixels.permute(0, 3, 1, 2).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_sequential_shows_the_source_once(digits: Path) -> None:
+def test_sequential_returns_the_source_once(digits: Path) -> None:
     source = sources.digits(8)
     for split, num in [("train", NUM), ("test", 500)]:
         images, labels, _ = joined(list(sequential(digits, split, World(), 64)))
@@ -108,13 +108,13 @@ def test_sequential_shows_the_source_once(digits: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_sequential_over_ranks(digits: Path, size: int) -> None:
-    """500 test images on 3 or 7 ranks: none twice, none missing, in order, last batches short."""
+    """500 test images on 3 or 7 ranks: each once, in order, last batches shorter."""
     ranks = [list(sequential(digits, "test", World(r, size), 32)) for r in range(size)]
     images, labels, places = joined([batch for rank in ranks for batch in rank])
-    whole, whole_labels, _ = joined(list(sequential(digits, "test", World(), 500)))
+    full, full_labels, _ = joined(list(sequential(digits, "test", World(), 500)))
     assert places.tolist() == list(range(500))
-    assert np.array_equal(images, whole)
-    assert np.array_equal(labels, whole_labels)
+    assert np.array_equal(images, full)
+    assert np.array_equal(labels, full_labels)
     assert all(len(b.labels) == 32 for rank in ranks for b in rank[:-1])
 
 
@@ -133,14 +133,14 @@ def test_sequential_with_more_ranks_than_samples(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"threads": 1, "prefetch": 1}, {"threads": 4, "prefetch": 9}])
-def test_threads_and_prefetch_do_not_change_anything(digits: Path, changes: dict) -> None:
+def test_threads_and_prefetch_change_nothing(digits: Path, changes: dict) -> None:
     for a, b in zip(joined(take(digits, 60)), joined(take(digits, 60, **changes)), strict=True):
         assert np.array_equal(a, b)
 
 
 @pytest.mark.parametrize("images_seen", [48, 96 * 7, 48 * 27, 48 * 1000])
 def test_resume_anywhere(digits: Path, images_seen: int) -> None:
-    """The stream from `images_seen` on is the tail of the uninterrupted one, at once."""
+    """A stream from `images_seen` on equals the rest of the uninterrupted one."""
     real, labels, positions = joined(take(digits, 3, images_seen=images_seen))
     plan = Order([s.nsamples for s in Manifest.load(digits).shards("train")], 0, 400)
     images, all_labels, _ = joined(list(sequential(digits, "train", World(), 500)))
@@ -151,7 +151,9 @@ def test_resume_anywhere(digits: Path, images_seen: int) -> None:
 
 
 @pytest.mark.parametrize(("size", "accumulation"), [(1, 2), (2, 2), (4, 2), (2, 1), (8, 3)])
-def test_ranks_join_to_the_same_micro_batches(digits: Path, size: int, accumulation: int) -> None:
+def test_global_micro_batches_do_not_depend_on_ranks(
+    digits: Path, size: int, accumulation: int
+) -> None:
     steps = 30
     want = joined(take(digits, steps))
     ranks = [
@@ -164,7 +166,7 @@ def test_ranks_join_to_the_same_micro_batches(digits: Path, size: int, accumulat
         assert np.array_equal(a, b)
 
 
-def test_fingerprint_holds_the_inputs_of_the_order(digits: Path, tmp_path: Path) -> None:
+def test_fingerprint_covers_the_inputs_of_the_order(digits: Path, tmp_path: Path) -> None:
     pack("digits", tmp_path / "other", resolution=8, seed=1)
     variants: list[dict] = [
         {}, {"seed": 1}, {"block": 401}, {"batch": 96}, {"accumulation": 2}, {"images_seen": 48},
@@ -176,8 +178,8 @@ def test_fingerprint_holds_the_inputs_of_the_order(digits: Path, tmp_path: Path)
     assert len(ranks) == 1
 
 
-def test_a_batch_that_is_kept_is_not_overwritten(digits: Path) -> None:
-    """Neither the batch, nor one of which only a view is left; the memory of others is reused."""
+def test_a_referenced_batch_is_not_overwritten(digits: Path) -> None:
+    """Neither a referenced batch nor one with a referenced view; other memory is reused."""
     with open_stream(digits) as batches:
         first = next(batches)
         view = next(batches).pixels.permute(0, 3, 1, 2)[:, :, 2:]
@@ -234,7 +236,7 @@ def test_bad_settings(digits: Path, changes: dict, part: str) -> None:
 
 
 def break_sample(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Damage the header of one image in place (as after the check at the start); its position."""
+    """Damage the header of one image, as after the check at the start; returns its position."""
     manifest = Manifest.load(folder)
     index = manifest.load_index("train")
     position = 48 * 5 + 3
@@ -248,25 +250,23 @@ def break_sample(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     return sample
 
 
-def test_bad_sample_stops_the_consumer_naming_it(
-    copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_sample_raises_with_its_name(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = break_sample(copy, monkeypatch)
     batches = open_stream(copy, prefetch=8)
     good = [next(batches) for _ in range(5)]
-    assert len(good) == 5  # everything before it is delivered
+    assert len(good) == 5  # all batches before it
     with pytest.raises(DataError) as error:
         next(batches)
     text = str(error.value)
     assert f"{sample:09d}.npy" in text
     assert "train-00000" in text
     assert "\n" not in text
-    with pytest.raises(RuntimeError, match="has failed"):  # and it does not end silently
+    with pytest.raises(RuntimeError, match="has failed"):  # not StopIteration
         next(batches)
     assert not data_threads()
 
 
-def test_shard_cut_off_during_the_run(copy: Path) -> None:
+def test_shard_truncated_during_the_run(copy: Path) -> None:
     batches = open_stream(copy, prefetch=1)
     next(batches)
     for shard in copy.glob("train-*.tar"):
@@ -316,7 +316,7 @@ def test_close_does_not_wait_for_a_slow_batch(
     bigger = open_stream(digits, batch=1200, prefetch=3)
     threading.Timer(0.2, bigger._fetcher.stop.set).start()
     start = time.perf_counter()
-    with pytest.raises(RuntimeError, match="closed"):  # no half-filled batch
+    with pytest.raises(RuntimeError, match="closed"):  # not an incomplete batch
         next(bigger)
     bigger.close()
     batches.close()
@@ -349,7 +349,7 @@ def test_interpreter_exits_with_an_open_stream(digits: Path) -> None:
 def test_few_open_files_serve_many_shards(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files are closed and opened again under the threads' feet without a wrong byte."""
+    """Files are closed and opened again during reads without a wrong byte."""
     pack("digits", tmp_path / "many", resolution=8, shard_size=10)
     want = joined(take(tmp_path / "many", 60, threads=1))
     monkeypatch.setattr(local_shards, "MAX_OPEN_SHARDS", 2)

@@ -1,4 +1,4 @@
-"""Tars of other programs: what `tarfile`, GNU tar and WebDataset write is read, or refused."""
+"""Tars of `tarfile`, GNU tar and WebDataset are read or refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def plain(names: list[str], kind: int) -> bytes:
 
 
 def read(data: Buffer) -> list[str]:
-    """Names of the members; every one holds its own name."""
+    """Names of the members; the content of each is its name."""
     found = []
     for member in walk_tar(data, "x.tar"):
         content = bytes(data[member.offset : member.offset + member.size])
@@ -44,7 +44,7 @@ def read(data: Buffer) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_any_name_comes_back_as_it_is(kind: int) -> None:
+def test_names_are_returned_unchanged(kind: int) -> None:
     assert read(plain([*NAMES, *ODD], kind)) == [*NAMES, *ODD]
 
 
@@ -53,8 +53,8 @@ def test_ustar_prefixes() -> None:
     assert read(plain(names, tarfile.USTAR_FORMAT)) == names
 
 
-def test_times_of_gnu_tar_are_no_prefix() -> None:
-    """It keeps access and change times where ustar has the first part of a long name."""
+def test_times_of_gnu_tar_are_not_a_prefix() -> None:
+    """GNU tar stores access and change times in the prefix field of ustar."""
     data = bytearray(plain(["a.npy"], tarfile.GNU_FORMAT))
     data[345:357] = b"14731215630\0"
     data[148:156] = b" " * 8
@@ -76,7 +76,7 @@ def test_gnu_tar(form: str, tmp_path: Path) -> None:
     assert sorted(read((tmp_path / "x.tar").read_bytes())) == names
 
 
-def test_webdataset_writes_what_we_read(tmp_path: Path) -> None:
+def test_tars_of_webdataset(tmp_path: Path) -> None:
     import webdataset
 
     with webdataset.TarWriter(str(tmp_path / "x.tar"), encoder=False) as writer:
@@ -88,7 +88,7 @@ def test_webdataset_writes_what_we_read(tmp_path: Path) -> None:
     assert read((tmp_path / "x.tar").read_bytes()) == names
 
 
-def test_folders_are_passed_over() -> None:
+def test_folders_are_skipped() -> None:
     folder, odd, old = (tarfile.TarInfo(name) for name in ("folder", "sized/", "old/"))
     folder.type = odd.type = tarfile.DIRTYPE
     old.type = tarfile.AREGTYPE  # before ustar, a folder was a name with a slash
@@ -97,7 +97,7 @@ def test_folders_are_passed_over() -> None:
     header = tarfile.TarInfo("sized/")
     header.type, header.size = tarfile.DIRTYPE, 4096  # what it may hold, by POSIX; no data follow
     data[512:1024] = header.tobuf(tarfile.USTAR_FORMAT)
-    # `made` gives the third one its name as content, which a folder of old has not.
+    # `made` writes the name of the third one as its content, which a folder has not.
     del data[1536:2048]
     data[1024:1536] = _headed("old/", tarfile.AREGTYPE)
     assert read(bytes(data)) == ["folder/a.npy"]
@@ -129,8 +129,8 @@ def test_sparse_files_of_pax_are_refused() -> None:
         read(made([member], tarfile.PAX_FORMAT))
 
 
-def test_pax_records_reach_as_far_as_they_should() -> None:
-    """Those of "x" the next member; those of "g" all; and "size" goes before the header's."""
+def test_scope_of_pax_records() -> None:
+    """ "x" applies to the next member, "g" to all; "size" overrides the header."""
     data = made([tarfile.TarInfo(name) for name in ("a", "é" * 60, "b")], tarfile.PAX_FORMAT)
     assert read(data) == ["a", "é" * 60, "b"]
     everywhere = made([tarfile.TarInfo("c")], tarfile.PAX_FORMAT, pax_headers={"comment": "x"})
@@ -163,19 +163,19 @@ def test_damaged_pax_headers(content: bytes) -> None:
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_no_cut_is_silent(kind: int) -> None:
-    """Also not between a long name and its member, where only zeros would follow."""
+def test_truncation_is_an_error(kind: int) -> None:
+    """Including between a long name and its member, where only zeros would follow."""
     data = plain(NAMES, kind)
     ends = [-(-(m.offset + m.size) // 512) * 512 for m in walk_tar(data, "x.tar")]
     for cut in range(0, ends[-1] + 513, 512):
         with pytest.raises(DataError, match=r"x\.tar: "):
             read(data[:cut])
-        whole = data[:cut] + bytes(1024)
-        if cut in (0, *ends):  # a shorter archive: only a manifest can tell
-            assert read(whole) == NAMES[: [0, *ends].index(cut)]
+        full = data[:cut] + bytes(1024)
+        if cut in (0, *ends):  # a valid shorter archive
+            assert read(full) == NAMES[: [0, *ends].index(cut)]
         elif cut < ends[-1]:
             with pytest.raises(DataError, match=r"x\.tar: "):
-                list(walk_tar(whole, "x.tar"))
+                list(walk_tar(full, "x.tar"))
 
 
 def test_a_memory_map_is_not_copied(tmp_path: Path) -> None:

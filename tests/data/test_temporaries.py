@@ -13,7 +13,7 @@ from bigan.data.packing.pack import pack
 
 
 def test_only_abandoned_temporaries_are_removed(tmp_path: Path) -> None:
-    """Other writers may be at work in the same folder, here or on another host."""
+    """Other processes may write into the same folder, here or on another host."""
     own = atomic_files.temporary_name(tmp_path / "x.tar")
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()

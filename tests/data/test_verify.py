@@ -58,7 +58,7 @@ def test_packed_digits_are_ok_and_progress_reaches_the_end(tmp_path: Path) -> No
     assert before == {file: sha256(file) for file in tmp_path.rglob("*") if file.is_file()}
 
 
-def test_a_folder_that_is_no_data_set(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_data_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such data folder"):
         verify(tmp_path / "none")
     with pytest.raises(DataError, match="is not a data set"):
@@ -72,19 +72,19 @@ def test_a_folder_that_is_no_data_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoder", ["npy", "png", "jpg", "webp"])
-def test_a_flipped_byte_in_any_place_of_a_shard(tmp_path: Path, encoder: Encoding) -> None:
+def test_a_flipped_byte_anywhere_in_a_shard(tmp_path: Path, encoder: Encoding) -> None:
     folder = write(tmp_path / "animals", samples(encoder), encoder)
     file = folder / "train-000001.tar"
-    whole = file.read_bytes()
-    for position in range(3, len(whole), 211):
+    full = file.read_bytes()
+    for position in range(3, len(full), 211):
         flip(file, position)
         report = verify(folder, jobs=1)
         assert has(report, "train-000001.tar: sha256 differs"), position
         assert all("train-000001.tar" in line for line in found(report))
-        file.write_bytes(whole)
+        file.write_bytes(full)
 
 
-def test_a_flipped_byte_that_still_decodes_is_found_but_its_member_unknown(tmp_path: Path) -> None:
+def test_a_flipped_byte_that_decodes_is_found(tmp_path: Path) -> None:
     folder = write(tmp_path / "animals", samples("npy"), "npy")
     file = folder / "test-000000.tar"
     flip(file, member(file, "000000013.npy").offset + 150)
@@ -104,7 +104,7 @@ def test_a_flipped_byte_in_compressed_pixels_names_the_member(pngs: Path) -> Non
     assert report.num_images == 15
 
 
-def test_a_flipped_byte_in_a_header_hides_nothing_behind_it(tmp_path: Path) -> None:
+def test_images_behind_a_damaged_header_are_checked(tmp_path: Path) -> None:
     shards = samples("png")
     key, data, label = shards["train-000000.tar"][5]
     shards["train-000000.tar"][5] = (key, data[:-20], label)
@@ -123,14 +123,14 @@ def test_a_flipped_byte_in_a_header_hides_nothing_behind_it(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("digit", "says"),
+    ("digit", "expected"),
     [
         (b"0", "has label 0, but 1 in the index"),
         (b"7", "holds label 7, but there are 3 classes"),
         (b"!", "holds b'!', which is not an integer"),
     ],
 )
-def test_a_flipped_byte_in_a_label(pngs: Path, digit: bytes, says: str) -> None:
+def test_a_flipped_byte_in_a_label(pngs: Path, digit: bytes, expected: str) -> None:
     file = pngs / "train-000000.tar"
     label = member(file, "000000004.cls")
     data = bytearray(file.read_bytes())
@@ -139,7 +139,7 @@ def test_a_flipped_byte_in_a_label(pngs: Path, digit: bytes, says: str) -> None:
     report = verify(pngs)
     assert has(report, "train-000000.tar: sha256 differs")
     name = "png" if digit == b"0" else "cls"
-    assert has(report, f"train-000000.tar: member 000000004.{name}: {says}"), report.as_text()
+    assert has(report, f"train-000000.tar: member 000000004.{name}: {expected}"), report.as_text()
 
 
 # --- shards -------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_a_shard_that_lost_its_padding_or_grew(pngs: Path) -> None:
 
 def test_missing_and_extra_shards(pngs: Path) -> None:
     (pngs / "train-000001.tar").rename(pngs / "train-000007.tar")
-    (pngs / ".train-000009.tar").write_bytes(b"")  # hidden: not ours
+    (pngs / ".train-000009.tar").write_bytes(b"")  # hidden: ignored
     report = verify(pngs)
     assert has(report, "train-000001.tar: shard is missing")
     assert has(report, "train-000007.tar: is not listed in manifest.json")
@@ -178,9 +178,7 @@ def test_missing_and_extra_shards(pngs: Path) -> None:
 
 
 @pytest.mark.parametrize("encoder", ["npy", "png", "jpg", "webp"])
-def test_an_undecodable_member_that_only_decoding_can_tell(
-    tmp_path: Path, encoder: Encoding
-) -> None:
+def test_undecodable_members(tmp_path: Path, encoder: Encoding) -> None:
     shards = samples(encoder)
     for name, row in (("train-000000.tar", 3), ("train-000000.tar", 6), ("test-000000.tar", 1)):
         key, data, label = shards[name][row]
@@ -191,15 +189,15 @@ def test_an_undecodable_member_that_only_decoding_can_tell(
     assert [problem.where for problem in report.problems] == [
         f"train-000000.tar: member 000000003.{encoder}",
         f"train-000000.tar: member 000000006.{encoder}",
-        f"train-000001.tar: member 000000007.{encoder}",  # of another size
+        f"train-000001.tar: member 000000007.{encoder}",  # has another size
         f"test-000000.tar: member 000000013.{encoder}",
     ]
     assert report.num_images == 12
 
 
-def test_shards_whose_members_are_not_what_the_index_says(pngs: Path) -> None:
+def test_shards_that_differ_from_the_index(pngs: Path) -> None:
     shards = samples("png")
-    shards["train-000000.tar"][2:3] = []  # a sample is gone
+    shards["train-000000.tar"][2:3] = []  # a missing sample
     shards["train-000001.tar"][3] = (*shards["train-000001.tar"][3][:2], 2)  # another label
     for name, members in shards.items():
         (pngs / name).write_bytes(shard_bytes(iter(members), "png"))
@@ -212,7 +210,7 @@ def test_shards_whose_members_are_not_what_the_index_says(pngs: Path) -> None:
     assert has(report, "train-000001.tar: holds 1 samples of class 1, but manifest.json lists 2")
 
 
-def test_members_that_make_no_sample(pngs: Path) -> None:
+def test_members_that_are_not_samples(pngs: Path) -> None:
     image = encode(picture(0), "png")
     with tarfile.open(pngs / "test-000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for name, data in (
@@ -269,7 +267,7 @@ def test_several_problems_are_all_listed(tmp_path: Path) -> None:
     }
 
 
-def test_very_many_problems_are_counted_and_stay_on_one_line_each(tmp_path: Path) -> None:
+def test_long_reports_are_shortened_to_one_line_per_problem(tmp_path: Path) -> None:
     bad = [(f"{n:09d}", b"no image", 0) for n in range(150)]
     folder = write(tmp_path / "a", {"train-000000.tar": bad, "test-000000.tar": bad[:9]}, "png")
     (folder / "line\nbreak\x1b[2J.tar").write_bytes(b"")
@@ -282,7 +280,7 @@ def test_very_many_problems_are_counted_and_stay_on_one_line_each(tmp_path: Path
     assert "... and 11 more" in lines[-2]
 
 
-def test_old_temporaries_are_noted(pngs: Path) -> None:
+def test_old_temporary_files_are_noted(pngs: Path) -> None:
     for name in (".train-000003.tar.7.tmp", "index/.test.size.npy.7.tmp", ".fresh.tar.7.tmp"):
         (pngs / name).write_bytes(b"")
         if "fresh" not in name:

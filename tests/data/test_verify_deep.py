@@ -31,7 +31,7 @@ from bigan.data.packing.verify import Report, verify
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
-    """What `bigan pack` itself writes, of 12 images; one more cannot be used."""
+    """The output of `bigan pack` for 12 images and one unusable image."""
     for number in range(12):
         file = tmp_path / "photos" / CLASSES[number % 3] / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def test_levels_with_other_labels_or_samples(pyramid: Path) -> None:
     assert has(verify(pyramid), "r0004: lists other shards than r0008")
 
 
-def test_a_missing_level_and_a_damaged_list(pyramid: Path) -> None:
+def test_a_missing_level_and_a_damaged_pyramid_json(pyramid: Path) -> None:
     (pyramid / "r0004" / "manifest.json").unlink()
     assert found(verify(pyramid)) == [
         "r0004: is not a data set (no manifest.json); run `bigan pack`"
@@ -114,9 +114,9 @@ def test_a_missing_level_and_a_damaged_list(pyramid: Path) -> None:
         verify(pyramid)
 
 
-def test_a_level_that_was_dropped_from_the_list(pyramid: Path) -> None:
+def test_an_unlisted_level(pyramid: Path) -> None:
     content = json.loads((pyramid / "pyramid.json").read_text())
-    (pyramid / "rest").mkdir()  # not a level by its name
+    (pyramid / "rest").mkdir()  # not the name of a level
     for change in ({"levels": ["r0004"], "resolutions": [4]}, {"levels": ["r0004"]}):
         (pyramid / "pyramid.json").write_text(json.dumps(content | change))
         report = verify(pyramid)
@@ -153,7 +153,7 @@ def deep_folder(folder: Path) -> Path:
     shards = samples("png")
     train, more, test = shards.values()
     flat = encode(np.full((8, 8, 3), [7, 8, 9], np.uint8), "png")
-    two = picture(99) * np.asarray([0, 1, 1], np.uint8)  # its red is constant, the rest is not
+    two = picture(99) * np.asarray([0, 1, 1], np.uint8)  # only red is constant
     train[1] = (train[1][0], train[4][1], 1)  # the same image twice, of one class
     more[0] = (more[0][0], train[2][1], 0)  # ... with two labels: 2 and 0
     test[0] = (test[0][0], train[3][1], 0)  # ... in two splits
@@ -162,7 +162,7 @@ def deep_folder(folder: Path) -> Path:
     return write(folder, shards, "png")
 
 
-def test_deep_names_duplicates_leaks_and_constant_images(tmp_path: Path) -> None:
+def test_deep_reports_duplicates_leaks_and_constant_images(tmp_path: Path) -> None:
     report = verify(deep_folder(tmp_path / "animals"), deep=True)
     assert report.ok, report.as_text()
     first = "train-000000.tar: 00000000"
@@ -237,8 +237,8 @@ def test_deep_contact_sheet_shows_each_class_in_its_row(tmp_path: Path) -> None:
     rows = [np.flatnonzero((down == colour).all(axis=1)) for colour in colours]
     assert [len(row) for row in rows] == [128, 128, 128]  # two lines of 12 for each of 3 classes
     assert rows[0].max() < rows[1].min() < rows[1].max() < rows[2].min()
-    assert sha256(verify(folder, deep=True).contact_sheet) == first, "the same every time"
-    assert verify(folder).ok, "the sheet is no stranger to the folder"
+    assert sha256(verify(folder, deep=True).contact_sheet) == first, "deterministic"
+    assert verify(folder).ok, "the sheet is not an unlisted file"
 
 
 def test_deep_of_a_damaged_set_and_of_a_pyramid(pyramid: Path) -> None:

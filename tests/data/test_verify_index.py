@@ -41,7 +41,7 @@ def pngs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
-    """What `bigan pack` itself writes, of 12 images; one more cannot be used."""
+    """The output of `bigan pack` for 12 images and one unusable image."""
     for number in range(12):
         file = tmp_path / "photos" / CLASSES[number % 3] / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def packed(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "expected"),
     [
         (lambda f: f.unlink(), "index file is missing"),
         (lambda f: f.write_bytes(f.read_bytes()[:-4]), "cannot be read"),
@@ -67,16 +67,16 @@ def packed(tmp_path: Path) -> Path:
 )
 @pytest.mark.parametrize("column", COLUMNS)
 def test_damaged_index_files(
-    pngs: Path, column: str, damage: Callable[[Path], object], says: str
+    pngs: Path, column: str, damage: Callable[[Path], object], expected: str
 ) -> None:
     damage(pngs / "index" / f"train.{column}.npy")
     report = verify(pngs)
-    assert has(report, f"index/train.{column}.npy: ", says), report.as_text()
+    assert has(report, f"index/train.{column}.npy: ", expected), report.as_text()
     assert report.num_images == 16
 
 
 @pytest.mark.parametrize(
-    ("column", "says"),
+    ("column", "expected"),
     [
         ("label", "member 000000001.png: has label 1, but 2 in the index"),
         ("size", "member 000000001.png: has"),
@@ -84,16 +84,16 @@ def test_damaged_index_files(
         ("shard", "index/train.shard.npy: assigns samples to other shards"),
     ],
 )
-def test_a_wrong_index_with_the_right_checksum(pngs: Path, column: str, says: str) -> None:
+def test_a_wrong_index_with_the_right_checksum(pngs: Path, column: str, expected: str) -> None:
     file = pngs / "index" / f"train.{column}.npy"
     values = np.load(file)
     values[1] += 1
     np.save(file, values)
     reseal(pngs)
-    assert has(verify(pngs), says), verify(pngs).as_text()
+    assert has(verify(pngs), expected), verify(pngs).as_text()
 
 
-def test_an_index_in_another_order_than_the_shard(pngs: Path) -> None:
+def test_an_index_in_another_order(pngs: Path) -> None:
     for column in COLUMNS:
         file = pngs / "index" / f"train.{column}.npy"
         values = np.load(file)
@@ -106,7 +106,7 @@ def test_an_index_in_another_order_than_the_shard(pngs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "expected"),
     [
         (lambda m: m.update(classes=["a", "b", "c"]), "was edited"),
         (lambda m: m.update(classes=[]), "impossible"),
@@ -119,18 +119,20 @@ def test_an_index_in_another_order_than_the_shard(pngs: Path) -> None:
         (lambda m: m["shardlist"].clear(), "lists no shard"),
     ],
 )
-def test_an_edited_manifest(pngs: Path, change: Callable[[dict], object], says: str) -> None:
+def test_an_edited_manifest(pngs: Path, change: Callable[[dict], object], expected: str) -> None:
     edit(pngs, change)
     file = pngs / "test-000000.tar"
     file.write_bytes(file.read_bytes()[:-2000])
     report = verify(pngs, deep=True)
-    assert has(report, "manifest.json: ", says), report.as_text()
-    assert has(report, "test-000000.tar: "), "the search went on"
-    assert not any(p.where.startswith("..") for p in report.problems), "but not out of the folder"
+    assert has(report, "manifest.json: ", expected), report.as_text()
+    assert has(report, "test-000000.tar: "), "other problems are reported"
+    assert not any(p.where.startswith("..") for p in report.problems), (
+        "paths outside are not followed"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"a": "\ud800"}'])
-def test_a_manifest_that_is_none(pngs: Path, text: str) -> None:
+def test_invalid_manifests(pngs: Path, text: str) -> None:
     (pngs / "manifest.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     flip(pngs / "train-000001.tar", 10)
     report = verify(pngs, deep=True)
@@ -146,13 +148,13 @@ def test_a_manifest_that_is_none(pngs: Path, text: str) -> None:
     ("name", "step"),
     [("plan.json", 17), ("manifest.json", 17), ("index/*.json", 23), ("index/*.npy", 13)],
 )
-def test_a_flipped_byte_in_any_file_beside_the_shards(packed: Path, name: str, step: int) -> None:
+def test_a_flipped_byte_in_any_other_file(packed: Path, name: str, step: int) -> None:
     files = sorted(packed.glob(name))
     assert files
     check_flips(packed, files, step)
 
 
-def test_the_files_that_hold_no_image_are_all_listed(packed: Path) -> None:
+def test_all_other_files_are_listed(packed: Path) -> None:
     listed = Manifest.read(packed)
     assert listed.index.keys() | listed.records.keys() == {
         file.relative_to(packed).as_posix()
@@ -176,7 +178,7 @@ def test_missing_and_extra_files_of_the_index(packed: Path) -> None:
     ]
 
 
-def test_records_are_not_looked_up_outside_the_folder(packed: Path) -> None:
+def test_records_outside_the_folder_are_not_read(packed: Path) -> None:
     edit(packed, lambda m: m["records"].update({"../photos/cat/bad.png": "0"}))
     report = verify(packed)
     assert has(report, "manifest.json: was edited or is damaged (checksum)")
@@ -186,7 +188,7 @@ def test_records_are_not_looked_up_outside_the_folder(packed: Path) -> None:
     assert len(report.problems) == 2
 
 
-def test_an_edited_name_is_found_and_the_search_goes_on(packed: Path) -> None:
+def test_an_edited_name_is_found_with_other_problems(packed: Path) -> None:
     edit(packed, lambda m: m.update(name="x" + m["name"]))
     flip(packed / "train-000001.tar", 20)
     report = verify(packed)
@@ -194,7 +196,7 @@ def test_an_edited_name_is_found_and_the_search_goes_on(packed: Path) -> None:
     assert has(report, "train-000001.tar: damaged tar header")
 
 
-def test_the_advice_repairs_what_can_be_damaged(packed: Path) -> None:
+def test_the_advice_repairs_damage(packed: Path) -> None:
     before = {file: sha256(file) for file in packed.rglob("*") if file.is_file()}
     for file in (packed / "index" / "train-000000.json", packed / "train-000001.tar"):
         flip(file, 50)
@@ -207,11 +209,11 @@ def test_the_advice_repairs_what_can_be_damaged(packed: Path) -> None:
     assert before == {file: sha256(file) for file in packed.rglob("*") if file.is_file()}
 
 
-# --- shards of somebody else ---------------------------------------------------------------------
+# --- shards indexed in place ---------------------------------------------------------------------
 
 
-def foreign(folder: Path, kind: str) -> Path:
-    """Two tars of six images each, indexed where they are, in the manner that `kind` says."""
+def write_tars(folder: Path, kind: str) -> Path:
+    """Two tars of six images each, indexed in place, with members by `kind`."""
     folder.mkdir()
     for shard in range(2):
         with tarfile.open(folder / f"part-{shard}.tar", "w") as tar:
@@ -234,25 +236,25 @@ def foreign(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["jpeg+cls", "jpg+json", "unlabelled", "dotted folder"])
-def test_shards_that_bigan_only_indexed(tmp_path: Path, kind: str) -> None:
-    folder = foreign(tmp_path / "found", kind)
+def test_shards_indexed_in_place(tmp_path: Path, kind: str) -> None:
+    folder = write_tars(tmp_path / "found", kind)
     (folder / "index" / "mine.txt").write_text("the folder is the user's")
     report = verify(folder, deep=True)
     assert report.ok, report.as_text()
     assert (report.num_shards, report.num_images) == (2, 12)
     assert report.contact_sheet is not None
-    whole = (folder / "manifest.json").read_text()
-    for mark in ("plan", "transform"):  # a damaged manifest does not hide what the shards are
+    full = (folder / "manifest.json").read_text()
+    for mark in ("plan", "transform"):  # one mark is enough, for a damaged manifest
         edit(folder, lambda m, mark=mark: m.update({mark: "x"}))
         assert {problem.where for problem in verify(folder).problems} == {"manifest.json"}
-        (folder / "manifest.json").write_text(whole)
+        (folder / "manifest.json").write_text(full)
 
 
-def test_damage_to_shards_that_bigan_only_indexed(tmp_path: Path) -> None:
-    folder = foreign(tmp_path / "found", "jpeg+cls")
+def test_damaged_shards_indexed_in_place(tmp_path: Path) -> None:
+    folder = write_tars(tmp_path / "found", "jpeg+cls")
     file = folder / "part-0.tar"
     damaged = member(file, "0002.jpeg")
-    flip(file, damaged.offset + 1)  # no JPEG any more
+    flip(file, damaged.offset + 1)  # not a JPEG
     later = member(file, "0004.jpeg")
     flip(file, later.offset - 512)  # its header
     flip(folder / "part-1.tar", member(folder / "part-1.tar", "0001.cls").offset, 2)  # 1 to 3
@@ -269,11 +271,13 @@ def test_damage_to_shards_that_bigan_only_indexed(tmp_path: Path) -> None:
     advice = report.as_text().splitlines()[-1]
     assert advice.startswith("copy the damaged shards again, then delete manifest.json and index/")
     (folder / "manifest.json").write_text("{")
-    assert verify(folder).as_text().splitlines()[-1] == advice, "they are originals in any case"
+    assert verify(folder).as_text().splitlines()[-1] == advice, (
+        "the advice does not depend on the manifest"
+    )
 
 
-def test_a_lost_label_of_shards_that_bigan_only_indexed(tmp_path: Path) -> None:
-    folder = foreign(tmp_path / "found", "jpg+json")
+def test_a_lost_label_of_shards_indexed_in_place(tmp_path: Path) -> None:
+    folder = write_tars(tmp_path / "found", "jpg+json")
     file = folder / "part-0.tar"
     file.write_bytes(file.read_bytes().replace(b'"label"', b'"lable"', 1))
     report = verify(folder)

@@ -1,4 +1,4 @@
-"""WebDataset tars of other people, and bigan's own packed folders, as a source."""
+"""Existing WebDataset tars and packed folders as a source."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def jpeg(number: int) -> bytes:
 
 
 def tar(*members: tuple[str, bytes]) -> bytes:
-    """A tar as Python's tarfile writes it."""
+    """A tar written by Python's tarfile."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as archive:
         for name, content in members:
@@ -151,14 +151,14 @@ def test_samples_without_label_among_labelled(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(tar(("1.png", png(0)), ("2.png", png(1)), ("2.cls", b"3")))
     (tmp_path / "b.tar").write_bytes(tar(("1.png", png(2)), ("2.png", png(3)), ("2.cls", b"0")))
     source = open_source(tmp_path, resolution=8)
-    assert source.keys == ("a/2", "b/2")  # the same key in two shards is no conflict
+    assert source.keys == ("a/2", "b/2")  # keys may be equal in two shards
     assert source.labels == (3, 0)
     assert source.classes == ("0", "1", "2", "3")
     assert source.bad == (("a/1", "has no label"), ("b/1", "has no label"))
     assert np.array_equal(source.read(1), PIXELS[3])
 
 
-def test_damaged_tars_give_what_stands_before_the_damage(tmp_path: Path) -> None:
+def test_damaged_tars_give_the_samples_before_the_damage(tmp_path: Path) -> None:
     root = shards(tmp_path / "s", cls=lambda i: 0)
     data = (root / "00001.tar").read_bytes()
     samples, _ = list_samples(data, "x")
@@ -183,14 +183,14 @@ def test_damaged_tars_give_what_stands_before_the_damage(tmp_path: Path) -> None
     one_line(error, "no usable image", "00000")
 
 
-def test_last_whole_sample_before_the_damage_is_used() -> None:
+def test_last_complete_sample_before_the_damage_is_used() -> None:
     data = tar(("a.png", png(0)), ("a.cls", b"2"), ("b.png", png(1)))
     samples, bad = list_samples(data[: data.index(b"b.png") + 200], "w")
     assert [(sample.key, sample.label) for sample in samples] == [("a", 2)]
     assert [name for name, _ in bad] == ["w"]
 
 
-def test_patterns_that_cannot_be_used(tmp_path: Path) -> None:
+def test_invalid_patterns(tmp_path: Path) -> None:
     root = shards(tmp_path / "s")
     (root / "00002.tar").unlink()
     for spec, parts in [
@@ -210,7 +210,7 @@ def test_patterns_that_cannot_be_used(tmp_path: Path) -> None:
         open_source(f"{tmp_path}/{{s,t}}/same.tar", resolution=8)
 
 
-def test_tar_beside_images_is_passed_over(tmp_path: Path) -> None:
+def test_tar_beside_images_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "cats").mkdir()
     (tmp_path / "cats" / "1.png").write_bytes(png(0))
     (tmp_path / "download.tar").write_bytes(tar(("1.png", png(1)), ("2.png", png(2))))
@@ -219,7 +219,7 @@ def test_tar_beside_images_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_listing_reads_only_what_it_needs(tmp_path: Path) -> None:
-    """A tar far larger than what may be read: the images' bytes are holes of a sparse file."""
+    """A tar much larger than may be read: the content of the images is a hole in a sparse file."""
     small = tar(("1.png", png(0)), ("1.cls", b"1"))
     header, size = bytearray(small[:512]), 2**29
     header[124:136] = b"%011o\0" % size
@@ -284,7 +284,7 @@ def test_indexing_tars_changes_neither_keys_nor_splits(tmp_path: Path) -> None:
 
 
 def test_tars_that_cannot_be_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line, and no advice to run code from the file."""
+    """One line, without advice to execute code from the file."""
     file = io.BytesIO()
     np.save(file, np.asarray([{}], object))
     for content in (file.getvalue(), b"damaged" * 20):
@@ -307,7 +307,7 @@ def test_tars_that_cannot_be_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         index_in_place(tmp_path)
 
 
-def test_unfinished_pack_is_no_source(tmp_path: Path) -> None:
+def test_incomplete_pack_is_not_a_source(tmp_path: Path) -> None:
     pack_source(digits(8), tmp_path / "packed")
     (tmp_path / "packed" / "manifest.json").unlink()
     with pytest.raises(DataError, match="incomplete pack"):

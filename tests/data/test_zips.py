@@ -26,7 +26,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_zip_without_wrapping_folder_and_strangers(root: Path) -> None:
+def test_zip_without_wrapping_folder_and_other_files(root: Path) -> None:
     write(root, "a/1.png", "b/1.png")
     plain = zipped(root, root.with_suffix(".zip"), method=zipfile.ZIP_STORED)
     with zipfile.ZipFile(plain, "a") as archive:
@@ -100,7 +100,7 @@ def test_damaged_members(root: Path, method: int) -> None:
 
 
 def test_member_that_inflates_beyond_its_size(root: Path) -> None:
-    """Only one byte more than announced is ever inflated."""
+    """At most one byte more than announced is inflated."""
     file = root / "x.zip"
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("1.png", bytes(10_000_000))
@@ -114,7 +114,7 @@ def test_member_that_inflates_beyond_its_size(root: Path) -> None:
     assert peak < 2**20
 
 
-def test_identity_of_a_zip_knows_content_of_equal_size(root: Path) -> None:
+def test_identity_of_a_zip_depends_on_the_content(root: Path) -> None:
     found = set()
     for value in (0, 1):
         np.save(root / "1.npy", np.full((8, 8), value, np.uint8))
@@ -142,7 +142,7 @@ def test_broken_zips(root: Path) -> None:
         open_source(root / "offset.zip", resolution=8).read(0)
 
 
-def test_zip_is_read_by_many_threads_and_processes_at_once(root: Path) -> None:
+def test_zip_is_read_by_threads_and_processes_concurrently(root: Path) -> None:
     write(root, *(f"{i}.png" for i in range(20)))
     source = open_source(zipped(root, root.with_suffix(".zip")), resolution=8)
     want = [source.read(i) for i in range(20)]

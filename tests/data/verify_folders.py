@@ -1,4 +1,4 @@
-"""Small data folders to damage, and what `verify` reports of them."""
+"""Small data folders to damage, and helpers for reports of `verify`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def samples(encoder: Encoding, resolution: int = 8) -> dict[str, list[Sample]]:
 def write(
     folder: Path, shards: dict[str, list[Sample]], encoder: Encoding, resolution: int = 8
 ) -> Path:
-    """A data folder that is consistent with itself, whatever its images are."""
+    """A consistent data folder; its images may be invalid."""
     (folder / "index").mkdir(parents=True)
     entries, rows = [], {}
     for name, members in shards.items():
@@ -84,7 +84,7 @@ def write(
         shardlist=tuple(entries),
     )
     seal(manifest)
-    Manifest.load(folder)  # nothing but `verify` can tell what is wrong with the images
+    Manifest.load(folder)  # does not check the images
     return folder
 
 
@@ -93,7 +93,7 @@ def seal(manifest: Manifest) -> None:
 
 
 def reseal(folder: Path) -> None:
-    """Make the manifest agree with the bytes of its shards and index files."""
+    """Write a manifest that matches the bytes of the shards and index files."""
     old = Manifest.read(folder)
     shards = []
     for shard in old.shardlist:
@@ -119,7 +119,7 @@ def found(report: Report) -> list[str]:
 
 
 def has(report: Report, *parts: str) -> bool:
-    """Whether one problem says all of `parts`."""
+    """Whether one problem contains all of `parts`."""
     return any(all(part in line for part in parts) for line in found(report))
 
 
@@ -134,11 +134,11 @@ def member(file: Path, name: str) -> Member:
 
 
 def check_flips(folder: Path, files: list[Path], step: int) -> None:
-    """Each single flipped byte must be found, unless the JSON still means the same."""
+    """Check that every single flipped byte is found."""
     assert verify(folder).ok, verify(folder).as_text()
     for file in files:
-        whole = file.read_bytes()
-        for position in range(0, len(whole), step):
+        full = file.read_bytes()
+        for position in range(0, len(full), step):
             flip(file, position)
             try:
                 report = verify(folder, jobs=1)
@@ -146,4 +146,4 @@ def check_flips(folder: Path, files: list[Path], step: int) -> None:
                 report = None
             where = file.relative_to(folder).as_posix()
             assert report is None or not report.ok, f"byte {position} of {where}"
-            file.write_bytes(whole)
+            file.write_bytes(full)

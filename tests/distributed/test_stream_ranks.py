@@ -1,4 +1,4 @@
-"""Real gloo processes read the shards: the union is exact, also when their number changes."""
+"""Gloo processes read the shards: the union is exact, also when the world size changes."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_ranks_then_three_read_one_exact_epoch(digits: Path, tmp_path: Path) -> None:
-    """To a third of an epoch on 2 ranks, to its end on 3: every sample once, in 1 rank's order."""
+def test_two_ranks_then_three_read_one_epoch(digits: Path, tmp_path: Path) -> None:
+    """A third of an epoch on 2 ranks, the rest on 3: every sample once, in the order of 1 rank."""
     batch, total = 48, 1297
     launch(2, digits, 0, 9, batch, 2, tmp_path / "first")
     launch(3, digits, 9 * batch, 20, batch, 1, tmp_path / "second")
@@ -105,7 +105,7 @@ def test_two_ranks_then_three_read_one_exact_epoch(digits: Path, tmp_path: Path)
     epoch = seen[:total]
     hash_of = dict(zip(order[:total].tolist(), [h for _, h, _ in epoch], strict=True))
     assert sorted(hash_of) == list(range(total))
-    again = [h for _, h, _ in seen[total:]]  # the second epoch: other order, the same images
+    again = [h for _, h, _ in seen[total:]]  # the second epoch: another order of the same images
     assert again == [hash_of[i] for i in order[total:].tolist()]
     assert not np.array_equal(order[: len(again)], order[total:])
 

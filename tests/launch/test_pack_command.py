@@ -1,4 +1,4 @@
-"""`bigan pack` and `bigan verify` as commands: killed, in parts, on bad input, all exit codes."""
+"""The commands `bigan pack` and `bigan verify`: kills, parts, bad input, exit codes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import pytest
 from commands import environment, run_bigan
 from PIL import Image
 
-from bigan.cli.main import main
+from bigan.cli.main import main, parser
+from bigan.data.packing.options import PackOptions
 
 
 def photos(root: Path, num: int) -> Path:
@@ -45,7 +46,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def bigan(capsys: pytest.CaptureFixture[str]) -> Run:
-    """`bigan(...)` in this process: (exit code, what was printed, what was said of errors)."""
+    """`bigan(...)` in this process: (exit code, stdout, stderr)."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -59,7 +60,7 @@ def bigan(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def kill_while_packing(command: list[str], folder: Path, after_shards: int) -> bool:
-    """SIGKILL the command once it has written some shards; whether it was still at work."""
+    """SIGKILL the command once it has written some shards; returns whether it was running."""
     process = subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -72,8 +73,8 @@ def kill_while_packing(command: list[str], folder: Path, after_shards: int) -> b
 
 
 @pytest.mark.parametrize("num", [800, pytest.param(5000, marks=pytest.mark.slow)])
-def test_killed_twice_ends_with_the_same_bytes(tmp_path: Path, num: int) -> None:
-    """The issue's Show line, on the command itself."""
+def test_killed_twice_gives_the_same_bytes(tmp_path: Path, num: int) -> None:
+    """An interrupted command gives the files of an uninterrupted one."""
     source = photos(tmp_path / "photos", num)
     options = ["--resolution", "32", "--shard-size", str(num // 25), "--jobs", "1"]
     done = run_bigan("pack", source, tmp_path / "undisturbed", *options)
@@ -88,22 +89,22 @@ def test_killed_twice_ends_with_the_same_bytes(tmp_path: Path, num: int) -> None
     assert run_bigan("verify", folder, "--deep").returncode == 0
 
 
-def test_parts_from_one_and_from_nought(bigan: Run, tmp_path: Path) -> None:
+def test_parts_from_one_and_from_zero(bigan: Run, tmp_path: Path) -> None:
     source = photos(tmp_path / "photos", 60)
     options = ["--resolution", "16", "--shard-size", "8"]
-    bigan("pack", source, tmp_path / "whole", *options)
+    bigan("pack", source, tmp_path / "full", *options)
     for name, parts in (("from-0", ("0/3", "1/3", "2/3")), ("from-1", ("1/3", "2/3", "3/3"))):
         for part in parts:
             code, _, errors = bigan("pack", source, tmp_path / name, *options, "--part", part)
             assert code == 0, errors
-        assert listing(tmp_path / name) == listing(tmp_path / "whole")
+        assert listing(tmp_path / name) == listing(tmp_path / "full")
 
 
 def test_bad_images_on_the_command_line(bigan: Run, tmp_path: Path) -> None:
     source = photos(tmp_path / "photos", 60)
     (source / "class 1" / "empty.jpg").write_bytes(b"")
-    whole = (source / "class 2" / "00002.jpg").read_bytes()
-    (source / "class 2" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    full = (source / "class 2" / "00002.jpg").read_bytes()
+    (source / "class 2" / "cut.jpg").write_bytes(full[: len(full) // 2])
     command = ["pack", source, tmp_path / "d", "--resolution", "16"]
     code, _, errors = bigan(*command)
     assert code == 2
@@ -166,3 +167,15 @@ def test_bad_options_are_one_line(
     assert code == 2
     assert part in errors.strip().splitlines()[-1]
     assert not (tmp_path / "d").exists()
+
+
+def test_options_of_the_command_are_those_of_the_function() -> None:
+    omitted = vars(parser().parse_args(["pack", "photos", "data"]))
+    arguments = ["--allow-upscale", "--pyramid", "--part", "1/2", "--channels", "3"]
+    arguments += ["--resize", "area", "--encoding", "png"]
+    for name in PackOptions.__dataclass_fields__:
+        option = f"--{name.replace('_', '-')}"
+        arguments += [] if option in arguments else [option, "0" if "fraction" in name else "1"]
+    given = vars(parser().parse_args(["pack", "photos", "data", *arguments]))
+    assert given.keys() - omitted.keys() == PackOptions.__dataclass_fields__.keys()
+    assert given.keys() & omitted.keys() == omitted.keys()

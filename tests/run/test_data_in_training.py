@@ -157,7 +157,7 @@ def test_data_wait_is_that_of_its_tick(recipe: Recipe, monkeypatch: pytest.Monke
     assert all(seconds < 0.4 for seconds in waited[1:])
 
 
-@pytest.mark.parametrize("mode", ["exact", "resampled"])
+@pytest.mark.parametrize("mode", ["random_access", "resampled"])
 def test_streams_are_opened_as_the_recipe_says(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:

@@ -7,13 +7,14 @@ Sources of images
     webdatasets.py  existing WebDataset shards; iterables.py: Python objects
 
 Packing
+    options.py      `PackOptions`, for the command, `pack` and the plan
     pack.py         `pack`; resumable, parallel over threads and over processes
+    destination.py  which pack a destination belongs to
     pack_plan.py    which sample is written to which shard
     pack_shard.py   one shard and its record; pack_manifest.py: index and manifest
-    pack_lock.py    one pack at a time per destination
-    index_in_place.py  index for existing shards, which stay unchanged
+    index_in_place.py  index and manifest for existing shards, which stay unchanged
 
 Verification
-    verify.py       `verify`; shard_scan.py: one shard
+    verify.py       `verify`; shard_scan.py: one shard; index_check.py: index and records
     findings.py, contact_sheet.py: duplicates, class balance and images of `--deep`
 """

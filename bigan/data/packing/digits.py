@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from bigan.data import DataError
 from bigan.data.format.codec import Pixels
 from bigan.data.packing.listing import Source
-from bigan.data.streaming.order import permutation
+from bigan.data.permutation import permutation
 from bigan.hashes import sha256
 
 NUM_TEST_DIGITS = 500  # 50 of each class; the other 1,297 are for training

@@ -23,7 +23,7 @@ from bigan.data.format.manifest import Manifest, Shard
 from bigan.data.format.tar import walk_tar
 from bigan.data.packing.contact_sheet import COLUMNS, MIN_LINES, ROWS, Row, contact_sheet
 from bigan.data.packing.shard_scan import Scan, mapped
-from bigan.data.streaming.order import permutation
+from bigan.data.permutation import permutation
 
 FEW = 10  # images; classes with fewer are reported
 NAMED = 10  # samples named in the text of a note; `Note.samples` has all

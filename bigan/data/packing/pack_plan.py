@@ -22,7 +22,7 @@ from bigan.data.format.codec import JPEG_QUALITY, Encoding
 from bigan.data.format.manifest import SCHEMA, level_name
 from bigan.data.packing.options import PackOptions, with_changes
 from bigan.data.packing.sources import Source
-from bigan.data.streaming.order import permutation
+from bigan.data.permutation import permutation
 from bigan.hashes import fingerprint
 
 SPLITS = ("train", "val", "test")

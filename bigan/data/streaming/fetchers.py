@@ -1,9 +1,9 @@
 """Fetchers: three ways to read the pixels of sample numbers, all in the same order.
 
-    exact      index + pread on shards of a local disk or of the node's cache (local_shards.py)
-    stream     shards read sequentially, the encoded samples of two blocks in memory
-               (streamed_shards.py)
-    resident   the whole split decoded once, then copied row by row
+    random_access  index + pread on shards of a local disk or of the node's cache (local_shards.py)
+    stream         shards read sequentially, the encoded samples of two blocks in memory
+                   (streamed_shards.py)
+    resident       the whole split decoded once, then copied row by row
 
 `read(positions, samples, out)` fills `out` and returns the replaced samples. Only an image that
 does not decode is replaced, by the next decodable sample, which does not depend on the reader. A
@@ -93,7 +93,7 @@ class EncodedSource(Protocol):
 
 
 class Decoder:
-    """A fetcher that decodes the samples of an `EncodedSource` source."""
+    """A fetcher that decodes the samples of an `EncodedSource`."""
 
     def __init__(self, source: EncodedSource, stop: threading.Event, on_bad: str) -> None:
         self.manifest = source.manifest
@@ -163,7 +163,7 @@ class Resident:
                 raise DataError(
                     f"{self.manifest.remote or self.manifest.folder}: {needed:,} bytes of pixels "
                     f"are more than data.resident_bytes = {limit_bytes:,}; raise it, or use "
-                    "data.mode=exact"
+                    "data.mode=random_access"
                 )
             self._pixels = np.empty((num, *self.manifest.image_shape), np.uint8)
             self._bad: dict[int, BadSample] = {}
@@ -203,10 +203,10 @@ def fill_labels(
 
 
 def resolve_mode(manifest: Manifest, fetch: Fetch) -> str:
-    """The fetcher for `fetch.mode`; `auto` is exact if the shards are or can be on disk."""
+    """The fetcher for `fetch.mode`; `auto` is random_access if shards can be on disk."""
     if fetch.mode != "auto":
         return fetch.mode
-    return "exact" if manifest.remote is None or fetch.cache else "stream"
+    return "random_access" if manifest.remote is None or fetch.cache else "stream"
 
 
 def make_fetcher(manifest: Manifest, split: str, blocks: Blocks, fetch: Fetch) -> Fetcher:
@@ -217,10 +217,10 @@ def make_fetcher(manifest: Manifest, split: str, blocks: Blocks, fetch: Fetch) -
     """
     mode, stop = resolve_mode(manifest, fetch), threading.Event()
     on_disk = manifest.remote is None or fetch.cache is not None
-    if mode == "exact" and not on_disk:
+    if mode == "random_access" and not on_disk:
         raise DataError(
-            f"{manifest.remote}: data.mode=exact needs shards on a disk; set data.cache=FOLDER, "
-            "or use data.mode=stream"
+            f"{manifest.remote}: data.mode=random_access needs shards on a disk; set "
+            "data.cache=FOLDER, or use data.mode=stream"
         )
     if manifest.remote is None and mode != "stream":
         manifest.verify_checksums(CHECKSUM_BYTES)

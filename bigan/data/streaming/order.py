@@ -7,9 +7,7 @@ It does not depend on the number of processes, the batch size or the number of t
 the input pipeline is therefore one integer, the position (= `images_seen`), and a run can resume
 with another number of ranks without losing or repeating a sample.
 
-Permutations are the stable argsort of raw 64-bit words of Philox: NumPy guarantees these words,
-while `Generator.permutation` may change between versions. `ORDER_VERSION` changes with the order;
-the tests compare golden values.
+`ORDER_VERSION` changes with the order; the tests compare golden values.
 """
 
 from __future__ import annotations
@@ -19,18 +17,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from bigan import rng
+from bigan.data.permutation import permutation
 from bigan.distributed.world import World
 
 ORDER_VERSION = 1
 
 Indices = NDArray[np.int64]
-
-
-def permutation(num: int, seed: int, stream: str, counter: int = 0) -> Indices:
-    """A random permutation of range(num), equal on all platforms and NumPy versions."""
-    words = rng.numpy_generator(seed, stream, counter).bit_generator.random_raw(num)
-    return np.argsort(words, kind="stable")
 
 
 class Order:
