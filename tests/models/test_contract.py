@@ -212,7 +212,7 @@ def test_gradients_equal_finite_differences(name: str, changes: Values, kind: st
     """Of every parameter; of a discriminator through a penalty, in float64."""
     config = small(name, **changes)
     module = module_under_test(config, kind).double()
-    x, labels = inputs(config, kind)
+    x, labels = inputs(config, kind, 4)
     x = x.double()
 
     def loss() -> Tensor:
