@@ -13,7 +13,7 @@ from bigan.augment import ada, diffaugment
 from bigan.augment.sampling import bilinear, integers, reflect
 from bigan.config import ConfigError
 from bigan.distributed.world import World
-from bigan.objectives.penalties import PENALTIES
+from bigan.objectives.penalties import PENALTIES, PenaltyBatch
 from bigan.run_config import RunConfig
 
 ONE = torch.tensor(1.0)
@@ -166,7 +166,8 @@ def test_gradients_of_a_gradient_penalty_are_those_of_finite_differences(
             seen = augment.apply(config, x, draws, torch.tensor(0.8))
             return (seen.flatten(1) @ weight.T).tanh().sum(1)
 
-        return PENALTIES["r1"](network, images, torch.zeros(6), images, torch.zeros(6), None)
+        labels = torch.zeros(6, dtype=torch.int64)
+        return PENALTIES["r1"](network, PenaltyBatch(images, labels, images, labels))
 
     leaf = weight.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(r1(leaf), leaf)

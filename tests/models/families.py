@@ -66,7 +66,6 @@ FAMILIES = {
             "shared_dim": 6, "attention_resolutions": [8],
         },
         full=lambda resolution: {"num_classes": 1000},
-        variants={"RGB": {"image_channels": 3}},
         narrowest=tuple(
             {"resolution": resolution, "channels": channels, "attention_resolutions": []}
             for resolution, channels in (

@@ -88,8 +88,10 @@ def check_shapes(config: AnyModel) -> None:
     }  # fmt: skip
     built_networks = models.build(config, "meta")
     assert tuple(built_networks) == config.networks
+    labels = torch.empty(4, dtype=torch.int64, device="meta")
     for name, network in built_networks.items():
-        found = network(*(x.to("meta") for x in inputs(config, name, 4)))
+        x = torch.empty(latents if name in ("generator", "decoder") else images, device="meta")
+        found = network(x, labels)
         assert [y.shape for y in outputs(found)] == expected[name]
         assert all(y.dtype == torch.float32 for y in outputs(found))
 
@@ -212,7 +214,7 @@ def test_gradients_equal_finite_differences(name: str, changes: Values, kind: st
     """Of every parameter; of a discriminator through a penalty, in float64."""
     config = small(name, **changes)
     module = module_under_test(config, kind).double()
-    x, labels = inputs(config, kind)
+    x, labels = inputs(config, kind, 4)
     x = x.double()
 
     def loss() -> Tensor:

@@ -1,4 +1,4 @@
-"""The large recipes: their figures, their last stage on the meta device, one real step of it."""
+"""The large configs: figures in their headers, their last stage on meta, one real step of it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,27 @@ from network_parts import built
 from torch import Tensor, nn
 
 from bigan import config as configs
+from bigan import models
 from bigan.config import ConfigError
 from bigan.data.streaming.stream import Batch
 from bigan.engine import Engine
 from bigan.layers.batchnorm import BatchNorm2d
 from bigan.objectives import gan
 from bigan.run.describe import describe
-from bigan.run.state import Training
-from bigan.run_config import RunConfig, own_step_every, penalty_weight
+from bigan.run.state import TrainState
+from bigan.run_config import RunConfig, setup_of
 
 CONFIGS = ROOT / "configs"
 ON_CPU = ["compile=eager", "precision=fp32", "train.seed=0"]
 
 BIGGAN_512 = ["model.resolution=512", "model.z_dim=160"]  # 8 slots of 20
 BIGGAN_DEEP_512 = ["model.resolution=512"]
+
+
+def built_objective(config: RunConfig) -> gan.GAN:
+    """The objective for data of one class."""
+    assert isinstance(config.objective, gan.Config)
+    return config.objective.build(setup_of(config, (1,)))
 
 
 def load(name: str, *overrides: str) -> RunConfig:
@@ -42,7 +49,7 @@ MEMORY = re.compile(r"([\d.]+) GiB per process estimated")
 
 
 def headers_with(figures: re.Pattern[str]) -> dict[str, tuple[float, ...]]:
-    """Recipe -> what its header says of these figures, of those that say something."""
+    """Config name -> the figures in its header, for the headers that have them."""
     found = {}
     for path in sorted(CONFIGS.glob("*.yaml")):
         lines = [line for line in path.read_text().splitlines() if line.startswith("#")]
@@ -93,7 +100,7 @@ def test_progan_has_the_batches_and_learning_rates_of_eight_gpus() -> None:
     assert {r: s["batch"] for r, s in stable.items()} == {
         4: 512, 8: 256, 16: 128, 32: 64, 64: 32, 128: 32, 256: 32, 512: 32, 1024: 32,
     }  # fmt: skip
-    assert {r: s["lr"][0] for r, s in stable.items() if r >= 64} == {
+    assert {r: s["lr"]["generator"] for r, s in stable.items() if r >= 64} == {
         64: 1e-3, 128: 1.5e-3, 256: 2e-3, 512: 3e-3, 1024: 3e-3,
     }  # fmt: skip
     for fading, after in itertools.pairwise(stages):
@@ -104,44 +111,43 @@ def test_progan_has_the_batches_and_learning_rates_of_eight_gpus() -> None:
 
 
 def test_stylegan2_leaves_gamma_to_the_heuristic() -> None:
-    config = load("stylegan2-256")
-    (r1,) = config.penalties
-    assert penalty_weight(r1, config) == pytest.approx(0.2048)
-    assert (own_step_every(config, "d"), own_step_every(config, "g")) == (16, 4)
-    (r1,) = load("stylegan2-1024").penalties
-    assert penalty_weight(r1, config) == 10
+    objective = built_objective(load("stylegan2-256"))
+    (line,) = [line for line in objective.remarks() if "r1" in line]
+    assert "0.2048" in line
+    assert objective.separate_steps == {"discriminator": 16, "generator": 4}
+    (r1,) = load("stylegan2-1024").objective.penalties
+    assert r1.weight == 10
 
 
 # --- one real step -------------------------------------------------------------------------------
 
 
-def grey_noise(training: Training) -> Iterator[Batch]:
-    """Random images of the stage's size and one of its classes, as a stream would give them."""
-    config, draw = training.config, torch.Generator().manual_seed(0)
-    num = config.train.batch // training.accumulation
+def noise(state: TrainState) -> Iterator[Batch]:
+    """A stream of random images of the stage's resolution, all of class 0."""
+    config, draw = state.config, torch.Generator().manual_seed(0)
+    num = config.train.batch // state.accumulation
     shape = (num, config.model.resolution, config.model.resolution, config.model.image_channels)
     while True:
         real = torch.randint(256, shape, dtype=torch.uint8, generator=draw)
         yield Batch(real, torch.zeros(num, dtype=torch.int64), np.arange(num))
 
 
-def step(training: Training) -> None:
-    """Prepare and take one training step; every weight of both networks moves and is finite."""
-    training.prepare()
+def check_step(state: TrainState) -> None:
+    """Prepare and take one training step; every parameter changes and is finite."""
+    state.prepare()
     before = {
-        name: [p.detach().clone() for p in training.networks[name].parameters()] for name in "gd"
+        (name, key): parameter.detach().clone()
+        for name, network in state.networks.items()
+        for key, parameter in network.named_parameters()
     }
-    seen = training.progress.images_seen
-    training.step(grey_noise(training))
-    assert training.engine.halted_at() == -1
-    for name, weights in before.items():
-        for (key, now), then in zip(
-            training.networks[name].named_parameters(), weights, strict=True
-        ):
-            assert now.isfinite().all(), key
-            assert not torch.equal(now, then), (name, key)
-    train = training.config.train
-    assert training.progress.images_seen == seen + train.batch * train.num_d_steps
+    seen = state.progress.images_seen
+    state.advance({"images": noise(state)})
+    assert state.engine.halted_at() == -1
+    for (name, key), former in before.items():
+        parameter = state.networks[name].get_parameter(key)
+        assert parameter.isfinite().all(), (name, key)
+        assert not torch.equal(parameter, former), (name, key)
+    assert state.progress.images_seen == seen + state.config.images_per_step
 
 
 def test_progan_takes_real_steps_at_1024_px() -> None:
@@ -149,12 +155,12 @@ def test_progan_takes_real_steps_at_1024_px() -> None:
     narrow = ["model.base_channels=512", "model.max_channels=8", "model.z_dim=8"]
     small = ["model.minibatch_group=2", "train.batch=2", "train.micro_batch=2"]
     config = load("progan-1024", *narrow, *small, *ON_CPU)
-    training = Training(config, Engine(config, print), {"face": 1})
-    for stage in training.stages[-2:]:
+    state = TrainState(config, Engine(config, print), {"face": 1})
+    for stage in state.stages[-2:]:
         assert stage.resolution == 1024
-        training.progress.images_seen = stage.start + stage.config.train.batch  # alpha is not 0
-        training.enter(stage)
-        step(training)
+        state.progress.images_seen = stage.start + stage.config.train.batch  # alpha is not 0
+        state.enter(stage)
+        check_step(state)
 
 
 @pytest.mark.parametrize(
@@ -167,8 +173,7 @@ def test_progan_takes_real_steps_at_1024_px() -> None:
 def test_biggan_takes_a_real_step_at_512_px(name: str, overrides: list[str]) -> None:
     narrow = ["model.channels=4", "model.num_classes=3", "train.batch=4", "train.micro_batch=2"]
     config = load(name, *overrides, *narrow, *ON_CPU)
-    training = Training(config, Engine(config, print), {"a": 1, "b": 1, "c": 1})
-    step(training)
+    check_step(TrainState(config, Engine(config, print), {"a": 1, "b": 1, "c": 1}))
 
 
 # --- wrong combinations --------------------------------------------------------------------------
@@ -185,23 +190,29 @@ class BatchNormed(nn.Module):
         return self.bn(images).sum((1, 2, 3))
 
 
+def with_batchnorm(monkeypatch: pytest.MonkeyPatch, config: RunConfig, name: str) -> None:
+    """Let the objective of `config` build a BatchNormed network under this name."""
+    networks = models.build(config.model, "meta") | {name: BatchNormed()}
+    monkeypatch.setattr(gan.models, "build", lambda *_: networks)
+
+
 @pytest.mark.parametrize("name", ["r1", "r2", "wgan_gp"])
 def test_batchnorm_under_a_penalty_is_a_config_error(
-    recipe: Callable[..., RunConfig], name: str
+    recipe: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    config = recipe(f"penalties=[{{name: {name}}}]")
-    generator, discriminator = built(config.model)
-    gan.build_phases(config, generator, discriminator, (1,))  # its generator's is no obstacle
-    said = rf"^penalties: {name}: .*BatchNorm in BatchNormed .* use spectral normalisation"
-    with pytest.raises(ConfigError, match=said):
-        gan.build_phases(config, generator, BatchNormed(), (1,))
-    without = recipe()
-    gan.build_phases(without, generator, BatchNormed(), (1,))
+    config = recipe(f"objective.penalties=[{{name: {name}}}]")
+    built_objective(config)  # BatchNorm in the generator is allowed
+    with_batchnorm(monkeypatch, config, "discriminator")
+    with pytest.raises(ConfigError, match=rf"^objective\.penalties: {name}: .*BatchNormed"):
+        built_objective(config)
+    built_objective(recipe())
 
 
-def test_batchnorm_under_path_length_is_a_config_error(digits: Path, tmp_path: Path) -> None:
+def test_batchnorm_under_path_length_is_a_config_error(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = load("smoke/stylegan2-256", f"data.path={digits}", f"run_dir={tmp_path}")
-    generator, discriminator = built(config.model)
-    gan.build_phases(config, generator, discriminator, (1,))
-    with pytest.raises(ConfigError, match=r"^path_length: .*BatchNorm"):
-        gan.build_phases(config, BatchNormed(), discriminator, (1,))
+    built_objective(config)
+    with_batchnorm(monkeypatch, config, "generator")
+    with pytest.raises(ConfigError, match=r"^objective\.path_length: .*BatchNormed"):
+        built_objective(config)
