@@ -1,57 +1,53 @@
-"""The input pipeline against WebDataset's README pipeline and ImageFolder, side by side in one run.
+"""The input pipeline against WebDataset's README pipeline and ImageFolder, side by side.
 
     python benchmarks/input_pipeline.py                  the table, in about five minutes
-    python benchmarks/input_pipeline.py --quick          a look, in one minute; figures are rough
+    python benchmarks/input_pipeline.py --quick          in one minute, with rough numbers
     python benchmarks/input_pipeline.py --out result.json
 
-All pipelines read the same images on the same cores: JPEG files of photo-like pictures, the same
-bytes in class folders (ImageFolder) and in tars (WebDataset; bigan indexes those tars at first
-use). Each deals out shuffled batches of 64. The others give normalised float32, as their READMEs
-do; bigan gives uint8, because normalising belongs on the device; a row with normalisation on the
-host shows what that is worth. What counts is CPU time, user and system, of all processes together;
-it hardly depends on what else the machine is doing. The targets are those of issue 3, against
-pipelines that use the same cores, as bigan does: a DataLoader with a worker per core. Without
-workers they use one core only and less CPU time; those rows are shown, too. The exit code is 1 if a
-target is missed.
+All pipelines read the same images on the same cores: JPEG files with the statistics of photographs,
+the same bytes in class folders (ImageFolder) and in tar files (WebDataset; bigan indexes those tar
+files at first use). Each yields shuffled batches of 64. The other pipelines yield normalized
+float32, as in their READMEs; bigan yields uint8 and normalizes on the device, so one row normalizes
+on the host for comparison. The measure is CPU time, user and system, of all processes: it hardly
+depends on the load of the machine. The targets compare with pipelines that use the same cores as
+bigan: a DataLoader with one worker per core. Without workers they use one core only and less CPU
+time; these rows are shown, too. The exit code is 1 if a target is missed.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import os
-import platform
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
 import torch
 import torchvision
 import webdataset
+from bigan.data.pack import pack, pack_source
+from bigan.data.stream import Batch, ShardStream
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from tqdm import tqdm
 
 from bigan.augment.discriminator_inputs import as_images
-from bigan.data.packing import sources
-from bigan.data.packing.pack import pack, pack_source
+from bigan.bench.measuring import summary
+from bigan.bench.script import argument_parser, met, spread, write_record
+from bigan.data import sources
 from bigan.data.settings import SMALL_RESOLUTION, Fetch
-from bigan.data.streaming.stream import Batch, ShardStream
 from bigan.distributed.world import World
+from bigan.versions import cpu_name, num_cpus
 
 BATCH = 64
-WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORKERS = num_cpus()
 NUM_CLASSES = 10
 TO_FLOAT = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
 
@@ -75,7 +71,7 @@ def picture(generator: np.random.Generator, size: int) -> np.ndarray:
 
 
 def write_images(root: Path, size: int, num: int) -> None:
-    """`root`/files/<class>/*.jpg and the same bytes in `root`/tars, by plain WebDataset."""
+    """`root`/files/<class>/*.jpg and the same bytes in `root`/tars, written by WebDataset."""
     generator = np.random.default_rng(size)
     originals = [picture(generator, size) for _ in range(64)]
     (root / "tars").mkdir(parents=True)
@@ -113,8 +109,8 @@ def image_folder(root: Path, num: int, workers: int) -> Iterable[object]:
     return DataLoader(dataset, batch_size=BATCH, shuffle=True, num_workers=workers)
 
 
-def exact(folder: Path, num: int, threads: int | None) -> Iterable[Batch]:
-    """bigan's default: index + pread + decoding threads, from positions that are new each time."""
+def random_access(folder: Path, num: int, threads: int | None) -> Iterable[Batch]:
+    """The default of bigan: index, pread, decoding threads; each pass starts at new positions."""
     fetch = Fetch(threads=threads)
     start = next(EPOCHS) * num // BATCH * BATCH
     with ShardStream(
@@ -123,8 +119,8 @@ def exact(folder: Path, num: int, threads: int | None) -> Iterable[Batch]:
         yield from itertools.islice(stream, num // BATCH)
 
 
-def normalised(folder: Path, num: int, threads: int | None) -> Iterable[torch.Tensor]:
-    for batch in exact(folder, num, threads):
+def normalized(folder: Path, num: int, threads: int | None) -> Iterable[torch.Tensor]:
+    for batch in random_access(folder, num, threads):
         yield as_images(batch.pixels, None)
 
 
@@ -135,7 +131,7 @@ EPOCHS = itertools.count()
 
 
 def cpu_seconds() -> float:
-    """User and system time of this process and of the children that have ended."""
+    """User and system time of this process and of its children that have ended."""
     who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, who))
 
@@ -143,8 +139,8 @@ def cpu_seconds() -> float:
 def cost(make: Callable[[], Iterable[object]], num: int) -> tuple[float, float]:
     """(CPU microseconds per image, images per second) of one pass over about `num` images.
 
-    The pass is timed from its second batch on: opening (bigan hashes the set, once per run; a
-    DataLoader starts its workers) is no part of the steady state.
+    The pass is timed from its second batch on: opening (bigan hashes the data set, a DataLoader
+    starts its workers) is not part of the steady state.
     """
     batches = iter(make())
     next(batches)
@@ -156,7 +152,7 @@ def cost(make: Callable[[], Iterable[object]], num: int) -> tuple[float, float]:
 
 
 def decode_only(root: Path, num: int, threads: int) -> float:
-    """Images per second of the bare decoder: the same bytes from memory, a buffer per thread."""
+    """Images per second of the bare decoder: the same bytes in memory, one buffer per thread."""
     files = sorted((root / "files").rglob("*.jpg"))[: min(num, 2048)]
     data = [file.read_bytes() for file in files]
     size = simplejpeg.decode_jpeg_header(data[0])[0]
@@ -175,33 +171,25 @@ def decode_only(root: Path, num: int, threads: int) -> float:
         return done / (time.perf_counter() - began)
 
 
-def summary(values: list[float]) -> dict[str, float]:
-    return {
-        "median": statistics.median(values),
-        "lowest": min(values),
-        "highest": max(values),
-    }
-
-
 def compare(root: Path, size: int, num: int, runs: int) -> dict[str, dict[str, dict[str, float]]]:
     """Interleaved runs of all pipelines at one size."""
     write_images(root, size, num)
     pack(str(root / "files"), root / "raw", resolution=size, encoding="npy", test_fraction=0.0)
     tars, raw = root / "tars", root / "raw"
-    # Small images are decoded by one thread by default: more of them cost CPU time for each other.
+    # By default one thread decodes small images: several cost more CPU time than they save.
     threads = None if size <= SMALL_RESOLUTION else WORKERS
-    many, more = 4 * num, 16 * num  # several epochs, where one would be over in no time
+    many, more = 4 * num, 16 * num  # several epochs: one is too short to time
     pipelines: dict[str, tuple[int, Callable[[], Iterable[object]]]] = {
         "WebDataset README, 0 workers": (num, lambda: readme(root, num, 0)),
         f"WebDataset README, {WORKERS} workers": (num, lambda: readme(root, num, WORKERS)),
         "ImageFolder, 0 workers": (num, lambda: image_folder(root, num, 0)),
         f"ImageFolder, {WORKERS} workers": (num, lambda: image_folder(root, num, WORKERS)),
-        "bigan exact, JPEG": (many, lambda: exact(tars, many, threads)),
-        "bigan exact, JPEG, normalised on the host": (
+        "bigan, JPEG": (many, lambda: random_access(tars, many, threads)),
+        "bigan, JPEG, normalized on the host": (
             num,
-            lambda: normalised(tars, num, threads),
+            lambda: normalized(tars, num, threads),
         ),
-        "bigan exact, raw uint8": (more, lambda: exact(raw, more, threads)),
+        "bigan, raw uint8": (more, lambda: random_access(raw, more, threads)),
     }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in pipelines}
     rates: list[float] = []
@@ -228,7 +216,7 @@ def compare(root: Path, size: int, num: int, runs: int) -> dict[str, dict[str, d
 
 RESUME = """
 import json, sys, time
-from bigan.data.streaming.stream import ShardStream
+from bigan.data.stream import ShardStream
 from bigan.distributed.world import World
 folder, images_seen = sys.argv[1], int(sys.argv[2])
 began = time.perf_counter()
@@ -241,7 +229,7 @@ MEMORY = """
 import itertools, os, sys
 from pathlib import Path
 from bigan.data.settings import Fetch
-from bigan.data.streaming.stream import ShardStream
+from bigan.data.stream import ShardStream
 from bigan.distributed.world import World
 folder, num = sys.argv[1], int(sys.argv[2])
 def resident():
@@ -278,7 +266,8 @@ def measure(code: str, *arguments: object) -> list[float]:
     return [float(word) for word in printed.split()]
 
 
-def run(quick: bool) -> dict[str, object]:
+def run(quick: bool) -> dict[str, Any]:
+    """All measurements; `quick`: fewer images and runs."""
     runs = 2 if quick else 5
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -291,17 +280,9 @@ def run(quick: bool) -> dict[str, object]:
         images = 20_000 if quick else 200_000
         before, warm, after = measure(MEMORY, root / "32" / "tars", images)
     return {
-        "benchmark": "input_pipeline",
-        "date": date.today().isoformat(),
         "runs": runs,
         "batch": BATCH,
-        "cores": WORKERS,
-        "processor": processor(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "torchvision", "webdataset", "pillow")},
-            "simplejpeg": version("simplejpeg"),
-        },
+        "workers": WORKERS,
         "sizes": sizes,
         "resume": {
             "shards": num // 64,
@@ -317,19 +298,11 @@ def run(quick: bool) -> dict[str, object]:
     }
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "?")
+# --- targets --------------------------------------------------------------------------------------
 
 
-# --- what it comes to -----------------------------------------------------------------------------
-
-
-def targets(result: dict) -> list[tuple[str, float, str, float, bool]]:
-    """(what, measured, relation, bound, met) of every target in issue 3."""
+def targets(result: dict[str, Any]) -> list[tuple[str, float, str, float, bool]]:
+    """(name, measured, relation, bound, whether it is met) of every target."""
 
     def cpu(size: int, name: str) -> float:
         return result["sizes"][size][name]["cpu_us_per_image"]["median"]
@@ -337,16 +310,16 @@ def targets(result: dict) -> list[tuple[str, float, str, float, bool]]:
     rows = []
     for other in ("WebDataset README", "ImageFolder"):
         for size, name, bound in (
-            (32, "bigan exact, JPEG", 10.0),
-            (256, "bigan exact, JPEG", 3.0),
-            (32, "bigan exact, raw uint8", 40.0),
+            (32, "bigan, JPEG", 10.0),
+            (256, "bigan, JPEG", 3.0),
+            (32, "bigan, raw uint8", 40.0),
         ):
-            ratio = cpu(size, f"{other}, {result['cores']} workers") / cpu(size, name)
+            ratio = cpu(size, f"{other}, {result['workers']} workers") / cpu(size, name)
             what = f"{size} px: {other} / {name}"
             rows.append((what, ratio, ">=", bound, ratio >= bound))
     sizes = result["sizes"][256]
     share = (
-        sizes["bigan exact, JPEG"]["images_per_second"]["median"]
+        sizes["bigan, JPEG"]["images_per_second"]["median"]
         / sizes["bare decoder"]["images_per_second"]["median"]
     )
     rows.append(("256 px: share of the bare decoder's rate", share, ">=", 0.9, share >= 0.9))
@@ -361,29 +334,27 @@ def targets(result: dict) -> list[tuple[str, float, str, float, bool]]:
     return rows
 
 
-def as_table(result: dict) -> str:
+def as_table(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['processor']}, {result['cores']} cores, {result['runs']} runs, medians "
-        "(lowest to highest)",
+        f"{cpu_name()}, {result['workers']} cores, {result['runs']} runs, medians (lowest to "
+        "highest)",
         "",
     ]
     for size, rows in result["sizes"].items():
         lines += [f"{size} px", f"  {'pipeline':<44}{'CPU us/image':>24}{'images/s':>12}"]
         for name, row in rows.items():
-            spread = ""
+            cpu = ""
             if "cpu_us_per_image" in row:
-                cpu = row["cpu_us_per_image"]
-                spread = f"{cpu['median']:.1f} ({cpu['lowest']:.1f} to {cpu['highest']:.1f})"
-            lines.append(f"  {name:<44}{spread:>24}{row['images_per_second']['median']:>12,.0f}")
+                cpu = spread(row["cpu_us_per_image"], digits=1)
+            lines.append(f"  {name:<44}{cpu:>24}{row['images_per_second']['median']:>12,.0f}")
         lines.append("")
     lines.append(f"{'target':<62}{'measured':>10}{'bound':>12}")
-    for what, value, relation, bound, met in targets(result):
-        verdict = "met" if met else "MISSED"
-        lines.append(f"{what:<62}{value:>10.2f}{relation:>5} {bound:<6g} {verdict}")
+    for name, value, relation, bound, reached in targets(result):
+        lines.append(f"{name:<62}{value:>10.2f}{relation:>5} {bound:<6g} {met(reached)}")
     lines.append("")
     for size, rows in result["sizes"].items():
         for other in ("WebDataset README", "ImageFolder"):
-            for name in ("bigan exact, JPEG", "bigan exact, raw uint8"):
+            for name in ("bigan, JPEG", "bigan, raw uint8"):
                 theirs, ours = (rows[n]["cpu_us_per_image"] for n in (f"{other}, 0 workers", name))
                 ratio = theirs["median"] / ours["median"]
                 lines.append(f"{f'{size} px: {other} on one core / {name}':<62}{ratio:>10.2f}")
@@ -391,21 +362,18 @@ def as_table(result: dict) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer images and runs")
-    parser.add_argument("--out", type=Path, help="write the measurements to this JSON file")
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    result = run(arguments.quick)
+    result = run(given.quick)
     print(as_table(result))
-    if arguments.out:
-        result["targets"] = [
-            {"what": what, "measured": value, "bound": f"{relation} {bound}", "met": met}
-            for what, value, relation, bound, met in targets(result)
-        ]
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    return 0 if all(met for *_, met in targets(result)) else 1
+    rows = [
+        {"name": name, "measured": value, "bound": f"{relation} {bound}", "met": reached}
+        for name, value, relation, bound, reached in targets(result)
+    ]
+    write_record("input_pipeline", given, result, targets=rows)
+    return 0 if all(row["met"] for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -1,72 +1,58 @@
-"""For how long a checkpoint holds up training, against the length of a step.
+r"""For how long a checkpoint blocks training, compared with the length of a step.
 
     python benchmarks/save_stall.py configs/digits.yaml
-    python benchmarks/save_stall.py configs/biggan-128.yaml train.batch=2 train.micro_batch=2 \\
+    python benchmarks/save_stall.py configs/biggan-128.yaml train.batch=2 train.micro_batch=2 \
         model.init=normal compile=eager --out result.json
 
-Images are random ones in memory. Training steps are timed without a save, then `Saver.save` (the
-stall), then the steps during which it writes in the background, until it has.
+On synthetic images. A run times training steps without a save, then `Saver.save` (the stall), then
+the steps until the background write has ended.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-from bigan import config as configs
-from bigan.bench.measuring import hardware, summary, synthetic_images, wait
+from bigan.bench.measuring import prepared_state, summary, synthetic_streams, wait
+from bigan.bench.script import config_parser, met, scratch_config, spread, to_stderr, write_record
 from bigan.checkpoint import Saver
-from bigan.engine import Engine
-from bigan.objectives.growth import grown
-from bigan.run.state import Training
+from bigan.run.stages import final_config
 from bigan.run_config import RunConfig
 
 WARM_UP_STEPS = 2
 
 
-def measure(config: RunConfig, saves: int, steps: int) -> dict[str, Any]:
-    """`saves` times: `steps` undisturbed steps, a save, then the steps until it is written."""
-    engine = Engine(config, lambda line: print(line, file=sys.stderr))
-    device = engine.world.device
-    classes = {str(label): 1 for label in range(config.model.num_classes)}
-    training = Training(config, engine, classes)
-    training.prepare()
-    stream = synthetic_images(config, training.accumulation, device)
-    saver = Saver(config.run_dir, engine.world, keep=1)
+def measure(config: RunConfig, runs: int, steps: int) -> dict[str, Any]:
+    """`runs` times: `steps` steps, a save, then steps until it is written."""
+    state = prepared_state(config, to_stderr)
+    streams, device = synthetic_streams(state), state.world.device
+    saver = Saver(config.run_dir, state.world, keep=1)
 
     def step() -> float:
         began = time.perf_counter()
-        training.step(stream)
+        state.advance(streams)
         wait(device)
         return time.perf_counter() - began
 
     for _ in range(WARM_UP_STEPS):
         step()
     undisturbed, stalls, written, during = [], [], [], []
-    for _ in range(saves):
-        usual = [step() for _ in range(steps)]
+    for _ in range(runs):
+        undisturbed.append(statistics.median(step() for _ in range(steps)))
         began = time.perf_counter()
-        saver.save(training.progress, training.shards())
+        saver.save(state.progress, state.shards())
         wait(device)
         stalls.append(time.perf_counter() - began)
-        meanwhile = []
         while saver.poll():
-            meanwhile.append(step())
+            during.append(step())
         saver.finish()
         written.append(time.perf_counter() - began)
-        undisturbed.append(statistics.median(usual))
-        during += meanwhile
-    training.close()
+    state.close()
     folder = next(config.run_dir.glob("checkpoints/*/"))
-    step_seconds = summary(undisturbed)
     return {
-        "step_seconds": step_seconds,
+        "step_seconds": summary(undisturbed),
         "stall_seconds": summary(stalls),
         "stall_in_steps": summary([s / u for s, u in zip(stalls, undisturbed, strict=True)]),
         # The first save also allocates the memory that it copies into.
@@ -78,47 +64,29 @@ def measure(config: RunConfig, saves: int, steps: int) -> dict[str, Any]:
     }
 
 
-def as_text(result: dict[str, Any]) -> str:
-    stall, share = result["stall_seconds"], result["stall_in_steps"]
-    whole = result["step_seconds"]
-    slowed = result["step_seconds_while_writing"]
+def as_text(results: dict[str, Any]) -> str:
+    share, slowed = results["stall_in_steps"], results["step_seconds_while_writing"]
     lines = [
-        f"checkpoint of {result['checkpoint_bytes'] / 1e6:.1f} MB; a step takes "
-        f"{1000 * whole['median']:.1f} ms",
-        f"stall {1000 * stall['median']:.1f} ms ({1000 * stall['min']:.1f} to "
-        f"{1000 * stall['max']:.1f}) = {share['median']:.2f} steps ({share['min']:.2f} to "
-        f"{share['max']:.2f}); the first {1000 * result['first_stall_seconds']:.1f} ms",
-        f"target, a stall below one step: {'met' if share['median'] < 1 else 'MISSED'}",
+        f"checkpoint of {results['checkpoint_bytes'] / 1e6:.1f} MB",
+        f"step                  {spread(results['step_seconds'], 'ms', 1000, digits=1)}",
+        f"stall                 {spread(results['stall_seconds'], 'ms', 1000, digits=1)}; the "
+        f"first {1000 * results['first_stall_seconds']:.1f} ms",
+        f"stall                 {spread(share, 'steps')}",
     ]
     if slowed:
-        lines.insert(2, f"a step while it is written takes {1000 * slowed['median']:.1f} ms")
-    return "\n".join(lines)
+        lines.append(f"step during the write {spread(slowed, 'ms', 1000, digits=1)}")
+    return "\n".join([*lines, f"target, a stall below one step: {met(share['median'] < 1)}"])
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value")
-    parser.add_argument("--saves", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=20, help="undisturbed steps before each save")
-    parser.add_argument("--out", type=Path, help="write the measurements to this JSON file")
+    parser = config_parser(__doc__, runs=7)
+    parser.add_argument("--steps", type=int, default=20, help="before each save (default 20)")
     given = parser.parse_intermixed_args()
-    with tempfile.TemporaryDirectory() as folder:
-        changes = [*given.overrides, f"run_dir={folder}"]
-        config = grown(configs.load(RunConfig, given.config, changes))
-        result = measure(config, given.saves, given.steps)
-    print(as_text(result))
-    record = {
-        "benchmark": "save_stall",
-        "config": str(given.config),
-        "overrides": given.overrides,
-        "environment": hardware(),
-        "saves": given.saves,
-        **result,
-    }
-    if given.out:
-        given.out.write_text(json.dumps(record, indent=1) + "\n")
-    return 0 if result["stall_in_steps"]["median"] < 1 else 1
+    with scratch_config(given) as config:
+        results = measure(final_config(config), given.runs, given.steps)
+    print(as_text(results))
+    write_record("save_stall", given, results, steps_per_run=given.steps)
+    return 0 if results["stall_in_steps"]["median"] < 1 else 1
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""How fast a recipe would be on more devices: arithmetic on measured compute and stated bandwidth.
+"""The speed of a config on more devices: arithmetic on measured compute and stated bandwidth.
 
 The model, per training step of n devices (all times in seconds):
 
-    compute    c + sum over optimiser steps of s * b   c whatever the batch, s per image, b images
-                                                       per device
+    compute    c + sum over optimizer steps of s * b   c fixed, s per image, b images per device
     gradients  k * (n - 1) / n * S / B + L             S bytes on a ring of bus bandwidth B; k = 2
                                                        for an all-reduce, 1 for a reduce-scatter or
                                                        an all-gather. What fits under the share
@@ -12,8 +11,9 @@ The model, per training step of n devices (all times in seconds):
     latency    L = latency * log2(n)                   of every collective: the depth of a tree
     batchnorm  collectives * L                         two numbers per channel, in each layer's
                                                        forward and again in its backward
-    agreement  collectives * L                         whether all are here, and all is finite
-    straggler  spread * compute * E[max of n normals]  everyone waits for the slowest; `spread` is
+    agreement  collectives * L                         synchronization points and the check for
+                                                       non-finite gradients
+    straggler  spread * compute * E[max of n normals]  waiting for the slowest rank; `spread` is
                                                        the standard deviation of a phase's time
                                                        over its mean, independent between phases
                                                        and devices
@@ -22,14 +22,14 @@ The ring: Patarasuk & Yuan 2009, "Bandwidth optimal all-reduce algorithms for cl
 workstations". Between nodes it has two levels: reduced within a node at its bandwidth, then each
 device carries 1/ranks_per_node of the bytes over its own port, then gathered within the node.
 
-Left out: waiting for images (they are taken to keep up), saves, contention with other jobs, and
-that a device may be less efficient on a small batch than c + s * b says.
+Not modeled: waiting for images, saves, contention with other jobs, and the lower efficiency of a
+device on batches that are too small for c + s * b to hold.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 from typing import Any, Literal
@@ -37,12 +37,14 @@ from typing import Any, Literal
 Mode = Literal["weak", "strong"]
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 SENSITIVITY_RANKS = (64, 1024)
-AGREEMENTS = 3  # collectives of one number per optimiser step: two waiting points and the verdict
+AGREEMENTS = (
+    3  # collectives of one number per optimizer step: two synchronization points and the flags
+)
 
 
 @dataclass(frozen=True)
 class Network:
-    """What connects the devices. Bandwidths are bus bandwidths per device, 1 GB = 1e9 bytes."""
+    """The links between the devices. Bandwidths are bus bandwidths per device, 1 GB = 1e9 bytes."""
 
     gb_per_second: float = 50.0  # between nodes: a port of 400 Gb/s per device
     node_gb_per_second: float = 300.0  # within a node
@@ -52,40 +54,43 @@ class Network:
 
 @dataclass(frozen=True)
 class PhaseWork:
-    """One network's optimiser step; `times` of them make a training step."""
+    """One phase's optimizer step; `times` of them, on average, make a training step."""
 
     seconds_per_image: float
-    parameter_bytes: int  # also of its gradient: both are float32
+    parameter_bytes: int  # trained; also of the gradient: both are float32
     batchnorm_collectives: int = 0  # per micro-batch
-    times: int = 1
+    times: float = 1
+    read_bytes: int = 0  # parameters of the phases whose networks it reads
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A recipe on one device."""
+    """A config on one device."""
 
-    phases: tuple[PhaseWork, ...]
-    batch: int  # images per optimiser step over all devices, in strong scaling
-    device_batch: int  # images per optimiser step and device, in weak scaling
+    phases: Mapping[str, PhaseWork]  # by name
+    batch: int  # images per optimizer step over all devices, in strong scaling
+    device_batch: int  # images per optimizer step and device, in weak scaling
     micro_batch: int  # images per device and forward, at most
+    batches: int = 1  # of images that a training step reads from each stream
+    averaged_bytes: int = 0  # parameters of the phases that an EMA reads, once per training step
     engine: str = "ddp"
-    fixed_seconds: float = 0.0  # per training step, whatever the batch: Adam, average, launches
+    fixed_seconds: float = 0.0  # per training step: optimizers, EMAs, kernel launches
     spread: float = 0.01
     overlap: float = 0.0
 
     def images(self, mode: Mode, ranks: int) -> float:
-        """Images per optimiser step and device."""
+        """Images per optimizer step and device."""
         return self.device_batch if mode == "weak" else self.batch / ranks
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One training step of `ranks` devices; `seconds` by what they are spent on."""
+    """One training step of `ranks` devices; `seconds` by use."""
 
     mode: Mode
     ranks: int
     images_per_second: float
-    efficiency: float  # against as many times one device
+    efficiency: float  # rate over `ranks` times the rate of one device
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -108,7 +113,7 @@ def expected_maximum(num: int) -> float:
 
 
 def latency_seconds(ranks: int, network: Network) -> float:
-    """Of the smallest collective among `ranks` devices."""
+    """Latency of the smallest collective among `ranks` devices."""
     return 1e-6 * network.latency_us * math.log2(ranks)
 
 
@@ -124,18 +129,16 @@ def collective_seconds(passes: int, num_bytes: float, ranks: int, network: Netwo
 
 
 def exchanged(workload: Workload, phase: PhaseWork, micro_batches: int) -> list[tuple[int, int]]:
-    """(passes, bytes) of each large collective of one optimiser step.
+    """(passes, bytes) of each large collective of one optimizer step.
 
     ddp: its gradient is all-reduced. zero1: the same (DeepSpeed all-reduces its buckets and keeps
-    its part), then the new weights are gathered; zero2 reduces at every micro-batch. fsdp: both
-    networks are gathered for the power iteration and again for the step, one gradient is
-    reduce-scattered; the generator, trained last, is gathered once more for its average.
+    its part), then the new weights are gathered; zero2 reduces at every micro-batch. fsdp: the
+    weights of the phase and those it reads are gathered, its gradient is reduce-scattered.
     """
     own = phase.parameter_bytes
     if workload.engine == "fsdp":
-        gathered = [(1, other.parameter_bytes) for other in workload.phases]
-        averaged = [(1, own)] if phase is workload.phases[-1] else []
-        return [*gathered, *gathered, (1, own), *averaged]
+        read = [(1, phase.read_bytes)] if phase.read_bytes else []
+        return [(1, own), *read, (1, own)]
     if workload.engine.startswith("zero"):
         reductions = micro_batches if workload.engine.startswith("zero2") else 1
         return [(2, own)] * reductions + [(1, own)]
@@ -145,7 +148,7 @@ def exchanged(workload: Workload, phase: PhaseWork, micro_batches: int) -> list[
 def exchange_seconds(
     workload: Workload, phase: PhaseWork, images: float, ranks: int, network: Network
 ) -> float:
-    """The large collectives of one optimiser step on `images` per device, less what is hidden."""
+    """Large collectives of one optimizer step on `images` per device, less what is hidden."""
     micro = min(images, workload.micro_batch)
     num = max(1, round(images / micro))
     seconds = sum(
@@ -155,15 +158,22 @@ def exchange_seconds(
     return max(0.0, seconds - workload.overlap * phase.seconds_per_image * micro)
 
 
+def average_seconds(workload: Workload, ranks: int, network: Network) -> float:
+    """Gathering sharded weights for the EMAs, per training step."""
+    if workload.engine != "fsdp" or not workload.averaged_bytes:
+        return 0.0
+    return collective_seconds(1, workload.averaged_bytes, ranks, network)
+
+
 def step_seconds(
     workload: Workload, images: float, ranks: int, network: Network
 ) -> dict[str, float]:
-    """Seconds of a training step by use; `images` per optimiser step and device."""
+    """Seconds of a training step by use; `images` per optimizer step and device."""
     latency = latency_seconds(ranks, network)
     micro_batches = max(1, round(images / min(images, workload.micro_batch)))
     compute = workload.fixed_seconds
-    gradients = batchnorm = agreement = 0.0
-    for phase in workload.phases:
+    gradients, batchnorm, agreement = average_seconds(workload, ranks, network), 0.0, 0.0
+    for phase in workload.phases.values():
         compute += phase.times * phase.seconds_per_image * images
         batchnorm += phase.times * phase.batchnorm_collectives * micro_batches * latency
         agreement += phase.times * AGREEMENTS * latency
@@ -178,28 +188,22 @@ def step_seconds(
 
 
 def predict(workload: Workload, mode: Mode, ranks: int, network: Network) -> Prediction:
-    """The rate and efficiency of `ranks` devices; efficiency is 1 on one.
+    """Rate and efficiency of `ranks` devices; the efficiency of one is 1.
 
-    Raises ValueError if there is less than an image for each.
+    Raises ValueError if there is less than one image per device.
     """
     images = workload.images(mode, ranks)
     if images < 1:
         raise ValueError(f"a batch of {workload.batch} cannot be divided among {ranks} devices")
     seconds = step_seconds(workload, images, ranks, network)
     alone = sum(step_seconds(workload, workload.images(mode, 1), 1, network).values())
-    num_images = images * images_per_training_step(workload)
-    alone_rate = workload.images(mode, 1) * images_per_training_step(workload) / alone
-    rate = ranks * num_images / sum(seconds.values())
+    alone_rate = workload.images(mode, 1) * workload.batches / alone
+    rate = ranks * images * workload.batches / sum(seconds.values())
     return Prediction(mode, ranks, rate, rate / (ranks * alone_rate), seconds)
 
 
-def images_per_training_step(workload: Workload) -> int:
-    """Batches of real images that a training step reads: the first phase, the discriminator's."""
-    return workload.phases[0].times
-
-
 def predictable(workload: Workload, mode: Mode, ranks: Iterable[int]) -> list[int]:
-    """Those of `ranks` that get at least an image each."""
+    """Those of `ranks` with at least one image per device."""
     return [n for n in ranks if workload.images(mode, n) >= 1]
 
 
@@ -207,9 +211,10 @@ Assumption = Callable[[Workload, Network, float], tuple[Workload, Network]]
 
 
 def _compute(workload: Workload, factor: float) -> Workload:
-    phases = tuple(
-        replace(p, seconds_per_image=p.seconds_per_image / factor) for p in workload.phases
-    )
+    phases = {
+        name: replace(phase, seconds_per_image=phase.seconds_per_image / factor)
+        for name, phase in workload.phases.items()
+    }
     return replace(workload, phases=phases)
 
 
@@ -240,7 +245,7 @@ def sensitivity(
     """How each assumption, halved and doubled, changes the efficiency at 64 and 1024 devices.
 
     Rows of {"assumption", "mode", "ranks", "efficiency", "halved", "doubled", "change"}, where
-    `change` is the larger of the two in either direction; the largest first.
+    `change` is the larger absolute difference of the two; in descending order of `change`.
     """
     rows = []
     for mode in modes:
@@ -259,13 +264,13 @@ def sensitivity(
     return sorted(rows, key=lambda row: -row["change"])
 
 
-def verdict(rows: Sequence[dict[str, Any]]) -> str:
-    """The first row of `sensitivity` as one sentence."""
+def most_sensitive(rows: Sequence[dict[str, Any]]) -> str:
+    """The first row of `sensitivity` as one line."""
     if not rows:
-        return "there are too few images for 64 devices: nothing to vary"
+        return "no sensitivity: there is less than one image per device on 64 devices"
     row = rows[0]
     return (
-        f"what matters most: {row['assumption']}; with it halved or doubled, the {row['mode']} "
+        f"most sensitive to: {row['assumption']}; with it halved or doubled, the {row['mode']} "
         f"efficiency of {row['ranks']} devices becomes {row['halved']:.2f} or "
         f"{row['doubled']:.2f} instead of {row['efficiency']:.2f}"
     )

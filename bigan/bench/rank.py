@@ -1,13 +1,13 @@
-"""One process of a measured point: it prepares a training, then measures a turn when told to.
+"""One process of a measured point: it prepares a train state, then measures it on request.
 
-Asked on stdin, answered on stdout, a line of JSON each: so it costs nothing while it waits for its
-turn, and ends with whoever started it. What a step's time is spent on is found by leaving things
-out of it:
+Requests arrive on stdin, responses leave on stdout, one line of JSON each, so an idle process uses
+no CPU time, and it ends with the process that started it. The shares of the step time are found by
+leaving parts of the step out:
 
     penalty        the step, less the step without penalties
     communication  the step, less the step that neither exchanges gradients nor shares batch
-                   statistics; waiting for the others is not in it, nor in D and G
-    save           the time for which `Saver.save` holds up training
+                   statistics; waiting for other ranks is in neither
+    save           the time for which `Saver.save` blocks training
 """
 
 from __future__ import annotations
@@ -19,183 +19,153 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any, TextIO
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TextIO
 
 import torch
 import torch.distributed as dist
 
 from bigan import config as configs
-from bigan.bench.measuring import synthetic_images, wait
+from bigan.bench.measuring import PhaseTimer, prepared_state, synthetic_streams, wait
 from bigan.checkpoint import Saver
-from bigan.data.streaming.stream import Batch
 from bigan.distributed.launch import disconnect
-from bigan.distributed.world import World, barrier, broadcast, on_rank_0
-from bigan.engine import Engine
+from bigan.distributed.world import World, barrier, broadcast
 from bigan.errors import RunError, UserError
 from bigan.layers.batchnorm import set_process_group
-from bigan.objectives.gan import ADVERSARIAL
-from bigan.run.state import Training
-from bigan.run.streams import check_data, open_stream
+from bigan.objectives.base import Step, variants
+from bigan.objectives.gan_phases import PATH_LENGTH
+from bigan.objectives.penalties import PENALTIES
+from bigan.run.state import Streams, TrainState
+from bigan.run.streams import check_data, open_streams
 from bigan.run_config import RunConfig
 
 WARM_UP_STEPS = 3
-MIN_STEPS = 4  # of a timed run, however long they are: fewer have no spread
-PROBE_BYTES = 64 * 2**20  # at most, of the tensor that measures the bandwidth
+MIN_STEPS = 4  # of a timed run, however long a step takes: a spread needs several
+PROBE_BYTES = 64 * 2**20  # upper limit of the tensor that measures the bandwidth
+PENALTY_TERMS = frozenset({*PENALTIES, PATH_LENGTH})
+
+
+class Variant(NamedTuple):
+    """What a measured training step includes."""
+
+    penalties: bool = True
+    exchange: bool = True
+
+
+FULL = Variant()
+
+
+def without_penalties(steps: Iterable[Step]) -> tuple[Step, ...]:
+    """`steps` without their penalty terms; steps that have no other term are dropped."""
+    kept = (
+        step._replace(terms=tuple(term for term in step.terms if term not in PENALTY_TERMS))
+        for step in steps
+    )
+    return tuple(step for step in kept if step.terms)
 
 
 @contextlib.contextmanager
-def replaced(owner: object, **methods: Callable[..., Any]) -> Iterator[None]:
-    """Inside, `owner` has other methods."""
-    vars(owner).update(methods)
+def without_exchange(state: TrainState) -> Iterator[None]:
+    """Each rank trains alone; sharding engines leave out only the shared batch statistics."""
+    engine = state.engine
+    engine.reduces_gradients = engine.name != "ddp"
+    for network in state.networks.values():
+        set_process_group(network, None)
     try:
         yield
     finally:
-        for name in methods:
-            del vars(owner)[name]
-
-
-@contextlib.contextmanager
-def without_penalties(training: Training) -> Iterator[None]:
-    only_adversarial = {"terms": lambda _: (ADVERSARIAL,), "own_terms": lambda _: ()}
-    with replaced(training.phases["d"], **only_adversarial):
-        yield
-
-
-@contextlib.contextmanager
-def without_exchange(training: Training) -> Iterator[None]:
-    """Each process trains for itself; of the sharding engines only the batch statistics are."""
-    with contextlib.ExitStack() as stack:
-        if training.engine.name == "ddp":
-            for prepared in training.prepared.values():
-                micro_step = prepared.wrapped.micro_step
-                alone = partial(_never_last, micro_step)
-                stack.enter_context(replaced(prepared.wrapped, micro_step=alone))
-        set_process_group(training.generator, None)
-        try:
-            yield
-        finally:
-            set_process_group(training.generator, training.engine.process_group)
-
-
-def _to_stderr(line: str) -> None:
-    sys.stderr.write(line + "\n")
-
-
-def _never_last(micro_step: Callable[..., Any], last: bool) -> Any:
-    return micro_step(last=False)
+        engine.reduces_gradients = True
+        for network in state.networks.values():
+            set_process_group(network, engine.process_group)
 
 
 class Rank:
-    """A prepared training with its images, and how to time it.
+    """A prepared train state with its streams, and methods that time it.
 
-    `synthetic`: random images in memory instead of the recipe's. `seconds`: of a timed run.
+    `synthetic`: random images in memory instead of those of the config. `seconds`: approximate
+    length of a timed run.
     """
 
     def __init__(self, config: RunConfig, synthetic: bool, seconds: float) -> None:
         self.config = config
-        self.engine = Engine(config, _to_stderr)
-        self.world = self.engine.world
-        if synthetic:
-            classes = {str(label): 1 for label in range(config.model.num_classes)}
-        else:
-            classes = on_rank_0(self.world, lambda: check_data(config)).classes
-        self.training = Training(config, self.engine, classes)
-        self.training.prepare()
-        self.stream: Iterator[Batch] = (
-            synthetic_images(config, self.training.accumulation, self.world.device, self.world.size)
-            if synthetic
-            else open_stream(self.training)
-        )
-        self.saver = Saver(
-            config.run_dir,
-            self.world,
-            keep=1,
-            milestone_images=None,
-            echo=self.engine.echo,
-        )
-        period = math.lcm(*(p.every for p in config.penalties))  # of lazy penalties, in D steps
-        self.period = period // math.gcd(period, config.train.num_d_steps)
+        classes = None if synthetic else check_data(config).classes
+        self.state = state = prepared_state(config, _to_stderr, classes)
+        self.engine, self.world = state.engine, state.world
+        self.streams: Streams = synthetic_streams(state) if synthetic else open_streams(state)
+        self.saver = Saver(config.run_dir, self.world, keep=1, echo=self.engine.echo)
         for variant in self.variants().values():
-            with variant(self.training):
-                self.steps(WARM_UP_STEPS)
+            self.steps(WARM_UP_STEPS, variant)
         if self.world.device.type == "cuda":
-            torch.cuda.empty_cache()  # the other points' processes are on the same device
-        each = max(seconds / max(self.steps(self.period)["step"], 1e-9), MIN_STEPS)
-        self.num_steps = broadcast(self.world, self.period * math.ceil(each / self.period))
+            torch.cuda.empty_cache()  # the processes of other points use the same device
+        period = state.objective.period  # a run holds all lazy terms in the right proportion
+        num = max(seconds / max(self.steps(period)["step"], 1e-9), MIN_STEPS)
+        self.num_steps = broadcast(self.world, period * math.ceil(num / period))
 
-    def variants(self) -> dict[str, Callable[[Training], contextlib.AbstractContextManager]]:
-        """The steps that are timed phase by phase; the whole one first."""
-        found: dict[str, Callable[..., contextlib.AbstractContextManager]] = {
-            "full": contextlib.nullcontext
-        }
-        if self.config.penalties:
-            found["without_penalties"] = without_penalties
+    def variants(self) -> dict[str, Variant]:
+        """The steps that are timed phase by phase; the complete one first."""
+        found = {"full": FULL}
+        steps = variants(self.state.objective, self.config.images_per_step)
+        if any(not PENALTY_TERMS.isdisjoint(step.terms) for step in steps):
+            found["without_penalties"] = Variant(penalties=False)
         if self.world.size > 1:
-            found["without_exchange"] = without_exchange
+            found["without_exchange"] = Variant(exchange=False)
         return found
 
-    def steps(self, num: int) -> dict[str, float]:
-        """Seconds per step, and of it those spent waiting for images."""
-        training, device = self.training, self.world.device
+    def steps(
+        self, num: int, variant: Variant = FULL, timer: PhaseTimer | None = None
+    ) -> dict[str, float]:
+        """Seconds per training step, and those of them that it waits for images."""
+        state, device = self.state, self.world.device
+        advance = timer.advance if timer else state.advance
         barrier(self.world)
         wait(device)
-        data, began = training.data_seconds, time.perf_counter()
-        for _ in range(num):
-            training.step(self.stream)
-        wait(device)
-        seconds = time.perf_counter() - began
+        with contextlib.nullcontext() if variant.exchange else without_exchange(state):
+            data, began = state.data_seconds, time.perf_counter()
+            for _ in range(num):
+                steps = None
+                if not variant.penalties:
+                    steps = without_penalties(state.objective.steps(state.progress.images_seen))
+                advance(self.streams, steps)
+            wait(device)
+            seconds = time.perf_counter() - began
         self.engine.waiting.collect()
-        training.statistics.collect()
-        return {"step": seconds / num, "data": (training.data_seconds - data) / num}
+        state.statistics.collect()
+        return {"step": seconds / num, "data": (state.data_seconds - data) / num}
 
-    def steps_by_phase(self, num: int) -> dict[str, Any]:
-        """Seconds per step: in all, of each phase's own work, waiting for others and for images.
+    def steps_by_phase(self, num: int, variant: Variant) -> dict[str, Any]:
+        """Seconds per step: total, of each phase, waiting for other ranks and for images.
 
-        "spread" is the standard deviation of a phase's own work over its mean.
+        "spread" is the standard deviation of a phase's time over its mean.
         """
-        work: dict[str, list[float]] = {name: [] for name in self.training.phases}
-        waited: list[float] = []
-        phase_step = self.training.phase_step
-
-        def timed(name: str, stream: Iterator[Batch]) -> None:
-            data, began = self.training.data_seconds, time.perf_counter()
-            phase_step(name, stream)
-            wait(self.world.device)
-            waited.append(self.engine.waiting.collect().waited)
-            seconds = time.perf_counter() - began - waited[-1]
-            work[name].append(seconds - (self.training.data_seconds - data))
-
-        with replaced(self.training, phase_step=timed):
-            times = self.steps(num)
+        timer = PhaseTimer(self.state)
+        times = self.steps(num, variant, timer)
+        work = timer.seconds
         spreads = [statistics.stdev(w) / statistics.mean(w) for w in work.values()]
         return {
             **times,
-            "waiting": sum(waited) / num,
+            "waiting": timer.waited / num,
             "phases": {name: sum(seconds) / num for name, seconds in work.items()},
             "spread": statistics.mean(spreads),
         }
 
-    def turn(self) -> dict[str, Any]:
-        """One timed run of everything; all processes of the point take part at once."""
-        self.steps(max(1, self.num_steps // 4))  # uses up what was prefetched between turns
+    def measure(self) -> dict[str, Any]:
+        """One timed run of all variants; all ranks of the point take part."""
+        self.steps(max(1, self.num_steps // 4))  # uses up what was prefetched while it was idle
         result: dict[str, Any] = {"plain": self.steps(self.num_steps)}
         for name, variant in self.variants().items():
-            with variant(self.training):
-                result[name] = self.steps_by_phase(self.num_steps)
+            result[name] = self.steps_by_phase(self.num_steps, variant)
         result["save"] = self.save_seconds()
         result |= self.network()
         if self.world.device.type == "cuda":
-            torch.cuda.empty_cache()  # it is the next point's turn, on the same device
+            torch.cuda.empty_cache()  # for the next point on the same device
         return result
 
     def save_seconds(self) -> float:
-        """For how long a save holds up training; the rest of it goes on in the background."""
+        """Time for which a save blocks training; the rest of it runs in the background."""
         wait(self.world.device)
         barrier(self.world)
         began = time.perf_counter()
-        self.saver.save(self.training.progress, self.training.shards())
+        self.saver.save(self.state.progress, self.state.shards())
         wait(self.world.device)
         seconds = time.perf_counter() - began
         self.saver.finish()
@@ -206,8 +176,8 @@ class Rank:
         if self.world.size == 1:
             return {}
         num_bytes = 4 * max(
-            sum(p.numel() for p in network.parameters())
-            for network in (self.training.generator, self.training.discriminator)
+            sum(p.numel() for p in phase.parameters())
+            for phase in self.state.objective.phases.values()
         )
         num_bytes = min(num_bytes, PROBE_BYTES)
         latency = _reduce_seconds(self.world, 4, 50)
@@ -219,8 +189,12 @@ class Rank:
         }
 
 
+def _to_stderr(line: str) -> None:
+    sys.stderr.write(line + "\n")
+
+
 def _reduce_seconds(world: World, num_bytes: int, num: int) -> float:
-    """Of an all-reduce, the median of `num`."""
+    """Median time of `num` all-reduces."""
     values = torch.zeros(num_bytes // 4, device=world.device)
     times = []
     for _ in range(num + 2):
@@ -232,31 +206,31 @@ def _reduce_seconds(world: World, num_bytes: int, num: int) -> float:
     return statistics.median(times[2:])
 
 
-def serve(questions: TextIO, answer: Callable[[dict[str, Any]], None]) -> None:
-    """First the recipe and how to measure it, then a line for each turn, until the end."""
-    task = json.loads(questions.readline())
+def serve(requests: TextIO, respond: Callable[[dict[str, Any]], None]) -> None:
+    """The first request holds the config and how to measure it; each later one is a timed run."""
+    task = json.loads(requests.readline())
     try:
         config = configs.validate(RunConfig, configs.parse_yaml(task["config"], "bench"), "bench")
         rank = Rank(config, task["synthetic"], task["seconds"])
-        answer({"engine": rank.engine.name, "steps_per_run": rank.num_steps})
-        while questions.readline():
-            answer(rank.turn())
-        rank.training.close()
+        respond({"engine": rank.engine.name, "steps_per_run": rank.num_steps})
+        while requests.readline():
+            respond(rank.measure())
+        rank.state.close()
         disconnect(rank.world)
     except (UserError, RunError) as error:
-        answer({"error": str(error), "user": isinstance(error, UserError)})
+        respond({"error": str(error), "user": isinstance(error, UserError)})
 
 
 def main() -> None:
-    """Libraries may print to stdout: it is theirs, on stderr; the answers keep a copy for us."""
+    """Serve requests on a copy of stdout; what libraries print to stdout goes to stderr."""
     own = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def answer(record: dict[str, Any]) -> None:
+    def respond(record: dict[str, Any]) -> None:
         own.write(json.dumps(record) + "\n")
         own.flush()
 
-    serve(sys.stdin, answer)
+    serve(sys.stdin, respond)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,23 @@
-"""The record of `bigan bench scaling` as a table for people."""
+"""The record of `bigan bench scaling` as a table."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-SHARES = ("d", "g", "penalty", "data", "communication", "waiting", "save", "other")
-SHOWN_ROWS = 8  # of the sensitivity
+from bigan.bench.measuring import device_name
+
+SENSITIVITY_ROWS = 8  # the first of them are shown
 
 
 def as_text(record: Mapping[str, Any]) -> str:
-    """Measured points with the shares of their time, then the prediction and what it rests on."""
+    """Measured points with the shares of their time, then the prediction and its assumptions."""
     return "\n".join(_lines(record))
 
 
 def _lines(record: Mapping[str, Any]) -> Iterator[str]:
-    hardware = record["environment"]
-    yield f"{record['config']}, engine {record['engine']}, on {hardware['device']}"
+    device = device_name(record["environment"])
+    yield f"{record['config']}, engine {record['engine']}, on {device}"
     yield from (f"note: {note}" for note in record["notes"])
     if "points" in record:
         yield from _measured(record)
@@ -26,14 +27,16 @@ def _lines(record: Mapping[str, Any]) -> Iterator[str]:
 def _measured(record: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield f"measured, median of {record['runs']} runs (lowest to highest); shares of step time in %"
+    widths = {name: max(len(name) + 2, 7) for name in record["points"][0]["shares"]}
     head = f"{'mode':<7}{'ranks':>5}{'batch':>7}{'images/s':>24}{'efficiency':>11}"
-    yield head + "".join(f"{name[:7]:>9}" for name in SHARES) + f"{'predicted':>11}"
+    head += "".join(f"{name:>{width}}" for name, width in widths.items())
+    yield head + f"{'predicted':>11}"
     for row in record["points"]:
         rate = row["images_per_second"]
         spread = f"{rate['median']:.0f} ({rate['min']:.0f} to {rate['max']:.0f})"
         line = f"{row['mode']:<7}{row['ranks']:>5}{row['batch']:>7}{spread:>24}"
         line += f"{row['efficiency']:>11.2f}"
-        line += "".join(f"{100 * row['shares'][name]:>9.1f}" for name in SHARES)
+        line += "".join(f"{100 * row['shares'][n]:>{width}.1f}" for n, width in widths.items())
         error = row.get("prediction_error")
         yield line + ("" if error is None else f"{100 * error:>+10.0f}%")
 
@@ -58,9 +61,9 @@ def _predicted(prediction: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     head = f"{'efficiency if the assumption is':<36}{'mode':<7}{'ranks':>5}"
     yield head + f"{'halved':>8}{'as is':>8}{'doubled':>8}"
-    for row in prediction["sensitivity"][:SHOWN_ROWS]:
+    for row in prediction["sensitivity"][:SENSITIVITY_ROWS]:
         yield (
             f"{row['assumption']:<36}{row['mode']:<7}{row['ranks']:>5}{row['halved']:>8.2f}"
             f"{row['efficiency']:>8.2f}{row['doubled']:>8.2f}"
         )
-    yield prediction["verdict"]
+    yield prediction["most_sensitive"]

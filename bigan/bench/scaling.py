@@ -1,14 +1,13 @@
-"""`bigan bench scaling`: a recipe on several processes of this machine, and on more by prediction.
+"""`bigan bench scaling`: a config on several processes of this machine, and predicted on more.
 
-Weak scaling gives every process the same number of images (`train.micro_batch`, or the whole batch
-if it is not set); strong scaling divides `train.batch`. Efficiency is images/s over as many times
-those of one process.
+Weak scaling gives every process the same number of images (`train.micro_batch`, or the complete
+batch if it is not set); strong scaling divides `train.batch`. Efficiency is the rate of n processes
+over n times the rate of one.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,28 +19,32 @@ import torch
 
 from bigan import config as configs
 from bigan.bench import prediction
-from bigan.bench.measuring import hardware, summary
+from bigan.bench.measuring import environment, summary
 from bigan.bench.prediction import Mode, Network, Prediction, Workload
-from bigan.bench.turns import Processes
+from bigan.bench.processes import Processes
+from bigan.bench.step import require_runs
 from bigan.bench.workload import (
     Assumed,
-    Turns,
+    Runs,
     assumed_workload,
     device_batch,
     engine_name,
     measured_workload,
-    middle,
+    median_of_means,
 )
 from bigan.engine import Echo
 from bigan.errors import UserError
-from bigan.objectives.growth import grown
+from bigan.run.stages import final_config
 from bigan.run.streams import check_data
-from bigan.run_config import RunConfig, accumulation_steps
+from bigan.run_config import RunConfig, accumulation_steps, load_config
+from bigan.versions import num_cpus
+
+EMA = "ema"  # gathering of sharded weights for the EMAs, beside the exchanges of the phases
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure, and what to assume for more devices than are at hand."""
+    """What to measure, and what to assume for more devices than this machine has."""
 
     ranks: tuple[int, ...] = (1, 2)
     modes: tuple[Mode, ...] = ("weak", "strong")
@@ -53,7 +56,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Point:
-    """One measured setting; `batch` images per optimiser step over all `ranks`."""
+    """One measured setting; `batch` images per optimizer step over all `ranks`."""
 
     ranks: int
     batch: int
@@ -69,7 +72,7 @@ class Point:
 
 
 def point(config: RunConfig, mode: Mode, ranks: int) -> Point:
-    """Where `mode` puts `ranks` processes; raises `ConfigError` if the batch cannot be divided."""
+    """The point of `ranks` processes; raises `ConfigError` if the batch cannot be divided."""
     train = config.train
     if mode == "weak":
         return Point(ranks, device_batch(config) * ranks, train.micro_batch)
@@ -81,7 +84,7 @@ def point(config: RunConfig, mode: Mode, ranks: int) -> Point:
 
 
 def halved(point: Point) -> Point | None:
-    """Half the images: two points on a line say what a step costs whatever the batch."""
+    """Half the images: a line through two batches gives the fixed time of a step."""
     if point.batch % 2:
         return None
     half = point.batch // 2
@@ -93,16 +96,16 @@ def halved(point: Point) -> Point | None:
 def bench_scaling(
     path: Path, overrides: Sequence[str], options: Options, echo: Echo
 ) -> dict[str, Any]:
-    """Measure, unless told the rate of a device, and predict; returns a JSON-ready record.
+    """Measure, unless the rate of a device is given, and predict; returns a JSON-ready record.
 
-    Raises `UserError` for an unusable recipe or options, `RunError` if a process fails.
+    Raises `UserError` for an unusable config or options, `RunError` if a process fails.
     """
-    config = grown(configs.load(RunConfig, path, overrides))
+    config = final_config(load_config(path, overrides))
     record: dict[str, Any] = {
         "benchmark": "scaling",
         "config": str(path),
         "overrides": list(overrides),
-        "environment": hardware(),
+        "environment": environment(),
         "engine": engine_name(config),
     }
     if options.assumed.device_images_per_second is None:
@@ -110,11 +113,12 @@ def bench_scaling(
         record |= measured
     else:
         workload = assumed_workload(config, options.assumed)
-        record |= {"notes": ["nothing was measured: images/s of one device as given"]}
+        record |= {"notes": ["nothing was measured: the rate of one device was given"]}
     return record | {"prediction": predicted(workload, options)}
 
 
 def predicted(workload: Workload, options: Options) -> dict[str, Any]:
+    """The prediction as part of the record."""
     network = options.assumed.network
     rows = prediction.sensitivity(workload, network, options.modes)
     points: list[Prediction] = [
@@ -127,72 +131,79 @@ def predicted(workload: Workload, options: Options) -> dict[str, Any]:
         "network": asdict(network),
         "points": [asdict(p) | {"step_seconds": p.step_seconds} for p in points],
         "sensitivity": rows,
-        "verdict": prediction.verdict(rows),
+        "most_sensitive": prediction.most_sensitive(rows),
     }
 
 
 def measure(config: RunConfig, options: Options, echo: Echo) -> tuple[dict[str, Any], Workload]:
-    """(the measured part of the record, what it says about one device)."""
+    """(the measured part of the record, the workload of one device)."""
     ranks = sorted({1, *options.ranks})
     check(config, options, ranks)
     placed = {(mode, n): point(config, mode, n) for mode in options.modes for n in ranks}
     single = placed[options.modes[0], 1]
     half = halved(single)
     distinct = list(dict.fromkeys([*placed.values(), *([half] if half else [])]))
-    threads = max(1, (os.cpu_count() or 1) // ranks[-1])
-    turns = take_turns(config, distinct, threads, options, echo)
+    threads = max(1, num_cpus() // ranks[-1])
+    runs = measure_points(config, distinct, threads, options, echo)
     workload = measured_workload(
-        config, middle(turns[single]), middle(turns[half]) if half else None, options.assumed
+        config,
+        median_of_means(runs[single]),
+        median_of_means(runs[half]) if half else None,
+        options.assumed,
     )
     points = []
     for (mode, n), place in placed.items():
-        base = rates(config, placed[mode, 1], turns)
-        row = describe(config, place, turns[place], workload) | {"mode": mode}
+        base = rates(config, placed[mode, 1], runs[placed[mode, 1]])
+        row = describe(config, place, runs[place], workload) | {"mode": mode}
         row["efficiency"] = row["images_per_second"]["median"] / n / statistics.median(base)
         points.append(row | prediction_errors(workload, mode, row))
     record = {
         "runs": options.runs,
         "threads_per_process": threads,
-        "images": "synthetic, in memory" if options.synthetic else str(config.data.path),
+        "images": "synthetic, in memory" if options.synthetic else image_paths(config),
         "notes": notes(ranks[-1], threads),
         "points": points,
     }
     return record, workload
 
 
+def image_paths(config: RunConfig) -> str:
+    """Paths of the data streams, for people."""
+    return ", ".join(str(data.path) for data in config.streams.values())
+
+
 def check(config: RunConfig, options: Options, ranks: Sequence[int]) -> None:
-    """Raise `UserError` for what cannot be measured here."""
-    if options.runs < 5:
-        raise UserError(f"--runs {options.runs}: fewer than 5 runs say nothing about the spread")
+    """Raises `UserError` for what cannot be measured on this machine."""
+    require_runs(options.runs)
     devices = torch.cuda.device_count()
     if devices and ranks[-1] > devices:
         raise UserError(
-            f"--ranks {ranks[-1]}: this machine has {devices} GPU(s); measure up to {devices}, the "
-            "prediction goes on from there"
+            f"--ranks {ranks[-1]}: this machine has {devices} GPU(s); measure at most {devices}, "
+            "the prediction covers more"
         )
     if config.engine == "single" and ranks[-1] > 1:
-        raise UserError("engine = single cannot use several processes; try --engine ddp")
+        raise UserError("engine = single is limited to one process; use --engine ddp")
     if not options.synthetic:
         check_data(config)
 
 
 def notes(ranks: int, threads: int) -> list[str]:
-    """What a reader must know before believing an efficiency."""
+    """Limits of the measured efficiencies."""
     if torch.cuda.is_available():
         return []
-    cores = os.cpu_count() or 1
-    said = [
+    cores = num_cpus()
+    found = [
         f"processes of {threads} thread(s) on one machine without a GPU share its memory and "
         "caches: efficiencies are not those of a cluster"
     ]
     if ranks > cores:
-        said.append(f"{ranks} processes share {cores} core(s): they cannot be faster than {cores}")
-    return said
+        found.append(f"{ranks} processes share {cores} core(s): the speedup is at most {cores}")
+    return found
 
 
-def take_turns(
+def measure_points(
     config: RunConfig, points: Sequence[Point], threads: int, options: Options, echo: Echo
-) -> dict[Point, Turns]:
+) -> dict[Point, Runs]:
     """Start all points, then measure them in rotation."""
     found: dict[Point, list[list[dict[str, Any]]]] = {place: [] for place in points}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -208,77 +219,82 @@ def take_turns(
             name = f"{place.ranks} process(es), batch {place.batch}"
             started[place] = Processes(name, task, place.ranks, threads)
             stack.enter_context(started[place])
-            answer = started[place].answers()[0]
-            echo(f"{name}: ready ({answer['engine']}, {answer['steps_per_run']} steps per run)")
+            ready = started[place].responses()[0]
+            echo(f"{name}: ready ({ready['engine']}, {ready['steps_per_run']} steps per run)")
         for run in range(options.runs):
             for place, processes in started.items():
-                found[place].append(processes.turn())
+                found[place].append(processes.measure())
             echo(f"run {run + 1} of {options.runs}")
     return dict(found)
 
 
-def rates(config: RunConfig, place: Point, turns: Mapping[Point, Turns]) -> list[float]:
-    """images/s at each turn; the slowest process counts."""
-    images = place.batch * config.train.num_d_steps
-    return [images / max(rank["plain"]["step"] for rank in ranks) for ranks in turns[place]]
+def rates(config: RunConfig, place: Point, runs: Runs) -> list[float]:
+    """images/s of each run, by its slowest process."""
+    images = config.objective.images_per_step(place.batch)
+    return [images / max(rank["plain"]["step"] for rank in ranks) for ranks in runs]
 
 
 def breakdown(
     measured: Mapping[str, Any], save_seconds: float, exchange: Mapping[str, float]
 ) -> dict[str, float]:
-    """Seconds of a training step by what they are spent on; they add up to the step with its save.
+    """Seconds of a training step by use: each phase, then everything else.
 
-    `measured`: a turn's answer. `save_seconds`: per step. `exchange`: seconds per phase of
-    collectives that could not be left out. Differences of two noisy times may come out below 0.
+    They add up to the step and its share of a save. `measured`: the results of a run.
+    `save_seconds`: per step. `exchange`: seconds of the collectives that could not be left out, by
+    phase and `EMA`. Differences of two noisy times may be below 0.
     """
-    full = measured["full"]
-    without_penalties = measured.get("without_penalties", full)["phases"]
-    alone = measured.get("without_exchange", full)["phases"]
-    communication = {
-        name: seconds - alone[name] + exchange.get(name, 0.0)
-        for name, seconds in full["phases"].items()
-    }
-    penalty = full["phases"]["d"] - without_penalties["d"]
+    full = measured["full"]["phases"]
+    without_penalties = measured.get("without_penalties", measured["full"])["phases"]
+    alone = measured.get("without_exchange", measured["full"])["phases"]
+    penalty = {name: full[name] - without_penalties.get(name, 0.0) for name in full}
+    left_out = {name: full[name] - alone[name] for name in full}
     found = {
-        "data": full["data"],
-        "d": full["phases"]["d"] - penalty - communication["d"],
-        "g": full["phases"]["g"] - communication["g"],
-        "penalty": penalty,
-        "communication": sum(communication.values()),
-        "waiting": full["waiting"],
+        name: full[name] - penalty[name] - left_out[name] - exchange.get(name, 0.0) for name in full
+    }
+    found |= {
+        "penalty": sum(penalty.values()),
+        "data": measured["full"]["data"],
+        "communication": sum(left_out.values()) + sum(exchange.values()),
+        "waiting": measured["full"]["waiting"],
         "save": save_seconds,
     }
-    return found | {"other": full["step"] + save_seconds - sum(found.values())}
+    return found | {"other": measured["full"]["step"] + save_seconds - sum(found.values())}
 
 
-def describe(config: RunConfig, place: Point, turns: Turns, workload: Workload) -> dict[str, Any]:
+def exchange_seconds(place: Point, workload: Workload, network: Network) -> dict[str, float]:
+    """Seconds per training step of the collectives of sharding engines, by phase and `EMA`."""
+    images = place.batch / place.ranks
+    phases = {
+        name: phase.times
+        * prediction.exchange_seconds(workload, phase, images, place.ranks, network)
+        for name, phase in workload.phases.items()
+    }
+    return phases | {EMA: prediction.average_seconds(workload, place.ranks, network)}
+
+
+def describe(config: RunConfig, place: Point, runs: Runs, workload: Workload) -> dict[str, Any]:
     """One point of the record."""
-    figures = middle(turns)
-    images = place.batch * config.train.num_d_steps
-    save = figures["save"] * images / config.train.checkpoint_images
+    results = median_of_means(runs)
+    images = config.objective.images_per_step(place.batch)
+    save = results["save"] * images / config.train.checkpoint_images
+    network = measured_network(place.ranks, results)
     exchange: dict[str, float] = {}
-    network = measured_network(place.ranks, figures)
     if network and workload.engine != "ddp":
-        each = place.batch / place.ranks
-        exchange = {
-            name: phase.times
-            * prediction.exchange_seconds(workload, phase, each, place.ranks, network)
-            for name, phase in zip(("d", "g"), workload.phases, strict=True)
-        }
-    seconds = breakdown(figures, save, exchange)
+        exchange = exchange_seconds(place, workload, network)
+    seconds = breakdown(results, save, exchange)
     total = sum(seconds.values())
-    own = _own_seconds(figures.get("without_exchange"))
-    step = statistics.median(max(r["plain"]["step"] for r in ranks) for ranks in turns)
+    own = _own_seconds(results.get("without_exchange"))
+    step = statistics.median(max(r["plain"]["step"] for r in ranks) for ranks in runs)
     return {
         **asdict(place),
-        "images_per_second": summary(rates(config, place, {place: turns})),
+        "images_per_second": summary(rates(config, place, runs)),
         "step_seconds": step,
         "shares": {name: value / total for name, value in seconds.items()},
         "communication_measured": "by its bytes" if exchange else "by leaving it out",
-        "save_stall_seconds": figures["save"],
-        "spread": figures["full"]["spread"],
+        "save_stall_seconds": results["save"],
+        "spread": results["full"]["spread"],
         "network": asdict(network) if network else None,
-        # Everything but exchanging: what the same step would take with an endless network.
+        # Everything but exchanging: the time of the same step on a network without limits.
         "step_seconds_without_exchange": own and own - sum(exchange.values()),
     }
 
@@ -287,21 +303,21 @@ def _own_seconds(variant: Mapping[str, Any] | None) -> float | None:
     return None if variant is None else variant["step"] - variant["waiting"] - variant["data"]
 
 
-def measured_network(ranks: int, figures: Mapping[str, Any]) -> Network | None:
-    """The machine's own: one node."""
+def measured_network(ranks: int, results: Mapping[str, Any]) -> Network | None:
+    """The links within this machine, as one node."""
     if ranks == 1:
         return None
-    latency = figures["latency_us"] / prediction.latency_seconds(ranks, Network(latency_us=1e6))
+    latency = results["latency_us"] / prediction.latency_seconds(ranks, Network(latency_us=1e6))
     return Network(
-        node_gb_per_second=figures["bus_gb_per_second"], ranks_per_node=ranks, latency_us=latency
+        node_gb_per_second=results["bus_gb_per_second"], ranks_per_node=ranks, latency_us=latency
     )
 
 
 def prediction_errors(workload: Workload, mode: Mode, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Predicted over measured step time, less 1; once more given the measured compute.
+    """Predicted over measured step time, less 1; also with the measured compute time.
 
-    The second judges the model of the network alone: on one machine processes slow each other
-    down, which the first takes for an error.
+    The second is the error of the network model alone: on one machine processes slow each other
+    down, which the first counts as an error.
     """
     if row["network"] is None:
         return {}

@@ -1,4 +1,4 @@
-"""The options of `bigan bench`, and what it prints: JSON to stdout, a table to stderr."""
+"""The options of `bigan bench` and its output: JSON on stdout, messages and a table on stderr."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from bigan.cli.arguments import CONFIG_HELP, OVERRIDE_HELP, count, counts, fract
 
 
 def add_benchmarks(bench: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
-    """Add the kinds of benchmark to the `bench` command; `common` holds what all commands take."""
+    """Add the kinds of benchmark to the `bench` command; `common`: options of all commands."""
     kinds = bench.add_subparsers(dest="kind", required=True, metavar="KIND")
     step = kinds.add_parser(
         "step",
         help="training step: eager and compiled, with and without R1",
-        description="Measure the training step side by side: eager and compiled, with and "
-        "without R1. Prints JSON: images/s, ms per phase, peak memory.",
+        description="Measure the training step eager and compiled, with and without R1. Prints "
+        "JSON: images/s, ms per phase, peak memory.",
         parents=[common],
     )
     step.add_argument(
@@ -29,15 +29,14 @@ def add_benchmarks(bench: argparse.ArgumentParser, common: argparse.ArgumentPars
     step.set_defaults(handler=step_command)
     scaling = kinds.add_parser(
         "scaling",
-        help="several processes here, and a prediction for up to 1024 GPUs",
-        description="Measure a recipe on several processes of this machine, say what its step "
-        "time is spent on, and predict it for more devices. Prints a table to stderr, JSON to "
-        "stdout.",
+        help="several processes on this machine, and a prediction for up to 1024 GPUs",
+        description="Measure a config on several processes of this machine, break down its step "
+        "time, and predict it for more devices. Prints a table to stderr, JSON to stdout.",
         parents=[common],
     )
     scaling.set_defaults(handler=scaling_command)
     _add_scaling_options(scaling)
-    _add_assumptions(scaling.add_argument_group("what the prediction assumes"))
+    _add_assumptions(scaling.add_argument_group("assumptions of the prediction"))
 
 
 def _add_scaling_options(scaling: argparse.ArgumentParser) -> None:
@@ -46,7 +45,7 @@ def _add_scaling_options(scaling: argparse.ArgumentParser) -> None:
     scaling.add_argument(
         "--ranks", type=counts, default=[1, 2], metavar="N,N", help="processes (default 1,2)"
     )
-    scaling.add_argument("--engine", help="instead of the recipe's: ddp, fsdp, zero1, zero2")
+    scaling.add_argument("--engine", help="instead of that of the config: ddp, fsdp, zero1, zero2")
     scaling.add_argument(
         "--mode",
         choices=("weak", "strong", "both"),
@@ -55,12 +54,17 @@ def _add_scaling_options(scaling: argparse.ArgumentParser) -> None:
     )
     scaling.add_argument("--runs", type=int, default=5, help="timed runs, at least 5 (default 5)")
     scaling.add_argument(
-        "--run-seconds", type=positive, default=1.0, help="of each timed run, about (default 1)"
+        "--run-seconds",
+        type=positive,
+        default=1.0,
+        help="approximate length of a timed run (default 1)",
     )
     scaling.add_argument(
-        "--synthetic", action="store_true", help="random images in memory, not the recipe's"
+        "--synthetic", action="store_true", help="random images in memory instead of the data"
     )
-    scaling.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there, too")
+    scaling.add_argument(
+        "--out", type=Path, metavar="FILE", help="also write the JSON to this file"
+    )
 
 
 def _add_assumptions(assumed: argparse._ArgumentGroup) -> None:
@@ -68,7 +72,7 @@ def _add_assumptions(assumed: argparse._ArgumentGroup) -> None:
         "--device-images-per-second",
         type=positive,
         metavar="X",
-        help="of training on one device that is not at hand; then nothing is measured",
+        help="training rate of one device of another machine; nothing is measured then",
     )
     assumed.add_argument(
         "--bandwidth-gb",
@@ -94,8 +98,8 @@ def _add_assumptions(assumed: argparse._ArgumentGroup) -> None:
     assumed.add_argument(
         "--overlap",
         type=fraction,
-        help="share of a phase's last micro-batch under which its gradients travel (default 0.4 "
-        "for eager ddp, else 0: a compiled backward hands over all gradients at its end)",
+        help="share of a phase's last micro-batch that hides the exchange of its gradients "
+        "(default 0.4 for eager ddp, else 0: a compiled backward yields all gradients at its end)",
     )
     assumed.add_argument(
         "--spread",
@@ -105,7 +109,7 @@ def _add_assumptions(assumed: argparse._ArgumentGroup) -> None:
     assumed.add_argument(
         "--fixed-ms",
         type=positive,
-        help="per training step whatever the batch (default: as measured, or 10)",
+        help="time per training step independent of the batch (default: as measured, or 10)",
     )
 
 

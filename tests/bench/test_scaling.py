@@ -1,4 +1,4 @@
-"""`bigan bench scaling`: the prediction by hand, and what is measured adds up."""
+"""`bigan bench scaling`: the prediction by hand, and shares that add up."""
 
 from __future__ import annotations
 
@@ -9,25 +9,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import ROOT, SMOKE, script
+from commands import ROOT, SMOKE
 
-from bigan import config as configs
 from bigan.bench import prediction, scaling
 from bigan.bench.prediction import Network, PhaseWork, Workload
+from bigan.bench.processes import Processes, launch_environment
 from bigan.bench.report import as_text
-from bigan.bench.scaling import Options, Point
-from bigan.bench.turns import Processes, launch_environment
-from bigan.bench.workload import Assumed, assumed_workload, measured_workload, middle, workload
+from bigan.bench.scaling import EMA, Options, Point
+from bigan.bench.workload import (
+    Assumed,
+    assumed_workload,
+    measured_workload,
+    median_of_means,
+    workload,
+)
 from bigan.cli.main import main
 from bigan.config import ConfigError
 from bigan.errors import RunError, UserError
-from bigan.run_config import RunConfig
+from bigan.run_config import RunConfig, load_config
 
 FAST = Network(gb_per_second=50, node_gb_per_second=100, ranks_per_node=8, latency_us=0)
 SLOW_START = replace(FAST, latency_us=10)
 # 10 images: 10 * (1 + 2) ms + 5 ms = 35 ms on one device.
 WORK = Workload(
-    phases=(PhaseWork(0.001, 100_000_000, 3), PhaseWork(0.002, 200_000_000, 6)),
+    phases={
+        "discriminator": PhaseWork(0.001, 100_000_000, 3),
+        "generator": PhaseWork(0.002, 200_000_000, 6),
+    },
     batch=80,
     device_batch=10,
     micro_batch=10,
@@ -37,7 +45,7 @@ WORK = Workload(
 
 
 def load(*overrides: str) -> RunConfig:
-    return configs.load(RunConfig, SMOKE, list(overrides))
+    return load_config(SMOKE, overrides)
 
 
 # --- the model, against figures computed by hand
@@ -106,14 +114,14 @@ def test_less_than_an_image_each_is_not_predicted() -> None:
 
 def test_overlap_hides_the_exchange_under_the_last_micro_batch() -> None:
     big = replace(WORK, micro_batch=5, overlap=0.5)
-    phase = big.phases[1]
-    whole = 2 * 7 / 8 * 0.2e9 / 100e9
+    phase = big.phases["generator"]
+    exchange = 2 * 7 / 8 * 0.2e9 / 100e9
     hidden = 0.5 * 0.002 * 5
-    assert whole < hidden
+    assert exchange < hidden
     assert prediction.exchange_seconds(big, phase, 10, 8, FAST) == 0
     small = replace(big, overlap=0.1)
     seconds = prediction.exchange_seconds(small, phase, 10, 8, FAST)
-    assert seconds == pytest.approx(whole - 0.001)
+    assert seconds == pytest.approx(exchange - 0.001)
 
 
 @pytest.mark.parametrize(
@@ -122,19 +130,26 @@ def test_overlap_hides_the_exchange_under_the_last_micro_batch() -> None:
         ("ddp", [(2, 100)]),
         ("zero1", [(2, 100), (1, 100)]),
         ("zero2_offload", [(2, 100)] * 3 + [(1, 100)]),
-        ("fsdp", [(1, 100), (1, 200)] * 2 + [(1, 100)]),
+        ("fsdp", [(1, 100), (1, 200), (1, 100)]),
     ],
 )
 def test_what_an_engine_exchanges(engine: str, expected: list[tuple[int, int]]) -> None:
-    phases = (PhaseWork(0.001, 100), PhaseWork(0.002, 200))
-    work = replace(WORK, engine=engine, phases=phases)
-    assert prediction.exchanged(work, phases[0], micro_batches=3) == expected
-    if engine == "fsdp":  # the generator is gathered once more, for its average
-        last = prediction.exchanged(work, phases[1], micro_batches=3)
-        assert last == [(1, 100), (1, 200)] * 2 + [(1, 200)] * 2
+    phase = PhaseWork(0.001, 100, read_bytes=200)
+    work = replace(WORK, engine=engine)
+    assert prediction.exchanged(work, phase, micro_batches=3) == expected
 
 
-def test_sensitivity_finds_what_matters() -> None:
+def test_fsdp_gathers_weights_for_the_ema_once_per_training_step() -> None:
+    once = 7 / 8 * 0.2e9 / 100e9
+    for engine, expected in (("fsdp", once), ("ddp", 0.0)):
+        work = replace(WORK, engine=engine, averaged_bytes=200_000_000)
+        assert prediction.average_seconds(work, 8, FAST) == pytest.approx(expected)
+        without = replace(work, averaged_bytes=0)
+        gradients = [prediction.step_seconds(w, 10, 8, FAST)["gradients"] for w in (work, without)]
+        assert gradients[0] - gradients[1] == pytest.approx(expected)
+
+
+def test_sensitivity_ranks_the_assumptions() -> None:
     slow = replace(FAST, gb_per_second=1.0)
     rows = prediction.sensitivity(WORK, slow, ["weak"])
     first = rows[0]
@@ -146,30 +161,50 @@ def test_sensitivity_finds_what_matters() -> None:
     assert by_name["latency of a collective"]["change"] == 0  # it is 0, and so is twice of it
     halved = prediction.predict(WORK, "weak", 64, replace(slow, gb_per_second=0.5)).efficiency
     assert by_name["bandwidth between nodes"]["halved"] == pytest.approx(halved)
-    assert first["assumption"] in prediction.verdict(rows)
+    assert first["assumption"] in prediction.most_sensitive(rows)
     assert len(prediction.sensitivity(WORK, slow, ["strong"])) == len(prediction.ASSUMPTIONS)
 
 
-# --- recipes and measurements as the model sees them
+# --- configs and measurements as workloads
 
 
-def test_workload_of_a_recipe() -> None:
+def test_workload_of_a_config() -> None:
     """Digits: 2 blocks of 2 BatchNorm layers and the last one; D's phase has no backward of G."""
-    config = load("train.num_d_steps=2", "train.micro_batch=10")
-    found = workload(config, {"d": 0.004, "g": 0.003}, 0.001, 0.02, Assumed())
-    d, g = found.phases
+    config = load("objective.discriminator_steps=2", "train.micro_batch=10")
+    seconds = {"discriminator": 0.004, "generator": 0.003}
+    found = workload(config, seconds, 0.001, 0.02, Assumed())
+    d, g = found.phases["discriminator"], found.phases["generator"]
     assert (d.times, g.times) == (2, 1)
     assert (d.seconds_per_image, g.seconds_per_image) == (0.002, 0.003)
     assert (d.batchnorm_collectives, g.batchnorm_collectives) == (5, 10)
+    assert (d.read_bytes, g.read_bytes) == (g.parameter_bytes, d.parameter_bytes)
+    assert found.averaged_bytes == g.parameter_bytes > 100_000
     assert (found.batch, found.device_batch, found.micro_batch) == (40, 10, 10)
     assert (found.engine, found.overlap) == ("ddp", 0.4)
-    assert prediction.images_per_training_step(found) == 2
-    assert workload(load("compile=auto"), {"d": 1, "g": 1}, 0, 0, Assumed()).overlap == 0
+    assert found.batches == 2
+    assert workload(load("compile=auto"), seconds, 0, 0, Assumed()).overlap == 0
 
 
-def test_a_rate_alone_gives_back_that_rate() -> None:
-    told = Assumed(device_images_per_second=500.0, fixed_ms=4.0)
-    work = assumed_workload(load("train.num_d_steps=2"), told)
+def test_workload_counts_trained_parameters_and_separate_steps() -> None:
+    name = ROOT / "configs" / "smoke" / "stylegan2-digits.yaml"
+    seconds = {"discriminator": 0.005, "generator": 0.003}
+    full = workload(load_config(name), seconds, 0.0, 0.0, Assumed())
+    assert {name: phase.times for name, phase in full.phases.items()} == {
+        "discriminator": 1.25,  # R1 after every fourth step
+        "generator": 1.5,  # path lengths after every second
+    }
+    assert full.phases["discriminator"].seconds_per_image == pytest.approx(0.004)
+    frozen = load_config(name, ["trainable=['generator.mapping.*','discriminator.*']"])
+    part = workload(frozen, seconds, 0.0, 0.0, Assumed())
+    assert part.phases["generator"].parameter_bytes < full.phases["generator"].parameter_bytes
+    assert part.phases["discriminator"].parameter_bytes == (
+        full.phases["discriminator"].parameter_bytes
+    )
+
+
+def test_the_rate_of_one_device_is_reproduced() -> None:
+    assumed = Assumed(device_images_per_second=500.0, fixed_ms=4.0)
+    work = assumed_workload(load("objective.discriminator_steps=2"), assumed)
     for mode in ("weak", "strong"):
         alone = prediction.predict(work, mode, 1, Network())
         assert alone.images_per_second == pytest.approx(500)
@@ -177,36 +212,37 @@ def test_a_rate_alone_gives_back_that_rate() -> None:
 
 
 def test_fixed_time_is_where_the_line_meets_an_empty_batch() -> None:
-    full = {"phases": {"d": 0.02, "g": 0.01}, "spread": 0.05}
-    figures = {"plain": {"step": 0.050, "data": 0.010}, "full": full}
+    full = {"phases": {"discriminator": 0.02, "generator": 0.01}, "spread": 0.05}
+    results = {"plain": {"step": 0.050, "data": 0.010}, "full": full}
     at_half = {"plain": {"step": 0.025, "data": 0.001}}  # 40 ms and 24 ms: 8 ms at nothing
-    work = measured_workload(load(), figures, at_half, Assumed())
+    work = measured_workload(load(), results, at_half, Assumed())
     assert work.fixed_seconds == pytest.approx(0.008)
     assert work.spread == 0.05
-    d, g = work.phases
+    d, g = work.phases.values()
     assert d.seconds_per_image == pytest.approx(2 * g.seconds_per_image)
     assert prediction.predict(work, "weak", 1, Network()).step_seconds == pytest.approx(0.040)
 
 
-def test_middle_is_over_ranks_then_over_turns() -> None:
-    turns = [
+def test_median_of_means() -> None:
+    runs = [
         [{"a": {"b": 1.0}}, {"a": {"b": 3.0}}],
         [{"a": {"b": 9.0}}] * 2,
         [{"a": {"b": 4.0}}] * 2,
     ]
-    assert middle(turns) == {"a": {"b": 4.0}}
+    assert median_of_means(runs) == {"a": {"b": 4.0}}
 
 
 def test_breakdown_adds_up_to_the_step_with_its_save() -> None:
+    """With phases of any name, and a penalty in each of them."""
     measured = {
-        "full": {"step": 1.0, "data": 0.05, "waiting": 0.1, "phases": {"d": 0.5, "g": 0.25}},
-        "without_penalties": {"phases": {"d": 0.3, "g": 0.25}},
-        "without_exchange": {"phases": {"d": 0.46, "g": 0.22}},
+        "full": {"step": 1.0, "data": 0.05, "waiting": 0.1, "phases": {"critic": 0.5, "vae": 0.25}},
+        "without_penalties": {"phases": {"critic": 0.3, "vae": 0.24}},
+        "without_exchange": {"phases": {"critic": 0.46, "vae": 0.22}},
     }
-    found = scaling.breakdown(measured, 0.2, {"g": 0.01})
+    found = scaling.breakdown(measured, 0.2, {"vae": 0.01, EMA: 0.02})
     assert found == pytest.approx(
-        {"data": 0.05, "d": 0.26, "g": 0.21, "penalty": 0.2, "communication": 0.08}
-        | {"waiting": 0.1, "save": 0.2, "other": 0.1}
+        {"data": 0.05, "critic": 0.26, "vae": 0.2, "penalty": 0.21, "communication": 0.1}
+        | {"waiting": 0.1, "save": 0.2, "other": 0.08}
     )
     assert sum(found.values()) == pytest.approx(1.2)
 
@@ -221,7 +257,7 @@ def test_points() -> None:
         scaling.point(config, "strong", 3)
 
 
-def test_one_process_knows_of_no_other() -> None:
+def test_one_process_is_launched_without_a_process_group() -> None:
     base = {"RANK": "7", "ACCELERATE_USE_FSDP": "true", "HOME": "/h", "SLURM_PROCID": "3"}
     assert launch_environment(0, 1, 5, 2, base, joined=False) == {
         "HOME": "/h",
@@ -236,9 +272,11 @@ def test_one_process_knows_of_no_other() -> None:
 
 def test_predicts_without_measuring(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    told = ["--device-images-per-second", "400", "--bandwidth-gb", "25", "--out", str(out)]
+    assumed = ["--device-images-per-second", "400", "--bandwidth-gb", "25", "--out", str(out)]
     big = str(ROOT / "configs" / "biggan-128.yaml")
-    assert main(["bench", "scaling", big, "train.micro_batch=32", "--engine", "zero1", *told]) == 0
+    assert (
+        main(["bench", "scaling", big, "train.micro_batch=32", "--engine", "zero1", *assumed]) == 0
+    )
     shown = capsys.readouterr()
     record = json.loads(shown.out)
     assert json.loads(out.read_text()) == record
@@ -249,8 +287,8 @@ def test_predicts_without_measuring(capsys: pytest.CaptureFixture[str], tmp_path
     assert sorted(efficiency, reverse=True) == efficiency
     assert record["prediction"]["workload"]["engine"] == "zero1"
     assert record["prediction"]["network"]["gb_per_second"] == 25
-    assert "what matters most" in shown.err
-    assert record["environment"]["torch"]
+    assert record["prediction"]["most_sensitive"] in shown.err
+    assert record["environment"]["versions"]["torch"]
 
 
 @pytest.mark.parametrize(
@@ -269,27 +307,26 @@ def test_what_cannot_be_measured_is_refused(
         scaling.bench_scaling(SMOKE, overrides, options, print)
 
 
-def test_too_many_processes_for_the_cores_are_said() -> None:
-    said = scaling.notes(1000, 1)
-    assert "not those of a cluster" in said[0]
-    assert "1000 processes share" in said[1]
+def test_notes_name_too_many_processes_for_the_cores() -> None:
+    assert len(scaling.notes(1, 1)) == 1  # no GPU
+    assert "1000 processes" in scaling.notes(1000, 1)[1]
 
 
 def test_a_point_fails_with_its_processes() -> None:
     task = {"config": "train: 3", "engine": "auto", "synthetic": True, "seconds": 0.1}
     with Processes("a point", task, 1, 1) as processes:
         with pytest.raises(UserError, match="bench"):
-            processes.answers()
+            processes.responses()
         processes._processes[0].wait(20)
-        with pytest.raises(RunError, match="a point: process 0 ended with exit code 0"):
-            processes.turn()
+        with pytest.raises(RunError, match=r"a point: process 0 .* 0$"):
+            processes.measure()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # six processes one after the other; half a minute if it is quiet
 def test_two_real_processes(capsys: pytest.CaptureFixture[str], digits: Path) -> None:
-    """Weak and strong, with a lazy penalty and the images of a real stream."""
-    changes = [f"data.path={digits}", "penalties=[{name: r1, weight: 1.0, every: 2}]"]
+    """Weak and strong, with a lazy penalty and images from packed shards."""
+    changes = [f"data.path={digits}", "objective.penalties=[{name: r1, weight: 1.0, every: 2}]"]
     assert main(["bench", "scaling", str(SMOKE), *changes, "--run-seconds", "0.1"]) == 0
     shown = capsys.readouterr()
     record = json.loads(shown.out)
@@ -299,13 +336,12 @@ def test_two_real_processes(capsys: pytest.CaptureFixture[str], digits: Path) ->
     ]  # fmt: skip
     for row in points:
         check_point(row)
-    assert "measured, median of 5 runs" in shown.err
     assert as_text(record) in shown.err
 
 
 def check_point(row: dict[str, Any]) -> None:
     assert sum(row["shares"].values()) == pytest.approx(1)
-    # What was not measured would be exactly 0; on a busy machine a difference may be below.
+    # A share that was not measured is exactly 0; on a busy machine a difference may be below 0.
     absent = {"communication", "waiting"} if row["ranks"] == 1 else set()
     assert {name for name, share in row["shares"].items() if share == 0} == absent
     rate = row["images_per_second"]
@@ -317,33 +353,3 @@ def check_point(row: dict[str, Any]) -> None:
         assert row["network"]["node_gb_per_second"] > 0
         assert row["predicted_step_seconds"] > 0
         assert row["prediction_error"] > -1
-
-
-# --- benchmarks/
-
-
-def test_overhead_is_measured_and_judged(digits: Path, tmp_path: Path) -> None:
-    overhead = script("overhead")
-    config = overhead.load(SMOKE, [f"data.path={digits}", "train.num_d_steps=2"], tmp_path / "run")
-    result = overhead.measure(config, runs=2, run_seconds=0.1)
-    assert result["judged_by"] == "cpu"
-    for clock in ("wall", "cpu"):
-        assert all(ms["min"] > 0 for ms in result[clock]["ms_per_step"].values())
-    assert (tmp_path / "run" / "metrics.jsonl").exists()  # ticks are part of the loop
-    slow = overhead.compare({"phases": [1.0], "algorithm": [1.5], "loop": [1.6]})
-    assert slow["algorithm_over_phases"]["median"] == pytest.approx(0.5)
-    assert slow["overhead_over_phases"]["median"] == pytest.approx(0.1)
-    quick = overhead.compare({"phases": [1.0], "algorithm": [1.5], "loop": [1.51]})
-    for judged_by, verdict in (("wall", "MISSED"), ("cpu", "met")):
-        both = {"steps_per_run": 1, "judged_by": judged_by, "wall": slow, "cpu": quick}
-        assert verdict in overhead.as_table("x", both)
-
-
-def test_save_stall_is_measured(tmp_path: Path) -> None:
-    stall = script("save_stall")
-    config = load(f"run_dir={tmp_path}", "tracking.mlflow=false")
-    result = stall.measure(config, saves=2, steps=3)
-    assert result["checkpoint_bytes"] > 1_000_000
-    assert 0 < result["stall_seconds"]["min"] <= result["written_after_seconds"]["max"]
-    assert result["first_stall_seconds"] > 0
-    assert "checkpoint of" in stall.as_text(result)

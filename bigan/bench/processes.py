@@ -1,7 +1,7 @@
-"""The processes of one measured point; several points take turns on the same machine.
+"""The processes of one measured point.
 
-Every point is started once and stays; points are then measured in rotation, so that a machine that
-slows down slows all of them.
+The processes of all points are started once; the points are then measured in rotation, so that a
+machine that slows down slows all of them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ LAUNCHER_PREFIXES = ("ACCELERATE_", "SLURM_", "FSDP_")
 def launch_environment(
     rank: int, size: int, port: int, threads: int, base: Mapping[str, str], joined: bool
 ) -> dict[str, str]:
-    """What `torchrun` would set for process `rank` of `size` on this machine.
+    """The variables that `torchrun` sets for process `rank` of `size` on this machine.
 
-    `joined` is false for one process that is to know of no other.
+    `joined` is false for a single process without a process group.
     """
     kept = {
         name: value
@@ -43,16 +43,16 @@ def launch_environment(
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on at the moment."""
+    """A TCP port of this machine that is not in use at the moment."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
 class Processes:
-    """`size` processes of `bigan.bench.rank` that wait for their turn; a context manager.
+    """`size` processes of `bigan.bench.rank`, idle until `measure`; a context manager.
 
-    Raises `UserError` or `RunError` as the processes do, `RunError` if one ends unasked.
+    Raises the `UserError` or `RunError` of a process, and `RunError` if one ends early.
     """
 
     def __init__(self, name: str, task: dict[str, Any], size: int, threads: int) -> None:
@@ -69,7 +69,7 @@ class Processes:
             )
             for rank in range(size)
         ]
-        self._tell(json.dumps(task))
+        self._send(json.dumps(task))
 
     def __enter__(self) -> Processes:
         return self
@@ -84,13 +84,13 @@ class Processes:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
 
-    def turn(self) -> list[dict[str, Any]]:
-        """One timed run; what each process measured, in order of rank."""
-        self._tell("turn")
-        return self.answers()
+    def measure(self) -> list[dict[str, Any]]:
+        """One timed run; the results of each rank, in order."""
+        self._send("measure")
+        return self.responses()
 
-    def answers(self) -> list[dict[str, Any]]:
-        """A line of each process. A process that has died is noticed whoever it is."""
+    def responses(self) -> list[dict[str, Any]]:
+        """One response of each process; the end of any process is noticed at once."""
         pipes = [process.stdout for process in self._processes]
         by_pipe = {pipe: rank for rank, pipe in enumerate(pipes) if pipe is not None}
         found: dict[int, dict[str, Any]] = {}
@@ -106,9 +106,9 @@ class Processes:
                     raise (UserError if found[rank]["user"] else RunError)(found[rank]["error"])
         return [found[rank] for rank in range(len(found))]
 
-    def _tell(self, line: str) -> None:
+    def _send(self, line: str) -> None:
         for process in self._processes:
             assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # `answers` will say how it ended
+            with contextlib.suppress(BrokenPipeError):  # `responses` reports its exit code
                 process.stdin.write(line + "\n")
                 process.stdin.flush()
