@@ -318,7 +318,7 @@ def test_killed_in_the_middle_of_going_back(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "amend", killed)
+        patch.setattr(checkpoint, "update_progress", killed)
         with pytest.raises(Killed):
             run(config)
     assert checkpoints(config) == [80, 160] or checkpoints(config) == [160]
