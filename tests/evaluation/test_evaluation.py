@@ -49,7 +49,7 @@ def uniform_noise(num: int) -> Tensor:
     return torch.from_numpy(values)
 
 
-def recipe(**evaluation: object) -> RunConfig:
+def tiny(**evaluation: object) -> RunConfig:
     return evaluated(Path("runs/x"), Path("data/digits"), **evaluation)
 
 
@@ -76,9 +76,9 @@ def test_digits_extractor_gives_the_same_features_at_every_resolution(
     large = small.repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
     torch.testing.assert_close(extractor(large)[0], expected)
     # RGB is averaged, not cut to its first channel
-    grey = small // 2
-    colours = torch.cat([torch.zeros_like(grey), grey, 2 * grey], dim=1)
-    torch.testing.assert_close(extractor(colours)[0], extractor(grey)[0])
+    gray = small // 2
+    colors = torch.cat([torch.zeros_like(gray), gray, 2 * gray], dim=1)
+    torch.testing.assert_close(extractor(colors)[0], extractor(gray)[0])
 
 
 def test_digits_extractor_refuses_what_it_cannot_average(extractor: extractors.Extractor) -> None:
@@ -135,7 +135,7 @@ def test_inception_is_never_downloaded(tmp_path: Path, monkeypatch: pytest.Monke
     assert str(tmp_path / "hub" / "checkpoints") in line
 
 
-def test_wrong_inception_file_is_refused_with_the_recipes(tmp_path: Path) -> None:
+def test_wrong_inception_file_is_refused_with_instructions(tmp_path: Path) -> None:
     path = tmp_path / extractors.INCEPTION_FILE
     path.write_bytes(b"something else")
     with pytest.raises(UserError, match=r"expected 6726825d\); fetch https.*\(a\).*\(b\)"):
@@ -183,11 +183,11 @@ def test_inception_takes_the_same_way_under_the_published_names(random_inception
     assert inception.sha256 == digest
     keys = list(metrics.titles(inception))
     assert keys == ["fid/inception-v3-compat", "is/inception-v3-compat"]
-    grey = uniform_noise(2).repeat_interleave(2, 2).repeat_interleave(2, 3)
-    found, logits = inception(grey)
+    gray = uniform_noise(2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    found, logits = inception(gray)
     assert found.shape == (2, 2048)
     assert logits.shape == (2, 1008)
-    torch.testing.assert_close(inception(grey.expand(-1, 3, -1, -1))[0], found)
+    torch.testing.assert_close(inception(gray.expand(-1, 3, -1, -1))[0], found)
 
 
 @pytest.mark.slow
@@ -204,7 +204,7 @@ def test_fid_of_a_run_end_to_end(
     monkeypatch.setattr(
         extractors, "create", functools.partial(extractors.create, inception_sha256=digest)
     )
-    config = recipe(
+    config = tiny(
         extractor=extractors.INCEPTION, weights_path=str(random_inception), num_samples=20
     )
     config = config.model_copy(
@@ -361,7 +361,7 @@ def test_rows_notice_a_missing_and_a_doubled_sample() -> None:
 
 
 class _Painter(nn.Module):
-    """A generator that depends on every latent and label, and on nothing else."""
+    """A generator that depends only on latents and labels."""
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         picture = torch.tanh(z[:, :, None] * torch.linspace(-2, 2, 24) + labels[:, None, None] / 5)
@@ -385,7 +385,7 @@ def painted(
 def test_the_same_samples_and_numbers_on_any_number_of_ranks(
     extractor: extractors.Extractor, size: int
 ) -> None:
-    config = recipe(num_samples=83)  # 5 blocks of 16 and one of 3; the seventh rank has none
+    config = tiny(num_samples=83)  # 5 blocks of 16 and one of 3; the seventh rank has none
     counts = [3, 0, 1, 1, 1, 1, 1, 1, 1, 1]
 
     def collect(worlds: list[World]) -> tuple[Tensor, Tensor, Moments]:
@@ -420,7 +420,7 @@ def test_an_input_stream_is_read_in_order_on_any_number_of_ranks(
     """Image i is made from image i of the split and the i-th random input."""
     images = torch.zeros(500, 1, 8, 8, dtype=torch.uint8)
     filled = torch.zeros(500)
-    settings = recipe(num_samples=500, split="test").evaluation
+    settings = tiny(num_samples=500, split="test").evaluation
     for rank in range(size):
         for start, part in sampling.generate(
             {}, Inverter(), settings, None, World(rank, size), torch.device("cpu"), packed
@@ -449,13 +449,13 @@ def test_labels_follow_the_data_and_seeds_change_the_images() -> None:
             return super().forward(z, labels)
 
     counts = [300, 0, 100, 0, 0, 0, 0, 0, 0, 0]
-    config = recipe(num_samples=1600)
+    config = tiny(num_samples=1600)
     first = [i for _, i in painted(config, counts, painter=Recorder().eval())]
     drawn = torch.cat(seen).bincount(minlength=10)
     assert drawn[[0, 2]].sum() == 1600
     assert 0.7 < drawn[0] / 1600 < 0.8
     assert not torch.equal(first[0], first[1])
-    other = next(painted(recipe(seed=1), counts))[1]
+    other = next(painted(tiny(seed=1), counts))[1]
     assert not torch.equal(first[0], other)
 
 
@@ -480,9 +480,9 @@ def test_generator_with_broken_or_training_state_is_refused() -> None:
             return super().forward(z, labels) * torch.nan
 
     with pytest.raises(RunError, match="not finite"):
-        next(painted(recipe(), painter=Broken().eval()))
+        next(painted(tiny(), painter=Broken().eval()))
     with pytest.raises(ValueError, match="evaluation mode"):
-        next(painted(recipe(), painter=_Painter()))
+        next(painted(tiny(), painter=_Painter()))
 
 
 @pytest.fixture(scope="module")
@@ -491,7 +491,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return pack("digits", folder, shard_size=200, resolution=8).manifests[0]
 
 
-def test_reference_is_every_image_once(
+def test_reference_is_of_every_image_once(
     packed: Manifest, extractor: extractors.Extractor, digits: dict[str, Tensor], tmp_path: Path
 ) -> None:
     found = reference.load_or_compute(extractor, packed, "train", World(), 64, tmp_path)

@@ -346,11 +346,11 @@ def test_micro_batches_are_remarked_on(tmp_path: Path, digits: Path) -> None:
     config = run_config(tmp_path / "run", digits)
     run_with_snapshots(config, 100)
     micro = ["train.micro_batch=5"]
-    said = "evaluation.standing_batch"
-    assert any(said in line for line in measure(config, 0.5, overrides=micro))
-    assert not any(said in line for line in measure(config, None, overrides=micro))
+    remark = "evaluation.standing_batch"
+    assert any(remark in line for line in measure(config, 0.5, overrides=micro))
+    assert not any(remark in line for line in measure(config, None, overrides=micro))
     chosen = [*micro, "evaluation.standing_batch=10"]
-    assert not any(said in line for line in measure(config, 0.5, overrides=chosen))
+    assert not any(remark in line for line in measure(config, 0.5, overrides=chosen))
     assert "3 x 10" in table(config, 100)[0.5]["protocol"]["batch_statistics"]
 
 
