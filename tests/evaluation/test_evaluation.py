@@ -227,6 +227,7 @@ def test_fid_of_a_run_end_to_end(
         input2=_Images(real.expand(-1, 3, -1, -1)),
         feature_extractor_weights_path=str(random_inception),
         cuda=False, fid=True, isc=True, isc_splits=1, batch_size=16, verbose=False, cache=False,
+        save_cpu_ram=True,
     )  # fmt: skip
     assert found.keys() == {"fid/inception-v3-compat", "is/inception-v3-compat"}
     assert found["fid/inception-v3-compat"] == pytest.approx(
@@ -334,7 +335,7 @@ def test_numbers_are_torch_fidelitys(
     expected = calculate_metrics(
         input1=_Images(images), input2=_Images(digits["train"]), cuda=False, fid=True, isc=True,
         isc_splits=1, feature_extractor=extractors.DIGITS8, batch_size=64, verbose=False,
-        cache=False,
+        cache=False, save_cpu_ram=True,  # no worker processes
     )  # fmt: skip
     parts = [extractor(part) for part in images.split(48)]
     generated = _merged([moments.from_features(found) for found, _ in parts])

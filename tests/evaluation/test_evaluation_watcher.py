@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from parts import Inverter, add_inverter, evaluated, start_run, write_snapshot
+from PIL import Image
 
 from bigan import config as configs
 from bigan import models
@@ -41,7 +42,9 @@ def run(config: RunConfig, watch: bool = False) -> list[str]:
     return lines
 
 
-def test_every_snapshot_is_measured_once_and_oldest_first(tmp_path: Path, digits: Path) -> None:
+def test_every_snapshot_is_measured_once_and_oldest_first(
+    tmp_path: Path, digits: Path, drawn_plots: None
+) -> None:
     config = evaluated(tmp_path / "run", digits)
     start_run(config)
     for images_seen in (100, 1000, 200):
@@ -52,6 +55,8 @@ def test_every_snapshot_is_measured_once_and_oldest_first(tmp_path: Path, digits
         ["images_seen", str(n)] for n in (100, 200, 1000)
     ]
     assert [line["images_seen"] for line in journal(config.run_dir)] == [100, 200, 1000]
+    with Image.open(config.run_dir / "curves.png") as picture:
+        assert picture.width > 500
 
     record = json.loads((config.run_dir / "evaluation" / "200.json").read_text())
     protocol = record["protocol"]
@@ -153,7 +158,7 @@ def test_a_change_of_any_network_file_changes_the_fingerprint(tmp_path: Path, di
 
 
 def test_a_metric_is_one_function_and_one_entry(
-    tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, drawn_plots: None
 ) -> None:
     """It is computed, logged and printed, and snapshots without it are measured again."""
     config = evaluated(tmp_path / "run", digits)
@@ -175,7 +180,8 @@ def test_a_metric_is_one_function_and_one_entry(
     assert any(f"{key} {record['metrics'][key]:.3f}" in line for line in lines)
     sweep(config.run_dir, World(), [None], echo=lines.append)
     assert lines[-3].split() == ["truncation", FD, CS, key]
-    assert (config.run_dir / "evaluation" / "truncation-100.png").exists()
+    with Image.open(config.run_dir / "evaluation" / "truncation-100.png") as picture:
+        assert picture.height > 800  # four panels in two rows
 
 
 # --- samplers -------------------------------------------------------------------------------

@@ -190,8 +190,8 @@ def test_a_mean_latent_makes_it_psi(tmp_path: Path) -> None:
 # --- the table ------------------------------------------------------------------------------
 
 
-def test_a_sweep_is_a_table_a_picture_and_log_lines(
-    tmp_path: Path, digits: Path, measured: list[tuple[int, float | None]]
+def test_a_sweep_is_a_table_a_plot_and_log_lines(
+    tmp_path: Path, digits: Path, measured: list[tuple[int, float | None]], drawn_plots: None
 ) -> None:
     config = run_config(tmp_path / "run", digits)
     run_with_snapshots(config, 100, 200)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,9 +19,10 @@ from bigan.distributed.world import World
 from bigan.engine import Engine
 from bigan.errors import RunError
 from bigan.layers.spectral import spectral_layers
+from bigan.reporting import plots
 from bigan.reporting.metrics_log import append, read_metrics
 from bigan.run.collapse import NEVER, Detector, Spans, Tick, gap_of, history, spans
-from bigan.run.rollback import best_snapshot, singular_values
+from bigan.run.rollback import Rollback, best_snapshot, singular_values
 from bigan.run.state import TrainState
 from bigan.run.trainer import train
 from bigan.run_config import CollapseConfig, RunConfig
@@ -225,14 +226,37 @@ def test_the_best_snapshot_is_the_evaluators(tmp_path: Path) -> None:
     assert best_snapshot(tmp_path) == (40, "fid/x", 80.0)
 
 
+def test_a_run_without_watched_values_is_not_checked(recipe: Recipe) -> None:
+    """It keeps no checkpoint for a rollback either; singular values alone are enough for both."""
+    config = recipe("collapse.window_images=80")
+    state = TrainState(config, Engine(config, print), TEN_CLASSES)
+    saver = checkpoint.Saver(config.run_dir, World())
+    rollback = Rollback(state, saver)
+    state.progress.images_seen = 1000
+    rollback.check({"train/encoder/loss": math.inf, "train/encoder/grad_norm": 1e9})
+    assert (saver.trusted_until, state.progress.collapse_began) == (0, NEVER)
+    assert not rollback.pending
+    rollback.check({"spectral/encoder/conv1": 1.0})
+    assert saver.trusted_until == 1000 - 2 * 80
+
+
 # --- real runs ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _empty_plots() -> Iterator[None]:
+    """Curves would take a quarter of the time of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "curves", lambda run_dir, path: path.touch())
+        yield
+
 
 # Learning rates that rise until training collapses: healthy at 160 images, collapsed at 360.
 COLLAPSING = (
-    "train.total_images=600",
+    "train.total_images=440",
     "train.tick_images=40",
     "train.checkpoint_images=80",
-    "train.snapshot_images=600",
+    "train.snapshot_images=440",
     "anneal_images=1200",
     "optimizer.generator={lr: 2.0e-4, schedule: {name: cosine, end: 0.3}}",
     "optimizer.discriminator={lr: 1.6e-3, schedule: {name: cosine, end: 0.3}}",
@@ -280,13 +304,13 @@ def test_a_collapsing_run_warns_once_and_keeps_a_healthy_checkpoint(recipe: Reci
     assert "the largest singular value of discriminator." in line
     assert "checkpoint 160 is from before it and is kept" in line
     assert checkpoints(config)[0] == 160
-    assert checkpoints(config)[-2:] == [560, 600]
-    record = json.loads((config.run_dir / "checkpoints/600/progress.json").read_text())
+    assert checkpoints(config)[-2:] == [400, 440]
+    record = json.loads((config.run_dir / "checkpoints/440/progress.json").read_text())
     assert record["collapse_began"] == 200
-    longer = recipe(*COLLAPSING, "train.total_images=680")
+    longer = recipe(*COLLAPSING, "train.total_images=520")
     assert run(longer) == [], "one warning per episode, also over two attempts"
     with pytest.raises(RunError, match=r"collapse\.action=rollback continues from 160"):
-        run(recipe(*COLLAPSING, "train.total_images=760", "collapse.action=stop"))
+        run(recipe(*COLLAPSING, "train.total_images=600", "collapse.action=stop"))
 
 
 def test_singular_values_of_every_layer_are_logged(recipe: Recipe) -> None:
@@ -332,14 +356,14 @@ def rolled_back(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes
     (line,) = run(config)
     assert "checkpoint 160 is from before it" in line
     assert "(rollback 1 of 3)" in line
-    assert seen_by_tick(config) == [*range(40, 361, 40), *range(200, 601, 40)]
-    assert checkpoints(config)[-2:] == [560, 600]
-    record = json.loads((run_dir / "checkpoints/600/progress.json").read_text())
+    assert seen_by_tick(config) == [*range(40, 361, 40), *range(200, 441, 40)]
+    assert checkpoints(config)[-2:] == [400, 440]
+    record = json.loads((run_dir / "checkpoints/440/progress.json").read_text())
     assert (record["rollbacks"], record["lr_factor"], record["attempt"]) == (1, 0.01, 1)
     last = read_metrics(run_dir)[-1]
     assert last["train/lr_factor"] == 0.01
     assert max(v for k, v in last.items() if k.startswith("spectral/")) < 2
-    return (run_dir / "snapshots/600/generator_ema.safetensors").read_bytes()
+    return (run_dir / "snapshots/440/generator_ema.safetensors").read_bytes()
 
 
 # Before detection; after the rollback, when the healthy checkpoint is the newest; one tick later.
@@ -351,7 +375,7 @@ def test_killed_around_a_rollback_and_resumed_is_bitwise(
     with pytest.raises(Killed):
         run(config, killed_at_tick)
     assert len(run(config)) == (killed_at_tick == 9), "a rollback is not repeated"
-    snapshot = config.run_dir / "snapshots/600/generator_ema.safetensors"
+    snapshot = config.run_dir / "snapshots/440/generator_ema.safetensors"
     assert snapshot.read_bytes() == rolled_back
 
 
@@ -370,7 +394,7 @@ def test_killed_during_a_rollback(
     assert checkpoints(config) == [80, 160] or checkpoints(config) == [160]
     (line,) = run(config)
     assert "rollback 1 of 3" in line
-    snapshot = config.run_dir / "snapshots/600/generator_ema.safetensors"
+    snapshot = config.run_dir / "snapshots/440/generator_ema.safetensors"
     assert snapshot.read_bytes() == rolled_back
 
 
@@ -397,5 +421,5 @@ def test_two_processes_roll_back_together(digits: Path, tmp_path: Path) -> None:
     done = launch(*common, "collapse.action=rollback", options=options)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "(rollback 1 of 3)" in done.stdout + done.stderr
-    record = json.loads((tmp_path / "run/checkpoints/600/progress.json").read_text())
+    record = json.loads((tmp_path / "run/checkpoints/440/progress.json").read_text())
     assert record["rollbacks"] >= 1
