@@ -1,9 +1,10 @@
-"""Moments of the real images, computed once over all ranks and kept in the run folder.
+"""Moments of the reference images, computed once over all ranks and cached in the run folder.
 
     <run_dir>/evaluation/reference-<fingerprint>.safetensors   num, mean, scatter (float64)
 
-The fingerprint covers everything the numbers depend on: extractor, its weights, preprocessing,
-the data's content and the split. Anything else computed before is left alone, never reused.
+The fingerprint covers everything that the moments depend on: the extractor, its weights, the
+preprocessing, the content of the data and the split. Files with other fingerprints are not used
+and not deleted.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from bigan.data.streaming.stream import sequential
 from bigan.distributed.world import World, on_all_ranks, on_rank_0
 from bigan.errors import UserError
 from bigan.evaluation import moments
-from bigan.evaluation.features import Extractor
+from bigan.evaluation.extractors import Extractor
 from bigan.evaluation.moments import Moments
 from bigan.hashes import fingerprint
 
 
 def describe(extractor: Extractor, manifest: Manifest, split: str) -> dict[str, object]:
-    """What the reference moments are a function of; `DataError` if there is no such split."""
+    """Everything that the reference moments depend on; `DataError` for an unknown split."""
     return {
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
@@ -49,15 +50,17 @@ def load_or_compute(
     cache: Path,
     fetch: Fetch | None = None,
 ) -> Moments:
-    """The moments of every image of `split`, on every rank.
+    """The moments of all images of `split`, on every rank.
 
-    Read from the folder `cache` if they are there under the same fingerprint, else computed by
-    all ranks in batches of `batch` and written by rank 0. Raises `UserError` for a damaged data
-    folder or fewer than two images.
+    Read from the folder `cache` if it has them under the same fingerprint, else computed by all
+    ranks in batches of `batch` images and written by rank 0. Raises `UserError` for a damaged data
+    folder and for fewer than two images.
     """
     content = describe(extractor, manifest, split)
     if manifest.num_samples(split) < 2:
-        raise UserError(f"{manifest.folder}: split {split!r} has fewer than 2 images to compare to")
+        raise UserError(
+            f"{manifest.folder}: split {split!r} has fewer than 2 images, too few for a reference"
+        )
     path = cache / f"reference-{fingerprint(content)}.safetensors"
     cached = on_rank_0(world, lambda: _read(path, extractor.dim))
     if cached is not None:
@@ -86,24 +89,24 @@ def compute(
     batch: int,
     fetch: Fetch | None = None,
 ) -> Moments:
-    """The moments of every image of `split`, each taken once over all ranks."""
+    """The moments of all images of `split`; each image is read by one rank."""
 
-    def own_part() -> Moments:
-        total = moments.empty(extractor.dim, moments.home(extractor.device))
-        for part in sequential(manifest, split, world, batch, fetch):
-            features, _ = extractor(part.pixels.permute(0, 3, 1, 2))
-            total = moments.merge(total, moments.of(features))
+    def local_moments() -> Moments:
+        total = moments.empty(extractor.dim, moments.accumulation_device(extractor.device))
+        for images in sequential(manifest, split, world, batch, fetch):
+            features, _ = extractor(images.pixels.permute(0, 3, 1, 2))
+            total = moments.merge(total, moments.from_features(features))
         return total
 
-    total = moments.all_reduce(world, on_all_ranks(world, own_part))
+    total = moments.all_reduce(world, on_all_ranks(world, local_moments))
     expected = manifest.num_samples(split)
     if total.num != expected:
-        raise RuntimeError(f"{total.num} reference images were read, there are {expected}")
+        raise RuntimeError(f"{total.num} reference images were read, expected {expected}")
     return total
 
 
 def _read(path: Path, dim: int) -> Moments | None:
-    """The cached moments on the CPU, or None if there are none or the file is damaged."""
+    """The cached moments on the CPU; None if the file is missing or damaged."""
     try:
         tensors = safetensors.torch.load_file(path)
         num, mean, scatter = (tensors[name] for name in ("num", "mean", "scatter"))

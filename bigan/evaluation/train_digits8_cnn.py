@@ -1,12 +1,12 @@
-"""Trains the classifier behind `digits8-cnn-v1`, once; its weights are shipped with bigan.
+"""Trains the classifier `digits8-cnn-v1`, whose weights are shipped with bigan.
 
     python -m bigan.evaluation.train_digits8_cnn OUT.safetensors
 
-Kept for the record: another training, even with another seed only, gives a network whose
-distances differ by a constant factor, so the shipped weights are never replaced under this name.
-It learns from the training split of `bigan pack digits` (1,297 images) and reports its accuracy on
-the 500 test images. Label smoothing (Szegedy et al. 2016, sec. 7) and dropout keep the logits
-finite in size, so that the penultimate layer does not only tell classes apart. The run is
+This script documents the origin of the weights. Training again, even with another seed only, gives
+a network whose distances differ by a constant factor, so the shipped weights must not be replaced
+under this name. It trains on the training split of `bigan pack digits` (1,297 images) and prints
+the accuracy on the 500 test images. Label smoothing (Szegedy et al. 2016, section 7) and dropout
+keep the logits small, so that the penultimate layer does more than separate classes. The result is
 deterministic on one machine; other processors may round differently.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bigan import atomic_files
 from bigan.data.packing.digits import digits
-from bigan.evaluation.features import Digits8Network, to_digits8
+from bigan.evaluation.extractors import Digits8Network, to_digits8
 
 SEED = 0
 EPOCHS = 30
@@ -44,7 +44,7 @@ def load_split(name: str) -> tuple[Tensor, Tensor]:
 
 
 def train(images: Tensor, labels: Tensor, epochs: int = EPOCHS) -> Digits8Network:
-    """Train on uint8 images [n, 1, 8, 8] with labels [n]; returned in evaluation mode."""
+    """A network trained on uint8 images [n, 1, 8, 8] and labels [n], in evaluation mode."""
     torch.manual_seed(SEED)
     network = Digits8Network()
     optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE)
@@ -65,7 +65,7 @@ def train(images: Tensor, labels: Tensor, epochs: int = EPOCHS) -> Digits8Networ
 
 @torch.no_grad()
 def accuracy(network: Digits8Network, images: Tensor, labels: Tensor) -> float:
-    """Share of images whose most probable class is the right one."""
+    """Top-1 accuracy on uint8 images [n, 1, 8, 8] and labels [n], 0 to 1."""
     _, logits = network(to_digits8(images))
     return float((logits.argmax(dim=1) == labels).float().mean())
 
@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         sys.stderr.write("usage: python -m bigan.evaluation.train_digits8_cnn OUT.safetensors\n")
         return 2
-    torch.set_num_threads(1)  # sums in one order
+    torch.set_num_threads(1)  # a fixed order of summation
     torch.use_deterministic_algorithms(True)
     network = train(*load_split("train"))
     content = safetensors.torch.save(network.state_dict())

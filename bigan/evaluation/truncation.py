@@ -1,18 +1,18 @@
-"""What truncation buys: one snapshot measured at several truncations, as a table and a picture.
+"""A truncation sweep: one snapshot measured at several truncations, as a table and a plot.
 
-    <run_dir>/evaluation/truncation-<images_seen>.json   one record per truncation, as a snapshot's
-                         truncation-<images_seen>.png    distance against score, and both over t
-    <run_dir>/metrics.jsonl, MLflow                      `truncation/<t>/<metric>`
+    <run_dir>/evaluation/truncation-<images_seen>.json   one record per truncation
+                         truncation-<images_seen>.png    the metrics over the truncation
+    <run_dir>/metrics.jsonl, MLflow                      `truncation/<t>/<metric>/<extractor>`
 
-A truncation that is there under the fingerprint of the protocol asked for now is not measured
-again, and the run's own (`evaluation.truncation`, as a rule none) is the snapshot's own record.
+Truncations that have a record under the requested protocol are not measured again. The record at
+`evaluation.truncation` (usually none) is that of the snapshot itself.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,13 @@ import torch
 from bigan.checkpoint import snapshots
 from bigan.distributed.world import World, on_rank_0, reported_by_rank_0
 from bigan.errors import UserError
-from bigan.evaluation.judge import Judge, Record, Task
-from bigan.evaluation.ledger import Ledger, as_content, is_of, read_json, write_json
-from bigan.evaluation.truncation_picture import draw
-from bigan.evaluation.watcher import line, publish, run_config
+from bigan.evaluation import metrics
+from bigan.evaluation.evaluator import Evaluator
+from bigan.evaluation.records import Record, Records, Task, matches, read_json, write_json
+from bigan.evaluation.truncation_plot import draw
+from bigan.evaluation.watcher import Echo, publish, read_config, summary
 from bigan.reporting.tracker import Tracker
 from bigan.run_folder import RunFolder
-
-Echo = Callable[[str], None]
 
 
 def sweep(
@@ -41,51 +40,41 @@ def sweep(
     device: torch.device | str | None = None,
     echo: Echo,
 ) -> None:
-    """Measure one snapshot of `run_dir` at each of `truncations` (None: without) that is missing.
+    """Measure one snapshot of `run_dir` at each of `truncations` (None: without) not yet measured.
 
-    All ranks call it. `which` is a number of images, "latest", "best" (the lowest distance measured
-    under this protocol), or None: the best if any has been measured, else the latest. `echo` gets
-    a line per measurement and the table at the end, on rank 0.
+    All ranks call it. `which` is a number of images, "latest", "best" (lowest Frechet distance
+    measured under this protocol), or None: the best if any is measured, else the latest. `echo`
+    prints a line per measurement and the table at the end, on rank 0.
 
-    Raises `UserError` as `evaluate` does, for a snapshot that is not there, and for a truncation
-    that means nothing for this generator.
+    Raises `UserError` as `evaluate` does, for a snapshot that does not exist, and for a truncation
+    that the sampler does not support.
     """
     run_dir = Path(run_dir)
-    config = run_config(run_dir, overrides, world, watch=False, poll_seconds=0.0, echo=echo)
-    own = config.evaluation.truncation
-    judge = Judge(run_dir, config, world, torch.device(device or world.device))
+    config = read_config(run_dir, overrides, world, watch=False, poll_seconds=0.0, echo=echo)
+    evaluator = Evaluator(run_dir, config, world, torch.device(device or world.device))
     for truncation in truncations:
-        judge.check(truncation)
-    ledger = Ledger(run_dir, judge.protocol(own))
-    distance_key = judge.extractor.distance_key
-    task, why = on_rank_0(world, lambda: choose(ledger, which, distance_key))
-    table = Table(run_dir, judge, task)
+        evaluator.check_truncation(truncation)
+    records = Records(run_dir, evaluator.protocol(config.evaluation.truncation))
+    ranking = metrics.metric_key(metrics.RANKING, evaluator.extractor)
+    task, reason = on_rank_0(world, lambda: choose_snapshot(records, which, ranking))
+    table = TruncationTable(run_dir, evaluator, task)
     tracker = Tracker(run_dir, config.tracking, role="evaluation") if world.is_rank_0 else None
-
-    def deliver(truncation: float | None, record: Record) -> None:
-        if truncation == own:
-            publish(record, ledger, tracker, echo)
-        else:
-            echo(line(as_content(record)))
-        if tracker is not None:
-            name = _name(truncation)
-            logged = {f"truncation/{name}/{key}": v for key, v in record.metrics.items()}
-            tracker.log(record.images_seen, logged)
-        table.add(truncation, as_content(record))
-
     try:
-        on_rank_0(world, lambda: table.read(ledger))
+        on_rank_0(world, lambda: table.read(records))
         if world.is_rank_0:
-            for remark in (*judge.remarks(*truncations), f"snapshot {task.images_seen}: {why}"):
-                echo(remark)
+            for text in (
+                *evaluator.remarks(*truncations),
+                f"snapshot {task.images_seen}: {reason}",
+            ):
+                echo(text)
         for truncation in on_rank_0(world, lambda: table.missing(truncations)):
-            record = judge.measure_unless_replaced(task, truncation)
+            record = evaluator.measure_unless_replaced(task, truncation)
             if record is None:
                 problem = UserError(
-                    f"{task.folder}: was written again meanwhile; give the same command again"
+                    f"{task.folder}: was replaced during the measurement; run the command again"
                 )
                 raise reported_by_rank_0(world, problem)
-            on_rank_0(world, functools.partial(deliver, truncation, record))
+            on_rank_0(world, functools.partial(_publish, record, table, records, tracker, echo))
         on_rank_0(world, lambda: finish(table, tracker, echo))
     finally:
         note = tracker.close(None) if tracker is not None else None
@@ -93,115 +82,130 @@ def sweep(
             echo(note)
 
 
-def choose(ledger: Ledger, which: str | None, distance_key: str) -> tuple[Task, str]:
-    """The snapshot to measure and why it is that one; `UserError` if there is none such."""
-    folders = {folder.name: folder for folder in snapshots.find(ledger.run_dir)}
+def choose_snapshot(records: Records, which: str | None, ranking: str) -> tuple[Task, str]:
+    """The snapshot to measure and the reason; `UserError` if it does not exist.
+
+    The best one has the lowest value of the metric `ranking`.
+    """
+    folders = {folder.name: folder for folder in snapshots.find(records.run_dir)}
     if which not in (None, "best", "latest"):
         if which not in folders:
             raise UserError(
-                f"{ledger.run_dir}: holds no complete snapshot {which}; there are "
+                f"{records.run_dir}: has no complete snapshot {which}; there are "
                 f"{', '.join(folders)}"
             )
-        return _task(ledger, folders[which]), "as asked for"
+        return _task(records, folders[which]), "as requested"
     measured = [
-        (content["metrics"][distance_key], task)
-        for task, content in (ledger.measured() if which != "latest" else [])
-        if math.isfinite(content["metrics"][distance_key])
+        (content["metrics"][ranking], task)
+        for task, content in (records.measured() if which != "latest" else [])
+        if math.isfinite(content["metrics"][ranking])
     ]
     if measured:
-        distance, task = min(measured, key=lambda pair: pair[0])
-        num = f"of {len(measured)} measured" if len(measured) > 1 else "the one measured"
-        return task, f"{num}, the one with the lowest {distance_key}, {distance:.3f}"
+        value, task = min(measured, key=lambda pair: pair[0])
+        return task, f"the lowest {ranking} of {len(measured)} measured, {value:.3f}"
     if which == "best":
         raise UserError(
-            f"{ledger.run_dir}: no snapshot has been measured under this protocol; `bigan evaluate "
-            f"{ledger.run_dir}` does that, or use --snapshot latest"
+            f"{records.run_dir}: no snapshot is measured under this protocol; run `bigan evaluate "
+            f"{records.run_dir}` first, or use --snapshot latest"
         )
     *_, newest = folders.values()
-    return _task(ledger, newest), "the newest"
+    return _task(records, newest), "the latest"
 
 
-def _task(ledger: Ledger, folder: Path) -> Task:
+def _task(records: Records, folder: Path) -> Task:
     try:
-        return ledger.task(folder)
+        return records.task(folder)
     except FileNotFoundError:
-        raise UserError(f"{folder}: is being written again; give the same command again") from None
+        raise UserError(f"{folder}: is being replaced; run the command again") from None
 
 
-class Table:
-    """The records of one snapshot by truncation, and their file: rank 0's view.
+class TruncationTable:
+    """The records of one snapshot by truncation, and their file; used on rank 0.
 
-    Only what was measured under the present protocol counts; the rest is dropped from the file.
+    Only records under the current protocol are kept; others are dropped from the file.
     """
 
-    def __init__(self, run_dir: Path, judge: Judge, task: Task) -> None:
-        self.judge, self.task = judge, task
+    def __init__(self, run_dir: Path, evaluator: Evaluator, task: Task) -> None:
+        self.evaluator, self.task = evaluator, task
         self.path = RunFolder(run_dir).evaluation / f"truncation-{task.images_seen}.json"
-        self.contents: dict[float | None, dict[str, Any]] = {}
+        self._contents: dict[float | None, dict[str, Any]] = {}
 
-    def read(self, ledger: Ledger) -> None:
-        """Take up what was measured before: by a sweep, or as the snapshot's own record."""
+    def read(self, records: Records) -> None:
+        """Read the records of former sweeps and that of the snapshot."""
         found = read_json(self.path)
-        records = found.get("records") if isinstance(found, dict) else None
-        known = records if isinstance(records, list) else []
-        for content in (*known, ledger.read(self.task)):
-            truncation = _truncation(content)
-            if is_of(content, self.judge.protocol(truncation), self.task):
-                self.contents[truncation] = content
+        listed = found.get("records") if isinstance(found, dict) else None
+        known = listed if isinstance(listed, list) else []
+        for content in (*known, records.read(self.task)):
+            truncation = _truncation_of(content)
+            if matches(content, self.evaluator.protocol(truncation), self.task):
+                self._contents[truncation] = content
 
     def missing(self, truncations: Iterable[float | None]) -> list[float | None]:
-        """Those of `truncations` that are to be measured, the smallest first, each once."""
-        return sorted(set(truncations) - self.contents.keys(), key=_order)
+        """Those of `truncations` without a record, ascending and distinct, None last."""
+        return sorted(set(truncations) - self._contents.keys(), key=_order)
 
-    def add(self, truncation: float | None, content: dict[str, Any]) -> None:
-        """Take up a record and write the file; `UserError` if it cannot be written."""
-        self.contents[truncation] = content
+    def add(self, record: Record) -> None:
+        """Add a record and write the file; `UserError` if it cannot be written."""
+        content = record.as_dict()
+        self._contents[_truncation_of(content)] = content
         self.write()
 
     def write(self) -> None:
-        """Write the file anew, the smallest truncation first."""
-        write_json(
-            self.path,
-            {"images_seen": self.task.images_seen, "records": list(self.rows().values())},
-        )
+        """Write the file; `UserError` if it cannot be written."""
+        rows = list(self.rows().values())
+        write_json(self.path, {"images_seen": self.task.images_seen, "records": rows})
 
     def rows(self) -> dict[float | None, dict[str, Any]]:
-        """The records, the smallest truncation first, the one without last."""
-        return {t: self.contents[t] for t in sorted(self.contents, key=_order)}
+        """The contents of the records by truncation, ascending, None last."""
+        return {t: self._contents[t] for t in sorted(self._contents, key=_order)}
 
     def lines(self) -> list[str]:
-        """The table for people."""
-        rows = self.rows()
-        keys = next(iter(rows.values()))["metrics"]
+        """The table as text, a line per truncation below the header."""
+        keys = list(metrics.titles(self.evaluator.extractor))
         lines = ["truncation  " + "  ".join(keys)]
-        for truncation, content in rows.items():
+        for truncation, content in self.rows().items():
             values = (f"{content['metrics'][key]:{len(key)}.3f}" for key in keys)
-            lines.append(f"{_name(truncation):>10}  " + "  ".join(values))
+            lines.append(f"{_label(truncation):>10}  " + "  ".join(values))
         return lines
 
 
-def finish(table: Table, tracker: Tracker | None, echo: Echo) -> None:
-    """Rank 0: the table as file, picture, artifacts and lines."""
+def _publish(
+    record: Record, table: TruncationTable, records: Records, tracker: Tracker | None, echo: Echo
+) -> None:
+    """On rank 0: print, log and write the record of one truncation."""
+    truncation = record.protocol["truncation"]
+    if truncation == records.protocol["truncation"]:
+        publish(record, records, tracker, echo)
+    else:
+        echo(summary(record.as_dict()))
+    if tracker is not None:
+        prefix = f"truncation/{_label(_truncation_of(record.as_dict()))}"
+        logged = {f"{prefix}/{key}": value for key, value in record.values.items()}
+        tracker.log(record.images_seen, logged)
+    table.add(record)
+
+
+def finish(table: TruncationTable, tracker: Tracker | None, echo: Echo) -> None:
+    """On rank 0: write the table and its plot, log both and print the table."""
     table.write()
-    judge, picture = table.judge, table.path.with_suffix(".png")
-    symbol = "psi" if judge.truncates_mean else "t"
+    evaluator, plot = table.evaluator, table.path.with_suffix(".png")
+    symbol = "psi" if evaluator.truncates_mean else "t"
     values = {t: content["metrics"] for t, content in table.rows().items()}
-    keys = (judge.extractor.distance_key, judge.extractor.score_key)
     title = f"{table.path.resolve().parents[1].name}, images_seen {table.task.images_seen}"
     try:
-        draw(picture, values, keys, symbol, title)
+        draw(plot, values, metrics.titles(evaluator.extractor), symbol, title)
     except OSError as error:
-        raise UserError(f"{picture}: cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{plot}: cannot be written: {error.strerror or error}") from None
     if tracker is not None:
         tracker.log_artifact(table.path)
-        tracker.log_artifact(picture)
+        tracker.log_artifact(plot)
     for text in table.lines():
         echo(text)
-    echo(f"{table.path}, {picture.name}")
+    echo(f"{table.path}, {plot.name}")
 
 
-def _truncation(content: object) -> float | None:
-    """The truncation that a record claims; None also for what is no record."""
+def _truncation_of(content: object) -> float | None:
+    """The truncation in the protocol of a record; None if there is none."""
     protocol = content.get("protocol") if isinstance(content, dict) else None
     found = protocol.get("truncation") if isinstance(protocol, dict) else None
     return float(found) if isinstance(found, int | float) else None
@@ -211,5 +215,5 @@ def _order(truncation: float | None) -> float:
     return math.inf if truncation is None else truncation
 
 
-def _name(truncation: float | None) -> str:
+def _label(truncation: float | None) -> str:
     return "none" if truncation is None else f"{truncation:g}"

@@ -1,11 +1,11 @@
-"""Takes each new snapshot of a run, measures its generator and writes the numbers down.
+"""Measures the snapshots of a run as they appear and logs the metrics.
 
-    <run_dir>/evaluation/<images_seen>.json   metrics and the full protocol they were measured by
-    <run_dir>/metrics.jsonl, MLflow           the metrics as `eval/...`, through `tracking`
+    <run_dir>/evaluation/<images_seen>.json   the record of a snapshot (records.py)
+    <run_dir>/metrics.jsonl, MLflow           the metrics as `eval/<metric>/<extractor>`
 
-A separate job on any number of ranks: it meets the trainer only in the run folder. A snapshot is
-done when its json carries the fingerprint of the protocol asked for now, so the same command again
-measures nothing twice and a changed protocol measures everything anew.
+A separate job on any number of ranks; it shares only the run folder with the trainer. Snapshots
+that have a record under the requested protocol are skipped, so the same command again continues,
+and another protocol measures all snapshots again.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ import torch
 from bigan.checkpoint import snapshots
 from bigan.distributed.world import World, on_rank_0
 from bigan.errors import UserError
-from bigan.evaluation.judge import Judge, Record
-from bigan.evaluation.ledger import Ledger, as_content
+from bigan.evaluation.evaluator import Evaluator
+from bigan.evaluation.records import Record, Records
 from bigan.reporting.plots import curves
 from bigan.reporting.tracker import Tracker
 from bigan.run_config import RunConfig, load_config
 from bigan.run_folder import RunFolder
+
+Echo = Callable[[str], None]
 
 
 def evaluate(
@@ -37,43 +39,44 @@ def evaluate(
     watch: bool,
     device: torch.device | str | None = None,
     poll_seconds: float = 2.0,
-    echo: Callable[[str], None],
+    echo: Echo,
 ) -> None:
-    """Measure every complete snapshot of `run_dir` not yet measured, oldest first.
+    """Measure every complete snapshot of `run_dir` that is not yet measured, oldest first.
 
     All ranks call it. With `watch` it waits for the run folder and for new snapshots, and returns
-    once `DONE` is there and every snapshot is measured. `echo` gets one line per snapshot, on
-    rank 0. `device` defaults to the world's. `overrides` ("a.b=value") change the run's own recipe
-    for this evaluation.
+    once `DONE` exists and every snapshot is measured. `echo` prints one line per snapshot, on
+    rank 0. `device` defaults to that of `world`. `overrides` ("a.b=value") change the config of the
+    run for this evaluation.
 
     Raises `UserError`: no run folder or no snapshot (without `watch`), missing or wrong extractor
-    weights, a data folder that is missing, damaged or does not fit the model.
+    weights, data that is missing, damaged or does not match the model.
     """
     run_dir = Path(run_dir)
-    config = run_config(run_dir, overrides, world, watch, poll_seconds, echo)
+    config = read_config(run_dir, overrides, world, watch, poll_seconds, echo)
     truncation = config.evaluation.truncation
-    judge = Judge(run_dir, config, world, torch.device(device or world.device))
-    ledger = Ledger(run_dir, judge.protocol(truncation))
+    evaluator = Evaluator(run_dir, config, world, torch.device(device or world.device))
+    records = Records(run_dir, evaluator.protocol(truncation))
     tracker = Tracker(run_dir, config.tracking, role="evaluation") if world.is_rank_0 else None
     try:
-        for remark in judge.remarks(truncation):
-            if world.is_rank_0:
-                echo(remark)
-        for _, content in on_rank_0(world, ledger.measured):  # for the reader who comes back
-            if world.is_rank_0:
-                echo(line(content))
+        measured = on_rank_0(world, records.measured)
+        if world.is_rank_0:
+            for text in (
+                *evaluator.remarks(truncation),
+                *(summary(found) for _, found in measured),
+            ):
+                echo(text)
         num_measured = 0
         while True:
-            task, finished = on_rank_0(world, ledger.next_task)
+            task, finished = on_rank_0(world, records.next_task)
             if task is None:
                 if finished or not watch:
                     break
                 time.sleep(poll_seconds)
                 continue
-            record = judge.measure_unless_replaced(task, truncation)
+            record = evaluator.measure_unless_replaced(task, truncation)
             if record is not None:
                 num_measured += 1
-                on_rank_0(world, functools.partial(publish, record, ledger, tracker, echo))
+                on_rank_0(world, functools.partial(publish, record, records, tracker, echo))
         if world.is_rank_0 and not num_measured:
             echo(f"{run_dir}: every snapshot is already evaluated under this protocol")
     finally:
@@ -82,30 +85,28 @@ def evaluate(
             echo(note)
 
 
-def publish(
-    record: Record, ledger: Ledger, tracker: Tracker | None, echo: Callable[[str], None]
-) -> None:
-    """Rank 0: say it, log it, and last of all mark it as done."""
-    echo(line(as_content(record)))
+def publish(record: Record, records: Records, tracker: Tracker | None, echo: Echo) -> None:
+    """On rank 0: print and log a record, then write it, which marks the snapshot as measured."""
+    echo(summary(record.as_dict()))
     if tracker is not None:
-        logged = {f"eval/{key}": value for key, value in record.metrics.items()}
+        logged = {f"eval/{key}": value for key, value in record.values.items()}
         tracker.log(record.images_seen, logged)
-    ledger.write(record)
-    curves(ledger.run_dir, RunFolder(ledger.run_dir).curves)
+    records.write(record)
+    curves(records.run_dir, RunFolder(records.run_dir).curves)
 
 
-def run_config(
+def read_config(
     run_dir: Path,
     overrides: Sequence[str],
     world: World,
     watch: bool,
     poll_seconds: float,
-    echo: Callable[[str], None],
+    echo: Echo,
 ) -> RunConfig:
-    """The recipe of the run, waited for if `watch`: its config.yaml."""
+    """The config of the run, on every rank; with `watch` it waits until there is one."""
     path = RunFolder(run_dir).config
 
-    def look() -> RunConfig | None:
+    def find() -> RunConfig | None:
         if path.is_file() and (watch or snapshots.find(run_dir)):
             return load_config(path, overrides)
         if watch:
@@ -115,12 +116,12 @@ def run_config(
         if not path.is_file():
             raise UserError(f"{run_dir}: not a run folder (no config.yaml in it)")
         raise UserError(
-            f"{run_dir}: holds no complete snapshot yet; train longer (train.snapshot_images says "
-            "how often one is written) or wait for it with --watch"
+            f"{run_dir}: has no complete snapshot yet; train longer (train.snapshot_images is the "
+            "interval between snapshots), or wait for one with --watch"
         )
 
     waiting = False
-    while (config := on_rank_0(world, look)) is None:
+    while (config := on_rank_0(world, find)) is None:
         if world.is_rank_0 and not waiting:
             echo(f"waiting for {path}")
         waiting = True
@@ -128,12 +129,12 @@ def run_config(
     return config
 
 
-def line(content: Mapping[str, Any]) -> str:
-    """One record in one line."""
+def summary(content: Mapping[str, Any]) -> str:
+    """The content of a record in one line."""
     protocol = content["protocol"]
-    (distance_key, distance), (score_key, score) = content["metrics"].items()
+    metrics = "  ".join(f"{key} {value:.3f}" for key, value in content["metrics"].items())
     truncated = f"truncation {protocol['truncation']:g}, " if protocol["truncation"] else ""
     return (
-        f"images_seen {content['images_seen']}  {distance_key} {distance:.3f}  {score_key} "
-        f"{score:.2f}  ({protocol['num_samples']} samples, {truncated}{content['seconds']:.1f} s)"
+        f"images_seen {content['images_seen']}  {metrics}  "
+        f"({protocol['num_samples']} samples, {truncated}{content['seconds']:.1f} s)"
     )

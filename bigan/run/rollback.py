@@ -1,17 +1,18 @@
-"""What is done about a collapse: say so, keep the checkpoint from before it, stop, or go back.
+"""Acts on a collapse of training: warn, stop, or roll back to the checkpoint before it.
 
-`collapse` finds it in the ticks' reports. Rank 0 looks and decides, all are told. All that a
-decision depends on is in the run folder: the journal's ticks up to the checkpoint, and the
-checkpoint's `collapse_began`. So a resumed run decides as the run that was not interrupted.
+collapse.py detects it in the reports of the ticks. Rank 0 decides and broadcasts. A decision
+depends only on the run folder (the ticks in metrics.jsonl up to the checkpoint, and the
+checkpoint's `collapse_began`), so a resumed run makes the decisions of an uninterrupted one.
 
-To go back is to resume, in the same process: the newer checkpoints are deleted, the healthy one
-counts the rollback and lowers the learning rates, in that order. Killed in between, the run
-collapses once more and comes to the same. Lines of the journal and snapshots beyond it stay until
-the run writes them again, as after any resume.
+A rollback is a resume within the same process: newer checkpoints are deleted, then the healthy one
+gets the new number of rollbacks and the lower learning rates. A run killed in between collapses
+again and makes the same decision. Newer lines of metrics.jsonl and newer snapshots stay until the
+run writes them again, as after any resume.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from torch import Tensor
@@ -25,17 +26,15 @@ from bigan.reporting.metrics_log import read_metrics
 from bigan.run.collapse import NEVER, SPECTRAL, Detector, Sign, Tick, history, spans
 from bigan.run.state import TrainState
 
-NUM_NAMED = 2  # signs in a warning
-SHOWN = (
-    "discriminator/logits_real", "discriminator/logits_fake", "discriminator/loss",
-    "generator/loss", "discriminator/grad_norm", "generator/grad_norm",
-)  # fmt: skip
+MAX_NAMED = 2  # signs in a message
+SHOWN = ("logits_real", "logits_fake", "loss", "grad_norm")  # scalars of each phase in a message
+DISTANCES = ("fd", "fid")  # logged by the evaluator as eval/<distance>/<extractor>
 
 
 def singular_values(state: TrainState) -> dict[str, Tensor]:
-    """ "spectral/<network>/<layer>" -> largest singular value, of every layer that is normalised.
+    """ "spectral/<network>/<layer>" -> largest singular value of each spectrally normalized layer.
 
-    Scalars on the device, estimated by power iteration; all ranks take part.
+    0-d tensors on the device, estimated by power iteration; all ranks call it.
     """
     found: dict[str, Tensor] = {}
     for prepared in state.prepared.values():
@@ -48,7 +47,10 @@ def singular_values(state: TrainState) -> dict[str, Tensor]:
 
 
 class Rollback:
-    """Judges every tick of a run; all methods are called by all ranks."""
+    """Checks every tick of a run for a collapse; all ranks call its methods.
+
+    A run that logs neither logits of real and generated images nor singular values is not checked.
+    """
 
     def __init__(self, state: TrainState, saver: Saver) -> None:
         self._state, self._saver = state, saver
@@ -56,15 +58,15 @@ class Rollback:
         self._lengths = spans(self._config, train.batch, train.tick_images)
         self._run_dir = state.run_config.run_dir
         self._healthy: Path | None = None
-        self._restore()
+        self._restore_detector()
 
     @property
-    def going_back(self) -> bool:
-        """Whether the run is to leave this state for a former one: `go_back`."""
+    def pending(self) -> bool:
+        """Whether `restore` must be called before training continues."""
         return self._healthy is not None
 
-    def _restore(self) -> None:
-        """Know what the run knew at this point of its progress."""
+    def _restore_detector(self) -> None:
+        """Set the detector to its state at this point of the run."""
         progress = self._state.progress
         self._detector = Detector(self._config, self._lengths)
 
@@ -75,112 +77,110 @@ class Rollback:
             return self._detector.began
 
         progress.collapse_began = on_rank_0(self._state.world, restore)
-        self._trust()
 
-    def _trust(self) -> None:
-        """Have the saver keep what a collapse, now or in the next ticks, would be undone with."""
-        progress = self._state.progress
-        recent = progress.images_seen - self._lengths.hindsight
-        ill = progress.collapse_began != NEVER
-        self._saver.trusted_until = progress.collapse_began if ill else recent
-
-    def judge(self, report: dict[str, float]) -> None:
-        """After a tick. Raises `RunError` if the run must stop."""
-        state = self._state
-        progress = state.progress
+    def check(self, report: dict[str, float]) -> None:
+        """After a tick. Raises `RunError`, on all ranks, if the run must stop."""
+        state, progress = self._state, self._state.progress
         tick = Tick.of(progress.images_seen, report)
         if tick is None:
             return
         signs: list[Sign] = []
         began = NEVER
         if state.world.is_rank_0:
-            signs = self._detector.look(tick)
+            signs = self._detector.update(tick)
             began = self._detector.began
         began, signs = broadcast(state.world, (began, signs))
         known = progress.collapse_began != NEVER
         progress.collapse_began = began
-        self._trust()
+        # The saver keeps a checkpoint from before a collapse, present or not yet detected.
+        healthy_until = progress.images_seen - self._lengths.lag if began == NEVER else began
+        self._saver.trusted_until = healthy_until
         if not signs or (known and self._config.action == "warn"):
             return
-        self._saver.finish()  # the checkpoint under way may be the one to go back to
+        self._saver.finish()  # the checkpoint being saved may be the one to restore
         self._healthy = on_rank_0(state.world, lambda: self._decide(signs, report))
 
     def _decide(self, signs: list[Sign], report: dict[str, float]) -> Path | None:
-        """The checkpoint to go back to, or None to go on; on rank 0. Raises `RunError`."""
-        config, progress = self._config, self._state.progress
+        """The checkpoint to restore, or None to continue; on rank 0. Raises `RunError`."""
+        config, progress, echo = self._config, self._state.progress, self._state.engine.echo
         healthy = checkpoint.latest_until(self._run_dir, progress.collapse_began)
-        says = describe(signs, report, progress.images_seen, progress.collapse_began)
+        finding = describe(signs, report, progress.images_seen, progress.collapse_began)
         best = best_snapshot(self._run_dir)
         if best:
-            says += f"; the best snapshot so far is {best[0]} ({best[1]} {best[2]:.3g})"
-        way_out = "another run_dir with lower learning rates"
+            finding += f"; the best snapshot so far is {best[0]} ({best[1]} {best[2]:.3g})"
+        advice = "use another run_dir with lower learning rates"
         if healthy:
-            says += f"; checkpoint {healthy.name} is from before it"
-            way_out = (
-                f"collapse.action=rollback goes back to {healthy.name} at lower learning rates"
+            finding += f"; checkpoint {healthy.name} is from before it"
+            advice = (
+                f"collapse.action=rollback continues from {healthy.name} with lower learning rates"
             )
         if config.action == "warn":
             kept = " and is kept" if healthy else ""
-            self._state.engine.echo(f"{says}{kept}; training goes on ({way_out})")
+            echo(f"{finding}{kept}; training continues ({advice})")
             return None
         if config.action == "stop":
             raise RunError(
-                f"{says}; stopped, nothing is saved of this state; {way_out}, "
-                "collapse.action=warn goes on regardless"
+                f"{finding}; stopped without saving this state; {advice}, collapse.action=warn "
+                "continues in spite of it"
             )
         if healthy is None:
-            raise RunError(
-                f"{says}; there is no checkpoint from before it to go back to; use another run_dir "
-                "with lower learning rates"
-            )
+            raise RunError(f"{finding}; there is no checkpoint from before it to restore; {advice}")
         if progress.rollbacks >= config.max_rollbacks:
             raise RunError(
-                f"{says}; stopped after {progress.rollbacks} rollback(s) (collapse.max_rollbacks), "
-                f"with learning rates at {progress.lr_factor:g} of the recipe's; raise it, or use "
-                "another run_dir with another recipe"
+                f"{finding}; stopped after {progress.rollbacks} rollback(s) at "
+                f"{progress.lr_factor:g} x the learning rates of the config; raise "
+                "collapse.max_rollbacks, or use another run_dir with other settings"
             )
-        self._state.engine.echo(
-            f"{says}; going back there, all learning rates are multiplied by {config.lr_factor:g} "
+        echo(
+            f"{finding}; restoring it, all learning rates are multiplied by {config.lr_factor:g} "
             f"(rollback {progress.rollbacks + 1} of {config.max_rollbacks})"
         )
         return healthy
 
-    def go_back(self) -> None:
-        """Be in the healthy state again, with lower learning rates; `Training.prepare` follows."""
+    def restore(self) -> None:
+        """Restore the healthy checkpoint with lower learning rates; `TrainState.prepare` follows.
+
+        Raises `RunError`, on all ranks, if checkpoints cannot be deleted or changed.
+        """
         state, healthy = self._state, self._healthy
         assert healthy is not None
         rollbacks = state.progress.rollbacks + 1
         lr_factor = state.progress.lr_factor * self._config.lr_factor
 
-        def settle() -> None:
+        def commit() -> None:
             try:
                 checkpoint.discard_after(self._run_dir, int(healthy.name))
                 checkpoint.update_progress(healthy, rollbacks=rollbacks, lr_factor=lr_factor)
             except OSError as error:
                 raise RunError(
-                    f"{healthy.parent}: cannot go back to {healthy.name} "
-                    f"({error.strerror or error}); see to it, the same command tries again"
+                    f"{healthy.parent}: cannot roll back to {healthy.name} "
+                    f"({error.strerror or error}); fix it and run the same command again"
                 ) from None
 
-        on_rank_0(state.world, settle)
+        on_rank_0(state.world, commit)
         attempt = state.progress.attempt
         state.close()
-        state.build(state.stages[0])  # an engine's networks cannot always be loaded into
+        state.build(state.stages[0])  # not every engine can load into the networks it wrapped
         state.resume(healthy)
         state.engine.forget_compiled()
-        state.progress.attempt = attempt  # it is the same life
-        state.progress.rollbacks = rollbacks  # whatever a node's file cache says
+        state.progress.attempt = attempt  # a rollback is no new attempt
+        state.progress.rollbacks = rollbacks  # a node may read a cached progress.json
         state.progress.lr_factor = lr_factor
         self._healthy = None
-        self._restore()
+        self._restore_detector()
 
 
 def describe(signs: list[Sign], report: dict[str, float], images_seen: int, began: int) -> str:
-    """What was seen, the worst first."""
-    named = [str(sign) for sign in signs[:NUM_NAMED]]
-    if len(signs) > NUM_NAMED:
-        named.append(f"so did {len(signs) - NUM_NAMED} more")
-    shown = [f"{k} {report[f'train/{k}']:.3g}" for k in SHOWN if f"train/{k}" in report]
+    """The signs of a collapse, the worst first, and the scalars of each phase."""
+    named = [str(sign) for sign in signs[:MAX_NAMED]]
+    if len(signs) > MAX_NAMED:
+        named.append(f"and {len(signs) - MAX_NAMED} more values changed as far")
+    shown = [
+        f"{key.removeprefix('train/')} {value:.3g}"
+        for name in SHOWN
+        for key, value in report.items()
+        if key.startswith("train/") and key.endswith(f"/{name}")
+    ]
     return (
         f"training seems to collapse: from images_seen = {began} to {images_seen} "
         f"{', '.join(named)} ({', '.join(shown)})"
@@ -190,16 +190,23 @@ def describe(signs: list[Sign], report: dict[str, float], images_seen: int, bega
 def best_snapshot(run_dir: Path) -> tuple[int, str, float] | None:
     """(images_seen, metric, value) of the lowest distance that the evaluator has logged so far.
 
-    By the metric of the newest line; only of snapshots that still exist.
+    Of the metric of the newest evaluation, among snapshots that still exist. A snapshot that was
+    evaluated several times has its last value.
     """
     existing = {int(folder.name) for folder in snapshots.find(run_dir)}
+    prefixes = tuple(f"eval/{name}/" for name in DISTANCES)
     found = [
-        (record["images_seen"], key.removeprefix("eval/"), float(value))
+        (key.removeprefix("eval/"), record["images_seen"], float(value))
         for record in read_metrics(run_dir)
         for key, value in record.items()
-        if key.startswith(("eval/fd/", "eval/fid/")) and record["images_seen"] in existing
+        if key.startswith(prefixes) and record["images_seen"] in existing
     ]
     if not found:
         return None
-    metric = max(found)[1]
-    return min((result for result in found if result[1] == metric), key=lambda r: (r[2], r[0]))
+    newest = found[-1][0]
+    last = {seen: value for metric, seen, value in found if metric == newest}
+    ranked = [(value, seen) for seen, value in last.items() if math.isfinite(value)]
+    if not ranked:
+        return None
+    value, seen = min(ranked)
+    return seen, newest, value

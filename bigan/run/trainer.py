@@ -140,8 +140,8 @@ def run_stages(state: TrainState, loop: Loop, streams: OpenStreams) -> int:
                 )
             code = loop.run(streams)
         began = time.monotonic()
-        if loop.rollback.going_back:
-            loop.rollback.go_back()
+        if loop.rollback.pending:
+            loop.rollback.restore()
         elif code:
             return code
         elif state.progress.images_seen >= state.config.train.total_images:
@@ -183,7 +183,7 @@ class Loop:
     def run(self, streams: OpenStreams) -> int:
         """Until the stage or the run ends; returns 0, or 128 + the signal that ended it early.
 
-        Also 0 if a collapse has to be gone back from (`recovery.going_back`).
+        Also 0 if the run must be rolled back (`Rollback.pending`).
         """
         state, config, progress = self.state, self.config, self.state.progress
         if progress.images_seen == 0:
@@ -205,7 +205,7 @@ class Loop:
             if not at_tick and not self.stop_agreed():
                 continue
             stop = self.tick()
-            if self.rollback.going_back:  # before anything of this state is saved
+            if self.rollback.pending:  # before anything of this state is saved
                 return 0
             if at_check or stop:
                 self.check_replicas()
@@ -292,7 +292,7 @@ class Loop:
             attempt = {"train/attempt": progress.attempt}
             self.tracker.log(progress.images_seen, report | ranks | attempt)
             self.on_tick(progress, report)
-        self.rollback.judge(report)
+        self.rollback.check(report)
         return int(agreed["stop"])
 
     def check_replicas(self) -> None:

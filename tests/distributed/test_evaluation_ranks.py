@@ -1,4 +1,4 @@
-"""Two real gloo processes give the numbers of one, and fail together."""
+"""Two real gloo processes give the metrics of one, and fail together."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from parts import evaluated, start_run
+from commands import ROOT
+from parts import add_inverter, evaluated, start_run, write_snapshot
 
-from bigan import models, rng
-from bigan.checkpoint import snapshots
 from bigan.data.packing.pack import pack
 from bigan.distributed.world import World
 from bigan.evaluation.truncation import sweep
@@ -25,6 +24,8 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 import torch.distributed as dist
+import pytest
+from parts import add_inverter
 from bigan.errors import UserError
 from bigan.distributed.world import on_all_ranks
 from bigan.evaluation.truncation import sweep
@@ -33,6 +34,7 @@ from bigan.distributed.world import World
 
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 torch.set_num_threads(1)
+add_inverter(pytest.MonkeyPatch())
 dist.init_process_group("gloo", timeout=timedelta(seconds=100))
 
 def fail_on_rank_1():
@@ -62,13 +64,14 @@ dist.destroy_process_group()
 def launch(size: int, *run_dirs: Path) -> list[str]:
     """The output of each rank of `size` processes that evaluate the runs one after the other.
 
-    At last they measure snapshot 100 of the first run truncated at 0.3.
+    Then they measure snapshot 100 of the first run at truncation 0.3.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, *map(str, run_dirs)],
@@ -85,13 +88,11 @@ def launch(size: int, *run_dirs: Path) -> list[str]:
             process.wait()
 
 
-def make_run(run_dir: Path, data: Path, images_seen: tuple[int, ...]) -> None:
-    config = evaluated(run_dir, data, num_samples=203)
+def make_run(run_dir: Path, data: Path, images_seen: tuple[int, ...], **evaluation: object) -> None:
+    config = evaluated(run_dir, data, **{"num_samples": 203} | evaluation)
     start_run(config)
-    generator, _ = models.build(config.model)
-    generator.init_weights(rng.torch_generator(0, "test/init"))
     for images in images_seen:
-        snapshots.write(run_dir, images, generator, config)
+        write_snapshot(config, images, seed=0)
     (run_dir / "DONE").write_text("")
 
 
@@ -102,32 +103,40 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_processes_give_the_numbers_of_one_and_fail_together(
-    tmp_path: Path, data: Path
+def test_two_processes_give_the_metrics_of_one_and_fail_together(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One good run, then one with a damaged snapshot: every rank says so, none waits for ever."""
+    """A good run, one of a sampler with inputs, and one with a damaged snapshot.
+
+    Every rank reports the damage; none waits forever.
+    """
+    add_inverter(monkeypatch)
     single, double, damaged = tmp_path / "single", tmp_path / "double", tmp_path / "damaged"
     for run_dir in (single, double, damaged):
         make_run(run_dir, data, (100, 200))
-    weights = damaged / "snapshots" / "200" / "weights.safetensors"
+    inverted = [tmp_path / f"inverted-{size}" for size in (1, 2)]
+    for run_dir in inverted:
+        make_run(run_dir, data, (100,), sampler="inverted", split="test", num_samples=300)
+    weights = damaged / "snapshots" / "200" / "generator_ema.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
 
     evaluate(single, World(), watch=True, echo=lambda line: None)
     sweep(single, World(), [0.3, None], which="100", echo=lambda line: None)
-    outputs = launch(2, double, damaged)
+    evaluate(inverted[0], World(), watch=False, echo=lambda line: None)
+    outputs = launch(2, double, inverted[1], damaged)
 
     assert "images_seen 200 " in outputs[0]
-    assert len(outputs[1].splitlines()) == 2, outputs  # rank 1 only tells its errors
+    assert len(outputs[1].splitlines()) == 2, outputs  # rank 1 prints its errors only
     for output in outputs:
         assert "together: only here" in output
         assert "UserError" in output
-        assert "weights.safetensors: cannot be read" in output
+        assert "generator_ema.safetensors: cannot be read" in output
     assert _steps(double) == [100, 200, 100]
     assert _steps(damaged) == [100]
-    for images_seen in (100, 200):
+    for images_seen, runs in ((100, (single, double)), (200, (single, double)), (100, inverted)):
         one, two = (
             json.loads((run_dir / "evaluation" / f"{images_seen}.json").read_text())
-            for run_dir in (single, double)
+            for run_dir in runs
         )
         assert one["protocol"] == two["protocol"]
         for key, value in one["metrics"].items():

@@ -10,27 +10,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from parts import evaluated, start_run
+from parts import Inverter, add_inverter, evaluated, start_run, write_snapshot
+from PIL import Image
 
 from bigan import config as configs
-from bigan import models, rng
+from bigan import models
 from bigan.checkpoint import snapshots
 from bigan.data.packing.pack import pack
+from bigan.data.streaming.stream import sequential
 from bigan.distributed.world import World
 from bigan.errors import UserError
-from bigan.evaluation import features, metrics, moments, sampling
-from bigan.evaluation.judge import Judge, Record, Task
-from bigan.evaluation.ledger import Ledger
+from bigan.evaluation import extractors, metrics, moments, sampling
+from bigan.evaluation.evaluator import Evaluator
+from bigan.evaluation.metrics import Estimate, Features, Metric, Name
+from bigan.evaluation.records import Record, Records, Task
+from bigan.evaluation.truncation import sweep
 from bigan.evaluation.watcher import evaluate
+from bigan.objectives.samplers import LatentSampler
 from bigan.run_config import RunConfig
 
 FD, CS = "fd/digits8-cnn-v1", "cs/digits8-cnn-v1"
-
-
-def write_snapshot(config: RunConfig, images_seen: int) -> Path:
-    generator, _ = models.build(config.model)
-    generator.init_weights(rng.torch_generator(images_seen, "test/init"))
-    return snapshots.write(config.run_dir, images_seen, generator, config)
 
 
 def journal(run_dir: Path) -> list[dict[str, float]]:
@@ -43,7 +42,9 @@ def run(config: RunConfig, watch: bool = False) -> list[str]:
     return lines
 
 
-def test_every_snapshot_is_measured_once_and_oldest_first(tmp_path: Path, digits: Path) -> None:
+def test_every_snapshot_is_measured_once_and_oldest_first(
+    tmp_path: Path, digits: Path, drawn_plots: None
+) -> None:
     config = evaluated(tmp_path / "run", digits)
     start_run(config)
     for images_seen in (100, 1000, 200):
@@ -54,6 +55,8 @@ def test_every_snapshot_is_measured_once_and_oldest_first(tmp_path: Path, digits
         ["images_seen", str(n)] for n in (100, 200, 1000)
     ]
     assert [line["images_seen"] for line in journal(config.run_dir)] == [100, 200, 1000]
+    with Image.open(config.run_dir / "curves.png") as picture:
+        assert picture.width > 500
 
     record = json.loads((config.run_dir / "evaluation" / "200.json").read_text())
     protocol = record["protocol"]
@@ -62,9 +65,11 @@ def test_every_snapshot_is_measured_once_and_oldest_first(tmp_path: Path, digits
     assert journal(config.run_dir)[1][f"eval/{CS}"] == record["metrics"][CS]
     assert f"{FD} {record['metrics'][FD]:.3f}" in lines[2]
     assert "(40 samples, " in lines[2]
-    assert protocol["extractor_sha256"] == features.DIGITS8_SHA256
+    assert protocol["extractor_sha256"] == extractors.DIGITS8_SHA256
     assert (protocol["num_samples"], protocol["num_reference"]) == (40, 1297)
-    assert protocol.keys() >= {"seed", "data_fingerprint", "truncation", "label_law", "splits"}
+    assert protocol.keys() >= {"seed", "data_fingerprint", "truncation", "splits"}
+    assert "split train" in protocol["label_distribution"]
+    assert protocol["networks"] == ["generator_ema"]
     assert record["versions"].keys() >= {"torch", "torch-fidelity", "python"}
 
     before = {p.name: p.stat().st_mtime_ns for p in (config.run_dir / "evaluation").iterdir()}
@@ -85,18 +90,23 @@ def test_numbers_are_those_of_the_snapshots_generator(
     run(config)
     found = json.loads((config.run_dir / "evaluation" / "100.json").read_text())["metrics"]
 
-    generator, _ = snapshots.load(folder)
-    counts = [sum(1 for label in _train_labels() if label == c) for c in range(10)]
+    snapshot = snapshots.load(folder)
+    counts = tuple(_train_labels().bincount(minlength=10).tolist())
+    sampler = LatentSampler("generator", config.model.z_dim, counts)
+    networks, world, cpu = snapshot.networks, World(), torch.device("cpu")
     if truncation:  # its own statistics, not those stored
-        device = torch.device("cpu")
-        sampling.accumulate_statistics(generator, config, counts, 100, World(), device)
-    images = torch.cat([i for _, i in sampling.generate(generator, config, counts, World())])
-    extractor = features.create(features.DIGITS8)
+        batch = sampling.standing_batch(config)
+        sampling.accumulate_statistics(
+            networks, sampler, config.train, 100, truncation, batch, world
+        )
+    blocks = sampling.generate(networks, sampler, config.evaluation, truncation, world, cpu)
+    images = torch.cat([part for _, part in blocks])
+    extractor = extractors.create(extractors.DIGITS8)
     sampled, logits = extractor(images)
     real, _ = extractor(_train_images())
-    distance = metrics.frechet_distance(moments.of(sampled), moments.of(real))
+    distance = metrics.frechet_distance(moments.from_features(sampled), moments.from_features(real))
     assert found[FD] == pytest.approx(distance, rel=1e-5)
-    assert found[CS] == pytest.approx(metrics.classifier_score(logits, 1).mean, rel=1e-5)
+    assert found[CS] == pytest.approx(metrics.classifier_score(logits, 1).value, rel=1e-5)
 
 
 def _train_images() -> torch.Tensor:
@@ -105,13 +115,13 @@ def _train_images() -> torch.Tensor:
     return load_split("train")[0]
 
 
-def _train_labels() -> list[int]:
+def _train_labels() -> torch.Tensor:
     from bigan.evaluation.train_digits8_cnn import load_split
 
-    return load_split("train")[1].tolist()
+    return load_split("train")[1]
 
 
-def test_another_protocol_or_generator_is_measured_anew(tmp_path: Path, digits: Path) -> None:
+def test_another_protocol_or_generator_is_measured_again(tmp_path: Path, digits: Path) -> None:
     config = evaluated(tmp_path / "run", digits)
     start_run(config)
     for images_seen in (100, 200):
@@ -121,11 +131,109 @@ def test_another_protocol_or_generator_is_measured_anew(tmp_path: Path, digits: 
     start_run(changed)
     run(changed)
     assert [line["images_seen"] for line in journal(config.run_dir)] == [100, 200, 100, 200]
-    generator, _ = models.build(config.model)
-    generator.init_weights(rng.torch_generator(7, "test/other"))
-    snapshots.write(config.run_dir, 200, generator, config)
+    write_snapshot(config, 200, seed=7)
     run(changed)
     assert [line["images_seen"] for line in journal(config.run_dir)][4:] == [200]
+
+
+def test_a_change_of_any_network_file_changes_the_fingerprint(tmp_path: Path, digits: Path) -> None:
+    config = evaluated(tmp_path / "run", digits)
+    start_run(config)
+    folder = write_snapshot(config, 100)
+
+    def measured() -> dict:
+        run(config)
+        return json.loads((config.run_dir / "evaluation" / "100.json").read_text())
+
+    first = measured()
+    assert first["protocol"]["sampler"] == "latent"
+    (folder / "encoder.safetensors").write_bytes(b"of another sampler")
+    second = measured()
+    (folder / "encoder.safetensors").rename(folder / "renamed.safetensors")
+    third = measured()
+    hashes = {record["protocol"]["snapshot_sha256"] for record in (first, second, third)}
+    fingerprints = {record["fingerprint"] for record in (first, second, third)}
+    assert len(hashes) == len(fingerprints) == 3
+    assert first["metrics"] == second["metrics"] == third["metrics"]
+
+
+def test_a_metric_is_one_function_and_one_entry(
+    tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, drawn_plots: None
+) -> None:
+    """It is computed, logged and printed, and snapshots without it are measured again."""
+    config = evaluated(tmp_path / "run", digits)
+    start_run(config)
+    write_snapshot(config, 100)
+    run(config)
+
+    def mean_distance(features: Features) -> Estimate:
+        return Estimate(float((features.generated.mean - features.reference.mean).norm()))
+
+    names = Name("md", "Distance of means"), Name("md", "Distance of means")
+    monkeypatch.setitem(metrics.METRICS, "mean_distance", Metric(mean_distance, *names))
+    key = "md/digits8-cnn-v1"
+    lines = run(config)
+    record = json.loads((config.run_dir / "evaluation" / "100.json").read_text())
+    assert list(record["metrics"]) == [FD, CS, key]
+    assert 0 < record["metrics"][key] ** 2 < record["metrics"][FD]
+    assert journal(config.run_dir)[1][f"eval/{key}"] == record["metrics"][key]
+    assert any(f"{key} {record['metrics'][key]:.3f}" in line for line in lines)
+    sweep(config.run_dir, World(), [None], echo=lines.append)
+    assert lines[-3].split() == ["truncation", FD, CS, key]
+    with Image.open(config.run_dir / "evaluation" / "truncation-100.png") as picture:
+        assert picture.height > 800  # four panels in two rows
+
+
+# --- samplers -------------------------------------------------------------------------------
+
+
+def test_an_unknown_sampler_is_one_line(tmp_path: Path, digits: Path) -> None:
+    config = evaluated(tmp_path / "run", digits, sampler="inverted")
+    start_run(config)
+    with pytest.raises(UserError) as error:
+        run(config, watch=True)
+    line = str(error.value)
+    assert "\n" not in line
+    assert "evaluation.sampler = 'inverted'" in line
+    assert line.endswith("sampler(s) latent")
+
+
+def test_a_sampler_with_inputs_is_compared_on_their_images(
+    tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One image for each input in order; the numbers are those of the inverted digits."""
+    add_inverter(monkeypatch)
+    config = evaluated(tmp_path / "run", digits, sampler="inverted", split="test", num_samples=9999)
+    start_run(config)
+    write_snapshot(config, 100)
+    run(config)
+    record = json.loads((config.run_dir / "evaluation" / "100.json").read_text())
+    protocol = record["protocol"]
+    assert (protocol["sampler"], protocol["num_samples"]) == ("inverted", 500)
+    assert protocol["inputs_fingerprint"] == protocol["data_fingerprint"]
+    assert "label_distribution" not in protocol
+
+    (images,) = sequential(digits, "test", World(), 500)
+    pixels = images.pixels.permute(0, 3, 1, 2)
+    num_blocks = -(-500 // config.evaluation.batch)
+    draws = [Inverter().draws(0, "evaluation", b, 16, None)["shift"] for b in range(num_blocks)]
+    inverted = models.to_uint8(1 - pixels / 127.5 + torch.cat(draws)[:500] / 8)
+    extractor = extractors.create(extractors.DIGITS8)
+    generated, real = (moments.from_features(extractor(x)[0]) for x in (inverted, pixels))
+    distance = metrics.frechet_distance(generated, real)
+    assert distance > 5
+    assert record["metrics"][FD] == pytest.approx(distance, rel=1e-5)
+
+    with pytest.raises(UserError, match="sampler inverted does not support truncation"):
+        sweep(config.run_dir, World(), [0.5], echo=lambda _: None)
+    plain = evaluated(tmp_path / "run", digits, split="test", num_samples=9999)
+    start_run(plain)  # the first sampler of the objective
+    run(plain)
+    again = json.loads((config.run_dir / "evaluation" / "100.json").read_text())
+    assert (again["protocol"]["sampler"], again["protocol"]["num_samples"]) == ("latent", 9999)
+
+
+# --- the run folder -------------------------------------------------------------------------
 
 
 def test_watching_waits_for_the_run_and_ends_with_it(tmp_path: Path, digits: Path) -> None:
@@ -169,10 +277,10 @@ def test_watching_waits_for_the_run_and_ends_with_it(tmp_path: Path, digits: Pat
 
 
 def test_a_snapshot_written_just_before_done_is_not_missed(tmp_path: Path, digits: Path) -> None:
-    """The end of the run falls between the two looks of the watcher."""
+    """The run ends after the snapshots are listed and before `DONE` is read."""
     config = evaluated(tmp_path / "run", digits)
     start_run(config)
-    ledger = Ledger(config.run_dir, {})
+    records = Records(config.run_dir, {})
     real_find = snapshots.find
 
     def find_then_finish(run_dir: Path) -> list[Path]:
@@ -183,8 +291,8 @@ def test_a_snapshot_written_just_before_done_is_not_missed(tmp_path: Path, digit
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(snapshots, "find", find_then_finish)
-        assert ledger.next_task() == (None, False)
-    task, _ = ledger.next_task()
+        assert records.next_task() == (None, False)
+    task, _ = records.next_task()
     assert task is not None
 
 
@@ -192,17 +300,17 @@ def test_a_snapshot_replaced_meanwhile_is_taken_again(tmp_path: Path, digits: Pa
     config = evaluated(tmp_path / "run", digits)
     start_run(config)
     write_snapshot(config, 100)
-    real_measure, calls = Judge.measure, []
+    real_measure, calls = Evaluator.measure, []
 
-    def replaced(judge: Judge, task: Task, truncation: float | None) -> Record:
+    def replaced(evaluator: Evaluator, task: Task, truncation: float | None) -> Record:
         calls.append(task)
         if len(calls) == 1:
             write_snapshot(config, 100)
             raise UserError("the folder was gone for a moment")
-        return real_measure(judge, task, truncation)
+        return real_measure(evaluator, task, truncation)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Judge, "measure", replaced)
+        patch.setattr(Evaluator, "measure", replaced)
         run(config)
     assert len(calls) == 2
     assert [line["images_seen"] for line in journal(config.run_dir)] == [100]
@@ -224,7 +332,10 @@ def test_bad_input_is_one_line_and_leaves_no_trace(tmp_path: Path, digits: Path)
     with pytest.raises(UserError, match="nowhere"):
         run(missing, watch=True)
     inception = evaluated(
-        tmp_path / "run", digits, extractor=features.INCEPTION, weights_path=str(tmp_path / "w.pth")
+        tmp_path / "run",
+        digits,
+        extractor=extractors.INCEPTION,
+        weights_path=str(tmp_path / "w.pth"),
     )
     start_run(inception)
     with pytest.raises(UserError, match=r"w\.pth: no Inception weights"):

@@ -1,4 +1,4 @@
-"""Truncation: statistics accumulated anew, psi, the table over t; with real snapshots."""
+"""Truncation: accumulated statistics, psi, the table over t; on snapshots of tiny networks."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from pathlib import Path
 import pytest
 import torch
 from commands import TEN_CLASSES
-from parts import evaluated, make, start_run
+from parts import evaluated, make, start_run, untrained_generator, write_snapshot
 from PIL import Image
 from torch import Tensor, nn
 
 from bigan import models, rng
-from bigan.checkpoint import snapshots
 from bigan.cli.main import main
 from bigan.distributed.world import World
 from bigan.errors import UserError
 from bigan.evaluation import sampling
-from bigan.evaluation.judge import Judge, Record, Task
+from bigan.evaluation.evaluator import Evaluator
+from bigan.evaluation.records import Record, Task
 from bigan.evaluation.truncation import sweep
 from bigan.evaluation.watcher import evaluate
 from bigan.layers.batchnorm import normalisation_layers
+from bigan.objectives.samplers import LatentSampler, truncated_normal
 from bigan.run_config import RunConfig
 
 FD, CS = "fd/digits8-cnn-v1", "cs/digits8-cnn-v1"
 CPU = torch.device("cpu")
-COUNTS = [1] * 10
+COUNTS = (1,) * 10
 
 
 def run_config(run_dir: Path, data: Path, model: str = "biggan", **evaluation: object) -> RunConfig:
@@ -37,18 +38,29 @@ def run_config(run_dir: Path, data: Path, model: str = "biggan", **evaluation: o
 
 
 def run_with_snapshots(config: RunConfig, *images_seen: int) -> None:
-    """A run folder as training leaves it, with these snapshots of untrained generators."""
+    """A run folder with snapshots of untrained generators."""
     start_run(config)
     for seen in images_seen:
-        snapshots.write(config.run_dir, seen, generator_of(config, seen), config)
+        write_snapshot(config, seen)
 
 
-def generator_of(config: RunConfig, seed: int = 0) -> nn.Module:
-    generator, _ = models.build(config.model)
-    generator.init_weights(rng.torch_generator(seed, "test/init"))
-    if config.model.name == "stylegan2":
-        generator.mapping.w_average.normal_(generator=torch.Generator().manual_seed(seed))
-    return generator.eval().requires_grad_(False)
+def sampler_of(config: RunConfig, counts: tuple[int, ...] = COUNTS) -> LatentSampler:
+    model = config.model
+    return LatentSampler("generator", model.z_dim, counts, truncates=model.latent_space)
+
+
+def accumulate(
+    generator: nn.Module,
+    config: RunConfig,
+    truncation: float | None,
+    counts: tuple[int, ...] = COUNTS,
+    images_seen: int = 0,
+) -> None:
+    networks, batch = {"generator": generator}, sampling.standing_batch(config)
+    sampler = sampler_of(config, counts)
+    sampling.accumulate_statistics(
+        networks, sampler, config.train, images_seen, truncation, batch, World()
+    )
 
 
 def measure(
@@ -74,52 +86,47 @@ def journal(config: RunConfig) -> list[dict]:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float | None]]:
-    """What is really measured: (images_seen, truncation)."""
+    """(images_seen, truncation) of every measurement."""
     calls: list[tuple[int, float | None]] = []
-    real = Judge.measure
+    real = Evaluator.measure
 
-    def counted(judge: Judge, task: Task, truncation: float | None) -> Record:
+    def counted(evaluator: Evaluator, task: Task, truncation: float | None) -> Record:
         calls.append((task.images_seen, truncation))
-        return real(judge, task, truncation)
+        return real(evaluator, task, truncation)
 
-    monkeypatch.setattr(Judge, "measure", counted)
+    monkeypatch.setattr(Evaluator, "measure", counted)
     return calls
 
 
 # --- standing statistics --------------------------------------------------------------------
 
 
-def truncated(config: RunConfig, truncation: float | None) -> RunConfig:
-    settings = config.evaluation.model_copy(update={"truncation": truncation})
-    return config.model_copy(update={"evaluation": settings})
-
-
 def test_without_a_bound_they_are_those_that_training_stored(
     recipe: Callable[..., RunConfig],
 ) -> None:
-    """The same draws in the same batches: what a truncation changes is the truncation alone."""
+    """The same draws in the same batches: a truncation changes nothing else."""
     config = recipe()
-    training, stream = make(config)
+    state, stream = make(config)
     with stream:
-        training.progress.images_seen = 200
-        training.collect_standing_statistics()
-    again = copy.deepcopy(training.average)
+        state.progress.images_seen = 200
+        state.collect_standing_statistics()
+    average = state.averages["generator"]
+    again = copy.deepcopy(average).eval()
     for layer in normalisation_layers(again):
         layer.reset_statistics()
-    counts = list(TEN_CLASSES.values())
-    sampling.accumulate_statistics(again, config, counts, 200, World(), CPU)
-    expected = training.average.state_dict()
+    accumulate(again, config, None, tuple(TEN_CLASSES.values()), 200)
+    expected = average.state_dict()
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
-    assert not again.training
+    assert not any(module.training for module in again.modules())
 
 
 def test_they_are_of_latents_truncated_alike(tmp_path: Path) -> None:
-    """In evaluation every layer meets the mean and variance that it was told of."""
+    """In evaluation mode every layer gets inputs with the variance of its statistics."""
     config = run_config(tmp_path, tmp_path)
     train = config.train.model_copy(update={"standing_batches": 20})
     config = config.model_copy(update={"train": train})
-    generator = generator_of(config)
+    generator = untrained_generator(config)
 
     def mismatch(truncation: float) -> float:
         """The largest ratio (or its inverse) of a layer's variance to its standing one."""
@@ -130,7 +137,7 @@ def test_they_are_of_latents_truncated_alike(tmp_path: Path) -> None:
 
         layers = normalisation_layers(generator)
         handles = [layer.register_forward_pre_hook(look) for layer in layers]
-        z = sampling.latents(5, "test/z", 0, (400, 12), truncation)
+        z = truncated_normal(5, "test/z", 0, (400, 12), truncation)
         generator(z, torch.arange(400) % 10)
         for handle in handles:
             handle.remove()
@@ -138,20 +145,18 @@ def test_they_are_of_latents_truncated_alike(tmp_path: Path) -> None:
         return max(max(r.item(), 1 / r.item()) for r in ratios)
 
     for truncation in (0.2, 1.0):
-        sampling.accumulate_statistics(
-            generator, truncated(config, truncation), COUNTS, 0, World(), CPU
-        )
+        accumulate(generator, config, truncation)
         assert mismatch(truncation) < 1.2
     assert mismatch(0.2) > 5  # with the statistics of 1.0
 
 
 def test_batches_and_labels(tmp_path: Path) -> None:
-    """As many as the recipe says, of the size that can be set; labels by the data's law."""
-    config = truncated(run_config(tmp_path, tmp_path, standing_batch=7), 0.1)
-    generator = generator_of(config)
+    """`train.standing_batches` of a configurable size; labels by the data's frequencies."""
+    config = run_config(tmp_path, tmp_path, standing_batch=7)
+    generator = untrained_generator(config)
     seen: list[tuple[Tensor, Tensor]] = []
     generator.register_forward_pre_hook(lambda _, args: seen.append(args))
-    sampling.accumulate_statistics(generator, config, [0] * 9 + [1], 0, World(), CPU)
+    accumulate(generator, config, 0.1, (0,) * 9 + (1,))
     assert [len(z) for z, _ in seen] == [7, 7, 7]
     assert all(z.abs().max() <= 0.1 and (labels == 9).all() for z, labels in seen)
     assert len({z.sum().item() for z, _ in seen}) == 3
@@ -165,16 +170,19 @@ def test_batches_and_labels(tmp_path: Path) -> None:
 
 def test_a_mean_latent_makes_it_psi(tmp_path: Path) -> None:
     """z is left alone, w moves towards its mean."""
-    config = truncated(run_config(tmp_path, tmp_path, "stylegan2"), 0.5)
-    generator = generator_of(config)
+    config = run_config(tmp_path, tmp_path, "stylegan2")
+    generator = untrained_generator(config)
     before = copy.deepcopy(generator.state_dict())
-    sampling.accumulate_statistics(generator, config, COUNTS, 0, World(), CPU)  # there are none
+    accumulate(generator, config, 0.5)  # there are no statistics
     assert all(torch.equal(before[name], t) for name, t in generator.state_dict().items())
-    start, images = next(sampling.generate(generator, config, COUNTS, World()))
-    z = sampling.latents(0, "evaluation/z", 0, (16, 12), None)
+    networks, settings = {"generator": generator}, config.evaluation
+    start, images = next(
+        sampling.generate(networks, sampler_of(config), settings, 0.5, World(), CPU)
+    )
+    z = truncated_normal(0, "evaluation/z", 0, (16, 12), None)
     labels = rng.labels(0, "evaluation/labels", 0, 16, COUNTS)
     assert start == 0
-    expected = models.to_uint8(generator(z, labels, truncation_psi=0.5))
+    expected = models.to_uint8(generator(z, labels, truncation_psi=torch.full((16,), 0.5)))
     assert torch.equal(images, expected)
     assert not torch.equal(images, models.to_uint8(generator(z, labels)))
 
@@ -182,8 +190,8 @@ def test_a_mean_latent_makes_it_psi(tmp_path: Path) -> None:
 # --- the table ------------------------------------------------------------------------------
 
 
-def test_a_sweep_is_a_table_a_picture_and_log_lines(
-    tmp_path: Path, digits: Path, measured: list[tuple[int, float | None]]
+def test_a_sweep_is_a_table_a_plot_and_log_lines(
+    tmp_path: Path, digits: Path, measured: list[tuple[int, float | None]], drawn_plots: None
 ) -> None:
     config = run_config(tmp_path / "run", digits)
     run_with_snapshots(config, 100, 200)
@@ -194,12 +202,13 @@ def test_a_sweep_is_a_table_a_picture_and_log_lines(
     for truncation, record in records.items():
         assert record["metrics"].keys() == {FD, CS}
         assert record["versions"].keys() >= {"torch", "torch-fidelity"}
-        assert ("truncation_law" in record["protocol"]) == (truncation is not None)
+        assert ("truncation_method" in record["protocol"]) == (truncation is not None)
     assert len({record["fingerprint"] for record in records.values()}) == 3
     assert len({record["metrics"][FD] for record in records.values()}) == 3
-    assert "drawn again" in records[0.2]["protocol"]["truncation_law"]
-    assert "3 x 20" in records[0.2]["protocol"]["generator"]
-    assert any("snapshot 200: the newest" in line for line in lines)
+    assert "drawn again" in records[0.2]["protocol"]["truncation_method"]
+    assert "3 x 20" in records[0.2]["protocol"]["batch_statistics"]
+    assert records[None]["protocol"]["batch_statistics"] == "standing"
+    assert any("snapshot 200: the latest" in line for line in lines)
     assert any("truncation 0.2, " in line for line in lines)
     shown = lines[lines.index(f"truncation  {FD}  {CS}") + 1 :]
     assert [line.split()[:2] for line in shown[:3]] == [
@@ -249,7 +258,7 @@ def test_nothing_is_measured_twice(
 def test_the_record_without_truncation_is_the_snapshots_own(
     tmp_path: Path, digits: Path, measured: list[tuple[int, float | None]]
 ) -> None:
-    """And where the recipe truncates, the one with its truncation is."""
+    """Where the config truncates, the record with its truncation is."""
     config = run_config(tmp_path / "run", digits, truncation=0.5)
     run_with_snapshots(config, 100)
     measure(config, 0.5, None)
@@ -266,14 +275,14 @@ def test_an_interrupted_sweep_goes_on(
     config = run_config(tmp_path / "run", digits)
     run_with_snapshots(config, 100)
     with monkeypatch.context() as patch:
-        counted = Judge.measure
+        counted = Evaluator.measure
 
-        def killed(judge: Judge, task: Task, truncation: float | None) -> Record:
+        def killed(evaluator: Evaluator, task: Task, truncation: float | None) -> Record:
             if truncation == 0.5:
                 raise KeyboardInterrupt
-            return counted(judge, task, truncation)
+            return counted(evaluator, task, truncation)
 
-        patch.setattr(Judge, "measure", killed)
+        patch.setattr(Evaluator, "measure", killed)
         with pytest.raises(KeyboardInterrupt):
             measure(config, 0.2, 0.5)
     measure(config, 0.2, 0.5)
@@ -285,15 +294,15 @@ def test_a_snapshot_written_again_meanwhile_gives_no_number(
 ) -> None:
     config = run_config(tmp_path / "run", digits)
     run_with_snapshots(config, 100)
-    real = Judge.measure
+    real = Evaluator.measure
 
-    def replaced(judge: Judge, task: Task, truncation: float | None) -> Record:
-        record = real(judge, task, truncation)
-        snapshots.write(config.run_dir, 100, generator_of(config, 7), config)
+    def replaced(evaluator: Evaluator, task: Task, truncation: float | None) -> Record:
+        record = real(evaluator, task, truncation)
+        write_snapshot(config, 100, seed=7)
         return record
 
-    monkeypatch.setattr(Judge, "measure", replaced)
-    with pytest.raises(UserError, match="written again meanwhile"):
+    monkeypatch.setattr(Evaluator, "measure", replaced)
+    with pytest.raises(UserError, match="snapshots/100: was replaced"):
         measure(config, 0.5)
     assert not (config.run_dir / "evaluation" / "truncation-100.json").exists()
 
@@ -303,7 +312,7 @@ def test_which_snapshot(
 ) -> None:
     config = run_config(tmp_path / "run", digits)
     run_with_snapshots(config, 100, 200, 1000)
-    with pytest.raises(UserError, match="no snapshot has been measured"):
+    with pytest.raises(UserError, match=r"no snapshot is measured.*--snapshot latest"):
         measure(config, 0.5, which="best")
     evaluate(config.run_dir, World(), watch=False, echo=lambda _: None)
     for seen, distance in ((100, 3.0), (200, 2.0), (1000, 9.0)):
@@ -322,26 +331,27 @@ def test_which_snapshot(
 def test_psi_is_named_and_bounded(tmp_path: Path, digits: Path) -> None:
     config = run_config(tmp_path / "run", digits, "stylegan2")
     run_with_snapshots(config, 100)
-    with pytest.raises(UserError, match=r"truncation 1\.5: stylegan2 has a mean latent.*psi"):
+    with pytest.raises(UserError, match=r"truncation 1\.5: .*stylegan2 has a mean latent.*psi"):
         measure(config, 1.5)
     with pytest.raises(UserError, match=r"use 0\.02 or more"):
         measure(config, 0.001)
     measure(config, 0.5)
     protocol = table(config, 100)[0.5]["protocol"]
-    assert protocol["truncation_law"].startswith("psi")
-    assert protocol["generator"] == "averaged weights, standing batch statistics"
+    assert protocol["truncation_method"].startswith("psi")
+    assert protocol["networks"] == ["generator_ema"]
+    assert "batch_statistics" not in protocol
 
 
 def test_micro_batches_are_remarked_on(tmp_path: Path, digits: Path) -> None:
     config = run_config(tmp_path / "run", digits)
     run_with_snapshots(config, 100)
     micro = ["train.micro_batch=5"]
-    said = "evaluation.standing_batch"
-    assert any(said in line for line in measure(config, 0.5, overrides=micro))
-    assert not any(said in line for line in measure(config, None, overrides=micro))
+    remark = "evaluation.standing_batch"
+    assert any(remark in line for line in measure(config, 0.5, overrides=micro))
+    assert not any(remark in line for line in measure(config, None, overrides=micro))
     chosen = [*micro, "evaluation.standing_batch=10"]
-    assert not any(said in line for line in measure(config, 0.5, overrides=chosen))
-    assert "3 x 10" in table(config, 100)[0.5]["protocol"]["generator"]
+    assert not any(remark in line for line in measure(config, 0.5, overrides=chosen))
+    assert "3 x 10" in table(config, 100)[0.5]["protocol"]["batch_statistics"]
 
 
 def test_the_command(tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str]) -> None:

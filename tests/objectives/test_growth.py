@@ -298,9 +298,9 @@ def test_a_collapse_is_gone_back_from_into_a_former_stage(
 
     said: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr(collapse.Detector, "look", look)
+        patch.setattr(collapse.Detector, "update", look)
         assert train(config, said.append, lambda *_: None) == 0
-    assert sum("going back there" in line for line in said) == 1
+    assert sum("(rollback 1 of " in line for line in said) == 1
     assert [line.split(",")[0] for line in said if line.startswith("stage")] == [
         "stage 1 of 5: 4 px", "stage 2 of 5: 8 px", "stage 3 of 5: 8 px", "stage 4 of 5: 16 px",
         "stage 2 of 5: 8 px", "stage 3 of 5: 8 px", "stage 4 of 5: 16 px",

@@ -1,11 +1,11 @@
-"""Collapse: found on synthetic curves and in real runs, which warn, stop, or go back and go on."""
+"""Collapse: detected on synthetic curves, and in real runs that warn, stop or roll back."""
 
 from __future__ import annotations
 
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,17 +19,20 @@ from bigan.distributed.world import World
 from bigan.engine import Engine
 from bigan.errors import RunError
 from bigan.layers.spectral import spectral_layers
-from bigan.reporting.metrics_log import read_metrics
-from bigan.run.collapse import GAP, NEVER, CollapseConfig, Detector, Spans, Tick, history, spans
-from bigan.run.rollback import best_snapshot, singular_values
-from bigan.run.state import Training
+from bigan.reporting import plots
+from bigan.reporting.metrics_log import append, read_metrics
+from bigan.run.collapse import NEVER, Detector, Spans, Tick, gap_of, history, spans
+from bigan.run.rollback import Rollback, best_snapshot, singular_values
+from bigan.run.state import TrainState
 from bigan.run.trainer import train
-from bigan.run_config import RunConfig
+from bigan.run_config import CollapseConfig, RunConfig
+from bigan.run_folder import RunFolder
 
 Recipe = Callable[..., RunConfig]
 
 LENGTHS = Spans(window=4_000, baseline=40_000, minimum=40_000)
 TICK = 1_000
+GAP = gap_of("discriminator")
 
 
 def curve(
@@ -41,10 +44,10 @@ def curve(
     for seen in range(TICK, (num + 1) * TICK, TICK):
         wide, narrow = noise.gauss(0, 0.3), noise.gauss(1, 0.05)
         report = {
-            "train/logits_real": 0.2 + gap(seen) + wide * gap(seen),
-            "train/logits_fake": 0.2,
-            "spectral/g/blocks.0.conv1": sigma(seen) * narrow,
-            "spectral/d/linear": 2.0 * narrow,
+            "train/discriminator/logits_real": 0.2 + gap(seen) + wide * gap(seen),
+            "train/discriminator/logits_fake": 0.2,
+            "spectral/generator/blocks.0.conv1": sigma(seen) * narrow,
+            "spectral/discriminator/linear": 2.0 * narrow,
             "train/seconds": 1.0,
         }
         tick = Tick.of(seen, report)
@@ -59,17 +62,17 @@ def alarms(ticks: list[Tick], detector: Detector | None = None) -> list[tuple[in
     found = []
     for tick in ticks:
         before = detector.began
-        signs = detector.look(tick)
+        signs = detector.update(tick)
         if signs and before == NEVER:
             found.append((tick.images_seen, str(signs[0])))
     return found
 
 
 def test_a_healthy_run_gives_no_alarm() -> None:
-    """It falls from 3 to 0.3 in time, singular values grow twentyfold, and it has odd ticks."""
+    """The gap falls from 3 to 0.3, singular values grow twentyfold, and there are outliers."""
     ticks = curve(300, gap=lambda seen: 0.3 + 2.7 * 0.5 ** (seen / 30_000), sigma=lambda s: s / 1e4)
     ticks[90] = ticks[90]._replace(values=ticks[90].values | {GAP: 100.0})
-    ticks[200] = ticks[200]._replace(values=ticks[200].values | {"d.linear": 100.0})
+    ticks[200] = ticks[200]._replace(values=ticks[200].values | {"discriminator.linear": 100.0})
     ticks[250] = ticks[250]._replace(values=ticks[250].values | {GAP: math.nan})
     assert alarms(ticks) == []
 
@@ -78,16 +81,45 @@ def test_an_alarm_within_a_window_and_one_per_episode() -> None:
     ticks = curve(150, sigma=lambda seen: 2.0 if seen <= 100_000 else 40.0)
     ((seen, sign),) = alarms(ticks)
     assert 100_000 < seen <= 100_000 + LENGTHS.window
-    assert sign.startswith("the largest singular value of g.blocks.0.conv1 rose from")
+    assert sign.startswith("the largest singular value of generator.blocks.0.conv1 rose from")
 
 
 def test_the_gap_may_explode_or_vanish() -> None:
     ((seen, sign),) = alarms(curve(150, gap=lambda s: 1.0 if s <= 100_000 else 30.0))
     assert 100_000 < seen <= 104_000
-    assert sign.startswith("|D(real) - D(fake)| rose from")
+    assert sign.startswith(f"{GAP} rose from")
     ((seen, sign),) = alarms(curve(150, gap=lambda s: 1.0 if s <= 100_000 else 1e-3))
     assert 100_000 < seen <= 104_000
-    assert sign.startswith("|D(real) - D(fake)| fell from")
+    assert sign.startswith(f"{GAP} fell from")
+
+
+def test_values_are_watched_as_far_as_they_are_logged() -> None:
+    """Singular values alone, logits alone, the logits of every phase; nothing without either."""
+    assert Tick.of(100, {"train/generator/loss": 1.0, "eval/fd/x": 3.0}) is None
+    assert Tick.of(100, {"train/discriminator/logits_real": 1.0}) is None
+    layers = [
+        tick._replace(values={k: v for k, v in tick.values.items() if k != GAP})
+        for tick in curve(150, sigma=lambda seen: 2.0 if seen <= 100_000 else 40.0)
+    ]
+    assert all(len(tick.values) == 2 for tick in layers)
+    ((seen, sign),) = alarms(layers)
+    assert 100_000 < seen <= 104_000
+    assert "generator.blocks.0.conv1" in sign
+
+    ticks = []
+    for seen in range(TICK, 151 * TICK, TICK):
+        report = {
+            f"train/{phase}/logits_{kind}": value
+            for phase, gap in (("d_a", 1.0), ("d_b", 1.0 if seen <= 100_000 else 30.0))
+            for kind, value in (("real", gap), ("fake", 0.0))
+        }
+        tick = Tick.of(seen, report)
+        assert tick is not None
+        ticks.append(tick)
+    assert ticks[0].values == {gap_of("d_a"): 1.0, gap_of("d_b"): 1.0}
+    ((seen, sign),) = alarms(ticks)
+    assert 100_000 < seen <= 104_000
+    assert sign.startswith(f"{gap_of('d_b')} rose from")
 
 
 def test_recovery_ends_an_episode_and_another_may_follow() -> None:
@@ -111,24 +143,26 @@ def test_nothing_at_the_start_nor_after_a_growth() -> None:
 
 
 def test_what_an_interrupted_detector_knows_is_the_same() -> None:
-    """Cut anywhere, also inside an episode that outlasts its own history."""
+    """Interrupted anywhere, also in an episode that lasts longer than the baseline."""
     ticks = curve(240, gap=lambda s: 30.0 if 100_000 < s <= 180_000 else 1.0)
-    whole = Detector(CollapseConfig(), LENGTHS)
+    uninterrupted = Detector(CollapseConfig(), LENGTHS)
     for cut, tick in enumerate(ticks):
         if cut % 7 == 0:
             again = Detector(CollapseConfig(), LENGTHS)
-            again.restore(ticks[:cut], whole.began)
-            assert vars(again) == vars(whole)
-        whole.look(tick)
+            again.restore(ticks[:cut], uninterrupted.began)
+            assert vars(again) == vars(uninterrupted)
+        uninterrupted.update(tick)
 
 
 def test_lines_beyond_a_checkpoint_are_void() -> None:
-    def line(seen: int, value: float) -> dict[str, float]:
-        return {"images_seen": seen, "train/logits_real": value, "train/logits_fake": 0.0}
+    logits = "train/discriminator/logits"
 
-    records = [line(10, 1), line(20, 2), line(30, 3), {"images_seen": 5, "eval/fid": 9.0}]
+    def line(seen: int, value: float) -> dict[str, float]:
+        return {"images_seen": seen, f"{logits}_real": value, f"{logits}_fake": 0.0}
+
+    records = [line(10, 1), line(20, 2), line(30, 3), {"images_seen": 5, "eval/fid/x": 9.0}]
     assert [t.values[GAP] for t in history(records, 20)] == [1, 2]
-    records += [line(20, 7)]  # it went back to 10
+    records += [line(20, 7)]  # it continued from 10
     assert [t.values[GAP] for t in history(records, 40)] == [1, 7]
     assert history(records, 5) == []
 
@@ -142,7 +176,7 @@ def test_lengths_follow_the_batch_and_the_ticks() -> None:
 
 def test_a_checkpoint_from_before_is_always_there() -> None:
     """However often one is saved; and no more than four are kept."""
-    lag = LENGTHS.hindsight
+    lag = LENGTHS.lag
     for every in (1_000, 3_000, 10_000):
         there: list[int] = []
         for seen in range(every, 200_000, every):
@@ -156,7 +190,8 @@ def test_a_checkpoint_from_before_is_always_there() -> None:
 def test_counters_of_a_checkpoint_are_amended(tmp_path: Path) -> None:
     saver = checkpoint.Saver(tmp_path, World())
     saver.save(
-        Progress(images_seen=200), [TensorShard("networks/g.weight", (2,), 0, torch.ones(2), True)]
+        Progress(images_seen=200),
+        [TensorShard("networks/generator.weight", (2,), 0, torch.ones(2), True)],
     )
     saver.finish()
     folder = tmp_path / "checkpoints" / "200"
@@ -167,31 +202,64 @@ def test_counters_of_a_checkpoint_are_amended(tmp_path: Path) -> None:
 
 
 def test_the_best_snapshot_is_the_evaluators(tmp_path: Path) -> None:
+    """Of the metric logged last, by the last value of each snapshot that exists."""
     assert best_snapshot(tmp_path) is None
-    (tmp_path / "evaluation").mkdir()
-    for seen, value in ((10, 5.0), (20, 3.0), (30, 1.0), (40, 9.0)):
-        metrics = {"fd/x": value, "cs/x": -value}
-        (tmp_path / f"evaluation/{seen}.json").write_text(json.dumps({"metrics": metrics}))
-        if seen != 30:  # deleted by the user
-            folder = tmp_path / "snapshots" / str(seen)
-            folder.mkdir(parents=True)
-            (folder / "COMPLETE").touch()
-    (tmp_path / "evaluation" / "truncation-20.json").write_text("{}")
-    (tmp_path / "evaluation" / "50.json").write_text("half")
+
+    def log(seen: int, **metrics: float) -> None:
+        values = {f"eval/{key}/x": value for key, value in metrics.items()}
+        append(RunFolder(tmp_path).metrics, seen, 0.0, values)
+
+    def snapshot(seen: int) -> None:
+        folder = tmp_path / "snapshots" / str(seen)
+        folder.mkdir(parents=True)
+        (folder / "COMPLETE").touch()
+
+    for seen, value in ((10, 5.0), (20, 1.0), (30, 0.5), (40, 9.0), (20, 3.0)):
+        log(seen, fd=value, cs=-value)
+    log(50, fd=float("nan"))
+    for seen in (10, 20, 40, 50):  # 30 was deleted by the user
+        snapshot(seen)
+    log(50, cs=7.0)
+    append(RunFolder(tmp_path).metrics, 40, 0.0, {"train/generator/loss": 0.1})
     assert best_snapshot(tmp_path) == (20, "fd/x", 3.0)
+    log(40, fid=80.0)
+    assert best_snapshot(tmp_path) == (40, "fid/x", 80.0)
+
+
+def test_a_run_without_watched_values_is_not_checked(recipe: Recipe) -> None:
+    """It keeps no checkpoint for a rollback either; singular values alone are enough for both."""
+    config = recipe("collapse.window_images=80")
+    state = TrainState(config, Engine(config, print), TEN_CLASSES)
+    saver = checkpoint.Saver(config.run_dir, World())
+    rollback = Rollback(state, saver)
+    state.progress.images_seen = 1000
+    rollback.check({"train/encoder/loss": math.inf, "train/encoder/grad_norm": 1e9})
+    assert (saver.trusted_until, state.progress.collapse_began) == (0, NEVER)
+    assert not rollback.pending
+    rollback.check({"spectral/encoder/conv1": 1.0})
+    assert saver.trusted_until == 1000 - 2 * 80
 
 
 # --- real runs ------------------------------------------------------------------------------------
 
-# Learning rates that rise until nothing holds: well at 160 images, collapsed at 360.
+
+@pytest.fixture(scope="module", autouse=True)
+def _empty_plots() -> Iterator[None]:
+    """Curves would take a quarter of the time of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "curves", lambda run_dir, path: path.touch())
+        yield
+
+
+# Learning rates that rise until training collapses: healthy at 160 images, collapsed at 360.
 COLLAPSING = (
-    "train.total_images=600",
+    "train.total_images=440",
     "train.tick_images=40",
     "train.checkpoint_images=80",
-    "train.snapshot_images=600",
+    "train.snapshot_images=440",
     "anneal_images=1200",
-    "optimizer.g={lr: 2.0e-4, lr_end: 0.3}",
-    "optimizer.d={lr: 1.6e-3, lr_end: 0.3}",
+    "optimizer.generator={lr: 2.0e-4, schedule: {name: cosine, end: 0.3}}",
+    "optimizer.discriminator={lr: 1.6e-3, schedule: {name: cosine, end: 0.3}}",
     "collapse.window_images=80",
     "collapse.baseline_images=200",
     "collapse.min_images=300",
@@ -201,12 +269,12 @@ COLLAPSING = (
 
 
 class Killed(BaseException):
-    """What no handler of ours catches."""
+    """Not an Exception: no handler catches it."""
 
 
 def run(config: RunConfig, killed_at_tick: int = 0) -> list[str]:
-    """Train, silently or killed at the n-th tick; what was said about collapses."""
-    said: list[str] = []
+    """Train, killed at the n-th tick if given; returns the messages about collapses."""
+    lines: list[str] = []
     num_ticks = 0
 
     def on_tick(progress: Progress, report: dict[str, float]) -> None:
@@ -215,88 +283,90 @@ def run(config: RunConfig, killed_at_tick: int = 0) -> list[str]:
         if num_ticks == killed_at_tick:
             raise Killed
 
-    assert train(config, said.append, on_tick) == 0
-    return [line for line in said if "collapse" in line]
+    assert train(config, lines.append, on_tick) == 0
+    return [line for line in lines if "collapse" in line]
 
 
 def seen_by_tick(config: RunConfig) -> list[int]:
-    return [r["images_seen"] for r in read_metrics(config.run_dir) if "train/loss_d" in r]
+    return [
+        r["images_seen"] for r in read_metrics(config.run_dir) if "train/discriminator/loss" in r
+    ]
 
 
 def checkpoints(config: RunConfig) -> list[int]:
     return sorted(int(p.name) for p in (config.run_dir / "checkpoints").iterdir())
 
 
-def test_a_collapsing_run_warns_once_and_keeps_what_was_sound(recipe: Recipe) -> None:
+def test_a_collapsing_run_warns_once_and_keeps_a_healthy_checkpoint(recipe: Recipe) -> None:
     config = recipe(*COLLAPSING)
     (line,) = run(config)
     assert "from images_seen = 200 to 360" in line
-    assert "the largest singular value of d." in line
+    assert "the largest singular value of discriminator." in line
     assert "checkpoint 160 is from before it and is kept" in line
     assert checkpoints(config)[0] == 160
-    assert checkpoints(config)[-2:] == [560, 600]
-    record = json.loads((config.run_dir / "checkpoints/600/progress.json").read_text())
+    assert checkpoints(config)[-2:] == [400, 440]
+    record = json.loads((config.run_dir / "checkpoints/440/progress.json").read_text())
     assert record["collapse_began"] == 200
-    longer = recipe(*COLLAPSING, "train.total_images=680")
-    assert run(longer) == [], "one episode, one warning, also over two lives"
-    with pytest.raises(RunError, match=r"collapse\.action=rollback goes back to 160"):
-        run(recipe(*COLLAPSING, "train.total_images=760", "collapse.action=stop"))
+    longer = recipe(*COLLAPSING, "train.total_images=520")
+    assert run(longer) == [], "one warning per episode, also over two attempts"
+    with pytest.raises(RunError, match=r"collapse\.action=rollback continues from 160"):
+        run(recipe(*COLLAPSING, "train.total_images=600", "collapse.action=stop"))
 
 
 def test_singular_values_of_every_layer_are_logged(recipe: Recipe) -> None:
     config = recipe("train.total_images=40", "train.tick_images=40")
     run(config)
-    training = Training(config, Engine(config, print), TEN_CLASSES)
-    training.resume(config.run_dir / "checkpoints" / "40")
-    training.prepare()
+    state = TrainState(config, Engine(config, print), TEN_CLASSES)
+    state.resume(config.run_dir / "checkpoints" / "40")
+    state.prepare()
     names = {
         f"spectral/{name}/{layer}"
-        for name in ("g", "d")
-        for layer, _ in spectral_layers(training.networks[name])
+        for name in ("generator", "discriminator")
+        for layer, _ in spectral_layers(state.networks[name])
     }
     (line,) = read_metrics(config.run_dir)
     assert {key for key in line if key.startswith("spectral/")} == names
-    values = singular_values(training)
+    values = singular_values(state)
     for name in names:
         assert line[name] == pytest.approx(values[name].item(), rel=1e-6)
-    weight = training.discriminator.get_parameter("linear.weight")
+    weight = state.networks["discriminator"].get_parameter("linear.weight")
     largest = torch.linalg.svdvals(weight.detach().flatten(1))[0].item()
-    assert line["spectral/d/linear"] == pytest.approx(largest, rel=1e-3)  # a single row
+    assert line["spectral/discriminator/linear"] == pytest.approx(largest, rel=1e-3)  # a single row
 
 
 def test_a_collapsing_run_may_be_stopped(recipe: Recipe) -> None:
     config = recipe(*COLLAPSING, "collapse.action=stop")
-    for _ in range(2):  # the same command comes to the same end
+    for _ in range(2):  # the same command stops at the same point
         with pytest.raises(RunError, match="checkpoint 160 is from before it; stopped"):
             run(config)
         assert checkpoints(config) == [160, 240, 320]
         assert seen_by_tick(config)[-1] == 360
-    (said,) = run(recipe(*COLLAPSING, "collapse.action=rollback"))
-    assert "going back there" in said
+    (line,) = run(recipe(*COLLAPSING, "collapse.action=rollback"))
+    assert "rollback 1 of 3" in line
 
 
 @pytest.fixture(scope="module")
 def rolled_back(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The last snapshot of a run that collapsed, went back and was never interrupted."""
+    """The last snapshot of a run that collapsed and rolled back, without interruption."""
     from bigan import config as configs
 
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
     common = [f"data.path={digits}", f"run_dir={run_dir}", "collapse.action=rollback"]
     config = configs.load(RunConfig, SMOKE, [*common, *COLLAPSING])
     (line,) = run(config)
-    assert "checkpoint 160 is from before it; going back there" in line
+    assert "checkpoint 160 is from before it" in line
     assert "(rollback 1 of 3)" in line
-    assert seen_by_tick(config) == [*range(40, 361, 40), *range(200, 601, 40)]
-    assert checkpoints(config)[-2:] == [560, 600]
-    record = json.loads((run_dir / "checkpoints/600/progress.json").read_text())
+    assert seen_by_tick(config) == [*range(40, 361, 40), *range(200, 441, 40)]
+    assert checkpoints(config)[-2:] == [400, 440]
+    record = json.loads((run_dir / "checkpoints/440/progress.json").read_text())
     assert (record["rollbacks"], record["lr_factor"], record["attempt"]) == (1, 0.01, 1)
     last = read_metrics(run_dir)[-1]
     assert last["train/lr_factor"] == 0.01
     assert max(v for k, v in last.items() if k.startswith("spectral/")) < 2
-    return (run_dir / "snapshots/600/weights.safetensors").read_bytes()
+    return (run_dir / "snapshots/440/generator_ema.safetensors").read_bytes()
 
 
-# Before it is noticed; after going back, with the healthy checkpoint the newest; after the next.
+# Before detection; after the rollback, when the healthy checkpoint is the newest; one tick later.
 @pytest.mark.parametrize("killed_at_tick", [9, 10, 12])
 def test_killed_around_a_rollback_and_resumed_is_bitwise(
     recipe: Recipe, rolled_back: bytes, killed_at_tick: int
@@ -304,12 +374,12 @@ def test_killed_around_a_rollback_and_resumed_is_bitwise(
     config = recipe(*COLLAPSING, "collapse.action=rollback")
     with pytest.raises(Killed):
         run(config, killed_at_tick)
-    assert len(run(config)) == (killed_at_tick == 9), "what is done is not done again"
-    snapshot = config.run_dir / "snapshots/600/weights.safetensors"
+    assert len(run(config)) == (killed_at_tick == 9), "a rollback is not repeated"
+    snapshot = config.run_dir / "snapshots/440/generator_ema.safetensors"
     assert snapshot.read_bytes() == rolled_back
 
 
-def test_killed_in_the_middle_of_going_back(
+def test_killed_during_a_rollback(
     recipe: Recipe, rolled_back: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = recipe(*COLLAPSING, "collapse.action=rollback")
@@ -324,12 +394,12 @@ def test_killed_in_the_middle_of_going_back(
     assert checkpoints(config) == [80, 160] or checkpoints(config) == [160]
     (line,) = run(config)
     assert "rollback 1 of 3" in line
-    snapshot = config.run_dir / "snapshots/600/weights.safetensors"
+    snapshot = config.run_dir / "snapshots/440/generator_ema.safetensors"
     assert snapshot.read_bytes() == rolled_back
 
 
 def test_rollbacks_come_to_an_end(recipe: Recipe) -> None:
-    """With the learning rates left as they are it collapses again, at the same point."""
+    """With unchanged learning rates it collapses again, at the same point."""
     again = ("collapse.action=rollback", "collapse.lr_factor=1", "collapse.max_rollbacks=1")
     config = recipe(*COLLAPSING, *again)
     with pytest.raises(RunError, match=r"stopped after 1 rollback\(s\)"):
@@ -337,19 +407,19 @@ def test_rollbacks_come_to_an_end(recipe: Recipe) -> None:
     assert seen_by_tick(config) == [*range(40, 361, 40), *range(200, 361, 40)]
 
 
-def test_no_checkpoint_to_go_back_to(recipe: Recipe) -> None:
+def test_no_checkpoint_to_restore(recipe: Recipe) -> None:
     config = recipe(*COLLAPSING, "train.checkpoint_images=600", "collapse.action=rollback")
     with pytest.raises(RunError, match="there is no checkpoint from before it"):
         run(config)
 
 
 @pytest.mark.slow
-def test_two_processes_go_back_together(digits: Path, tmp_path: Path) -> None:
-    """They hold the same weights afterwards: that is checked at every checkpoint."""
+def test_two_processes_roll_back_together(digits: Path, tmp_path: Path) -> None:
+    """They have the same weights afterwards, which is verified at every checkpoint."""
     options = ["--config_file", ROOT / "launch" / "cpu.yaml"]
     common = [SMOKE, f"data.path={digits}", f"run_dir={tmp_path / 'run'}", *COLLAPSING]
     done = launch(*common, "collapse.action=rollback", options=options)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "(rollback 1 of 3)" in done.stdout + done.stderr
-    record = json.loads((tmp_path / "run/checkpoints/600/progress.json").read_text())
+    record = json.loads((tmp_path / "run/checkpoints/440/progress.json").read_text())
     assert record["rollbacks"] >= 1

@@ -1,11 +1,13 @@
-"""Feature extractors behind the metrics, all made through torch-fidelity's registry.
+"""Feature extractors of the metrics, created through the registry of torch-fidelity.
 
-`digits8-cnn-v1` is a small classifier of scikit-learn's handwritten digits whose weights are
-shipped with bigan; its numbers are called `fd` (Frechet distance) and `cs` (classifier score) and
-compare with nothing else. `inception-v3-compat` is torch-fidelity's port of the Inception network
-every paper uses; its numbers alone are called `fid` and `is`, and only after the weights file has
-passed its hash, which torch-fidelity itself does not check. Nothing is ever downloaded and random
-weights are never used.
+    digits8-cnn-v1        a small classifier of scikit-learn's handwritten digits, shipped with
+                          bigan; its metrics are named fd and cs and are comparable only with
+                          those of the same extractor
+    inception-v3-compat   torch-fidelity's port of the Inception network that papers use; only its
+                          metrics are named fid and is
+
+The sha256 of every weights file is verified, which torch-fidelity does not do. Nothing is
+downloaded, and random weights are never used.
 """
 
 from __future__ import annotations
@@ -42,10 +44,11 @@ INCEPTION_URL = (
 
 @dataclass(frozen=True)
 class Extractor:
-    """A feature extractor with everything a protocol record has to say about it.
+    """A feature extractor and the facts about it that are part of the protocol.
 
-    Calling it maps uint8 images [B, C, H, W] (C = 1 or 3) to float32 (features [B, dim],
-    logits [B, num_classes]) in full float32: no autocast, no TF32.
+    A call maps uint8 images [B, C, H, W] (C = 1 or 3) to float32 (features [B, dim],
+    logits [B, num_classes]), computed in full float32: no autocast, no TF32. Raises ValueError for
+    images of another type or shape.
     """
 
     name: str
@@ -53,8 +56,7 @@ class Extractor:
     preprocessing: str
     dim: int
     num_classes: int
-    distance_key: str
-    score_key: str
+    is_published: bool  # its metrics have the names that papers use (FID, IS)
     device: torch.device
     module: nn.Module
 
@@ -63,7 +65,7 @@ class Extractor:
             shape = tuple(images.shape)
             raise ValueError(f"expected uint8 images [B, 1 or 3, H, W], got {images.dtype} {shape}")
         images = images.to(self.device)
-        if self.name == INCEPTION:
+        if self.is_published:
             images = images.expand(-1, 3, -1, -1)
         with torch.no_grad(), full_float32(self.device):
             features, logits = self.module(images)
@@ -91,9 +93,9 @@ class Digits8Network(nn.Module):
 
 
 def to_digits8(images: Tensor) -> Tensor:
-    """uint8 images [B, C, H, W] -> grey float32 [B, 1, 8, 8] in [0, 1], averaged over areas.
+    """uint8 images [B, C, H, W] -> gray float32 [B, 1, 8, 8] in [0, 1], by area averaging.
 
-    Raises `UserError` unless the height and the width are multiples of 8.
+    Raises `UserError` unless height and width are multiples of 8.
     """
     height, width = images.shape[-2:]
     if height % 8 or width % 8:
@@ -101,14 +103,15 @@ def to_digits8(images: Tensor) -> Tensor:
             f"{DIGITS8}: images of {height}x{width} pixels cannot be averaged down to 8x8; "
             "use a resolution that is a multiple of 8"
         )
-    grey = images.float().mean(dim=1, keepdim=True)
-    return F.avg_pool2d(grey, (height // 8, width // 8)) / 255
+    gray = images.float().mean(dim=1, keepdim=True)
+    return F.avg_pool2d(gray, (height // 8, width // 8)) / 255
 
 
 class Digits8Extractor(FeatureExtractorBase):
     """`digits8-cnn-v1` for torch-fidelity: layers `penultimate` (64) and `logits` (10).
 
-    `feature_extractor_weights_path` (default: the shipped file) must have the shipped hash.
+    `feature_extractor_weights_path` defaults to the shipped file. Raises `UserError` if its sha256
+    is not that of the shipped file.
     """
 
     def __init__(
@@ -163,60 +166,64 @@ def create(
     device: torch.device | str = "cpu",
     inception_sha256: str = INCEPTION_SHA256,
 ) -> Extractor:
-    """The extractor `name`, its weights verified, on `device`.
+    """The extractor `name` on `device`, its weights verified.
 
-    `weights_path` is for Inception; without it torch.hub's own folder is searched.
-    `inception_sha256` (the first hexadecimal digits) is an argument for tests, which have no
-    network to fetch the real file from. Raises `UserError` for missing or wrong weights.
+    `weights_path` is the Inception weights file; None: the folder of torch.hub is searched.
+    `inception_sha256` holds the first hexadecimal digits of its sha256; tests pass that of a small
+    file of their own. Raises `UserError` for an unknown name and for missing or wrong weights.
     """
     device = torch.device(device)
     if name == DIGITS8:
-        module = create_feature_extractor(
-            DIGITS8, ["penultimate", "logits"], cuda=False, verbose=False
-        )
-        return Extractor(
-            name=DIGITS8,
-            sha256=DIGITS8_SHA256,
-            preprocessing="mean of channels, area average to 8x8, /255",
-            dim=64,
-            num_classes=10,
-            distance_key=f"fd/{DIGITS8}",
-            score_key=f"cs/{DIGITS8}",
-            device=device,
-            module=module.to(device),
-        )
+        return _digits8(device)
     if name == INCEPTION:
-        path = weights_path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-        sha256 = _verified_inception(path, inception_sha256)
-        module = create_feature_extractor(
-            INCEPTION,
-            ["2048", "logits_unbiased"],
-            cuda=False,
-            verbose=False,
-            feature_extractor_weights_path=str(path),
-        )
-        return Extractor(
-            name=INCEPTION,
-            sha256=sha256,
-            preprocessing="TensorFlow 1 bilinear to 299x299, (x - 128) / 128",
-            dim=2048,
-            num_classes=1008,
-            distance_key=f"fid/{INCEPTION}",
-            score_key=f"is/{INCEPTION}",
-            device=device,
-            module=module.to(device),
-        )
+        return _inception(weights_path, device, inception_sha256)
     raise UserError(
         f"evaluation.extractor = {name!r}: expected {DIGITS8!r} (handwritten digits) "
         f"or {INCEPTION!r}"
     )
 
 
+def _digits8(device: torch.device) -> Extractor:
+    module = create_feature_extractor(DIGITS8, ["penultimate", "logits"], cuda=False, verbose=False)
+    return Extractor(
+        name=DIGITS8,
+        sha256=DIGITS8_SHA256,
+        preprocessing="mean of channels, area average to 8x8, /255",
+        dim=64,
+        num_classes=10,
+        is_published=False,
+        device=device,
+        module=module.to(device),
+    )
+
+
+def _inception(weights_path: Path | None, device: torch.device, expected_sha256: str) -> Extractor:
+    path = weights_path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    sha256 = _verified_inception(path, expected_sha256)
+    module = create_feature_extractor(
+        INCEPTION,
+        ["2048", "logits_unbiased"],
+        cuda=False,
+        verbose=False,
+        feature_extractor_weights_path=str(path),
+    )
+    return Extractor(
+        name=INCEPTION,
+        sha256=sha256,
+        preprocessing="TensorFlow 1 bilinear to 299x299, (x - 128) / 128",
+        dim=2048,
+        num_classes=1008,
+        is_published=True,
+        device=device,
+        module=module.to(device),
+    )
+
+
 @contextlib.contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Float32 without shortcuts: TF32 and autocast off inside, the flags put back after.
+    """Inside, TF32 and autocast are disabled; the former settings are restored on exit.
 
-    bfloat16 features move FID by 2.7 %; convolutions use TF32 on NVIDIA GPUs unless told not to.
+    bfloat16 features change FID by 2.7 %, and convolutions use TF32 on NVIDIA GPUs by default.
     """
     backends = (
         torch.backends.cuda.matmul,
@@ -236,27 +243,29 @@ def full_float32(device: torch.device) -> Iterator[None]:
 
 
 def _verified_inception(path: Path, expected: str) -> str:
-    """The sha256 of the weights file at `path`, known to be the right one and free of code."""
-    recipes = (
+    """The sha256 of the weights file at `path`; `UserError` unless it is the expected file."""
+    instructions = (
         f"fetch {INCEPTION_URL} (91 MB) on a connected machine and either (a) set "
-        f"evaluation.weights_path to the file or (b) leave evaluation.weights_path empty and put "
-        f"it under its own name into {Path(torch.hub.get_dir()) / 'checkpoints'}"
+        f"evaluation.weights_path to the file or (b) leave evaluation.weights_path unset and "
+        f"copy it, under its own name, to {Path(torch.hub.get_dir()) / 'checkpoints'}"
     )
     if not path.is_file():
-        raise UserError(f"{path}: no Inception weights here, and bigan downloads none; {recipes}")
+        raise UserError(
+            f"{path}: no Inception weights, and bigan does not download them; {instructions}"
+        )
     found = _sha256(path)
     if not found.startswith(expected):
         raise UserError(
             f"{path}: not the Inception weights (sha256 begins with {found[:8]}, "
-            f"expected {expected}); {recipes}"
+            f"expected {expected}); {instructions}"
         )
     try:
-        # torch-fidelity unpickles the file without restriction, and eight digits are too few to
-        # rule out a forgery: what the restricted reader takes holds tensors and no code.
+        # torch-fidelity unpickles the file without restriction, and eight digits of a hash do not
+        # rule out a forgery. The restricted loader accepts tensors only, no code.
         torch.load(path, map_location="meta", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a plain file of tensors ({reason}); {recipes}") from None
+        raise UserError(f"{path}: not a plain file of tensors ({reason}); {instructions}") from None
     return found
 
 
