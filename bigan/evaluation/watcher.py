@@ -40,13 +40,13 @@ def evaluate(
     device: torch.device | str | None = None,
     poll_seconds: float = 2.0,
     echo: Echo,
-) -> None:
+) -> dict[int, dict[str, float]]:
     """Measure every complete snapshot of `run_dir` that is not yet measured, oldest first.
 
     All ranks call it. With `watch` it waits for the run folder and for new snapshots, and returns
     once `DONE` exists and every snapshot is measured. `echo` prints one line per snapshot, on
     rank 0. `device` defaults to that of `world`. `overrides` ("a.b=value") change the config of the
-    run for this evaluation.
+    run for this evaluation. Returns images_seen -> metrics of all snapshots, on every rank.
 
     Raises `UserError`: no run folder or no snapshot (without `watch`), missing or wrong extractor
     weights, data that is missing, damaged or does not match the model.
@@ -79,10 +79,12 @@ def evaluate(
                 on_rank_0(world, functools.partial(publish, record, records, tracker, echo))
         if world.is_rank_0 and not num_measured:
             echo(f"{run_dir}: every snapshot is already evaluated under this protocol")
+        measured = on_rank_0(world, records.measured)
     finally:
         note = tracker.close(None) if tracker is not None else None
         if note:
             echo(note)
+    return {task.images_seen: dict(found["metrics"]) for task, found in measured}
 
 
 def publish(record: Record, records: Records, tracker: Tracker | None, echo: Echo) -> None:

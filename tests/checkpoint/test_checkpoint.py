@@ -20,7 +20,7 @@ from bigan.checkpoint import CheckpointError, Reader, Saver
 from bigan.config import ConfigError
 from bigan.engine import Engine
 from bigan.run import folder as run_folder
-from bigan.run.state import Training
+from bigan.run.state import TrainState
 from bigan.run.trainer import train
 from bigan.run_config import RunConfig
 
@@ -32,7 +32,7 @@ def quiet(config: RunConfig) -> int:
 
 
 def weights(run: Path, images_seen: int) -> bytes:
-    return (run / "snapshots" / str(images_seen) / "weights.safetensors").read_bytes()
+    return (run / "snapshots" / str(images_seen) / "generator_ema.safetensors").read_bytes()
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -46,21 +46,21 @@ def test_resume_restores_networks_moments_and_counters(recipe: Recipe) -> None:
     folder = checkpoint.latest(config.run_dir)
     assert folder is not None
     assert folder.name == "400"
-    training = Training(recipe("train.seed=9"), Engine(config, print), TEN_CLASSES)
-    training.resume(folder)
-    training.prepare()
-    assert (training.progress.images_seen, training.progress.attempt) == (400, 2)
-    assert training.progress.seconds > 0
-    for name in ("g", "d"):
-        state = training.optimizers[name].state
-        assert len(state) == len(list(training.networks[name].parameters()))
-        for parameter, moments in state.items():
+    state = TrainState(recipe("train.seed=9"), Engine(config, print), TEN_CLASSES)
+    state.resume(folder)
+    state.prepare()
+    assert (state.progress.images_seen, state.progress.attempt) == (400, 2)
+    assert state.progress.seconds > 0
+    for name in ("generator", "discriminator"):
+        moments_of = state.prepared[name].optimizer.state
+        assert len(moments_of) == len(list(state.networks[name].parameters()))
+        for parameter, moments in moments_of.items():
             assert moments.keys() == {"step", "exp_avg", "exp_avg_sq"}
             assert moments["exp_avg"].stride() == parameter.stride()
             assert moments["step"].item() == 10
             assert moments["exp_avg_sq"].abs().sum() > 0 or parameter.numel() < 50
-    saver = Saver(config.run_dir / "copy", training.world)
-    saver.save(training.progress, training.shards())
+    saver = Saver(config.run_dir / "copy", state.world)
+    saver.save(state.progress, state.shards())
     saver.finish()
     again = state_of(config.run_dir / "copy" / "checkpoints" / "400")
     before = state_of(folder)
@@ -69,7 +69,10 @@ def test_resume_restores_networks_moments_and_counters(recipe: Recipe) -> None:
 
 
 def test_resumed_equals_uninterrupted_bitwise(recipe: Recipe, tmp_path: Path) -> None:
-    extra = ["penalties=[{name: r1, weight: 1.0, every: 3}]", "train.num_d_steps=2"]
+    extra = [
+        "objective.penalties=[{name: r1, weight: 1.0, every: 3}]",
+        "objective.discriminator_steps=2",
+    ]
     whole = recipe(*extra, f"run_dir={tmp_path / 'whole'}")
     parts = recipe(*extra, f"run_dir={tmp_path / 'parts'}")
     quiet(whole)
@@ -148,8 +151,8 @@ def test_checkpoint_of_another_model(recipe: Recipe, tmp_path: Path) -> None:
     assert sorted(p for p in config.run_dir.rglob("*")) == before
     folder = checkpoint.latest(config.run_dir)
     assert folder is not None
-    other = Training(recipe("model.channels=4"), Engine(config, print), TEN_CLASSES)
-    with pytest.raises(CheckpointError, match="another model: g"):
+    other = TrainState(recipe("model.channels=4"), Engine(config, print), TEN_CLASSES)
+    with pytest.raises(CheckpointError, match="another model: generator"):
         other.resume(folder)
 
 
@@ -157,8 +160,13 @@ def test_settings_that_may_change_between_attempts(recipe: Recipe) -> None:
     config = recipe()
     quiet(config)
     assert run_folder.check(recipe("train.total_images=800", "compile=aot_eager", "data.threads=1"))
-    for override in ("train.seed=5", "train.batch=20", "loss=wasserstein", "data.block=100"):
-        with pytest.raises(ConfigError, match=override.partition("=")[0]):
+    for override in (
+        "train.seed=5",
+        "train.batch=20",
+        "objective.loss=wasserstein",
+        "data.block=100",
+    ):
+        with pytest.raises(ConfigError, match=override.partition("=")[0].rpartition(".")[2]):
             run_folder.check(recipe(override))
 
 

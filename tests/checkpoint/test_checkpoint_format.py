@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bigan import checkpoint
 from bigan.checkpoint import CheckpointError, Progress, Reader, TensorShard
+from bigan.checkpoint.fit import load, optimizer_shapes
 from bigan.checkpoint.folder import complete
 from bigan.checkpoint.part import HostBuffer, part_name
 from bigan.checkpoint.progress import to_json
@@ -217,29 +218,52 @@ def test_invalid_progress_is_refused(tmp_path: Path) -> None:
 
 
 def test_check_fit_reads_the_headers(tmp_path: Path) -> None:
-    network, average = toy(), toy()
-    optimizer = trained(network)
-    shards = [*state("g", network, optimizer), *state("ema", average, None)]
-    networks = {"g": network, "ema": average}
-    checkpoint.check_fit(Reader(write(tmp_path / "1", [shards])), networks, {"g"})
+    generator, generator_ema, ada = toy(), toy(), nn.BatchNorm1d(2)
+    shards = [
+        *state("generator", generator, trained(generator)),
+        *state("generator_ema", generator_ema, None),
+        *(unsharded(f"state/ada.{key}", tensor) for key, tensor in ada.state_dict().items()),
+    ]
+    networks = {"generator": generator, "generator_ema": generator_ema}
+    reader = Reader(write(tmp_path / "1", [shards]))
+    checkpoint.check_fit(reader, networks, {"ada": ada})
     wider = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 4))
-    reader = Reader(tmp_path / "1")
-    with pytest.raises(CheckpointError, match=r"another model: g\.2\.weight is \(3, 8\) there"):
-        checkpoint.check_fit(reader, {"g": wider}, {"g"})
-    with pytest.raises(CheckpointError, match=r"ema\.3\.weight is absent there"):
-        checkpoint.check_fit(reader, {"ema": nn.Sequential(*toy(), nn.Linear(3, 1))}, {})
-    with pytest.raises(CheckpointError, match="optimiser state of ema is not that"):
-        checkpoint.check_fit(reader, networks, {"g", "ema"})
-    short = [p for p in shards if not p.name.endswith("2.bias.exp_avg_sq")]
-    with pytest.raises(CheckpointError, match="optimiser state of g is not that"):
-        checkpoint.check_fit(Reader(write(tmp_path / "2", [short])), networks, {"g"})
+    with pytest.raises(CheckpointError, match=r"generator\.2\.weight is \(3, 8\) there"):
+        checkpoint.check_fit(reader, {"generator": wider}, {})
+    longer = nn.Sequential(*toy(), nn.Linear(3, 1))
+    with pytest.raises(CheckpointError, match=r"generator_ema\.3\.weight is absent there"):
+        checkpoint.check_fit(reader, {"generator_ema": longer}, {})
+    with pytest.raises(CheckpointError, match=r"ada\.weight is \(2,\) there"):
+        checkpoint.check_fit(reader, networks, {"ada": nn.BatchNorm1d(3)})
+    with pytest.raises(CheckpointError, match=r"path_length\.weight is absent there"):
+        checkpoint.check_fit(reader, networks, {"path_length": ada})
+
+
+def test_optimizer_state_must_be_the_same_for_all_parameters(tmp_path: Path) -> None:
+    network = toy()
+    names = [f"generator.{key}" for key, _ in network.named_parameters()]
+    shards = state("generator", network, trained(network))
+    stored = optimizer_shapes(Reader(write(tmp_path / "1", [shards])), names)
+    assert list(stored) == names
+    assert stored["generator.2.bias"] == {"step": (), "exp_avg": (3,), "exp_avg_sq": (3,)}
+    missing = [s for s in shards if not s.name.endswith("2.bias.exp_avg_sq")]
+    with pytest.raises(CheckpointError, match=r"generator\.2\.bias .*delete"):
+        optimizer_shapes(Reader(write(tmp_path / "2", [missing])), names)
+    short = unsharded("optimizers/generator.2.bias.exp_avg_sq", torch.zeros(2))
+    with pytest.raises(CheckpointError, match=r"generator\.2\.bias .*delete"):
+        optimizer_shapes(Reader(write(tmp_path / "3", [[*missing, short]])), names)
+    plain = Reader(write(tmp_path / "4", [state("generator", network, None)]))
+    assert optimizer_shapes(plain, names) == {name: {} for name in names}  # SGD has no state
 
 
 def test_networks_are_restored_bitwise_in_their_memory_format(tmp_path: Path) -> None:
-    network = toy().to(memory_format=torch.channels_last)
-    reader = Reader(write(tmp_path / "40", [state("g", network, None)]))
-    other = toy().to(memory_format=torch.channels_last)
-    checkpoint.load_networks(reader, {"g": other})
+    network, ada = toy().to(memory_format=torch.channels_last), nn.BatchNorm1d(2)
+    ada.running_mean.add_(1)
+    shards = [unsharded(f"state/ada.{key}", tensor) for key, tensor in ada.state_dict().items()]
+    reader = Reader(write(tmp_path / "40", [[*state("generator", network, None), *shards]]))
+    other, buffers = toy().to(memory_format=torch.channels_last), nn.BatchNorm1d(2)
+    load(reader, {"generator": other}, {"ada": buffers})
     for mine, theirs in zip(network.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs)
         assert mine.stride() == theirs.stride()
+    assert torch.equal(buffers.running_mean, ada.running_mean)
