@@ -16,7 +16,7 @@ from bigan import config as configs
 from bigan.config import ConfigError
 from bigan.layers.hashing import keys, normal_field
 from bigan.layers.mapping import mean_latent
-from bigan.objectives.base import Step
+from bigan.objectives.base import Step, variants
 from bigan.objectives.gan_phases import PATH_NOISE_STREAM
 from bigan.run.remarks import remarks
 from bigan.run.state import TrainState
@@ -78,6 +78,8 @@ def test_the_order_of_steps(style: Recipe) -> None:
         Step("generator", ADVERSARIAL, 64, 32),
         Step("generator", ("path_length",), 64, 16),
     )
+    # Lazy terms occur in some steps only; the order is that of the steps all the same.
+    assert variants(objective, 32) == [*objective.steps(0), objective.steps(32)[-1]]
 
 
 def test_the_separate_step_has_the_gradient_of_its_penalty_alone(style: Recipe) -> None:
