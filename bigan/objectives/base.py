@@ -199,9 +199,10 @@ class Objective(Protocol):
 def variants(objective: Objective, images_per_step: int) -> list[Step]:
     """One step for each combination of phase and terms that occurs, in the order of the steps."""
     starts = range(0, objective.period * images_per_step, images_per_step)
-    steps = itertools.chain.from_iterable(objective.steps(start) for start in starts)
-    found = {(step.phase, step.terms): step for step in reversed(list(steps))}
-    return list(reversed(found.values()))
+    found: dict[tuple[str, Terms], Step] = {}
+    for step in itertools.chain.from_iterable(objective.steps(start) for start in starts):
+        found.setdefault((step.phase, step.terms), step)
+    return list(found.values())
 
 
 def init_stream(network: str) -> str:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from parts import make
+from phase_inputs import evaluate, inputs_of, network, step_of
+from torch import Tensor
 
 from bigan import augment, checkpoint
 from bigan.augment import discriminator_inputs
 from bigan.layers.init import orthogonal_penalty
 from bigan.layers.spectral import spectral_layers
 from bigan.objectives.losses import LOSSES
-from bigan.objectives.penalties import PENALTIES
+from bigan.objectives.penalties import PENALTIES, PenaltyBatch
+from bigan.reporting import image_grids
+from bigan.run import sample_grids
 from bigan.run.trainer import train
 from bigan.run_config import RunConfig
 
@@ -33,128 +39,166 @@ def test_images_are_scaled_and_mirrored() -> None:
     )
 
 
-def test_each_discriminator_step_takes_new_images_and_latents(recipe: Recipe) -> None:
-    training, stream = make(recipe("train.num_d_steps=2"))
-    taken = []
+def test_each_discriminator_step_reads_new_images_and_latents(recipe: Recipe) -> None:
+    state, streams = make(recipe("objective.discriminator_steps=2"))
+    read = []
 
     class Watched:
         def __next__(self) -> object:
-            batch = next(stream)
-            taken.append(batch.positions.tolist())
+            batch = next(streams["images"])
+            read.append(batch.positions.tolist())
             return batch
 
         def __iter__(self) -> Watched:
             return self
 
-    with stream:
-        training.step(Watched())  # type: ignore[arg-type]
-    assert taken == [list(range(40)), list(range(40, 80))]
-    assert training.progress.images_seen == 80
-    first, second = (training.phases["d"].draws(n, 40)["z"] for n in (0, 40))
+    with streams:
+        state.advance({"images": Watched()})  # type: ignore[dict-item]
+    assert read == [list(range(40)), list(range(40, 80))]
+    assert state.progress.images_seen == 80
+    phase = state.objective.phases["discriminator"]
+    first, second = (phase.draws(n, 40, ("adversarial",))["z"] for n in (0, 40))
     assert not torch.equal(first, second)
     steps = {
-        name: next(iter(training.optimizers[name].state.values()))["step"].item() for name in "dg"
+        name: next(iter(prepared.optimizer.state.values()))["step"].item()
+        for name, prepared in state.prepared.items()
     }
-    assert steps == {"d": 2, "g": 1}
+    assert steps == {"discriminator": 2, "generator": 1}
 
 
 def test_singular_vectors_are_iterated_once_for_each_phase(recipe: Recipe) -> None:
     """Without the explicit iteration the estimate would stay at its first random value."""
-    training, stream = make(recipe())
-    layers = [layer for net in training.networks.values() for _, layer in spectral_layers(net)]
+    state, streams = make(recipe())
+    layers = [layer for net in state.networks.values() for _, layer in spectral_layers(net)]
     before = [layer.u.clone() for layer in layers]
-    with stream:
+    with streams:
         for _ in range(20):
-            training.step(stream)
+            state.advance(streams)
     assert all(
         not torch.equal(layer.u, u) for layer, u in zip(layers, before, strict=True) if len(u) > 1
     )
-    for network in (training.generator, training.discriminator):
-        for name, layer in spectral_layers(network):
+    for net in state.networks.values():
+        for name, layer in spectral_layers(net):
             exact = torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)
             estimate = layer.singular_value().detach()
             assert 0.8 < (estimate / exact).item() < 1.001, name
 
 
-def test_orthogonal_regularisation_enters_the_generators_loss(recipe: Recipe) -> None:
-    training, _ = make(recipe("train.orthogonal_weight=0.01"))
-    (batch,) = training._micro_batches(
-        training.phases["g"], training.phases["g"].terms(0), iter(())
-    )
+def test_orthogonal_regularization_is_added_to_the_loss_of_the_generator(recipe: Recipe) -> None:
+    state, _ = make(recipe("objective.orthogonal_weight=0.01"))
+    inputs = inputs_of(state, step_of(state, "generator"))
     with torch.no_grad():
-        loss, scalars = training.phases["g"](training.discriminator, batch, ("adversarial",))
-    expected = 0.01 * orthogonal_penalty(training.generator).item()
-    assert scalars["orthogonal_g"].item() == pytest.approx(expected / 0.01)
-    assert (loss - scalars["loss_g"]).item() == pytest.approx(expected, rel=1e-4)
+        loss, scalars, _ = evaluate(state, "generator", inputs, ("adversarial",))
+    expected = 0.01 * orthogonal_penalty(network(state, "generator")).item()
+    assert scalars["orthogonal"].item() == pytest.approx(expected / 0.01)
+    assert (loss - scalars["loss"]).item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_phases_use_the_recipes_loss(recipe: Recipe, name: str) -> None:
-    training, stream = make(recipe(f"loss={name}"))
-    with stream, torch.no_grad():
-        (batch,) = training._micro_batches(
-            training.phases["d"], training.phases["d"].terms(0), stream
-        )
-        loss, scalars = training.phases["d"](training.generator, batch, ("adversarial",))
+def test_phases_use_the_loss_of_the_config(recipe: Recipe, name: str) -> None:
+    state, streams = make(recipe(f"objective.loss={name}"))
+    generator, discriminator = (network(state, n) for n in ("generator", "discriminator"))
+    with streams, torch.no_grad():
+        inputs = inputs_of(state, step_of(state, "discriminator"), streams)
+        loss, scalars, _ = evaluate(state, "discriminator", inputs, ("adversarial",))
         # Images that are compared with each other are of the same class.
-        labels = batch.labels if LOSSES[name].relativistic else batch.fake_labels
-        fake = training.generator(batch.z, labels)
-        logits_real = training.discriminator(
-            discriminator_inputs.as_images(batch.real, None), batch.labels
-        )
-        logits_fake = training.discriminator(fake, labels)
+        real_labels = inputs["images.labels"]
+        labels = real_labels if LOSSES[name].relativistic else inputs["labels"]
+        fake = generator(inputs["z"], labels)
+        real = discriminator_inputs.as_images(inputs["images.pixels"])
+        logits_real, logits_fake = discriminator(real, real_labels), discriminator(fake, labels)
     expected = LOSSES[name].discriminator(logits_real, logits_fake)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert scalars["logits_real"].item() == pytest.approx(logits_real.mean().item(), rel=1e-4)
 
 
-def test_relativistic_generator_is_shown_the_discriminators_real_images(recipe: Recipe) -> None:
-    training, stream = make(recipe("loss=relativistic", "data.mirror=true"))
-    with stream:
-        training.phase_step("d", stream)
-    (seen,) = training._last["d"]
+def test_drift_is_added_to_the_loss_of_the_discriminator(recipe: Recipe) -> None:
+    state, streams = make(recipe("objective.drift_weight=0.5"))
+    with streams, torch.no_grad():
+        inputs = inputs_of(state, step_of(state, "discriminator"), streams)
+        loss, scalars, _ = evaluate(state, "discriminator", inputs, ("adversarial",))
+        real = discriminator_inputs.as_images(inputs["images.pixels"])
+        logits_real = network(state, "discriminator")(real, inputs["images.labels"])
+    drift = logits_real.square().mean().item()
+    assert scalars["drift"].item() == pytest.approx(drift, rel=1e-4)
+    assert (loss - scalars["loss"]).item() == pytest.approx(0.5 * drift, rel=1e-3)
+
+
+def test_relativistic_generator_is_shown_the_real_images_of_the_discriminator(
+    recipe: Recipe,
+) -> None:
+    state, streams = make(recipe("objective.loss=relativistic", "data.mirror=true"))
+    step = step_of(state, "discriminator")
+    with streams:
+        state.advance(streams, steps=[step])
+    seen = inputs_of(state, step)
+    generator, discriminator = (network(state, n) for n in ("generator", "discriminator"))
     with torch.no_grad():
-        phase = training.phases["g"]
-        (batch,) = training._micro_batches(phase, phase.terms(40), iter(()))
-        loss, _ = phase(training.discriminator, batch, ("adversarial",))
-        real = discriminator_inputs.as_images(seen.real, seen.mirror)
-        logits_real = training.discriminator(real, seen.labels)
-        fake = training.generator(batch.z, seen.labels)
-        logits_fake = training.discriminator(fake, seen.labels)
-        expected = torch.nn.functional.softplus(logits_real - logits_fake).mean()
+        inputs = inputs_of(state, step_of(state, "generator"))
+        loss, _, _ = evaluate(state, "generator", inputs, ("adversarial",))
+        labels = seen["images.labels"]
+        real = discriminator_inputs.as_images(seen["images.pixels"], seen["images.mirror"])
+        logits_fake = discriminator(generator(inputs["z"], labels), labels)
+        expected = torch.nn.functional.softplus(discriminator(real, labels) - logits_fake).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_draws_are_those_of_the_seed_alone(recipe: Recipe) -> None:
-    one, two = (make(recipe("data.mirror=true", f"train.seed={s}"))[0] for s in (0, 1))
-    draws = one.phases["d"].draws(80, 40)
-    assert set(draws) == {"z", "fake_labels", "mirror"}
-    assert 5 < draws["mirror"].sum() < 35
-    assert torch.equal(draws["z"], one.phases["d"].draws(80, 40)["z"])
-    assert not torch.equal(draws["z"], two.phases["d"].draws(80, 40)["z"])
-    assert not torch.equal(draws["z"], one.phases["g"].draws(80, 40)["z"])
+def test_draws_are_a_function_of_the_seed(recipe: Recipe) -> None:
+    one, two = (make(recipe(f"train.seed={s}"))[0].objective.phases for s in (0, 1))
+    terms = ("adversarial",)
+    draws = one["discriminator"].draws(80, 40, terms)
+    assert set(draws) == {"z", "labels"}
+    assert torch.equal(draws["z"], one["discriminator"].draws(80, 40, terms)["z"])
+    assert not torch.equal(draws["z"], two["discriminator"].draws(80, 40, terms)["z"])
+    assert not torch.equal(draws["z"], one["generator"].draws(80, 40, terms)["z"])
+
+
+def test_images_are_mirrored_by_a_function_of_the_seed(recipe: Recipe) -> None:
+    mirrored = []
+    for seed in (0, 0, 1):
+        state, streams = make(recipe("data.mirror=true", f"train.seed={seed}"))
+        step = step_of(state, "discriminator")
+        with streams:
+            mirrored.append(inputs_of(state, step, streams)["images.mirror"])
+            again = inputs_of(state, step._replace(at=40), streams)["images.mirror"]
+        assert not torch.equal(again, mirrored[-1])
+    assert 5 < mirrored[0].sum() < 35
+    assert torch.equal(mirrored[0], mirrored[1])
+    assert not torch.equal(mirrored[0], mirrored[2])
 
 
 def test_same_seed_same_weights_other_seed_other_weights(recipe: Recipe) -> None:
     torch.manual_seed(1)
-    first = make(recipe())[0].generator
+    first = network(make(recipe())[0], "generator")
     torch.manual_seed(2)
-    again, other = make(recipe())[0].generator, make(recipe("train.seed=5"))[0].generator
+    again, other = (
+        network(make(recipe(*seed))[0], "generator") for seed in ((), ("train.seed=5",))
+    )
     pairs = list(zip(first.parameters(), again.parameters(), other.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b, _ in pairs)
     assert any(not torch.equal(a, c) for a, _, c in pairs)
 
 
-def test_grid_shows_the_same_latents_each_time_one_row_per_class(recipe: Recipe) -> None:
-    training, stream = make(recipe())
-    training.collect_standing_statistics()
-    grid = training.sample_grid()
+def test_grid_shows_the_same_latents_each_time_one_row_per_class(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    state, streams = make(recipe())
+    state.collect_standing_statistics()
+    saved: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def save_grid(path: Path, images: Tensor, **options: Any) -> None:
+        saved.append((images, options))
+
+    with mock.patch.object(image_grids, "save_grid", save_grid), streams:
+        for _ in range(2):
+            sample_grids.save(tmp_path / "0.png", state, state.objective.samplers["latent"])
+        state.advance(streams)
+        sample_grids.save(tmp_path / "40.png", state, state.objective.samplers["latent"])
+    (grid, options), (again, _), (later, _) = saved
     assert grid.shape == (100, 1, 16, 16)
-    assert torch.equal(grid, training.sample_grid())
-    assert training.grid_labels() == list(range(10))
-    with stream:
-        training.step(stream)
-    assert not torch.equal(grid, training.sample_grid())
+    assert options == {"columns": 10, "row_labels": [str(digit) for digit in range(10)]}
+    assert torch.equal(grid, again)
+    assert not torch.equal(grid, later)
 
 
 AUGMENT = ["{name: diffaugment}", "{name: ada, fixed: 0.7}"]
@@ -162,35 +206,32 @@ AUGMENT = ["{name: diffaugment}", "{name: ada, fixed: 0.7}"]
 
 @pytest.mark.parametrize("kind", AUGMENT)
 def test_discriminator_sees_all_images_augmented(recipe: Recipe, kind: str) -> None:
-    """Real ones, fake ones and the generator's, each with draws of their own."""
-    training, stream = make(recipe(f"augment={kind}", "loss=wasserstein"))
-    config = training.config.augment
+    """Real and fake images and those of the generator's step, each with their own draws."""
+    state, streams = make(recipe(f"augment={kind}", "objective.loss=wasserstein"))
+    config = state.config.augment
+    generator, discriminator = (network(state, n) for n in ("generator", "discriminator"))
 
-    def judge(images: torch.Tensor, draws: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        seen = augment.apply(config, images, draws, batch.strength)
+    def judge(images: Tensor, draws: Tensor, labels: Tensor) -> float:
+        seen = augment.apply(config, images, draws, inputs.get("strength"))
         assert not torch.equal(seen, images)
-        return training.discriminator(seen, labels).mean()
+        logit: float = discriminator(seen, labels).mean().item()
+        return logit
 
-    with stream, torch.no_grad():
-        (batch,) = training._micro_batches(
-            training.phases["d"], training.phases["d"].terms(0), stream
-        )
-        _, scalars = training.phases["d"](training.generator, batch, ("adversarial",))
-        real = judge(
-            discriminator_inputs.as_images(batch.real, None), batch.augment_real, batch.labels
-        )
-        fake = training.generator(batch.z, batch.fake_labels)
-        fake = judge(fake, batch.augment_fake, batch.fake_labels)
-        (last,) = training._micro_batches(
-            training.phases["g"], training.phases["g"].terms(0), stream
-        )
-        _, of_g = training.phases["g"](training.discriminator, last, ("adversarial",))
-        again = training.generator(last.z, last.fake_labels)
-        again = judge(again, last.augment_fake, last.fake_labels)
-    assert scalars["logits_real"].item() == pytest.approx(real.item(), rel=1e-4)
-    assert scalars["logits_fake"].item() == pytest.approx(fake.item(), rel=1e-4)
-    assert of_g["loss_g"].item() == pytest.approx(-again.item(), rel=1e-4)
-    draws = (batch.augment_real, batch.augment_fake, last.augment_fake)
+    with streams, torch.no_grad():
+        inputs = inputs_of(state, step_of(state, "discriminator"), streams)
+        scalars = evaluate(state, "discriminator", inputs, ("adversarial",)).scalars
+        real = discriminator_inputs.as_images(inputs["images.pixels"])
+        real_logit = judge(real, inputs["augment_real"], inputs["images.labels"])
+        fake = generator(inputs["z"], inputs["labels"])
+        fake_logit = judge(fake, inputs["augment_fake"], inputs["labels"])
+        last = inputs_of(state, step_of(state, "generator"))
+        generator_scalars = evaluate(state, "generator", last, ("adversarial",)).scalars
+        fake = generator(last["z"], last["labels"])
+        last_logit = judge(fake, last["augment_fake"], last["labels"])
+    assert scalars["logits_real"].item() == pytest.approx(real_logit, rel=1e-4)
+    assert scalars["logits_fake"].item() == pytest.approx(fake_logit, rel=1e-4)
+    assert generator_scalars["loss"].item() == pytest.approx(-last_logit, rel=1e-4)
+    draws = (inputs["augment_real"], inputs["augment_fake"], last["augment_fake"])
     assert not any(torch.equal(a, b) for a, b in zip(draws, draws[1:] + draws[:1], strict=True))
 
 
@@ -199,39 +240,50 @@ def test_discriminator_sees_all_images_augmented(recipe: Recipe, kind: str) -> N
 def test_penalties_differentiate_by_the_images_before_augmentation(
     recipe: Recipe, name: str, kind: str
 ) -> None:
-    penalties = f"penalties=[{{name: {name}, weight: 1.0}}]"
-    training, stream = make(recipe(f"augment={kind}", penalties))
-    with stream:
-        (batch,) = training._micro_batches(
-            training.phases["d"], training.phases["d"].terms(0), stream
-        )
-    _, scalars = training.phases["d"](training.generator, batch, ("adversarial", name))
-    draws = batch.augment_fake if name == "r2" else batch.augment_real
+    penalties = f"objective.penalties=[{{name: {name}, weight: 1.0}}]"
+    state, streams = make(recipe(f"augment={kind}", penalties))
+    step = step_of(state, "discriminator")
+    assert step.terms == ("adversarial", name)
+    with streams:
+        inputs = inputs_of(state, step, streams)
+    scalars = evaluate(state, "discriminator", inputs, step.terms).scalars
+    draws = inputs["augment_fake" if name == "r2" else "augment_real"]
+    generator, discriminator = (network(state, n) for n in ("generator", "discriminator"))
 
-    def network(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        seen = augment.apply(training.config.augment, images, draws, batch.strength)
-        return training.discriminator(seen, labels)
+    def judge(images: Tensor, labels: Tensor) -> Tensor:
+        seen = augment.apply(state.config.augment, images, draws, inputs.get("strength"))
+        logits: Tensor = discriminator(seen, labels)
+        return logits
 
-    real, fake = (
-        discriminator_inputs.as_images(batch.real, None),
-        training.generator(batch.z, batch.fake_labels),
+    batch = PenaltyBatch(
+        discriminator_inputs.as_images(inputs["images.pixels"]),
+        inputs["images.labels"],
+        generator(inputs["z"], inputs["labels"]).detach(),
+        inputs["labels"],
+        inputs.get("mix"),
     )
-    rest = (real, batch.labels, fake.detach(), batch.fake_labels, batch.mix)
-    expected = PENALTIES[name](network, *rest).item()
+    expected = PENALTIES[name](judge, batch).item()
     assert scalars[name].item() == pytest.approx(expected, rel=1e-4)
-    unaugmented = PENALTIES[name](training.discriminator, *rest).item()
+    unaugmented = PENALTIES[name](discriminator, batch).item()
     assert expected != pytest.approx(unaugmented, rel=1e-3)
 
 
 def test_strength_zero_trains_as_without_augmentation(recipe: Recipe) -> None:
-    """Bit by bit, R1 included: nothing but the augmentation itself comes in."""
+    """Bitwise, R1 included: nothing but the augmentation itself is added."""
     states = []
     for kind in ("{name: none}", "{name: ada, fixed: 0.0}"):
-        training, stream = make(recipe(f"augment={kind}", "penalties=[{name: r1, weight: 1.0}]"))
-        with stream:
+        penalties = "objective.penalties=[{name: r1, weight: 1.0}]"
+        state, streams = make(recipe(f"augment={kind}", penalties))
+        with streams:
             for _ in range(2):
-                training.step(stream)
-        states.append(training.generator.state_dict() | training.discriminator.state_dict())
+                state.advance(streams)
+        states.append(
+            {
+                f"{n}.{k}": t
+                for n, net in state.networks.items()
+                for k, t in net.state_dict().items()
+            }
+        )
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
@@ -241,42 +293,41 @@ def test_strength_grows_while_the_discriminator_is_sure_of_real_images(
 ) -> None:
     """Two adaptations in four steps of 2 x 40 images, each by 160 / 2000."""
     ada = "augment={name: ada, initial: 0.5, rampup_images: 2000, every_images: 160}"
-    training, stream = make(recipe(ada, "train.num_d_steps=2"))
+    state, streams = make(recipe(ada, "objective.discriminator_steps=2"))
     with torch.no_grad():
-        training.discriminator.get_parameter("linear.bias").fill_(certainty)
-    with stream:
+        network(state, "discriminator").get_parameter("linear.bias").fill_(certainty)
+    with streams:
         for _ in range(4):
-            training.step(stream)
-    means, _ = training.statistics.collect()
-    assert means["sign_real"] == (1 if certainty > 0 else -1)
-    assert training.networks["augment"].p.item() == pytest.approx(expected)
+            state.advance(streams)
+    means, _ = state.statistics.collect()
+    assert means["train/discriminator/sign_real"] == (1 if certainty > 0 else -1)
+    assert state.state["augment"].get_buffer("p").item() == pytest.approx(expected)
 
 
 def test_fixed_strength_keeps_no_state_and_reports_nothing(recipe: Recipe) -> None:
-    training, stream = make(recipe("augment={name: ada, fixed: 0.25}"))
-    with stream:
-        training.step(stream)
-    means, _ = training.statistics.collect()
-    assert not {"sign_real", "augment_p"} & set(means)
-    assert set(training.networks) == {"g", "d", "ema"}
-    assert training.strength is not None
-    assert training.strength.p.item() == 0.25
+    state, streams = make(recipe("augment={name: ada, fixed: 0.25}"))
+    with streams:
+        state.advance(streams)
+    means, _ = state.statistics.collect()
+    assert not {key.rpartition("/")[2] for key in means} & {"sign_real", "augment_p"}
+    assert state.state == {}
+    for phase in state.objective.phases.values():
+        assert phase.values(40)["strength"].item() == 0.25
 
 
-def test_scheduled_strength_follows_the_images_seen_alone(recipe: Recipe) -> None:
-    """R3GAN's: half a cosine from `fixed` to `fixed_end`; a run taken up again needs no state."""
+def test_scheduled_strength_is_a_function_of_images_seen(recipe: Recipe) -> None:
+    """As of R3GAN: half a cosine from `fixed` to `fixed_end`; a resumed run needs no state."""
     augmented = "augment={name: ada, fixed: 0.1, fixed_end: 0.5}"
-    training, stream = make(recipe(augmented, "anneal_images=120"))
+    state, streams = make(recipe(augmented, "anneal_images=120"))
     seen = []
-    with stream:
+    with streams:
         for _ in range(5):
-            training.step(stream)
-            means, _ = training.statistics.collect()
-            seen.append(means["augment_p"])
+            state.advance(streams)
+            means, _ = state.statistics.collect()
+            seen.append(means["train/discriminator/augment_p"])
     assert seen == pytest.approx([0.1, 0.2, 0.4, 0.5, 0.5])
-    assert set(training.networks) == {"g", "d", "ema"}
-    assert training.strength is not None
-    assert training.strength.p.item() == 0.5
+    assert state.state == {}
+    assert state.objective.phases["generator"].values(160)["strength"].item() == 0.5
 
 
 def test_adaptive_strength_resumes_bitwise_within_an_interval(
@@ -285,22 +336,24 @@ def test_adaptive_strength_resumes_bitwise_within_an_interval(
     """The strength and the signs counted so far are part of a checkpoint."""
     ada = "augment={name: ada, initial: 0.3, rampup_images: 1000, every_images: 120}"
     reports: dict[str, list[dict[str, float]]] = {}
-    for run, lengths in (("whole", (400,)), ("parts", (200, 400))):
+    for run, lengths in (("straight", (400,)), ("parts", (200, 400))):
         for total in lengths:
             extra = (f"run_dir={tmp_path / run}", f"train.total_images={total}")
             config = recipe(ada, "train.tick_images=40", *extra)
             seen = reports.setdefault(run, [])
             assert train(config, lambda _: None, lambda _, r, seen=seen: seen.append(r)) == 0
-    strengths = [[r["train/augment_p"] for r in reports[run]] for run in ("whole", "parts")]
+    strengths = [
+        [r["train/discriminator/augment_p"] for r in reports[run]] for run in ("straight", "parts")
+    ]
     assert strengths[0] == strengths[1]
     steps = torch.tensor(strengths[0]).diff()
     assert steps.abs().max().item() == pytest.approx(0.12)
     assert [i for i, step in enumerate(steps.tolist()) if step] == [2, 5, 8]
-    for run in ("whole", "parts"):
-        assert all(-1 <= r["train/sign_real"] <= 1 for r in reports[run])
+    for run in ("straight", "parts"):
+        assert all(-1 <= r["train/discriminator/sign_real"] <= 1 for r in reports[run])
     part = "part-00000-of-00001.safetensors"
-    whole, parts = (checkpoint.latest(tmp_path / run) for run in ("whole", "parts"))
-    assert whole is not None
+    straight, parts = (checkpoint.latest(tmp_path / run) for run in ("straight", "parts"))
+    assert straight is not None
     assert parts is not None
-    assert (whole / part).read_bytes() == (parts / part).read_bytes()
-    assert b"networks/augment.signs" in (whole / part).read_bytes()
+    assert (straight / part).read_bytes() == (parts / part).read_bytes()
+    assert b"state/augment.signs" in (straight / part).read_bytes()
