@@ -67,11 +67,7 @@ def train(
     """
     from bigan.run.trainer import train
 
-    def tick(progress: object, metrics: dict[str, float]) -> None:
-        if on_tick is not None:
-            on_tick(progress.images_seen, metrics)  # type: ignore[attr-defined]
-
-    return train(config, echo, tick)
+    return train(config, echo, on_tick or (lambda images_seen, metrics: None))
 
 
 def evaluate(

@@ -229,7 +229,7 @@ def _with_data_defaults(content: dict[str, Any], where: str) -> dict[str, Any]:
         section = configs.validate(DataConfig, stream, where)
         manifest = open_level(section.path, model.get("resolution"), section)
     except ConfigError:
-        return content  # the section itself is wrong: validation of the whole names the key
+        return content  # the section itself is wrong: the validation names the key
     except UserError as error:
         if "resolution" not in lacking and "num_classes" not in lacking:
             return content
@@ -291,7 +291,7 @@ def accumulation_steps(train: TrainConfig, world_size: int) -> int:
 
 
 def check_groups(config: RunConfig, world_size: int) -> None:
-    """Raises `ConfigError` unless micro-batches consist of whole groups.
+    """Raises `ConfigError` unless micro-batches consist of complete groups.
 
     A discriminator that compares the images of a group would otherwise see groups that depend on
     the number of processes.

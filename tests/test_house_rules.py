@@ -35,9 +35,6 @@ AVOIDED = {
 }
 
 
-UNFINISHED = pytest.mark.xfail(strict=False, reason="files that are still being rewritten")
-
-
 def places(path: Path, pattern: str) -> Iterator[str]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if re.search(pattern, line, re.IGNORECASE):
@@ -50,7 +47,6 @@ def test_files_are_short() -> None:
     assert not long
 
 
-@UNFINISHED
 def test_functions_are_short() -> None:
     long = [
         f"{path.relative_to(ROOT)}:{node.lineno}: {node.name}"
@@ -62,24 +58,22 @@ def test_functions_are_short() -> None:
     assert not long
 
 
-@UNFINISHED
 def test_networks_have_full_names() -> None:
     short = [
         f"{path.relative_to(ROOT)}:{node.lineno}: {node.value!r}"
         for path in SOURCES
+        if path.name != "ada.py"  # letters of its pipelines
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and node.value in ("g", "d", "ema")
     ]
     assert not short
 
 
-@UNFINISHED
 @pytest.mark.parametrize("word", AVOIDED)
 def test_avoided_words_do_not_occur(word: str) -> None:
     assert not [place for path in (*SOURCES, *PROSE) for place in places(path, AVOIDED[word])]
 
 
-@UNFINISHED
 def test_packages_import_only_from_lower_layers() -> None:
     code = "from importlinter.cli import lint_imports_command as lint; lint()"
     done = subprocess.run(

@@ -39,7 +39,7 @@ from bigan.run.streams import check_data
 from bigan.run_config import RunConfig, accumulation_steps, load_config
 from bigan.versions import num_cpus
 
-EMA = "ema"  # gathering of sharded weights for the EMAs, beside the exchanges of the phases
+EMA = "averages"  # gathering of sharded weights for the EMAs, beside the exchanges of the phases
 
 
 @dataclass(frozen=True)

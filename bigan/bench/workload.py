@@ -13,7 +13,7 @@ from torch import nn
 from bigan.bench.prediction import Network, PhaseWork, Workload
 from bigan.layers.batchnorm import normalisation_layers
 from bigan.objectives.base import Objective, Phase
-from bigan.run.state import is_trainable
+from bigan.run.trainable import is_trainable
 from bigan.run_config import RunConfig, setup_of
 
 EAGER_DDP_OVERLAP = 0.4  # of a phase's time: most of its backward, and not the first bucket

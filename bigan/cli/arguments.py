@@ -1,11 +1,11 @@
-"""What a command line may say: texts turned into values, or refused in one line by argparse."""
+"""Types of command-line arguments: parsed, or refused in one line by argparse."""
 
 from __future__ import annotations
 
 import argparse
 import re
 
-CONFIG_HELP = "a recipe, for example configs/digits.yaml"
+CONFIG_HELP = "a YAML config, for example configs/digits.yaml"
 OVERRIDE_HELP = "settings to change, for example train.seed=1 (bigan describe CONFIG lists all)"
 
 

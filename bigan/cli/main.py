@@ -42,7 +42,7 @@ def describe_command(arguments: argparse.Namespace) -> int:
 def train_command(arguments: argparse.Namespace) -> int:
     from bigan.distributed.signals import StopFlag
 
-    # From here on, before the slow imports: a signal is remembered, not lost.
+    # Signals during the slow imports below are remembered, not lost.
     with StopFlag() as stop:
         config = _load(arguments)
         from bigan.reporting.progress_bar import ProgressBar
@@ -50,12 +50,7 @@ def train_command(arguments: argparse.Namespace) -> int:
 
         bar = ProgressBar(config.train.total_images)
         try:
-            code = train(
-                config,
-                bar.echo,
-                lambda progress, report: bar.tick(progress.images_seen, report),
-                stop,
-            )
+            code = train(config, bar.echo, bar.tick, stop)
         finally:
             bar.close()
     if code == 0 and _is_rank_0():
@@ -69,7 +64,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     from bigan.evaluation.watcher import evaluate
 
     if arguments.snapshot and not arguments.truncations:
-        raise UserError("--snapshot: says which one --truncations is for; give both")
+        raise UserError("--snapshot selects the snapshot for --truncations; give both")
     _, world = connect(timeout_seconds=24 * 3600)  # a watcher's ranks wait for rank 0 to find work
     echo = functools.partial(print, flush=True)
     if arguments.truncations:
@@ -110,34 +105,50 @@ def _load(arguments: argparse.Namespace) -> RunConfig:
     return load_config(arguments.config, arguments.overrides)
 
 
-def parser() -> argparse.ArgumentParser:
-    """All commands; every one explains itself with --help."""
-    top = argparse.ArgumentParser(
-        prog="bigan",
-        description="Train large GANs on one process or a cluster, from sharded streams.",
-        epilog="Start here: bigan pack digits data/digits && bigan train configs/digits.yaml",
-    )
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+class Commands:
+    """Adds commands to the parser; every one has a --help and the option --debug."""
 
-    def add(name: str, handler: object, text: str, epilog: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(
+    def __init__(self, top: argparse.ArgumentParser) -> None:
+        self.common = argparse.ArgumentParser(add_help=False)
+        self.common.add_argument(
+            "--debug", action="store_true", help="show the traceback of an error"
+        )
+        self._commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(self, name: str, handler: object, text: str, epilog: str) -> argparse.ArgumentParser:
+        command = self._commands.add_parser(
             name,
             help=text,
             description=text[:1].upper() + text[1:] + ".",
             epilog=epilog,
-            parents=[common],
+            parents=[self.common],
         )
         command.set_defaults(handler=handler)
         return command
 
-    def add_recipe(command: argparse.ArgumentParser) -> None:
-        command.add_argument("config", type=Path, help=CONFIG_HELP)
-        command.add_argument("overrides", nargs="*", metavar="a.b=value", help=OVERRIDE_HELP)
 
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = argparse.ArgumentParser(
+        prog="bigan",
+        description="Train generative adversarial models on one process or a cluster, from "
+        "sharded WebDataset streams.",
+        epilog="Start here: bigan pack digits data/digits && bigan train configs/digits.yaml",
+    )
+    commands = Commands(top)
+    _add_data_commands(commands)
+    _add_run_commands(commands)
+    _add_evaluate(commands)
+    bench = commands.add(
+        "bench", None, "measure speed and memory, as JSON", "See docs/benchmarks.md."
+    )
+    add_benchmarks(bench, commands.common)
+    return top
+
+
+def _add_data_commands(commands: Commands) -> None:
     add_pack_arguments(
-        add(
+        commands.add(
             "pack",
             pack_command,
             "pack images into WebDataset shards with a manifest",
@@ -146,7 +157,7 @@ def parser() -> argparse.ArgumentParser:
         )
     )
     add_verify_arguments(
-        add(
+        commands.add(
             "verify",
             verify_command,
             "check a packed data set, including every image",
@@ -155,26 +166,34 @@ def parser() -> argparse.ArgumentParser:
         )
     )
 
-    describe = add(
+
+def _add_run_commands(commands: Commands) -> None:
+    describe = commands.add(
         "describe",
         describe_command,
-        "show a recipe's networks, schedule, memory and every resolved value",
-        "Builds on the meta device: the largest recipe is described on a laptop.",
+        "show the networks, schedule, memory and every resolved value of a config",
+        "Networks are built on the meta device: the largest config is described on a laptop.",
     )
-    add_recipe(describe)
+    _add_config(describe)
     describe.add_argument("--json", action="store_true", help="print JSON")
     describe.add_argument("--world-size", type=count, default=1, help="processes (default 1)")
-
-    train = add(
+    train = commands.add(
         "train",
         train_command,
-        "train a recipe, or go on where it was stopped",
+        "train a config, or resume its run",
         "The same command starts a run and resumes it. Several processes: accelerate launch "
-        "--config_file launch/cpu.yaml -m bigan.train CONFIG ...",
+        "--config_file launch/cpu.yaml -m bigan train CONFIG ...",
     )
-    add_recipe(train)
+    _add_config(train)
 
-    evaluate = add(
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", type=Path, help=CONFIG_HELP)
+    command.add_argument("overrides", nargs="*", metavar="a.b=value", help=OVERRIDE_HELP)
+
+
+def _add_evaluate(commands: Commands) -> None:
+    evaluate = commands.add(
         "evaluate",
         evaluate_command,
         "measure every snapshot of a run that has not been measured yet",
@@ -185,29 +204,27 @@ def parser() -> argparse.ArgumentParser:
         "overrides",
         nargs="*",
         metavar="a.b=value",
-        help="other settings than the run's, for example evaluation.num_samples=10000",
+        help="settings to change for this evaluation, for example evaluation.num_samples=10000",
     )
     mode = evaluate.add_mutually_exclusive_group()
-    mode.add_argument("--watch", action="store_true", help="wait for snapshots until the end")
+    mode.add_argument("--watch", action="store_true", help="wait for snapshots until the run ends")
     mode.add_argument(
         "--truncations",
         type=_truncations,
         metavar="T,T,...",
-        help="measure one snapshot at each, for example 0.2,0.5,1.0,none: a table and a picture",
+        help="measure one snapshot at several truncations, for example 0.2,0.5,1.0,none: a table "
+        "and a plot",
     )
     evaluate.add_argument(
         "--snapshot",
         type=_snapshot,
         metavar="IMAGES_SEEN",
-        help="the one for --truncations; or latest, or best, the lowest distance measured "
+        help="the snapshot for --truncations, or latest, or best: the lowest distance measured "
         "(default: best, or latest if none was measured)",
     )
-    evaluate.add_argument("--poll-seconds", type=positive, default=1.0, help="between two looks")
-
-    add_benchmarks(
-        add("bench", None, "measure speed and memory, as JSON", "See docs and benchmarks/."), common
+    evaluate.add_argument(
+        "--poll-seconds", type=positive, default=1.0, help="how often --watch looks (default 1)"
     )
-    return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -218,13 +235,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, RunError) as error:
         if arguments.debug:
             traceback.print_exc()
-        elif not _said_by_rank_0(error):
+        elif not _printed_by_another_rank(error):
             print(f"bigan: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
+    except BrokenPipeError:  # the reader of the pipe, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a file or folder that cannot be used: the user's, not a bug
+    except OSError as error:  # a file or folder that cannot be used: no bug of ours
         if arguments.debug or not error.filename:
             raise
         print(f"bigan: {error.filename}: {error.strerror}", file=sys.stderr)
@@ -234,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Like parse_args, but overrides may also stand behind options."""
+    """As parse_args, but overrides may also follow options."""
     top = parser()
     arguments, rest = top.parse_known_args(argv)
     if rest and (not hasattr(arguments, "overrides") or any(a.startswith("-") for a in rest)):
@@ -245,15 +262,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _is_rank_0() -> bool:
-    """By what the launcher says, or `srun` where there is none."""
+    """By the environment of the launcher, or of `srun` without one."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
-def _said_by_rank_0(error: Exception) -> bool:
-    """Whether another process prints the same line: one problem, one line."""
-    told = REPORTED_ELSEWHERE in getattr(error, "__notes__", [])
+def _printed_by_another_rank(error: Exception) -> bool:
+    """Whether another process prints the same line, so that one problem is one line."""
+    reported = REPORTED_ELSEWHERE in getattr(error, "__notes__", [])
     everywhere = getattr(error, "everywhere", False) and not _is_rank_0()
-    return told or everywhere
+    return reported or everywhere
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""How a phase is run: one process, DDP, FSDP2 or DeepSpeed; eager or compiled; in what precision.
+"""Execution of phases: one process, DDP, FSDP2 or DeepSpeed; eager or compiled; precision.
 
-The trainer sees `Engine` and `Prepared` only, whatever the launcher started:
+The trainer uses `Engine` and `Prepared` only, whatever the launcher started:
 
-    wrapped.py     what every engine makes of a phase
-    replicated.py  one process, DDP               zero.py  DeepSpeed ZeRO-1 and ZeRO-2
-    fsdp.py        torch's fully_shard            compiling.py, loss_scale.py, waiting.py
+    wrapped.py     the interface of all engines    fsdp.py       torch's fully_shard
+    replicated.py  one process, DDP                zero.py       DeepSpeed ZeRO-1 and ZeRO-2
+    compiling.py   torch.compile                   loss_scale.py float16
+    guard.py       clipping, and skipping of non-finite steps
 
-The check that stops a non-finite step before the optimiser lives here, once for all engines: a
-hook right before the real Adam step, which makes the fused kernel skip it on the device.
+A hook right before the optimizer's step guards against non-finite losses and gradients, once for
+all engines and without host synchronization: fused kernels skip the step on the device.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def require_supported(name: str) -> None:
 
 
 def set_float32(precision: str) -> None:
-    """Float32 products of CUDA as they are named, unless the recipe allows TF32.
+    """Full float32 products on CUDA, unless the config sets TF32.
 
     Convolutions use TF32 by default: penalties would lose 13 bits, and engines would disagree.
     """
@@ -79,7 +80,7 @@ def set_float32(precision: str) -> None:
 
 
 class Engine:
-    """Runs phases in the way that the launch and the recipe's `engine` ask for.
+    """Runs phases as the launcher and the config's `engine` specify.
 
     Raises `LaunchError` if the two do not fit together.
     """

@@ -34,8 +34,8 @@ def compile_now(
 ) -> tuple[float, str]:
     """Compile a phase by running each combination of terms; returns (seconds, why it failed or "").
 
-    Phases are pure and gradients are asked for without being accumulated, so this leaves no trace
-    and sets off no engine's hooks. If it fails, the phase is eager on all processes. Raises
+    Phases are pure and gradients are computed without being accumulated, so this leaves no trace
+    and triggers no hook of an engine. If it fails, the phase is eager on all processes. Raises
     `RunError` if it fails on this one while others wait for it inside the phase.
     """
     began = time.monotonic()

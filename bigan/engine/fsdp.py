@@ -1,6 +1,6 @@
 """Every process holds a slice of each parameter, gradient and optimizer state: `fully_shard`.
 
-The whole phase is one unit that is gathered before the forward and resharded after the backward.
+The phase is one unit that is gathered before the forward and resharded after the backward.
 Resharding layer by layer would free weights that the second backward of a gradient penalty still
 needs; so memory is saved between the steps and in the optimizer, not within a backward.
 """

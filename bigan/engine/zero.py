@@ -31,11 +31,11 @@ MAX_BUCKET_ENTRIES = 50_000_000  # gradients reduced at once: 200 MB
 
 
 def load_deepspeed(device: torch.device) -> ModuleType:
-    """Import deepspeed (some seconds), told to be quiet and to compile nothing.
+    """Import deepspeed (some seconds), configured to log errors only and to compile nothing.
 
     Raises `LaunchError` if it is not installed.
     """
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # or it guesses, and says so
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # or it guesses, and logs it
     try:
         import deepspeed
     except ImportError as error:
@@ -130,7 +130,7 @@ class Zero:
         self._spans = list(self._own_spans(world))
 
     def _own_spans(self, world: World) -> Iterator[_Span]:
-        """What of each parameter this process steps, told from where DeepSpeed laid it."""
+        """The part of each parameter that this process updates, from DeepSpeed's flat layout."""
         (flat,) = self._zero.bit16_groups_flat
         size = self._partition.numel()
         base = world.rank * size

@@ -207,8 +207,9 @@ def variants(objective: Objective, images_per_step: int) -> list[Step]:
 
 def init_stream(network: str) -> str:
     """Name of the random stream that a network is initialized from."""
-    short = {"generator": "g", "discriminator": "d"}
-    return f"init/{short.get(network, network)}"
+    # Names of the first release: a seed keeps its initial weights.
+    known = {"generator": "init/g", "discriminator": "init/d"}
+    return known.get(network, f"init/{network}")
 
 
 class RunningMean(nn.Module):

@@ -267,10 +267,10 @@ class GeneratorPhase(_GANPhase):
         self._inputs: list[Tensors] = []  # of the last main step
 
     def draws(self, at: int, num: int, terms: Terms) -> Tensors:
-        seed, stream = self.setup.seed, "g" if ADVERSARIAL in terms else "g/path"
+        seed, stream = self.setup.seed, "g/" if ADVERSARIAL in terms else "g/path/"
         draws = {
-            "z": rng.normal(seed, f"{stream}/z", at, (num, self.setup.model.z_dim)),
-            "labels": rng.labels(seed, f"{stream}/labels", at, num, self.setup.class_counts),
+            "z": rng.normal(seed, f"{stream}z", at, (num, self.setup.model.z_dim)),
+            "labels": rng.labels(seed, f"{stream}labels", at, num, self.setup.class_counts),
         }
         if ADVERSARIAL not in terms:
             return draws

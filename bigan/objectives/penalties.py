@@ -2,7 +2,7 @@
 
 The inner derivative is `torch.func.grad`: unlike `autograd.grad(create_graph=True)` it can be
 traced by torch.compile as one full graph, and it stays right under DDP and ZeRO-1/2 when the
-whole penalty is computed inside the wrapped module. Call them in float32, outside autocast:
+penalty is computed completely inside the wrapped module. Call them in float32, outside autocast:
 half-precision norms of gradients overflow.
 
 Each of `PENALTIES` takes what is penalized and a `PenaltyBatch`, and returns a 0-d tensor without
@@ -66,12 +66,12 @@ def refuse_batchnorm(key: str, network: nn.Module) -> None:
     A penalty needs each image's own gradient and takes it from that of the batch's sum. BatchNorm
     lets every image enter the outputs of all others: the numbers would be wrong without a sign of
     it (Gulrajani et al. 2017, section 4). Minibatch standard deviation joins images too, in groups;
-    the published recipes penalise through it.
+    the published methods penalize through it.
     """
     if normalisation_layers(network):
         raise ConfigError(
             f"{key}: a gradient penalty needs outputs that depend on one image each, and the "
-            f"BatchNorm in {type(network).__name__} makes them depend on the whole batch; use "
+            f"BatchNorm in {type(network).__name__} makes them depend on all images of the batch; use "
             "spectral normalisation (layers/spectral.py) or none there, or leave the penalty out"
         )
 

@@ -15,6 +15,7 @@ from bigan.errors import RunError
 from bigan.reporting import image_grids, plots
 from bigan.reporting.tracker import Tracker
 from bigan.run import folder, sample_grids
+from bigan.run.standing_statistics import collect_standing_statistics
 from bigan.run.state import TrainState
 from bigan.run_folder import RunFolder
 
@@ -43,7 +44,7 @@ class Artifacts:
     def snapshot(self) -> None:
         """The networks of the samplers with their statistics, sample grids, and the curves."""
         state, run_dir = self._state, self._folder.path
-        state.collect_standing_statistics()
+        collect_standing_statistics(state)
         seen = state.progress.images_seen
         networks = state.snapshot_networks
 
@@ -69,7 +70,7 @@ class Artifacts:
             raise reported_by_rank_0(self._state.world, problem)
 
     def finish(self) -> None:
-        """The pictures of the whole run, then its completion marker; on rank 0."""
+        """The timeline of sample grids, then its completion marker; on rank 0."""
         grids = [path for path in self._folder.samples.glob("*.png") if path.stem.isdigit()]
         numbered = sorted((int(path.stem), path) for path in grids)
         image_grids.contact_sheet(numbered, self._folder.timeline)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,15 +14,12 @@ from torch import nn
 
 from bigan import checkpoint, rng
 from bigan.checkpoint import Progress, Reader, TensorShard
-from bigan.config import ConfigError
 from bigan.data.streaming.fetchers import BadSample
 from bigan.data.streaming.stream import Batch
-from bigan.distributed.world import on_all_ranks, sum_over_ranks
+from bigan.distributed.world import on_all_ranks
 from bigan.engine import Engine, Prepared
 from bigan.engine.loss_scale import LossScale
 from bigan.layers.batchnorm import (
-    collecting_statistics,
-    normalisation_layers,
     set_process_group,
 )
 from bigan.layers.spectral import power_iteration
@@ -32,6 +28,7 @@ from bigan.objectives.base import Objective, Step, Tensors, init_stream, variant
 from bigan.objectives.samplers import Sampler
 from bigan.run.stages import Stage, stages
 from bigan.run.statistics import Statistics
+from bigan.run.trainable import check_trainable, is_trainable
 from bigan.run_config import RunConfig, accumulation_steps, check_groups
 
 Streams = Mapping[str, Iterator[Batch]]
@@ -41,7 +38,7 @@ OnStep = Callable[[Step], None]
 class TrainState:
     """Networks, their EMAs, optimizers, counters and prepared phases of one run.
 
-    `run_config` is that of the whole run, `config` that of the current stage (run/stages.py): the
+    `run_config` is that of the run, `config` that of the current stage (run/stages.py): the
     same unless the model grows. `classes` maps each class name to its number of training images.
     """
 
@@ -387,48 +384,3 @@ class TrainState:
                     self.config.anneal_images,
                     self.stage.born,
                 )
-
-    def collect_standing_statistics(self) -> None:
-        """Accumulate the BatchNorm statistics of the EMAs over new samples; all ranks take part.
-
-        Brock et al. 2019, section 4.1, "standing statistics": those of the last training batches
-        would belong to other weights than the averaged ones. A forward is the joined micro-batch
-        of training, so the result does not depend on how many processes share it.
-        """
-        train, seen = self.config.train, self.progress.images_seen
-        num = train.batch // self.accumulation
-        share = self.world.share(num)
-        for sampler in self.objective.samplers.values():
-            networks = self.sampling_networks(sampler)
-            normalizing = nn.ModuleList(n for n in networks.values() if normalisation_layers(n))
-            if sampler.inputs is not None or not len(normalizing):
-                continue
-            with collecting_statistics(normalizing, partial(sum_over_ranks, self.world)):
-                for index in range(train.standing_batches):
-                    draws = sampler.draws(train.seed, f"standing/{index}", seen, num, None)
-                    mine = self._on_device({k: t[share] for k, t in draws.items()})
-                    sampler(networks, mine)
-
-
-def is_trainable(patterns: Sequence[str] | None, name: str) -> bool:
-    """Whether a parameter ("generator.linear.weight") matches one of the `trainable` patterns."""
-    return patterns is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def check_trainable(patterns: Sequence[str] | None, objective: Objective) -> None:
-    """Raises `ConfigError` for a pattern without a parameter, or a phase without a pattern."""
-    if patterns is None:
-        return
-    names = {
-        phase: [name for name, _ in module.named_parameters()]
-        for phase, module in objective.phases.items()
-    }
-    every = [name for found in names.values() for name in found]
-    for pattern in patterns:
-        if not fnmatch.filter(every, pattern):
-            raise ConfigError(
-                f"trainable: {pattern!r} matches no parameter; they are named as {every[0]}"
-            )
-    for phase, found in names.items():
-        if not any(is_trainable(patterns, name) for name in found):
-            raise ConfigError(f"trainable: no parameter of phase {phase} is left to train")

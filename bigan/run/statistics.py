@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from bigan.distributed.world import World, sum_over_ranks
+from bigan.distributed.world import World
 
 
 class Statistics:
@@ -29,7 +29,7 @@ class Statistics:
                 self._counts[name] = 1
 
     def collect(self, **maxima: float) -> tuple[dict[str, float], dict[str, float]]:
-        """(means over all steps and ranks, `maxima` over all ranks), then start anew.
+        """(means over all steps and ranks, `maxima` over all ranks), then reset.
 
         All ranks must call it with the same names; the same number of steps is assumed on each.
         Two small collectives and one copy to the host.
@@ -50,21 +50,3 @@ class Statistics:
             dict(zip(names, values, strict=False)),
             dict(zip(maxima, values[len(names) :], strict=True)),
         )
-
-
-class RunningMean(nn.Module):
-    """An exponential mean of a scalar over steps, part of a run's state; 0 at first."""
-
-    mean: Tensor
-
-    def __init__(self, decay: float) -> None:
-        super().__init__()
-        self.decay = decay  # how far it moves towards each new value
-        self.register_buffer("mean", torch.zeros(()))
-
-    @torch.no_grad()
-    def follow(self, value: Tensor, world: World) -> None:
-        """Move towards the mean over the ranks of `value`; never waits for the device."""
-        value = value.clone()
-        sum_over_ranks(world, value)
-        self.mean.lerp_(value / world.size, self.decay)

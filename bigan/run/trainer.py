@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 from bigan import checkpoint
-from bigan.checkpoint import Progress
 from bigan.distributed.heartbeat import Heartbeat, is_communication_error
 from bigan.distributed.launch import disconnect
 from bigan.distributed.replica_check import check_replicas
@@ -25,6 +24,7 @@ from bigan.run.artifacts import Artifacts
 from bigan.run.remarks import remarks
 from bigan.run.rollback import Rollback, singular_values
 from bigan.run.stages import stage_at
+from bigan.run.standing_statistics import collect_standing_statistics
 from bigan.run.state import TrainState
 from bigan.run.streams import (
     OpenStreams,
@@ -36,18 +36,18 @@ from bigan.run.streams import (
 from bigan.run_config import RunConfig, accumulation_steps
 from bigan.schedules import due
 
-STOP_CHECK_SECONDS = 2.0  # at most, between two looks at the stop flags of all ranks
+STOP_CHECK_SECONDS = 2.0  # at most, between two exchanges of the stop flags of all ranks
 
-OnTick = Callable[[Progress, dict[str, float]], None]
+OnTick = Callable[[int, dict[str, float]], None]  # (images_seen, metrics)
 
 
 def train(config: RunConfig, echo: Echo, on_tick: OnTick, stop: StopFlag | None = None) -> int:
-    """Train, or go on training, the run of `config.run_dir`; returns 0, or 128 + the stop signal.
+    """Train the run of `config.run_dir`, or resume it; returns 0, or 128 + the stop signal.
 
-    `echo` prints a line and `on_tick` shows progress; both are called on rank 0 only. `stop` is
-    entered already if signals are to be heeded from before this call on. Raises `UserError` before
-    anything is written if the input is unusable, `RunError` if the run must stop (a non-finite
-    loss, a lost process, replicas that differ).
+    `echo` prints a line and `on_tick` shows progress; both are called on rank 0 only. A `stop` that
+    is passed in is active already, so that signals before this call count. Raises `UserError`
+    before anything is written if the input is unusable, `RunError` if the run must stop (a
+    non-finite loss, a lost process, replicas that differ).
     """
     engine = Engine(config, echo)
     with contextlib.ExitStack() as stack:
@@ -59,7 +59,7 @@ def train(config: RunConfig, echo: Echo, on_tick: OnTick, stop: StopFlag | None 
             if engine.world.size > 1 and is_communication_error(error):
                 raise beat.lost_rank_error(error) from error
             raise
-    # Not before all have said goodbye: the store they beat in may end with rank 0's process group.
+    # After the heartbeat has ended: its store may be part of rank 0's process group.
     disconnect(engine.world)
     return code
 
@@ -115,16 +115,16 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag) -
 
 
 def enter_stage(state: TrainState) -> None:
-    """Go on to the stage that the run has reached; a run that does not grow is in its only one."""
+    """Enter the stage that `images_seen` is in; without growth there is one stage."""
     stage = stage_at(state.stages, state.progress.images_seen)
     if stage is not state.stage:
         state.enter(stage)
 
 
 def run_stages(state: TrainState, loop: Loop, streams: OpenStreams) -> int:
-    """One stage after the other, `streams` being those of the first; 0, or 128 + a stop signal.
+    """Train one stage after the other, from `streams` of the first; 0, or 128 + a stop signal.
 
-    Where training collapses it may go back: to the former state, perhaps of a former stage.
+    A rollback after a collapse may return to an earlier stage.
     """
     world, num = state.world, len(state.stages)
     began = time.monotonic()
@@ -153,10 +153,10 @@ def run_stages(state: TrainState, loop: Loop, streams: OpenStreams) -> int:
 
 
 class Loop:
-    """Steps, and at each tick what is due: numbers, pictures, saves, and whether to stop.
+    """Training steps, and at each tick what is due: metrics, sample grids, saves, stopping.
 
-    What the ranks must decide alike (to stop, to go on) is agreed at ticks, and at the points in
-    between that keep the answer to a signal within `STOP_CHECK_SECONDS`.
+    The ranks exchange stop signals at ticks, and in between often enough that a signal is answered
+    within `STOP_CHECK_SECONDS`.
     """
 
     def __init__(
@@ -175,19 +175,19 @@ class Loop:
         self.stop = stop
         self.slow_ranks = SlowRanks(state.world)
         self.rollback = Rollback(state, artifacts.saver)
-        self.steps_between = self.steps_to_check = 1  # of looking at the stop flags
+        self.steps_between = self.steps_to_check = 1  # exchanges of the stop flags
         self.num_steps = 0  # since the last tick
-        self.save_seconds = 0.0  # for which the last save held up the training
+        self.save_seconds = 0.0  # for which the last save stalled training
         self.began, self.counted = time.monotonic(), state.progress.images_seen
 
     def run(self, streams: OpenStreams) -> int:
-        """Until the stage or the run ends; returns 0, or 128 + the signal that ended it early.
+        """Train until the stage or the run ends; returns 0, or 128 + the signal that stopped it.
 
         Also 0 if the run must be rolled back (`Rollback.pending`).
         """
         state, config, progress = self.state, self.config, self.state.progress
         if progress.images_seen == 0:
-            state.collect_standing_statistics()
+            collect_standing_statistics(state)
             self.artifacts.sample_grids()
         self.began, self.counted, self.num_steps = time.monotonic(), progress.images_seen, 0
         end = min(config.total_images, state.stage.end)
@@ -221,34 +221,33 @@ class Loop:
         return 0
 
     def finish(self) -> None:
-        """Once all images have been seen: everything on disk, then the mark that it is."""
+        """Once all images have been seen: complete all files, then the marker DONE."""
         with self.stop.suspend_grace_time():
             self.artifacts.close()
             on_rank_0(self.world, self.artifacts.finish)
             barrier(self.world)
 
     def checkpoint(self) -> None:
-        """Begin to save; what of it holds up the training is counted."""
+        """Begin to save, and measure for how long that stalls training."""
         began = time.monotonic()
         self.artifacts.checkpoint()
         self.save_seconds = time.monotonic() - began
 
     def leave(self, number: int) -> None:
-        """End this life with its state saved, and say so to the scheduler."""
+        """End this attempt with its state saved, and leave REQUEUE for the scheduler."""
         run_dir, saver = self.state.config.run_dir, self.artifacts.saver
         saver.finish()
 
         def mark() -> None:
-            if self.stop.signal or not stop_requested(
-                run_dir
-            ):  # a user's STOP is not to be requeued
+            # A run that the user stopped by the file STOP is not to be requeued.
+            if self.stop.signal or not stop_requested(run_dir):
                 leave_marker(run_dir, number)
 
         on_rank_0(self.world, mark)
         self.artifacts.close()
 
     def tick(self) -> int:
-        """Take the numbers off the device, log and show them; returns the stop signal, or 0."""
+        """Read metrics from the device, log and show them; returns the stop signal, or 0."""
         state, progress = self.state, self.state.progress
         engine, saver = state.engine, self.artifacts.saver
         shared = sum(engine.waiting.collect())
@@ -261,7 +260,7 @@ class Loop:
             step_seconds=seconds / self.num_steps,
         )
         if agreed["halted_at"] >= 0:
-            saver.finish()  # what was sound is kept
+            saver.finish()  # the last sound state is kept
             on_rank_0(self.world, partial(give_up, state, int(agreed["halted_at"]), means))
         self.steps_between = max(1, int(STOP_CHECK_SECONDS / agreed["step_seconds"]))
         self.steps_to_check = self.steps_between
@@ -269,31 +268,36 @@ class Loop:
         saver.settle(not agreed["saving"])
         count_bad(state)
         progress.seconds += seconds
-        report = dict(means)
-        if any(data.on_bad == "skip" for data in state.config.streams.values()):
-            report["train/bad_images"] = progress.bad_images
-        if len(state.stages) > 1:
-            report["train/resolution"] = state.stage.resolution
-            report["train/alpha"] = state.alpha
-        if progress.rollbacks:
-            report["train/lr_factor"] = progress.lr_factor
-        report["train/images_per_second"] = (progress.images_seen - self.counted) / seconds
-        report["train/data_wait"] = state.data_seconds / seconds  # 0 to 1
-        if self.save_seconds:
-            report["train/save_stall_seconds"] = self.save_seconds
-            self.save_seconds = 0.0
+        report = means | self.counters(seconds)
         ranks, remark = self.slow_ranks.report(
             (seconds - shared) / self.num_steps, state.data_seconds / self.num_steps
         )
-        state.data_seconds = 0.0
+        state.data_seconds = self.save_seconds = 0.0
         if remark:
             engine.echo(remark)
         if self.tracker:
             attempt = {"train/attempt": progress.attempt}
             self.tracker.log(progress.images_seen, report | ranks | attempt)
-            self.on_tick(progress, report)
+            self.on_tick(progress.images_seen, report)
         self.rollback.check(report)
         return int(agreed["stop"])
+
+    def counters(self, seconds: float) -> dict[str, float]:
+        """Metrics of the loop itself, over the `seconds` since the last tick."""
+        state, progress = self.state, self.state.progress
+        found: dict[str, float] = {}
+        if any(data.on_bad == "skip" for data in state.config.streams.values()):
+            found["train/bad_images"] = progress.bad_images
+        if len(state.stages) > 1:
+            found["train/resolution"] = state.stage.resolution
+            found["train/alpha"] = state.alpha
+        if progress.rollbacks:
+            found["train/lr_factor"] = progress.lr_factor
+        found["train/images_per_second"] = (progress.images_seen - self.counted) / seconds
+        found["train/data_wait"] = state.data_seconds / seconds  # 0 to 1
+        if self.save_seconds:
+            found["train/save_stall_seconds"] = self.save_seconds
+        return found
 
     def check_replicas(self) -> None:
         """All ranks must hold the same weights before any of them is saved."""
@@ -301,11 +305,11 @@ class Loop:
         try:
             check_replicas(self.world, state.networks, state.progress.images_seen)
         except RunError:
-            self.artifacts.saver.finish()  # the former state, which was sound
+            self.artifacts.saver.finish()  # the checkpoint before, which is sound
             raise
 
     def stop_agreed(self) -> bool:
-        """Between two ticks, every couple of seconds: whether any rank has been asked to stop."""
+        """Between two ticks, every couple of seconds: whether any rank got a stop signal."""
         self.steps_to_check -= 1
         if self.steps_to_check > 0:
             return False
@@ -324,13 +328,13 @@ class Loop:
 
 
 def leave_marker(run_dir: Path, number: int) -> None:
-    """REQUEUE of a life that signal `number` ends: the newest checkpoint counts."""
+    """Write REQUEUE for an attempt that signal `number` ends, with its newest checkpoint."""
     newest = checkpoint.latest(run_dir)
     write_requeue(run_dir, number, int(newest.name) if newest else 0)
 
 
 def finish_again(state: TrainState) -> None:
-    """Finish a run whose last checkpoint was its last act, and deliver what the tracker missed."""
+    """Finish a run that was killed after its last checkpoint, and deliver missing metrics."""
     tracker = Tracker(state.config.run_dir, state.config.tracking, role="train")
     Artifacts(state, tracker).finish()
     tracker.close("FINISHED")

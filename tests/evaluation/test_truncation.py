@@ -25,6 +25,7 @@ from bigan.evaluation.truncation import sweep
 from bigan.evaluation.watcher import evaluate
 from bigan.layers.batchnorm import normalisation_layers
 from bigan.objectives.samplers import LatentSampler, truncated_normal
+from bigan.run.standing_statistics import collect_standing_statistics
 from bigan.run_config import RunConfig
 
 FD, CS = "fd/digits8-cnn-v1", "cs/digits8-cnn-v1"
@@ -109,7 +110,7 @@ def test_without_a_bound_they_are_those_that_training_stored(
     state, stream = make(config)
     with stream:
         state.progress.images_seen = 200
-        state.collect_standing_statistics()
+        collect_standing_statistics(state)
     average = state.averages["generator"]
     again = copy.deepcopy(average).eval()
     for layer in normalisation_layers(again):

@@ -21,6 +21,7 @@ from bigan.objectives.losses import LOSSES
 from bigan.objectives.penalties import PENALTIES, PenaltyBatch
 from bigan.reporting import image_grids
 from bigan.run import sample_grids
+from bigan.run.standing_statistics import collect_standing_statistics
 from bigan.run.trainer import train
 from bigan.run_config import RunConfig
 
@@ -183,7 +184,7 @@ def test_grid_shows_the_same_latents_each_time_one_row_per_class(
     recipe: Recipe, tmp_path: Path
 ) -> None:
     state, streams = make(recipe())
-    state.collect_standing_statistics()
+    collect_standing_statistics(state)
     saved: list[tuple[Tensor, dict[str, Any]]] = []
 
     def save_grid(path: Path, images: Tensor, **options: Any) -> None:

@@ -1,0 +1,33 @@
+"""Standing BatchNorm statistics of the networks that a snapshot stores."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+
+from bigan.distributed.world import sum_over_ranks
+from bigan.layers.batchnorm import collecting_statistics, normalisation_layers
+from bigan.run.state import TrainState
+
+
+def collect_standing_statistics(state: TrainState) -> None:
+    """Accumulate the BatchNorm statistics of the EMAs over new samples; all ranks take part.
+
+    Brock et al. 2019, section 4.1, "standing statistics": those of the last training batches
+    would belong to other weights than the averaged ones. A forward is the joined micro-batch of
+    training, so the result does not depend on how many processes share it.
+    """
+    train, seen = state.config.train, state.progress.images_seen
+    num = train.batch // state.accumulation
+    share = state.world.share(num)
+    for sampler in state.objective.samplers.values():
+        networks = state.sampling_networks(sampler)
+        normalizing = nn.ModuleList(n for n in networks.values() if normalisation_layers(n))
+        if sampler.inputs is not None or not len(normalizing):
+            continue
+        with collecting_statistics(normalizing, partial(sum_over_ranks, state.world)):
+            for index in range(train.standing_batches):
+                draws = sampler.draws(train.seed, f"standing/{index}", seen, num, None)
+                mine = {k: t[share].to(state.world.device) for k, t in draws.items()}
+                sampler(networks, mine)
