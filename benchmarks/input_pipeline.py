@@ -32,8 +32,6 @@ import simplejpeg
 import torch
 import torchvision
 import webdataset
-from bigan.data.pack import pack, pack_source
-from bigan.data.stream import Batch, ShardStream
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from tqdm import tqdm
@@ -41,8 +39,10 @@ from tqdm import tqdm
 from bigan.augment.discriminator_inputs import as_images
 from bigan.bench.measuring import summary
 from bigan.bench.script import argument_parser, met, spread, write_record
-from bigan.data import sources
+from bigan.data.packing import sources
+from bigan.data.packing.pack import pack, pack_source
 from bigan.data.settings import SMALL_RESOLUTION, Fetch
+from bigan.data.streaming.stream import Batch, ShardStream
 from bigan.distributed.world import World
 from bigan.versions import cpu_name, num_cpus
 
@@ -216,7 +216,7 @@ def compare(root: Path, size: int, num: int, runs: int) -> dict[str, dict[str, d
 
 RESUME = """
 import json, sys, time
-from bigan.data.stream import ShardStream
+from bigan.data.streaming.stream import ShardStream
 from bigan.distributed.world import World
 folder, images_seen = sys.argv[1], int(sys.argv[2])
 began = time.perf_counter()
@@ -229,7 +229,7 @@ MEMORY = """
 import itertools, os, sys
 from pathlib import Path
 from bigan.data.settings import Fetch
-from bigan.data.stream import ShardStream
+from bigan.data.streaming.stream import ShardStream
 from bigan.distributed.world import World
 folder, num = sys.argv[1], int(sys.argv[2])
 def resident():
