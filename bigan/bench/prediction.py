@@ -61,6 +61,7 @@ class PhaseWork:
     batchnorm_collectives: int = 0  # per micro-batch
     times: float = 1
     read_bytes: int = 0  # parameters of the phases whose networks it reads
+    gathers: int = 1  # of sharded weights per optimizer step: the step, and what follows it
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def exchanged(workload: Workload, phase: PhaseWork, micro_batches: int) -> list[
     own = phase.parameter_bytes
     if workload.engine == "fsdp":
         read = [(1, phase.read_bytes)] if phase.read_bytes else []
-        return [(1, own), *read, (1, own)]
+        return [(1, own), *read] * phase.gathers + [(1, own)]
     if workload.engine.startswith("zero"):
         reductions = micro_batches if workload.engine.startswith("zero2") else 1
         return [(2, own)] * reductions + [(1, own)]

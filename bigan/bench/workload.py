@@ -125,6 +125,7 @@ def workload(
                 batchnorm_collectives=batchnorm_collectives(objective, phase),
                 times=times[name],
                 read_bytes=sum(num_bytes[o] for o in {owners.get(n) for n in phase.reads} if o),
+                gathers=2 if phase.after_step_uses_networks else 1,
             )
             for name, phase in phases.items()
         },

@@ -137,6 +137,9 @@ def test_what_an_engine_exchanges(engine: str, expected: list[tuple[int, int]]) 
     phase = PhaseWork(0.001, 100, read_bytes=200)
     work = replace(WORK, engine=engine)
     assert prediction.exchanged(work, phase, micro_batches=3) == expected
+    if engine == "fsdp":
+        again = replace(phase, gathers=2)
+        assert prediction.exchanged(work, again, 3) == [(1, 100), (1, 200)] * 2 + [(1, 100)]
 
 
 def test_fsdp_gathers_weights_for_the_ema_once_per_training_step() -> None:
@@ -194,6 +197,7 @@ def test_workload_counts_trained_parameters_and_separate_steps() -> None:
         "generator": 1.5,  # path lengths after every second
     }
     assert full.phases["discriminator"].seconds_per_image == pytest.approx(0.004)
+    assert [p.gathers for p in full.phases.values()] == [1, 2]  # again, for the mean latent
     frozen = load_config(name, ["trainable=['generator.mapping.*','discriminator.*']"])
     part = workload(frozen, seconds, 0.0, 0.0, Assumed())
     assert part.phases["generator"].parameter_bytes < full.phases["generator"].parameter_bytes
