@@ -1,5 +1,5 @@
-# make demo   everything: set-up, pack, train, evaluate, pictures      (minutes on two CPU cores)
-# make test   everything: set-up, then the tests                       (CPU, under 15 minutes)
+# make demo   set-up, pack, train, evaluate                 (minutes on two CPU cores)
+# make test   set-up, then the quick tests                  (at most 6 minutes on two CPU cores)
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # uv from the PATH if there is one, else a private copy in .uv/
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 
-.PHONY: help setup demo test test-all lint bench clean
+.PHONY: help setup demo test test-full test-slow lint bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -37,9 +37,8 @@ setup: $(VENV)/.complete  ## install everything into .venv from the lock file
 demo: setup  ## pack the built-in digits, train BigGAN on them, evaluate every snapshot
 	@PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh
 
-# Those of one process run side by side; the others start processes that need both cores.
-# Some tests start a real SLURM and real network namespaces. Root on Debian or Ubuntu gets the
-# programs here; elsewhere the SLURM tests are left out, which is said.
+# The full tier starts a real SLURM and real network namespaces. Root on Debian or Ubuntu gets the
+# programs here; elsewhere the SLURM tests are left out, with a note.
 SYSTEM := slurmctld:slurm-wlm munged:munge ip:iproute2 unshare:util-linux ps:procps
 WITHOUT_SLURM = $(shell command -v slurmctld >/dev/null 2>&1 || [ -x /usr/sbin/slurmctld ] || echo 'and not slurm')
 
@@ -55,22 +54,22 @@ system:
 		|| echo "could not install" $$missing "(apt-get failed)"; \
 	else echo "not installed:" $$missing "(for the tests with a real SLURM, and of several machines)"; fi
 
-SIDE_BY_SIDE := $(addprefix tests/,layers models augment data objectives checkpoint reporting engine \
-	run evaluation bench smoke test_config.py test_foundations.py test_schedules_ema.py) \
-	tests/parity/test_execution_modes.py tests/launch/test_pack_command.py
+# Three tiers (docs/style.md): quick; with launches, SLURM and namespaces; everything else.
+test: setup  ## run the quick tests (no GPU needed)
+	$(BIN)/python -m pytest -m "not full and not slow and not gpu" -n 2 --dist worksteal
 
-test: setup system  ## run the tests (no GPU needed)
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist worksteal $(SIDE_BY_SIDE)
-	$(BIN)/python -m pytest -m "not slow and not gpu $(WITHOUT_SLURM)" --durations 15 \
-		$(addprefix --ignore ,$(SIDE_BY_SIDE))
+test-full: setup system  ## run the tests that start launchers, SLURM and network namespaces
+	$(BIN)/python -m pytest -m "full and not slow and not gpu $(WITHOUT_SLURM)" --durations 15
 
-test-all: setup system  ## the long tests too
-	$(BIN)/python -m pytest -m "not gpu $(WITHOUT_SLURM)"
+test-slow: setup system  ## run the long tests
+	$(BIN)/python -m pytest -m "slow and not gpu $(WITHOUT_SLURM)"
 
-lint: setup  ## ruff and mypy
+lint: setup  ## ruff, mypy, import-linter and codespell
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache >/dev/null || $(BIN)/lint-imports --no-cache
+	$(BIN)/codespell
 
 bench: setup  ## measure the training step and the input pipeline into benchmarks/results/
 	@mkdir -p benchmarks/results

@@ -71,8 +71,8 @@ def refuse_batchnorm(key: str, network: nn.Module) -> None:
     if normalisation_layers(network):
         raise ConfigError(
             f"{key}: a gradient penalty needs outputs that depend on one image each, and the "
-            f"BatchNorm in {type(network).__name__} makes them depend on all images of the batch; use "
-            "spectral normalisation (layers/spectral.py) or none there, or leave the penalty out"
+            f"BatchNorm in {type(network).__name__} makes them depend on the batch; use spectral "
+            "normalisation (layers/spectral.py) or none there, or leave the penalty out"
         )
 
 
