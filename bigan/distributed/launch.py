@@ -11,7 +11,6 @@ import re
 import socket
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from bigan.distributed.launch_env import (
 )
 from bigan.distributed.world import World, broadcast, on_all_ranks
 from bigan.errors import LaunchError
+from bigan.versions import version
 
 __all__ = [
     "check_same_program",
@@ -107,7 +107,7 @@ def disconnect(world: World) -> None:
 def program(config: Mapping[str, Any], engine: str) -> dict[str, str]:
     """What must be equal on all ranks: versions, the engine and the leaves of the config."""
     kept = {key: repr(value) for key, value in leaves(config) if not MAY_DIFFER.fullmatch(key)}
-    versions = {f"{name} version": _version(name) for name in PACKAGES}
+    versions = {f"{name} version": version(name) for name in PACKAGES}
     return {**versions, "the engine": engine, **kept}
 
 
@@ -170,10 +170,3 @@ def _require_known(host: str) -> None:
             f"launch environment: the name {host} of the first node does not resolve on "
             f"{socket.gethostname()}; export MASTER_ADDR, the first node's address, before srun"
         ) from None
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"

@@ -9,9 +9,7 @@ includes the hash of the networks. Rank 0 alone reads and writes records.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,7 @@ from bigan.errors import UserError
 from bigan.evaluation.metrics import Estimate
 from bigan.hashes import fingerprint, sha256_of_file
 from bigan.run_folder import RunFolder
+from bigan.versions import versions
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Record:
             "seconds": round(self.seconds, 3),
             "fingerprint": fingerprint(self.protocol),
             "protocol": self.protocol,
-            "versions": _versions(),
+            "versions": versions(("bigan", "torch", "torch-fidelity", "numpy")),
         }
 
 
@@ -186,14 +185,3 @@ def write_json(path: Path, content: Any) -> None:
         atomic_files.write_atomic(path, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-
-
-def _versions() -> dict[str, str]:
-    names = ("bigan", "torch", "torch-fidelity", "numpy")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a source tree
-            found[name] = "unknown"
-    return found

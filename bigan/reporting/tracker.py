@@ -13,7 +13,6 @@ runs there so that they can be compared:
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -22,12 +21,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bigan.reporting import metrics_log
 from bigan.reporting.metrics_log import read_metrics, series
 from bigan.reporting.mlflow_writer import MlflowWriter, Role, Status
 from bigan.run_config import TrackingConfig
+from bigan.versions import hardware, versions
 
 __all__ = ["Role", "Status", "Tracker", "environment", "read_metrics", "series"]
 
@@ -103,10 +101,6 @@ class Tracker:
 
 # --- environment ------------------------------------------------------------------------------
 
-_PACKAGES = (
-    "bigan", "torch", "torchvision", "accelerate", "deepspeed", "webdataset", "torch-fidelity",
-    "mlflow", "numpy", "pillow", "pydantic", "safetensors", "triton", "nvidia-nccl-cu12",
-)  # fmt: skip
 # An explicit list: SLURM_JWT and many other variables of clusters are credentials.
 _VARIABLES = (
     "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST", "SLURM_NNODES",
@@ -125,33 +119,14 @@ def environment() -> dict[str, Any]:
     Environment variables are taken from a fixed list without credentials. The URL of the git
     remote, which may contain one, is left out.
     """
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    versions |= {"torch": torch.__version__}  # including the build, 2.15.0+cu130
     return {
-        "versions": versions,
+        "versions": versions(),
         "host": platform.node(),
         "platform": platform.platform(),
-        "devices": {
-            "cpu": cpu_name(),
-            "num_cpus": len(os.sched_getaffinity(0)),
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-            "cuda": torch.version.cuda,
-        },
+        "devices": hardware(),
         "git": _git(Path(__file__).resolve()),
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
-
-
-def cpu_name() -> str:
-    """The model name of the processor."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _git(source: Path) -> dict[str, Any] | None:
