@@ -1,4 +1,4 @@
-"""Launch guards, the non-finite stop, purity of the phases, the compile fall-back."""
+"""Refused engines, the stop at non-finite losses, loss scaling, the fallback of compilation."""
 
 from __future__ import annotations
 
@@ -9,29 +9,41 @@ import pytest
 import torch
 from commands import TEN_CLASSES
 from parts import make
+from phase_inputs import evaluate, inputs_of, network, step_of
+from torch import Tensor
 
 from bigan.augment import discriminator_inputs
-from bigan.data.streaming.stream import ShardStream
-from bigan.distributed.world import World
 from bigan.engine import Engine, compiling, loss_scale
 from bigan.engine.compiling import compile_backend
 from bigan.engine.loss_scale import LossScale
 from bigan.errors import RunError, UserError
-from bigan.objectives import ema
-from bigan.run.state import Training
+from bigan.run.state import TrainState
+from bigan.run.streams import open_streams
 from bigan.run.trainer import train
 from bigan.run_config import RunConfig
 
 Recipe = Callable[..., RunConfig]
+R1 = "objective.penalties=[{name: r1, weight: 1}]"
+DISCRIMINATOR = "train/discriminator"
 
 
-@pytest.mark.parametrize(
-    ("penalties", "why"),
-    [("[{name: r1, weight: 1}]", "twice.*penalty r1.*engine=fsdp"), ("[]", "not supported.*fsdp")],
-)
-def test_zero3_is_refused_with_the_way_out(recipe: Recipe, penalties: str, why: str) -> None:
-    with pytest.raises(UserError, match=why):
-        Engine(recipe("engine=zero3", f"penalties={penalties}"), print)
+def spoiled(pixels: Tensor, mirror: Tensor | None = None) -> Tensor:
+    """Real images whose values are NaN."""
+    return pixels.permute(0, 3, 1, 2) * torch.nan
+
+
+def copies(state: TrainState, name: str) -> list[Tensor]:
+    return [p.detach().clone() for p in state.networks[name].parameters()]
+
+
+def are_equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("penalties", ["[{name: r1, weight: 1}]", "[]"])
+def test_zero3_is_refused_with_an_alternative(recipe: Recipe, penalties: str) -> None:
+    with pytest.raises(UserError, match=r"zero3.*penalty.*engine=fsdp"):
+        Engine(recipe("engine=zero3", f"objective.penalties={penalties}"), print)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -39,45 +51,55 @@ def test_half_precision_trains(recipe: Recipe, precision: str) -> None:
     """The losses stay near those of float32; weights and moments are float32."""
     losses = {}
     for name in ("fp32", precision):
-        training, stream = make(recipe(f"precision={name}", "penalties=[{name: r1, weight: 1}]"))
-        for scale in training.scales.values():
+        state, streams = make(recipe(f"precision={name}", R1))
+        for scale in state.scales.values():
             scale.scale.fill_(256)  # none of these steps overflows
-        with stream:
+        with streams:
             for _ in range(6):
-                training.step(stream)
-        losses[name], _ = training.statistics.collect()
-        assert training.engine.halted_at() == -1
-    for key in ("loss_d", "loss_g", "r1"):
+                state.advance(streams)
+        losses[name], _ = state.statistics.collect()
+        assert state.engine.halted_at() == -1
+    for key in (f"{DISCRIMINATOR}/loss", "train/generator/loss", f"{DISCRIMINATOR}/r1"):
         assert losses[precision][key] == pytest.approx(losses["fp32"][key], rel=0.05, abs=0.05)
-    for optimizer in training.optimizers.values():
-        for state in optimizer.state.values():
-            assert state["exp_avg"].dtype == torch.float32
-            assert state["exp_avg"].abs().max() < 1000, "unscaled"
+    for prepared in state.prepared.values():
+        for moments in prepared.optimizer.state.values():
+            assert moments["exp_avg"].dtype == torch.float32
+            assert moments["exp_avg"].abs().max() < 1000, "unscaled"
 
 
 def test_overflow_in_fp16_is_skipped_and_lowers_the_scale(recipe: Recipe) -> None:
-    """Scaled gradients beyond float32: no update, half the scale, and the run goes on."""
-    training, stream = make(recipe("precision=fp16"))
-    scale = training.scales["d"]
+    """Scaled gradients beyond float32: no update, half the scale, and the run continues."""
+    state, streams = make(recipe("precision=fp16"))
+    step = step_of(state, "discriminator")
+    scale = state.scales["discriminator"]
     scale.scale.fill_(1e38)
-    before = [p.clone() for p in training.discriminator.parameters()]
-    with stream:
-        training.phase_step("d", stream)
+    before = copies(state, "discriminator")
+    with streams:
+        state.advance(streams, steps=[step])
         assert scale.scale.item() == pytest.approx(0.5e38)
         assert scale.good_steps.item() == 0
-        pairs = zip(before, training.discriminator.parameters(), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs)
-        assert training.engine.halted_at() == -1
+        assert are_equal(before, copies(state, "discriminator"))
+        assert state.engine.halted_at() == -1
         scale.scale.fill_(1024.0)
-        training.phase_step("d", stream)
-    pairs = zip(before, training.discriminator.parameters(), strict=True)
-    assert not all(torch.equal(a, b) for a, b in pairs)
+        state.advance(streams, steps=[step])
+    assert not are_equal(before, copies(state, "discriminator"))
     assert (scale.scale.item(), scale.good_steps.item()) == (1024.0, 1.0)
-    means, _ = training.statistics.collect()
-    assert means["grad_norm_d"] < 1e6, "skipped norms count as zero, the others are unscaled"
+    means, _ = state.statistics.collect()
+    assert means[f"{DISCRIMINATOR}/grad_norm"] < 1e6, "skipped norms are 0, the others unscaled"
+    assert means[f"{DISCRIMINATOR}/loss_scale"] == pytest.approx((0.5e38 + 1024) / 2)
 
 
-def test_loss_scale_grows_after_good_steps_and_the_run_ends_at_the_smallest() -> None:
+def test_loss_scale_is_part_of_the_checkpoint(recipe: Recipe) -> None:
+    state, _ = make(recipe("precision=fp16"))
+    names = {shard.name for shard in state.shards() if shard.name.startswith("state/")}
+    assert names == {
+        f"state/loss_scale_{phase}.{key}"
+        for phase in ("discriminator", "generator")
+        for key in ("scale", "good_steps")
+    }
+
+
+def test_loss_scale_grows_after_good_steps_and_has_a_minimum() -> None:
     scale = LossScale(torch.device("cpu"))
     scale.good_steps.fill_(loss_scale.GROWTH_STEPS - 1)
     scale.update(torch.tensor(0.0))
@@ -87,52 +109,39 @@ def test_loss_scale_grows_after_good_steps_and_the_run_ends_at_the_smallest() ->
     assert scale.scale.item() == loss_scale.SMALLEST
 
 
-def test_fp16_ends_where_scaling_cannot_help(recipe: Recipe) -> None:
-    training, stream = make(recipe("precision=fp16"))
-    with (
-        stream,
-        mock.patch.object(
-            discriminator_inputs, "as_images", lambda real, _: real.permute(0, 3, 1, 2) * torch.nan
-        ),
-    ):
-        training.step(stream)
-    assert training.engine.halted_at() == 0
+def test_fp16_stops_where_scaling_cannot_help(recipe: Recipe) -> None:
+    state, streams = make(recipe("precision=fp16"))
+    with streams, mock.patch.object(discriminator_inputs, "as_images", spoiled):
+        state.advance(streams)
+    assert state.engine.halted_at() == 0
 
 
 def test_non_finite_step_changes_nothing(recipe: Recipe) -> None:
-    training, stream = make(recipe())
-    with stream:
-        training.step(stream)
-        assert training.engine.halted_at() == -1
-        before = {
-            f"{n}.{k}": t.clone()
-            for n, net in training.networks.items()
-            for k, t in net.named_parameters()
-        }
-        moment = training.optimizers["d"].state[next(training.discriminator.parameters())]
+    state, streams = make(recipe())
+    optimizer = state.prepared["discriminator"].optimizer
+    with streams:
+        state.advance(streams)
+        assert state.engine.halted_at() == -1
+        before = {name: copies(state, name) for name in state.networks}
+        moment = optimizer.state[next(state.networks["discriminator"].parameters())]
         moments = {k: t.clone() for k, t in moment.items()}
-        with mock.patch.object(
-            discriminator_inputs, "as_images", lambda real, _: real.permute(0, 3, 1, 2) * torch.nan
-        ):
-            training.step(stream)
-        training.step(stream)  # sticky: finite again, and still no update
-    for name, network in training.networks.items():
-        if name == "ema":  # converges to the generator, which stands still
-            continue
-        for key, parameter in network.named_parameters():
-            assert torch.equal(parameter, before[f"{name}.{key}"]), key
+        with mock.patch.object(discriminator_inputs, "as_images", spoiled):
+            state.advance(streams)
+        state.advance(streams)  # finite again, but there are no updates any more
+    for name, values in before.items():
+        assert are_equal(values, copies(state, name)), name
     assert all(torch.equal(moment[k], t) for k, t in moments.items())
-    assert training.engine.halted_at() == 40
-    assert all(torch.isfinite(p).all() for p in training.average.parameters())
+    assert state.engine.halted_at() == 40
+    assert all(torch.isfinite(p).all() for p in state.averages["generator"].parameters())
 
 
 @pytest.mark.parametrize("num", [3, 6, 7])
 def test_accumulated_steps_are_finite(recipe: Recipe, num: int) -> None:
     """Thirds and sevenths do not add up to one exactly: the check must not be a mean."""
-    training, stream = make(recipe(f"train.batch={num * 4}", "train.micro_batch=4"))
-    with stream:
-        training.phase_step("d", stream)
-    assert training.engine.halted_at() == -1
+    state, streams = make(recipe(f"train.batch={num * 4}", "train.micro_batch=4"))
+    with streams:
+        state.advance(streams, steps=[step_of(state, "discriminator")])
+    assert state.engine.halted_at() == -1
 
 
 def test_run_stops_with_one_line_and_keeps_the_checkpoint(recipe: Recipe) -> None:
@@ -140,13 +149,13 @@ def test_run_stops_with_one_line_and_keeps_the_checkpoint(recipe: Recipe) -> Non
     original = discriminator_inputs.as_images
     calls = iter(range(10**6))
 
-    def spoiled(real: torch.Tensor, mirror: torch.Tensor | None) -> torch.Tensor:
-        images = original(real, mirror)
+    def later_spoiled(pixels: Tensor, mirror: Tensor | None = None) -> Tensor:
+        images = original(pixels, mirror)
         return images * torch.nan if next(calls) >= 5 else images
 
     with (
-        mock.patch.object(discriminator_inputs, "as_images", spoiled),
-        pytest.raises(RunError, match=r"loss_d.* non-finite at images_seen = 200.*checkpoints/160"),
+        mock.patch.object(discriminator_inputs, "as_images", later_spoiled),
+        pytest.raises(RunError, match=r"discriminator/loss.* images_seen = 200.*checkpoints/160"),
     ):
         train(config, print, lambda *_: None)
     assert (config.run_dir / "checkpoints" / "160" / "COMPLETE").exists()
@@ -154,70 +163,50 @@ def test_run_stops_with_one_line_and_keeps_the_checkpoint(recipe: Recipe) -> Non
     assert train(recipe("train.total_images=240"), print, lambda *_: None) == 0
 
 
-def test_phases_are_pure(recipe: Recipe) -> None:
-    """Twice the same inputs give the same loss, and no parameter or buffer changes."""
-    training, stream = make(recipe("penalties=[{name: r1, weight: 1}, {name: wgan_gp, weight: 1}]"))
-    networks = training.networks.values()
-    before = [t.clone() for n in networks for t in n.state_dict().values()]
-    with stream:
-        for name, other in (("d", training.generator), ("g", training.discriminator)):
-            phase = training.phases[name]
-            (batch,) = training._micro_batches(phase, phase.terms(0), stream)
-            phase.requires_grad_(True)
-            first, second = (phase(other, batch, phase.terms(0))[0] for _ in range(2))
-            assert torch.equal(first, second)
-            first.backward()
-    after = [t for n in networks for t in n.state_dict().values()]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
 def test_phase_registers_only_what_it_trains(recipe: Recipe) -> None:
-    training, _ = make(recipe())
-    for name, network in (("d", training.discriminator), ("g", training.generator)):
-        assert list(training.phases[name].parameters()) == list(network.parameters())
+    state, _ = make(recipe())
+    for name, phase in state.objective.phases.items():
+        assert phase.trains == (name,)
+        assert list(phase.parameters()) == list(state.networks[name].parameters())
 
 
-def test_frozen_player_gets_no_gradient(recipe: Recipe) -> None:
-    training, stream = make(recipe())
-    with stream:
-        training.phase_step("d", stream)
-        assert all(p.grad is None for p in training.generator.parameters())
-        training.optimizers["d"].zero_grad()
-        training.phase_step("g", stream)
-    assert all(p.grad is None for p in training.discriminator.parameters())
+def test_networks_that_a_phase_reads_get_no_gradient(recipe: Recipe) -> None:
+    state, streams = make(recipe())
+    discriminator_step, generator_step = state.objective.steps(0)
+    with streams:
+        state.advance(streams, steps=[discriminator_step])
+        assert all(p.grad is None for p in network(state, "generator").parameters())
+        state.prepared["discriminator"].optimizer.zero_grad()
+        state.advance(streams, steps=[generator_step])
+    assert all(p.grad is None for p in network(state, "discriminator").parameters())
 
 
 def test_lazy_penalty_is_due_every_kth_step(recipe: Recipe) -> None:
-    config = recipe("penalties=[{name: r1, weight: 1, every: 4}]")
-    training, stream = make(config)
-    phase = training.phases["d"]
-    due = ["r1" in phase.terms(n) for n in range(0, 40 * 8, 40)]
+    state, streams = make(recipe("objective.penalties=[{name: r1, weight: 1, every: 4}]"))
+    assert state.objective.period == 4
+    due = ["r1" in state.objective.steps(n)[0].terms for n in range(0, 40 * 8, 40)]
     assert due == [True, False, False, False] * 2
-    with stream:
-        (batch,) = training._micro_batches(phase, phase.terms(0), stream)
-        with torch.no_grad():
-            plain, _ = phase(training.generator, batch, ("adversarial",))
-            lazy, scalars = phase(training.generator, batch, ("adversarial", "r1"))
+    with streams, torch.no_grad():
+        inputs = inputs_of(state, step_of(state, "discriminator"), streams)
+        plain = evaluate(state, "discriminator", inputs, ("adversarial",)).loss
+        lazy, scalars, _ = evaluate(state, "discriminator", inputs, ("adversarial", "r1"))
     assert (lazy - plain).item() == pytest.approx(4 * scalars["r1"].item(), rel=1e-3)
 
 
 def test_bf16_keeps_penalties_in_float32(recipe: Recipe) -> None:
-    penalty = "penalties=[{name: r1, weight: 1}]"
     values = {}
     for precision in ("fp32", "bf16"):
-        training, stream = make(recipe(penalty, f"precision={precision}"))
-        with stream:
-            (batch,) = training._micro_batches(
-                training.phases["d"], training.phases["d"].terms(0), stream
-            )
-        _, scalars = training.phases["d"](training.generator, batch, ("adversarial", "r1"))
+        state, streams = make(recipe(R1, f"precision={precision}"))
+        with streams:
+            inputs = inputs_of(state, step_of(state, "discriminator"), streams)
+        scalars = evaluate(state, "discriminator", inputs, ("adversarial", "r1")).scalars
         values[precision] = {k: v.item() for k, v in scalars.items()}
     assert values["bf16"]["r1"] == values["fp32"]["r1"]
-    assert values["bf16"]["loss_d"] != values["fp32"]["loss_d"]
-    assert values["bf16"]["loss_d"] == pytest.approx(values["fp32"]["loss_d"], abs=0.02)
+    assert values["bf16"]["loss"] != values["fp32"]["loss"]
+    assert values["bf16"]["loss"] == pytest.approx(values["fp32"]["loss"], abs=0.02)
 
 
-def test_without_a_compiler_auto_is_eager_and_says_so() -> None:
+def test_auto_is_eager_without_a_compiler_and_gives_the_reason() -> None:
     with mock.patch.object(compiling.shutil, "which", return_value=None):
         backend, reason = compile_backend("auto", torch.device("cpu"))
     assert backend is None
@@ -231,36 +220,40 @@ def test_failing_compilation_falls_back_with_one_line(recipe: Recipe) -> None:
     config = recipe("compile=aot_eager")
     runs = {}
     for broken in (True, False):
-        eng = Engine(config if broken else recipe(), lines.append)
+        engine = Engine(config if broken else recipe(), lines.append)
         if broken:
 
             def explode(*_: object) -> None:
                 raise RuntimeError("no such backend here")
 
-            eng._backend = explode  # type: ignore[assignment]
-        training = Training(config, eng, TEN_CLASSES)
-        training.prepare()
-        with ShardStream(config.data.path, seed=0, world=World(), batch=40) as stream:
-            training.step(stream)
-        runs[broken] = [p.clone() for p in training.generator.parameters()]
-    assert len([line for line in lines if "eager mode for phase" in line]) == 2
-    assert all(torch.equal(a, b) for a, b in zip(runs[True], runs[False], strict=True))
+            engine._backend = explode  # type: ignore[assignment]
+        state = TrainState(config, engine, TEN_CLASSES)
+        state.prepare()
+        with open_streams(state) as streams:
+            state.advance(streams)
+        runs[broken] = copies(state, "generator")
+    failed = [line for line in lines if "eager mode for phase" in line]
+    assert [line.split()[4].rstrip(":") for line in failed] == ["discriminator", "generator"]
+    assert are_equal(runs[True], runs[False])
 
 
 def test_learning_rate_warms_up(recipe: Recipe) -> None:
-    training, stream = make(recipe("optimizer.g.warmup_images=160", "optimizer.d.warmup_images=0"))
-    with stream:
-        rates = []
+    warmup = ("optimizer.generator.warmup_images=160", "optimizer.discriminator.warmup_images=0")
+    state, streams = make(recipe(*warmup))
+    rates = []
+    with streams:
         for _ in range(3):
-            training.step(stream)
-            rates.append([o.param_groups[0]["lr"] for o in training.optimizers.values()])
-    assert rates == [[pytest.approx(r), 1.6e-3] for r in (1e-4, 1.5e-4, 2e-4)]
+            state.advance(streams)
+            rates.append({n: p.optimizer.param_groups[0]["lr"] for n, p in state.prepared.items()})
+    assert rates == [
+        {"generator": pytest.approx(r), "discriminator": 1.6e-3} for r in (1e-4, 1.5e-4, 2e-4)
+    ]
 
 
-def test_average_follows_the_generator(recipe: Recipe) -> None:
-    training, stream = make(recipe("ema.start_images=1000000"))
-    with stream:
-        training.step(stream)
-    pairs = zip(training.average.parameters(), training.generator.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
-    assert ema.averaged_copy(training.generator).training is False
+def test_ema_is_a_copy_until_its_start(recipe: Recipe) -> None:
+    state, streams = make(recipe("ema.start_images=1000000"))
+    with streams:
+        state.advance(streams)
+    average = [p.detach() for p in state.averages["generator"].parameters()]
+    assert are_equal(average, copies(state, "generator"))
+    assert state.averages["generator"].training is False
