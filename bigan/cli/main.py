@@ -170,7 +170,7 @@ def parser() -> argparse.ArgumentParser:
         train_command,
         "train a recipe, or go on where it was stopped",
         "The same command starts a run and resumes it. Several processes: accelerate launch "
-        "--config_file launch/cpu.yaml -m bigan.train CONFIG ...",
+        "--config_file launch/cpu.yaml -m bigan train CONFIG ...",
     )
     add_recipe(train)
 
