@@ -56,7 +56,7 @@ class Node:
         return process
 
     def kill(self) -> None:
-        """Send SIGKILL to every process of this machine, launchers and workers, as a power cut does."""
+        """Send SIGKILL to every process of this machine, as a power cut ends them."""
         for process in self.running:
             process.kill()  # it may not have entered the namespace yet
         _kill_all(self.namespace)
