@@ -108,6 +108,11 @@ class _Optimizer(Frozen):
         unset = isinstance(self.schedule, _Annealed) and self.schedule.images is None
         return ["schedule.images"] if unset else []
 
+    @property
+    def has_state(self) -> bool:
+        """Whether it keeps state between steps."""
+        return True
+
     def corrected(self, every: int | None) -> Self:
         """The settings where a separate regularization step follows every `every`-th step.
 
@@ -183,6 +188,10 @@ class SGD(_Optimizer):
     momentum: Beta = 0.0
     nesterov: bool = False
     weight_decay: NonNegative = 0.0
+
+    @property
+    def has_state(self) -> bool:
+        return self.momentum > 0
 
     def build(self, parameters: Parameters) -> torch.optim.Optimizer:
         return torch.optim.SGD(

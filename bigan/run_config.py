@@ -231,11 +231,12 @@ def _with_data_defaults(content: dict[str, Any], where: str) -> dict[str, Any]:
     except ConfigError:
         return content  # the section itself is wrong: the validation names the key
     except UserError as error:
-        if "resolution" not in lacking and "num_classes" not in lacking:
+        required = [f"model.{key}" for key in lacking if key != "image_channels"]
+        if not required:  # the default of the model may be right
             return content
         raise ConfigError(
-            f"{where}: model.{lacking[0]} is not set and cannot be read from the data ({error}); "
-            f"pack the data first, or set model.{lacking[0]}"
+            f"{where}: {' and '.join(required)} not set, and the data cannot be read ({error}); "
+            f"pack the data first, or set {' and '.join(required)}"
         ) from None
     found = {key: getattr(manifest, FROM_DATA[key]) for key in lacking}
     return {**content, "model": {**model, **found}}

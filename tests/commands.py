@@ -1,4 +1,4 @@
-"""Run bigan as a user does: the command line and `accelerate launch`, in processes of their own."""
+"""Start bigan as users do: the command line and `accelerate launch`, in child processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEN_CLASSES = {str(digit): 1 for digit in range(10)}
 
 
 def environment(threads: int = 1) -> dict[str, str]:
-    """For a child process: this checkout first, few threads, no traces of a launcher."""
+    """Of a child process: this checkout on the path, few threads, no variables of a launcher."""
     kept = {
         key: value
         for key, value in os.environ.items()
@@ -30,7 +30,7 @@ def environment(threads: int = 1) -> dict[str, str]:
 def run_bigan(
     *arguments: str | Path, cwd: Path | None = None, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m bigan ARGUMENTS` in a fresh process."""
+    """`python -m bigan ARGUMENTS` in a child process."""
     return _run([sys.executable, "-m", "bigan", *map(str, arguments)], cwd, timeout)
 
 
@@ -38,13 +38,13 @@ def launch(
     *arguments: str | Path,
     cwd: Path | None = None,
     options: Sequence[str | Path] = (),
-    module: str = "bigan.train",
+    command: str = "train",
     timeout: float = 180,
 ) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch OPTIONS -m MODULE ARGUMENTS` on a free port."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, options)]
-    command += ["--main_process_port", str(free_port()), "-m", module, *map(str, arguments)]
-    return _run(command, cwd, timeout)
+    """`accelerate launch OPTIONS -m bigan COMMAND ARGUMENTS` on a free port."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *map(str, options)]
+    launcher += ["--main_process_port", str(free_port()), "-m", "bigan", command]
+    return _run([*launcher, *map(str, arguments)], cwd, timeout)
 
 
 def _run(command: list[str], cwd: Path | None, timeout: float) -> subprocess.CompletedProcess[str]:
@@ -60,7 +60,7 @@ def _run(command: list[str], cwd: Path | None, timeout: float) -> subprocess.Com
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on at the moment."""
+    """A TCP port that is unused at the moment."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

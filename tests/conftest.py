@@ -1,4 +1,4 @@
-"""What many tests need: the packed digits and a tiny recipe."""
+"""Fixtures of many tests: the packed digits, and configs of small runs on them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pytest
 import torch
 from commands import SMOKE
 
-from bigan import config as configs
-from bigan.run_config import RunConfig
+from bigan.run_config import RunConfig, load_config
 
 torch.set_num_threads(1)
 
@@ -26,11 +25,17 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def recipe(digits: Path, tmp_path: Path) -> Callable[..., RunConfig]:
-    """`recipe("train.seed=1")`: the smoke recipe on the packed digits, in a fresh run folder."""
+def make_config(digits: Path, tmp_path: Path) -> Callable[..., RunConfig]:
+    """`make_config("train.seed=1")`: the smoke config on the packed digits, in a new run folder."""
 
     def make(*overrides: str) -> RunConfig:
         base = [f"data.path={digits}", f"run_dir={tmp_path / 'run'}"]
-        return configs.load(RunConfig, SMOKE, [*base, *overrides])
+        return load_config(SMOKE, [*base, *overrides])
 
     return make
+
+
+@pytest.fixture
+def recipe(make_config: Callable[..., RunConfig]) -> Callable[..., RunConfig]:
+    """`make_config` under its former name."""
+    return make_config

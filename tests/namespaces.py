@@ -1,9 +1,9 @@
 """Machines for tests: network and UTS namespaces joined by a bridge, each with its own name.
 
-A `Node` has its own address, host name and /etc/hosts (so that names lead to the bridge, not to
-127.0.0.1); processes in it talk to other nodes over a virtual cable, which `link_down` unplugs.
-The file system is shared, as on a cluster. Needs root with CAP_NET_ADMIN and iproute2: without them
-`machines` fails and says so.
+A `Node` has its own address, host name and /etc/hosts (so that names resolve to addresses on the
+bridge, not to 127.0.0.1). Its processes reach other nodes over a virtual cable, which `link_down`
+disconnects. The file system is shared, as on a cluster. Without root, CAP_NET_ADMIN and iproute2
+`machines` raises PermissionError.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Node:
     def start(
         self, command: Sequence[str | Path], environment: Mapping[str, str], log: Path
     ) -> subprocess.Popen[bytes]:
-        """Start a command on this machine, in the folder of `log`, which gets all it says."""
+        """Start a command on this machine, in the folder of `log`, which receives its output."""
         # ip netns exec gives /etc/netns/<namespace>/hosts as /etc/hosts; unshare the name.
         named = f'hostname {self.name} && exec "$@"'
         enter = ["ip", "netns", "exec", self.namespace, "unshare", "--uts"]
@@ -56,7 +56,7 @@ class Node:
         return process
 
     def kill(self) -> None:
-        """SIGKILL to everything that runs on this machine, launchers and workers: power off."""
+        """Send SIGKILL to every process of this machine, as a power cut ends them."""
         for process in self.running:
             process.kill()  # it may not have entered the namespace yet
         _kill_all(self.namespace)
@@ -64,26 +64,26 @@ class Node:
             process.wait()
 
     def link_down(self) -> None:
-        """Unplug the machine: packets are lost, nobody is told."""
+        """Disconnect the machine: packets are lost without an error."""
         _ip("-n", self.switch, "link", "set", self.name, "down")
 
     def link_up(self) -> None:
-        """Plug it in again."""
+        """Reconnect the machine."""
         _ip("-n", self.switch, "link", "set", self.name, "up")
 
 
 @contextlib.contextmanager
 def machines(num: int = 2) -> Iterator[list[Node]]:
-    """`num` machines that reach each other by name; killed and removed at the end whatever happens.
+    """`num` machines that reach each other by name; killed and removed on exit.
 
-    What a killed test process has left behind is removed by the next one.
+    Also removes the machines of test processes that were killed.
     """
     if not (shutil.which("ip") and shutil.which("unshare")) or os.geteuid() != 0:
         raise PermissionError(NEEDED)
     _sweep()
     tag = f"{PREFIX}{os.getpid()}x{secrets.token_hex(3)}"
-    # The bridge has a namespace of its own: the host's firewall does not look into it, and
-    # addresses are free to choose.
+    # The bridge is in a separate namespace: the host's firewall does not apply there, and
+    # addresses cannot collide with those of the host.
     switch = f"{tag}-switch"
     nodes = [Node(f"node{i}", f"10.77.0.{i + 1}", f"{tag}-{i}", switch) for i in range(num)]
     hosts = "127.0.0.1 localhost\n" + "".join(f"{n.address} {n.name}\n" for n in nodes)
@@ -93,7 +93,7 @@ def machines(num: int = 2) -> Iterator[list[Node]]:
             _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
             _ip("-n", switch, "link", "set", "bridge", "up")
             for node in nodes:
-                _plug_in(node, hosts)
+                _connect(node, hosts)
         except subprocess.CalledProcessError as error:
             raise PermissionError(f"{NEEDED}: {error.stderr.strip()}") from None
         yield nodes
@@ -104,7 +104,7 @@ def machines(num: int = 2) -> Iterator[list[Node]]:
         _remove(switch)
 
 
-def _plug_in(node: Node, hosts: str) -> None:
+def _connect(node: Node, hosts: str) -> None:
     _ip("netns", "add", node.namespace)
     folder = Path("/etc/netns", node.namespace)
     folder.mkdir(parents=True)
@@ -118,7 +118,7 @@ def _plug_in(node: Node, hosts: str) -> None:
 
 
 def _kill_all(namespace: str) -> None:
-    for _ in range(200):  # what was about to fork is found the next time
+    for _ in range(200):  # a process may have forked since the listing
         pids = _ip("netns", "pids", namespace, check=False).split()
         if not pids:
             return
@@ -126,19 +126,19 @@ def _kill_all(namespace: str) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
-    raise RuntimeError(f"{namespace}: processes {pids} do not die")
+    raise RuntimeError(f"{namespace}: processes {pids} survive SIGKILL")
 
 
 def _remove(namespace: str) -> None:
     _kill_all(namespace)
-    _ip("netns", "del", namespace, check=False)  # and with it its ends of cables
+    _ip("netns", "del", namespace, check=False)  # also removes its ends of cables
     shutil.rmtree(Path("/etc/netns", namespace), ignore_errors=True)
     with contextlib.suppress(OSError):
-        Path("/etc/netns").rmdir()  # if it was made for this
+        Path("/etc/netns").rmdir()  # unless others use it
 
 
 def _sweep() -> None:
-    """Remove the machines of test processes that are no more."""
+    """Remove the machines of test processes that no longer exist."""
     for line in _ip("netns", "list", check=False).splitlines():
         name = line.split()[0]
         owner = name.removeprefix(PREFIX).split("x")[0]

@@ -1,6 +1,6 @@
-"""`python -m recording FOLDER CONFIG ...`: bigan train, with a record of every sample it reads.
+"""`python -m recording FOLDER CONFIG ...`: bigan train, which records every sample it reads.
 
-Each rank of each life appends the positions of its batches to a file of its own in FOLDER.
+Each rank of each attempt appends the positions of its batches to a separate file in FOLDER.
 """
 
 from __future__ import annotations

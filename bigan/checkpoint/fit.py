@@ -40,11 +40,13 @@ def load(reader: Reader, networks: Modules, state: Modules) -> None:
             module.load_state_dict(tensors)
 
 
-def optimizer_shapes(reader: Reader, parameters: Sequence[str]) -> dict[str, Shapes]:
+def optimizer_shapes(
+    reader: Reader, parameters: Sequence[str], required: bool = False
+) -> dict[str, Shapes]:
     """Parameter ("generator.linear.weight") -> optimizer state in the checkpoint, name -> shape.
 
     Raises `CheckpointError` unless all parameters have the same state, each tensor of it a scalar
-    or of the parameter's shape.
+    or of the parameter's shape; also if there is none although it is `required`.
     """
     shapes = reader.shapes()
     stored: dict[str, Shapes] = {name: {} for name in parameters}
@@ -54,7 +56,8 @@ def optimizer_shapes(reader: Reader, parameters: Sequence[str]) -> dict[str, Sha
             stored[name][state] = shape
     for name, found in stored.items():
         wrong = [s for s, shape in found.items() if shape not in ((), shapes[f"networks/{name}"])]
-        if wrong or found.keys() != stored[parameters[0]].keys():
+        missing = required and not found
+        if wrong or missing or found.keys() != stored[parameters[0]].keys():
             raise CheckpointError(
                 f"{reader.folder}: the optimizer state of {name} ({', '.join(found) or 'none'}) is "
                 f"not that of this run; {deletion_hint(reader.folder)}"

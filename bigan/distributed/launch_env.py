@@ -148,12 +148,12 @@ def chosen_engine(setting: str, environment: Mapping[str, str], world_size: int)
     if name == "ddp" and world_size == 1:
         raise LaunchError(
             "engine = ddp needs several processes: start it with `accelerate launch "
-            "--config_file launch/cpu.yaml -m bigan.train ...`"
+            "--config_file launch/cpu.yaml -m bigan train ...`"
         )
     if name != "single" and not launched:
         raise LaunchError(
             f"engine = {name} needs a launcher, even for one process: start it with `accelerate "
-            f"launch --config_file launch/{_launch_file(name)}.yaml -m bigan.train ...`"
+            f"launch --config_file launch/{_launch_file(name)}.yaml -m bigan train ...`"
         )
     return name
 

@@ -12,7 +12,7 @@ from bigan import config as configs
 from bigan.config import ConfigError
 from bigan.distributed import signals
 from bigan.reporting.tracker import environment
-from bigan.run_config import RunConfig, load_config
+from bigan.run_config import IMAGES, RunConfig, load_config
 from bigan.run_folder import RunFolder
 
 # What may differ between two attempts of a run: how it is executed, shown and kept, and its length.
@@ -63,12 +63,17 @@ def check(config: RunConfig) -> Path | None:
             )
         return None
     old, new = _fixed(load_config(stored)), _fixed(config)
-    for key, before, now in configs.differences(old, new):
-        if not _may_change(key):
-            raise ConfigError(
-                f"{folder}: this run has {key} = {before!r}, not {now!r}; use another "
-                f"run_dir=... for another experiment, or {key}={before} to resume"
-            )
+    changed = [change for change in configs.differences(old, new) if not _may_change(change[0])]
+    if changed:
+        # A section of another `name` has other keys: the name is the change to report.
+        key, before, now = min(changed, key=lambda change: not change[0].endswith(".name"))
+        if not isinstance(config.data, dict):
+            key = key.replace(f"data.{IMAGES}.", "data.")
+        setting = before if isinstance(before, str) else json.dumps(before)
+        raise ConfigError(
+            f"{folder}: this run has {key} = {before!r}, not {now!r}; use another "
+            f"run_dir=... for another experiment, or {key}={setting} to resume"
+        )
     newest = checkpoint.latest(folder)
     if newest is not None:
         checkpoint.read_progress(newest)

@@ -181,8 +181,13 @@ class TrainState:
                 is_trainable=partial(is_trainable, patterns),
             )
         if self._resumed is not None:
-            for prepared in self.prepared.values():
-                shapes = checkpoint.optimizer_shapes(self._resumed, prepared.wrapped.trainable)
+            begun = {step.phase for step in self.objective.steps(0)}  # in every checkpoint
+            for name, prepared in self.prepared.items():
+                shapes = checkpoint.optimizer_shapes(
+                    self._resumed,
+                    prepared.wrapped.trainable,
+                    required=self.optimizers[name].has_state and name in begun,
+                )
                 prepared.wrapped.load_state(shapes, self._resumed.read_range)
         self._resumed = None  # and its files are closed: it may be pruned from now on
         self._warm_up()

@@ -1,25 +1,28 @@
 """The command line: descriptions, one-line errors, exit codes, help."""
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import ROOT, SMOKE, run_bigan
+from commands import ROOT, SMOKE, environment, run_bigan
 
-from bigan import config as configs
 from bigan.cli.main import main
 from bigan.run.describe import describe
-from bigan.run_config import RunConfig
+from bigan.run_config import RunConfig, load_config
 
-RECIPE = ROOT / "configs" / "biggan-128.yaml"
+PAPER = ROOT / "configs" / "biggan-128.yaml"
 
 
-def test_paper_recipe_has_the_papers_counts() -> None:
-    description = describe(configs.load(RunConfig, RECIPE), world_size=8)
-    assert description["parameters"] == {"G": 70_433_988, "D": 87_982_370}
-    assert [phase["name"] for phase in description["phases"]] == ["d", "d", "g"]
+def test_config_of_the_paper_has_its_parameter_counts() -> None:
+    description = describe(load_config(PAPER), world_size=8)
+    assert description["parameters"] == {"generator": 70_433_988, "discriminator": 87_982_370}
+    names = ["discriminator", "discriminator", "generator"]
+    assert [phase["name"] for phase in description["phases"]] == names
+    assert [phase["trains"] for phase in description["phases"]] == [[name] for name in names]
     schedule = description["schedule"]
     assert (schedule["steps"], schedule["accumulation_steps"]) == (200_000, 4)
     memory = description["memory_bytes"]
@@ -28,18 +31,18 @@ def test_paper_recipe_has_the_papers_counts() -> None:
     assert memory["total"] == sum(v for k, v in memory.items() if k != "total")
 
 
-def test_largest_paper_recipe_is_described_in_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_largest_config_is_described_in_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     began = time.monotonic()
     overrides = ["model.resolution=512", "model.z_dim=160", "train.micro_batch=4", "precision=fp32"]
-    assert main(["describe", str(RECIPE), *overrides, "--json"]) == 0
+    assert main(["describe", str(PAPER), *overrides, "--json"]) == 0
     described = json.loads(capsys.readouterr().out)
-    assert described["parameters"]["G"] > 80_000_000
+    assert described["parameters"]["generator"] > 80_000_000
     assert time.monotonic() - began < 30
 
 
 def test_estimated_activations_grow_with_the_batch() -> None:
-    """What autograd keeps on the meta device, proportional to the batch."""
-    config = configs.load(RunConfig, SMOKE)
+    """What autograd keeps on the meta device is proportional to the batch."""
+    config = load_config(SMOKE)
     small = describe(config)["memory_bytes"]["activations"]
     double = describe(config.model_copy(update={"train": config.train.model_copy(
         update={"batch": 80})}))["memory_bytes"]["activations"]  # fmt: skip
@@ -50,7 +53,8 @@ def test_estimated_activations_grow_with_the_batch() -> None:
 def test_describe_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["describe", str(SMOKE)]) == 0
     text = capsys.readouterr().out
-    for part in ("G 60,769 parameters", "d -> g", "train.total_images = 400", "GiB per process"):
+    parts = ("generator 60,769", "discriminator -> generator", "train.total_images = 400", "GiB")
+    for part in parts:
         assert part in text
 
 
@@ -66,16 +70,17 @@ def test_describe_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_bad_input_is_one_line_exit_2_and_nothing_written(
-    recipe: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str], overrides: list[str],
+    make_config: Callable[..., RunConfig],
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
     part: str,
-) -> None:  # fmt: skip
-    config = recipe()
+) -> None:
+    config = make_config()
     base = [f"data.path={config.data.path}", f"run_dir={config.run_dir}"]
     assert main(["train", str(SMOKE), *base, *overrides]) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1, said
-    assert said[0].startswith("bigan: ")
-    assert part in said[0]
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("bigan: ")
+    assert part in line
     assert not config.run_dir.exists()
 
 
@@ -100,13 +105,12 @@ def test_corrupt_shards_stop_before_training(
                 path.unlink()
     capsys.readouterr()
     assert main(["train", str(SMOKE), f"data.path={data}", f"run_dir={run}"]) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1, said
-    assert (shard.name if damage != "empty" else str(data)) in said[0]
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert (shard.name if damage != "empty" else str(data)) in line
     assert not run.exists()
 
 
-def test_overrides_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+def test_overrides_may_follow_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["describe", str(SMOKE), "train.seed=1", "--json", "train.batch=80"]) == 0
     train = json.loads(capsys.readouterr().out)["config"]["train"]
     assert (train["seed"], train["batch"]) == (1, 80)
@@ -119,7 +123,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("pack", "describe", "train", "evaluate", "bench", "bench step"):
         with pytest.raises(SystemExit) as left:
             main([*command.split(), "--help"])
@@ -128,11 +132,6 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_output_may_be_cut_by_head() -> None:
-    import subprocess
-    import sys
-
-    from commands import environment
-
     pipe = f"{sys.executable} -m bigan describe {SMOKE} --json | head -1"
     done = subprocess.run(
         ["bash", "-c", pipe], env=environment(), capture_output=True, text=True, check=False
@@ -151,6 +150,6 @@ def test_bench_step_prints_json() -> None:
     assert done.stderr.splitlines()[-1].startswith("aot_eager+r1: ")
     for variant in result["variants"]:
         assert variant["images_per_second"]["median"] > 0
-        assert set(variant["ms_per_phase"]) == {"d", "g"}
+        assert set(variant["ms_per_phase"]) == {"discriminator", "generator"}
         assert variant["peak_memory_bytes"] > 1e8
     assert result["environment"]["torch"]
