@@ -1,4 +1,4 @@
-"""Every command of the README is run: here on small data, or by the test named beside it."""
+"""Every command and example of the README runs: here on small data, or in the test listed below."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from commands import ROOT, environment, free_port
 from PIL import Image
 
+import bigan
+
 README = (ROOT / "README.md").read_text()
 
-# Where a command cannot be run as it stands within a test, what else runs it.
+# Commands that cannot run unchanged inside of a test -> what runs them instead.
 ELSEWHERE = {
     "make demo": "test_demo_from_a_clean_clone below (slow)",
     "make test": ".ci/run",
     ".venv/bin/python benchmarks/input_pipeline.py --quick": "tests/bench/test_input_benchmark.py",
+    ".venv/bin/bigan bench scaling configs/digits.yaml --ranks 1,2": "tests/bench/",
 }
 SMALL = (
     "train.total_images=80 train.batch=40 train.micro_batch=20 train.snapshot_images=40 "
-    "train.standing_batches=1 train.tick_images=40 train.orthogonal_weight=0 compile=eager "
+    "train.standing_batches=1 train.tick_images=40 objective.orthogonal_weight=0 compile=eager "
     "tracking.mlflow=false"
 )
 PHOTOS = (
@@ -41,13 +45,12 @@ PARTS = (
     "bigan describe configs/photos",
     "bigan train configs/photos",
     "bigan evaluate runs/photos",
-    "bigan train configs/biggan-128",
-    "launch/cpu.yaml -m bigan.train",
+    "bin/bigan train configs/biggan-128",
+    "launch/cpu.yaml -m bigan train",
     "launch/node.yaml",
     "launch/cluster.yaml",
-    "-m bigan.evaluate",
+    "-m bigan evaluate",
     "bigan bench step",
-    "bigan bench scaling",
     "mlflow ui",
 )
 
@@ -58,9 +61,15 @@ def commands() -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
+def example(language: str) -> str:
+    """The only code block of the README in that language."""
+    (block,) = re.findall(rf"```{language}\n(.*?)```", README, re.S)
+    return block
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
-    """A folder as the reader has it: configs, launch files, digits, some photos."""
+    """A folder like that of a reader: configs, launch files, digits, some photos."""
     place = tmp_path_factory.mktemp("reader")
     for name in ("configs", "launch", "bigan"):
         (place / name).symlink_to(ROOT / name)
@@ -76,7 +85,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
 
 
 def adapted(command: str) -> str:
-    """The command on data small enough for a test, in the reader's folder."""
+    """The command with settings small enough for a test."""
     command = command.replace(".venv/bin/", str(Path(sys.executable).parent) + "/")
     command = command.replace("configs/biggan-128.yaml", "configs/smoke/biggan-128.yaml")
     command = command.replace("configs/digits.yaml", "configs/smoke/digits.yaml")
@@ -84,7 +93,7 @@ def adapted(command: str) -> str:
     command = command.replace("launch/cluster.yaml", "launch/cluster.yaml --num_processes 2")
     if "configs/photos.yaml" in command and "train" in command:
         return f"{command} {SMALL} {PHOTOS}"
-    if "bigan train" in command or "bigan.train" in command:
+    if "bigan train" in command:
         return f"{command} {SMALL} run_dir=runs/{len(command)}"
     return command
 
@@ -102,42 +111,43 @@ def run(command: str, place: Path, **variables: str) -> subprocess.CompletedProc
     )
 
 
-def that(part: str) -> str:
-    """The README's one command that contains `part`."""
+def command_with(part: str) -> str:
+    """The only command of the README that contains `part`."""
     (found,) = [command for command in commands() if part in command]
     return found
 
 
 def test_every_command_is_known() -> None:
-    """A command that is added to the README is added here, too."""
+    """A command that is added to the README must be added here."""
     assert len(commands()) == len(set(commands()))
     unknown = [c for c in commands() if c not in ELSEWHERE and not any(p in c for p in PARTS)]
     assert not unknown
 
 
 def test_own_images(workplace: Path) -> None:
-    """pack, describe, train, evaluate, in the README's order."""
+    """pack, verify, describe, train, evaluate, in the order of the README."""
     for part in PARTS[:4]:
-        done = run(adapted(that(part)), workplace)
+        done = run(adapted(command_with(part)), workplace)
         assert done.returncode == 0, (part, done.stderr)
     assert (workplace / "runs/photos/timeline.png").exists()
-    done = run(adapted(that("bigan evaluate runs/photos")), workplace)
-    # The weights are not ours to ship: the reader without them is told what to do, in one line.
+    done = run(adapted(command_with("bigan evaluate runs/photos")), workplace)
+    # The weights are not part of bigan: without them, one line names the missing file.
     assert done.returncode == 2
     assert "weights-inception-2015-12-05-6726825d.pth" in done.stderr
 
 
 @pytest.mark.parametrize(
-    "part", ["bigan train configs/biggan-128", "launch/cpu.yaml -m bigan.train", "launch/node.yaml"]
+    "part",
+    ["bin/bigan train configs/biggan-128", "launch/cpu.yaml -m bigan train", "launch/node.yaml"],
 )
 def test_launch(workplace: Path, part: str) -> None:
-    done = run(adapted(that(part)), workplace)
+    done = run(adapted(command_with(part)), workplace)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_two_nodes(workplace: Path) -> None:
-    """Both ends of the two-node command, on this machine."""
-    command = adapted(that("launch/cluster.yaml")).replace("29500", str(free_port()))
+    """The command for two nodes, with both ranks on this machine."""
+    command = adapted(command_with("launch/cluster.yaml")).replace("29500", str(free_port()))
     with ThreadPoolExecutor(2) as pool:
         ends = [
             pool.submit(run, command, workplace, RANK=rank, HEAD="127.0.0.1") for rank in ("0", "1")
@@ -150,23 +160,23 @@ def test_evaluator_on_two_processes(workplace: Path) -> None:
     overrides = f"{SMALL} run_dir=runs/digits evaluation.num_samples=100"
     trained = run(f"python -m bigan train configs/smoke/digits.yaml {overrides}", workplace)
     assert trained.returncode == 0, trained.stderr
-    done = run(adapted(that("-m bigan.evaluate")), workplace)
+    done = run(adapted(command_with("-m bigan evaluate")), workplace)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("fd/digits8-cnn-v1") == 2
 
 
 @pytest.mark.slow
 def test_bench(workplace: Path) -> None:
-    done = run(adapted(that("bigan bench step")), workplace)
+    done = run(adapted(command_with("bigan bench step")), workplace)
     assert done.returncode == 0, done.stderr
     assert '"speedup_compiled"' in done.stdout
 
 
 def test_mlflow_ui(workplace: Path) -> None:
-    """The viewer starts on the store that a run makes and answers over HTTP."""
+    """The viewer starts on the store of the runs and answers over HTTP."""
     (workplace / "runs").mkdir(exist_ok=True)
     port = free_port()
-    command = [*adapted(that("mlflow ui")).split(), "--port", str(port)]
+    command = [*adapted(command_with("mlflow ui")).split(), "--port", str(port)]
     viewer = subprocess.Popen(
         command, cwd=workplace, env=environment(), stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, start_new_session=True,
@@ -188,6 +198,34 @@ def test_mlflow_ui(workplace: Path) -> None:
         viewer.wait()
 
 
+def test_python_example(workplace: Path) -> None:
+    """The example trains, evaluates and samples as its comments state, on the smoke config."""
+    code = example("python").replace("configs/digits.yaml", "configs/smoke/digits.yaml")
+    checks = (
+        "assert images.dtype.itemsize == 1 and images.shape == (16, 1, 16, 16), images.shape",
+        "assert metrics[snapshot.images_seen]['fd/digits8-cnn-v1'] > 0, metrics",
+    )
+    (workplace / "example.py").write_text("\n".join((code, *checks)))
+    done = run("python example.py", workplace)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_config_example(digits: Path, tmp_path: Path) -> None:
+    """The sections of the example form a valid config, completed from the data."""
+    sections = yaml.safe_load(example("yaml"))
+    remaining = {
+        "run_dir": str(tmp_path / "run"),
+        "ema": {"halflife_images": 1000},
+        "train": {"total_images": 400, "batch": 40},
+    }
+    path = tmp_path / "example.yaml"
+    path.write_text(yaml.safe_dump(sections | remaining))
+    config = bigan.load_config(path, [f"data.path={digits}"])
+    model = config.model
+    assert (model.resolution, model.image_channels, model.num_classes) == (16, 1, 10)
+    assert set(config.optimizer) == {"generator", "discriminator"}
+
+
 def test_linked_files_exist() -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert links
@@ -198,7 +236,7 @@ def test_linked_files_exist() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_demo_from_a_clean_clone(tmp_path: Path) -> None:
-    """`make demo` on what is committed: several distances, the last one good, within 8 minutes."""
+    """`make demo` on the committed files: several distances, a good last one, within 8 minutes."""
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
     began = time.monotonic()
