@@ -12,7 +12,7 @@ from bigan import config as configs
 from bigan.config import ConfigError
 from bigan.distributed import signals
 from bigan.reporting.tracker import environment
-from bigan.run_config import RunConfig, load_config
+from bigan.run_config import IMAGES, RunConfig, load_config
 from bigan.run_folder import RunFolder
 
 # What may differ between two attempts of a run: how it is executed, shown and kept, and its length.
@@ -66,6 +66,8 @@ def check(config: RunConfig) -> Path | None:
     old, new = _fixed(load_config(stored)), _fixed(config)
     for key, before, now in configs.differences(old, new):
         if not _may_change(key):
+            if not isinstance(config.data, dict):  # as the config itself names it
+                key = key.replace(f"data.{IMAGES}.", "data.", 1)
             raise ConfigError(
                 f"{folder}: this run has {key} = {before!r}, not {now!r}; use another "
                 f"run_dir=... for another experiment, or {key}={before} to resume"
