@@ -20,7 +20,7 @@ from bigan.checkpoint import CheckpointError, Reader, Saver
 from bigan.config import ConfigError
 from bigan.engine import Engine
 from bigan.run import folder as run_folder
-from bigan.run.state import Training
+from bigan.run.state import TrainState
 from bigan.run.trainer import train
 from bigan.run_config import RunConfig
 
@@ -32,7 +32,7 @@ def quiet(config: RunConfig) -> int:
 
 
 def weights(run: Path, images_seen: int) -> bytes:
-    return (run / "snapshots" / str(images_seen) / "weights.safetensors").read_bytes()
+    return (run / "snapshots" / str(images_seen) / "generator_ema.safetensors").read_bytes()
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -46,37 +46,43 @@ def test_resume_restores_networks_moments_and_counters(recipe: Recipe) -> None:
     folder = checkpoint.latest(config.run_dir)
     assert folder is not None
     assert folder.name == "400"
-    training = Training(recipe("train.seed=9"), Engine(config, print), TEN_CLASSES)
-    training.resume(folder)
-    training.prepare()
-    assert (training.progress.images_seen, training.progress.attempt) == (400, 2)
-    assert training.progress.seconds > 0
-    for name in ("g", "d"):
-        state = training.optimizers[name].state
-        assert len(state) == len(list(training.networks[name].parameters()))
-        for parameter, moments in state.items():
+    state = TrainState(recipe("train.seed=9"), Engine(config, print), TEN_CLASSES)
+    state.resume(folder)
+    state.prepare()
+    assert (state.progress.images_seen, state.progress.attempt) == (400, 2)
+    assert state.progress.seconds > 0
+    for name, prepared in state.prepared.items():
+        found = prepared.optimizer.state
+        assert len(found) == len(list(state.networks[name].parameters()))
+        for parameter, moments in found.items():
             assert moments.keys() == {"step", "exp_avg", "exp_avg_sq"}
             assert moments["exp_avg"].stride() == parameter.stride()
             assert moments["step"].item() == 10
             assert moments["exp_avg_sq"].abs().sum() > 0 or parameter.numel() < 50
-    saver = Saver(config.run_dir / "copy", training.world)
-    saver.save(training.progress, training.shards())
+    saver = Saver(config.run_dir / "copy", state.world)
+    saver.save(state.progress, state.shards())
     saver.finish()
     again = state_of(config.run_dir / "copy" / "checkpoints" / "400")
     before = state_of(folder)
+    assert {key.partition(".")[0] for key in before} == {
+        "networks/generator", "networks/discriminator", "networks/generator_ema",
+        "optimizers/generator", "optimizers/discriminator",
+    }  # fmt: skip
+    assert "optimizers/discriminator.blocks.0.conv1.bias.exp_avg" in before
     assert again.keys() == before.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
 
 
 def test_resumed_equals_uninterrupted_bitwise(recipe: Recipe, tmp_path: Path) -> None:
-    extra = ["penalties=[{name: r1, weight: 1.0, every: 3}]", "train.num_d_steps=2"]
-    whole = recipe(*extra, f"run_dir={tmp_path / 'whole'}")
+    extra = ["objective.penalties=[{name: r1, weight: 1.0, every: 3}]"]
+    extra += ["objective.discriminator_steps=2"]
+    straight = recipe(*extra, f"run_dir={tmp_path / 'straight'}")
     parts = recipe(*extra, f"run_dir={tmp_path / 'parts'}")
-    quiet(whole)
+    quiet(straight)
     first = recipe(*extra, f"run_dir={tmp_path / 'parts'}", "train.total_images=160")
     quiet(first)
     quiet(parts)
-    assert weights(whole.run_dir, 400) == weights(parts.run_dir, 400)
+    assert weights(straight.run_dir, 400) == weights(parts.run_dir, 400)
 
 
 def start(run: Path, digits: Path, *overrides: str) -> subprocess.Popen[bytes]:
@@ -93,7 +99,7 @@ def test_sigkill_between_and_during_saves(digits: Path, tmp_path: Path) -> None:
 
     Every second step is saved, so that many of the kills happen during a save.
     """
-    undisturbed = start(tmp_path / "whole", digits, *LONG)  # in parallel with the killed run
+    undisturbed = start(tmp_path / "straight", digits, *LONG)  # in parallel with the killed run
     run, chance, kills = tmp_path / "killed", random.Random(0), 0
     for _ in range(40):
         process = start(run, digits, *LONG)
@@ -111,7 +117,7 @@ def test_sigkill_between_and_during_saves(digits: Path, tmp_path: Path) -> None:
             break
     assert kills >= 3
     assert undisturbed.wait(120) == 0
-    assert weights(tmp_path / "whole", 960) == weights(run, 960)
+    assert weights(tmp_path / "straight", 960) == weights(run, 960)
     for name in ("checkpoints", "snapshots", "samples"):
         assert not list((run / name).glob(".*")), "the next attempt deletes staging folders"
 
@@ -123,11 +129,11 @@ def test_damaged_checkpoints_are_refused_with_advice(recipe: Recipe) -> None:
     folder = checkpoint.latest(config.run_dir)
     assert folder is not None
     path = folder / "part-00000-of-00001.safetensors"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+    intact = path.read_bytes()
+    path.write_bytes(intact[: len(intact) // 2])
     with pytest.raises(CheckpointError, match=r"part-00000-of-00001\.safetensors: .*delete"):
         quiet(longer)
-    path.write_bytes(whole)
+    path.write_bytes(intact)
     record = json.loads((folder / "progress.json").read_text())
     (folder / "progress.json").write_text(json.dumps(record | {"format": 99}))
     with pytest.raises(CheckpointError, match="format 99"):
@@ -148,8 +154,8 @@ def test_checkpoint_of_another_model(recipe: Recipe, tmp_path: Path) -> None:
     assert sorted(p for p in config.run_dir.rglob("*")) == before
     folder = checkpoint.latest(config.run_dir)
     assert folder is not None
-    other = Training(recipe("model.channels=4"), Engine(config, print), TEN_CLASSES)
-    with pytest.raises(CheckpointError, match="another model: g"):
+    other = TrainState(recipe("model.channels=4"), Engine(config, print), TEN_CLASSES)
+    with pytest.raises(CheckpointError, match=r"another model: generator\."):
         other.resume(folder)
 
 
@@ -157,8 +163,16 @@ def test_settings_that_may_change_between_attempts(recipe: Recipe) -> None:
     config = recipe()
     quiet(config)
     assert run_folder.check(recipe("train.total_images=800", "compile=aot_eager", "data.threads=1"))
-    for override in ("train.seed=5", "train.batch=20", "loss=wasserstein", "data.block=100"):
-        with pytest.raises(ConfigError, match=override.partition("=")[0]):
+    optimizer = "optimizer.generator.schedule={name: linear, end: 0.0, images: 10}"
+    for override in (
+        optimizer,
+        "trainable=['*.linear.*']",
+        "train.seed=5",
+        "train.batch=20",
+        "objective.loss=wasserstein",
+        "data.block=100",
+    ):
+        with pytest.raises(ConfigError, match=f"has {override.partition('=')[0]}"):
             run_folder.check(recipe(override))
 
 
@@ -175,9 +189,9 @@ def test_finished_run_is_reported_and_its_marker_restored(recipe: Recipe) -> Non
     config = recipe()
     quiet(config)
     (config.run_dir / "DONE").unlink()
-    said: list[str] = []
-    assert train(config, said.append, lambda *_: None) == 0
-    assert any("already complete at images_seen = 400" in line for line in said)
+    printed: list[str] = []
+    assert train(config, printed.append, lambda *_: None) == 0
+    assert any("already complete at images_seen = 400" in line for line in printed)
     assert (config.run_dir / "DONE").exists()
 
 
