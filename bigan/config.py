@@ -194,7 +194,7 @@ def _explain(
     )
     where = "command line" if from_command_line else path
     if detail["type"] == "extra_forbidden":
-        candidates = _keys(schema)
+        candidates = _keys(schema, data)
         hint = _nearest_key(key, candidates)
         return f"{where}: {key} = {detail['input']!r}: unknown key{hint}"
     if detail["type"] == "missing":
@@ -251,13 +251,30 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def _keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every key path of a schema, including those of all union members."""
+def _entries_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models that are the values of a mapping: those of `dict[str, Model]`."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is dict:
+        return _models_in(arguments[1])
+    if origin in (typing.Union, types.UnionType, typing.Annotated):
+        return [model for arg in arguments for model in _entries_in(arg)]
+    return []
+
+
+def _keys(schema: type[BaseModel], data: Any, prefix: str = "") -> list[str]:
+    """Every key path of a schema, including those of all union members.
+
+    Below a mapping: for the keys that `data`, the content that is validated, has there.
+    """
     paths: list[str] = []
     for name, info in schema.model_fields.items():
         paths.append(prefix + name)
+        below = data.get(name) if isinstance(data, dict) else None
         for model in _models_in(info.annotation):
-            paths += _keys(model, f"{prefix}{name}.")
+            paths += _keys(model, below, f"{prefix}{name}.")
+        for model in _entries_in(info.annotation):
+            for key, entry in below.items() if isinstance(below, dict) else ():
+                paths += _keys(model, entry, f"{prefix}{name}.{key}.")
     return list(dict.fromkeys(paths))
 
 

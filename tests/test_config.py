@@ -1,4 +1,4 @@
-"""A wrong config is answered in one line: where, which key, which value, what instead."""
+"""Errors of configs: one line with the file, the key, the value and what to use instead."""
 
 from pathlib import Path
 
@@ -25,8 +25,12 @@ def message(*overrides: str) -> str:
 
 
 def test_overrides_change_nested_values() -> None:
-    config = load("train.seed=7", "optimizer.g.lr=1e-3", "compile=false")
-    assert (config.train.seed, config.optimizer.g.lr, config.compile) == (7, 1e-3, "eager")
+    config = load("train.seed=7", "optimizer.generator.lr=1e-3", "compile=false")
+    assert (config.train.seed, config.optimizer["generator"].lr, config.compile) == (
+        7,
+        1e-3,
+        "eager",
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,17 +39,24 @@ def test_overrides_change_nested_values() -> None:
         ("train.total_image=5", ["train.total_image", "5", "did you mean 'train.total_images'"]),
         ("trian.seed=5", ["trian", "did you mean 'train'"]),
         ("model.chanels=5", ["model.chanels", "'model.channels'"]),
-        ("optimizer.g.Lr=5", ["optimizer.g.Lr", "'optimizer.g.lr'"]),
+        ("optimizer.generator.Lr=5", ["optimizer.generator.Lr", "'optimizer.generator.lr'"]),
+        ("optimizer.generator.momentum=0.5", ["optimizer.generator.momentum = 0.5"]),
         ("train.seed=one", ["train.seed = 'one'", "valid integer"]),
         ("train.seed='1'", ["train.seed = '1'", "valid integer"]),
         ("train.seed=1.5", ["train.seed = 1.5"]),
         ("train.batch=0", ["train.batch = 0", "greater than 0"]),
-        ("loss=hing", ["loss = 'hing'", "did you mean 'hinge'"]),
+        ("objective.loss=hing", ["objective.loss = 'hing'", "did you mean 'hinge'"]),
         ("engine=dpp", ["engine = 'dpp'", "did you mean 'ddp'"]),
         ("model.name=bigan", ["model.name = 'bigan'", "'biggan'"]),
         ("model.z_dim=50", ["model", "z_dim = 50", "use z_dim="]),
         ("train=3", ["train = 3"]),
-        ("penalties=[{name: r3, weight: 1}]", ["penalties.0.name = 'r3'", "r1"]),
+        (
+            "objective.penalties=[{name: r3, weight: 1}]",
+            ["objective.penalties.0.name = 'r3'", "r1"],
+        ),
+        ("data={images: {path: x, blok: 3}}", ["data.images.blok = 3", "'data.images.block'"]),
+        ("objective.name=gna", ["objective.name = 'gna'", "did you mean 'gan'"]),
+        ("optimizer.generator.name=adamm", ["optimizer.generator.name = 'adamm'", "'adam'"]),
     ],
 )
 def test_wrong_override_names_key_value_and_fix(override: str, parts: list[str]) -> None:
@@ -94,11 +105,11 @@ def test_missing_key(tmp_path: Path) -> None:
 
 
 def test_exponent_without_dot_is_a_number() -> None:
-    assert load("optimizer.d.lr=2e-4").optimizer.d.lr == 2e-4
+    assert load("optimizer.discriminator.lr=2e-4").optimizer["discriminator"].lr == 2e-4
 
 
 def test_dump_round_trip(tmp_path: Path) -> None:
-    config = load("penalties=[{name: r1, weight: 1.0}]")
+    config = load("objective.penalties=[{name: r1, weight: 1.0}]")
     (tmp_path / "c.yaml").write_text(configs.dump(config))
     assert configs.load(RunConfig, tmp_path / "c.yaml") == config
 

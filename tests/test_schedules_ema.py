@@ -1,11 +1,11 @@
-"""Schedules are functions of images; the average has the half-life it says."""
+"""Schedules as functions of images, and the half-life of an EMA."""
 
 import pytest
 import torch
 from torch import nn
 
 from bigan.objectives import ema
-from bigan.run_config import EmaConfig
+from bigan.objectives.ema import EmaConfig
 from bigan.schedules import due, ema_decay, warmup
 
 
@@ -38,7 +38,7 @@ def test_rampup_and_start() -> None:
 
 def test_update_averages_parameters_and_copies_buffers() -> None:
     live = nn.BatchNorm1d(2)
-    average = ema.averaged_copy(live)
+    average = ema.ema_copy(live)
     with torch.no_grad():
         live.weight.fill_(3.0)
         live.running_mean.fill_(7.0)
@@ -48,10 +48,22 @@ def test_update_averages_parameters_and_copies_buffers() -> None:
     assert not any(p.requires_grad for p in average.parameters())
 
 
-def test_hard_copy_before_the_start() -> None:
+def test_the_ema_is_a_copy_until_its_start() -> None:
     live = nn.Linear(2, 2)
-    average = ema.averaged_copy(live)
+    average = ema.ema_copy(live)
     with torch.no_grad():
         live.weight.add_(1)
     ema.update(average, live, EmaConfig(halflife_images=1e9, start_images=500), 400, 100)
     assert torch.equal(average.weight, live.weight)
+
+
+def test_halflife_is_annealed() -> None:
+    """Half a cosine from `halflife_images` to `halflife_end_images`: 200 images in the middle."""
+    config = EmaConfig(halflife_images=100.0, halflife_end_images=300.0)
+    live = nn.Linear(2, 2)
+    average = ema.ema_copy(live)
+    with torch.no_grad():
+        live.weight.add_(1)
+    before = average.weight.clone()
+    ema.update(average, live, config, 500, 200, anneal_images=1000)
+    torch.testing.assert_close(average.weight, before + 0.5)

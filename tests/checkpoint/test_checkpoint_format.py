@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from bigan import checkpoint
 from bigan.checkpoint import CheckpointError, Progress, Reader, TensorShard
-from bigan.checkpoint.fit import load, optimizer_shapes
 from bigan.checkpoint.folder import complete
 from bigan.checkpoint.part import HostBuffer, part_name
 from bigan.checkpoint.progress import to_json
@@ -57,7 +56,7 @@ def trained(network: nn.Module) -> torch.optim.Adam:
 
 
 def state(name: str, network: nn.Module, optimizer: torch.optim.Adam | None) -> list[TensorShard]:
-    """The shards of a network and of its optimiser, all unsharded."""
+    """The shards of a network and of its optimizer, all unsharded."""
     shards = [unsharded(f"networks/{name}.{k}", t) for k, t in network.state_dict().items()]
     for key, parameter in network.named_parameters() if optimizer else ():
         for kind, tensor in optimizer.state[parameter].items():
@@ -126,7 +125,7 @@ def scramble(content: bytearray) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "reason"),
     [
         (lambda path: edit(path, rot), "checksum"),
         (lambda path: edit(path, shorten), "bytes instead of"),
@@ -135,14 +134,14 @@ def scramble(content: bytearray) -> None:
     ],
 )
 def test_damaged_part_is_reported_with_its_path_and_advice(
-    tmp_path: Path, damage: Callable[[Path], None], said: str
+    tmp_path: Path, damage: Callable[[Path], None], reason: str
 ) -> None:
     tensor = torch.randn(10)
     parts = [[sharded("networks/x", tensor, 0, 4)], [sharded("networks/x", tensor, 4, 10)]]
     folder = write(tmp_path / "5", parts)
     damaged = folder / part_name(1, 2)
     damage(damaged)
-    with pytest.raises(CheckpointError, match=said) as caught:
+    with pytest.raises(CheckpointError, match=reason) as caught:
         Reader(folder).read("networks/x")
     assert str(damaged) in str(caught.value)
     assert f"delete {folder}" in str(caught.value)
@@ -189,9 +188,9 @@ def test_shards_must_cover_every_tensor_once(tmp_path: Path) -> None:
             sharded("networks/y", tensor.double(), 5, 10),
         ],
     }
-    for index, (said, shards) in enumerate(wrong.items()):
+    for index, (reason, shards) in enumerate(wrong.items()):
         folder = write(tmp_path / str(index), [[shard] for shard in shards], check=False)
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=reason):
             Reader(folder)
     for start, stop in ((-1, 3), (8, 11)):
         with pytest.raises(ValueError, match="range of a tensor"):
@@ -211,59 +210,62 @@ def test_invalid_progress_is_refused(tmp_path: Path) -> None:
         "not a number": {"seconds": "long"},
         "images_seen = 6": {"images_seen": 6},
     }
-    for said, change in bad.items():
+    for reason, change in bad.items():
         path.write_text(json.dumps(record | change))
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=reason):
             Reader(folder)
 
 
 def test_check_fit_reads_the_headers(tmp_path: Path) -> None:
-    generator, generator_ema, ada = toy(), toy(), nn.BatchNorm1d(2)
-    shards = [
-        *state("generator", generator, trained(generator)),
-        *state("generator_ema", generator_ema, None),
-        *(unsharded(f"state/ada.{key}", tensor) for key, tensor in ada.state_dict().items()),
-    ]
-    networks = {"generator": generator, "generator_ema": generator_ema}
+    network, average = toy(), toy()
+    optimizer = trained(network)
+    shards = [*state("generator", network, optimizer), *state("generator_ema", average, None)]
+    shards.append(unsharded("state/augment.p", torch.tensor(0.5)))
+    networks = {"generator": network, "generator_ema": average}
+    strength = nn.Module()
+    strength.register_buffer("p", torch.tensor(0.0))
     reader = Reader(write(tmp_path / "1", [shards]))
-    checkpoint.check_fit(reader, networks, {"ada": ada})
+    checkpoint.check_fit(reader, networks, {"augment": strength})
     wider = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 4))
     with pytest.raises(CheckpointError, match=r"generator\.2\.weight is \(3, 8\) there"):
         checkpoint.check_fit(reader, {"generator": wider}, {})
-    longer = nn.Sequential(*toy(), nn.Linear(3, 1))
+    longer = {"generator_ema": nn.Sequential(*toy(), nn.Linear(3, 1))}
     with pytest.raises(CheckpointError, match=r"generator_ema\.3\.weight is absent there"):
-        checkpoint.check_fit(reader, {"generator_ema": longer}, {})
-    with pytest.raises(CheckpointError, match=r"ada\.weight is \(2,\) there"):
-        checkpoint.check_fit(reader, networks, {"ada": nn.BatchNorm1d(3)})
-    with pytest.raises(CheckpointError, match=r"path_length\.weight is absent there"):
-        checkpoint.check_fit(reader, networks, {"path_length": ada})
+        checkpoint.check_fit(reader, longer, {})
+    with pytest.raises(CheckpointError, match=r"path_length\.p is absent there"):
+        checkpoint.check_fit(reader, {}, {"path_length": strength})
 
 
-def test_optimizer_state_must_be_the_same_for_all_parameters(tmp_path: Path) -> None:
+def test_optimizer_state_must_be_that_of_every_parameter(tmp_path: Path) -> None:
     network = toy()
-    names = [f"generator.{key}" for key, _ in network.named_parameters()]
     shards = state("generator", network, trained(network))
-    stored = optimizer_shapes(Reader(write(tmp_path / "1", [shards])), names)
-    assert list(stored) == names
-    assert stored["generator.2.bias"] == {"step": (), "exp_avg": (3,), "exp_avg_sq": (3,)}
-    missing = [s for s in shards if not s.name.endswith("2.bias.exp_avg_sq")]
-    with pytest.raises(CheckpointError, match=r"generator\.2\.bias .*delete"):
-        optimizer_shapes(Reader(write(tmp_path / "2", [missing])), names)
-    short = unsharded("optimizers/generator.2.bias.exp_avg_sq", torch.zeros(2))
-    with pytest.raises(CheckpointError, match=r"generator\.2\.bias .*delete"):
-        optimizer_shapes(Reader(write(tmp_path / "3", [[*missing, short]])), names)
-    plain = Reader(write(tmp_path / "4", [state("generator", network, None)]))
-    assert optimizer_shapes(plain, names) == {name: {} for name in names}  # SGD has no state
+    names = [f"generator.{name}" for name, _ in network.named_parameters()]
+    found = checkpoint.optimizer_shapes(Reader(write(tmp_path / "1", [shards])), names)
+    assert found == {
+        f"generator.{name}": {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+        for name, p in network.named_parameters()
+    }
+    short = [p for p in shards if not p.name.endswith("2.bias.exp_avg_sq")]
+    with pytest.raises(CheckpointError, match=r"optimizer state of generator\.2\.bias"):
+        checkpoint.optimizer_shapes(Reader(write(tmp_path / "2", [short])), names)
+    wrong = [p for p in shards if not p.name.endswith("2.bias.exp_avg")]
+    wrong.append(unsharded("optimizers/generator.2.bias.exp_avg", torch.zeros(4)))
+    with pytest.raises(CheckpointError, match=r"optimizer state of generator\.2\.bias"):
+        checkpoint.optimizer_shapes(Reader(write(tmp_path / "3", [wrong])), names)
+    reader = Reader(write(tmp_path / "4", [state("generator", network, None)]))
+    assert checkpoint.optimizer_shapes(reader, names) == {name: {} for name in names}
 
 
-def test_networks_are_restored_bitwise_in_their_memory_format(tmp_path: Path) -> None:
-    network, ada = toy().to(memory_format=torch.channels_last), nn.BatchNorm1d(2)
-    ada.running_mean.add_(1)
-    shards = [unsharded(f"state/ada.{key}", tensor) for key, tensor in ada.state_dict().items()]
-    reader = Reader(write(tmp_path / "40", [[*state("generator", network, None), *shards]]))
-    other, buffers = toy().to(memory_format=torch.channels_last), nn.BatchNorm1d(2)
-    load(reader, {"generator": other}, {"ada": buffers})
+def test_modules_are_restored_bitwise_in_their_memory_format(tmp_path: Path) -> None:
+    network, strength = toy().to(memory_format=torch.channels_last), nn.BatchNorm1d(3)
+    with torch.no_grad():
+        strength.running_mean.fill_(0.25)
+    shards = state("generator", network, None)
+    shards += [unsharded(f"state/norm.{key}", t) for key, t in strength.state_dict().items()]
+    reader = Reader(write(tmp_path / "40", [shards]))
+    other, norm = toy().to(memory_format=torch.channels_last), nn.BatchNorm1d(3)
+    checkpoint.load(reader, {"generator": other}, {"norm": norm})
     for mine, theirs in zip(network.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs)
         assert mine.stride() == theirs.stride()
-    assert torch.equal(buffers.running_mean, ada.running_mean)
+    assert torch.equal(norm.running_mean, torch.full((3,), 0.25))
