@@ -112,7 +112,8 @@ def test_without_a_bound_they_are_those_that_training_stored(
         state.progress.images_seen = 200
         collect_standing_statistics(state)
     average = state.averages["generator"]
-    again = copy.deepcopy(average).eval()
+    assert not any(module.training for module in average.modules())
+    again = copy.deepcopy(average)
     for layer in normalisation_layers(again):
         layer.reset_statistics()
     accumulate(again, config, None, tuple(TEN_CLASSES.values()), 200)

@@ -148,11 +148,11 @@ def test_data_wait_is_that_of_its_tick(
     waited: list[float] = []
     before = 0
 
-    def on_tick(progress: checkpoint.Progress, report: dict[str, float]) -> None:
+    def on_tick(images_seen: int, report: dict[str, float]) -> None:
         nonlocal before
-        seconds = (progress.images_seen - before) / report["train/images_per_second"]
+        seconds = (images_seen - before) / report["train/images_per_second"]
         waited.append(report["train/data_wait"] * seconds)
-        before = progress.images_seen
+        before = images_seen
 
     assert train(make_config("train.total_images=240"), lambda _: None, on_tick) == 0
     assert waited[0] >= 0.8
