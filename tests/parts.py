@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from commands import TEN_CLASSES
@@ -14,6 +15,8 @@ from bigan import config as configs
 from bigan import models, rng
 from bigan.checkpoint import snapshots
 from bigan.engine import Engine
+from bigan.evaluation import moments
+from bigan.evaluation.moments import Moments
 from bigan.objectives import gan
 from bigan.objectives.base import Setup
 from bigan.objectives.samplers import Sampler, truncated_normal
@@ -84,6 +87,18 @@ def write_snapshot(config: RunConfig, images_seen: int, seed: int | None = None)
     generator = untrained_generator(config, images_seen if seed is None else seed)
     networks = {"generator_ema": generator}
     return snapshots.write(config.run_dir, images_seen, networks, config, TEN_CLASSES)
+
+
+def uniform_noise(num: int) -> Tensor:
+    values = np.random.default_rng(0).integers(0, 256, (num, 1, 8, 8), dtype=np.uint8)
+    return torch.from_numpy(values)
+
+
+def merged(parts: list[Moments]) -> Moments:
+    total = moments.empty(len(parts[0].mean))
+    for part in parts:
+        total = moments.merge(total, part)
+    return total
 
 
 @dataclass(frozen=True)

@@ -310,7 +310,7 @@ def test_a_rollback_may_lead_into_an_earlier_stage(
     config = grown(f"run_dir={tmp_path / 'collapsed'}", *kept)
     collapsed: list[int] = []
 
-    def look(detector: collapse.Detector, tick: collapse.Tick) -> list[collapse.Sign]:
+    def update(detector: collapse.Detector, tick: collapse.Tick) -> list[collapse.Sign]:
         if tick.images_seen < 280 or collapsed:
             return []
         collapsed.append(tick.images_seen)
@@ -319,7 +319,7 @@ def test_a_rollback_may_lead_into_an_earlier_stage(
 
     printed: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr(collapse.Detector, "look", look)
+        patch.setattr(collapse.Detector, "update", update)
         assert train(config, printed.append, lambda *_: None) == 0
     assert [line.split(",")[0] for line in printed if line.startswith("stage")] == [
         "stage 1 of 5: 4 px", "stage 2 of 5: 8 px", "stage 3 of 5: 8 px", "stage 4 of 5: 16 px",
@@ -356,4 +356,4 @@ def test_snapshots_of_all_stages_are_evaluated(grown: Grown) -> None:
     evaluate(config.run_dir, World(), watch=False, echo=printed.append)
     assert sum("fd/digits8-cnn-v1" in line for line in printed) >= 3
     record = json.loads((config.run_dir / "evaluation" / "80.json").read_text())
-    assert record["protocol"]["enlarged"] == "lower resolutions by repeating pixels"
+    assert record["protocol"]["upsampling"] == "lower resolutions by repeating pixels"
