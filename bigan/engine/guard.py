@@ -35,6 +35,7 @@ def apply_flags(
     move, but the running mean of squared gradients decays.
     """
     if optimizer.defaults.get("fused"):
+        _start_momentum(optimizer)
         optimizer.grad_scale = loss_scale  # type: ignore[attr-defined]
         optimizer.found_inf = skip  # type: ignore[attr-defined]
         return
@@ -46,3 +47,16 @@ def apply_flags(
         buffer = state.get("momentum_buffer")
         if buffer is not None:
             buffer.mul_(1 - skip)
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Momentum buffers of SGD begin at zero: the kernel would leave one of a skipped first step
+    uninitialized. Without a skip the first step sets them to the gradient either way.
+    """
+    if not optimizer.defaults.get("momentum"):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if parameter.grad is not None and state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter).detach()

@@ -182,7 +182,8 @@ def collecting_statistics(
 ) -> Iterator[None]:
     """Context that sets the standing statistics from the forwards inside; gradients are disabled.
 
-    The network is in training mode inside; its former mode is restored on exit. On exit the mean
+    The network is in training mode inside; the former mode of each of its modules is restored on
+    exit: a list of networks has a mode of its own, which is not theirs. On exit the mean
     and variance of each layer are set to those of all its inputs, pooled. `reduce` sums a float64
     tensor over the ranks in place, so that all ranks get equal statistics. Forwards must be eager,
     because forward hooks do not run in compiled graphs. Raises RuntimeError if there was no
@@ -198,7 +199,7 @@ def collecting_statistics(
         layer.register_forward_pre_hook(_adding_to(total))
         for layer, total in zip(layers, sums, strict=True)
     ]
-    was_training = network.training
+    were_training = [module.training for module in network.modules()]
     network.train()
     try:
         with torch.no_grad():
@@ -206,7 +207,8 @@ def collecting_statistics(
     finally:
         for handle in handles:
             handle.remove()
-        network.train(was_training)
+        for module, was_training in zip(network.modules(), were_training, strict=True):
+            module.training = was_training
     if not layers:
         return
     joined = torch.cat(sums)
