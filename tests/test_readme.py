@@ -124,6 +124,7 @@ def test_every_command_is_known() -> None:
     assert not unknown
 
 
+@pytest.mark.full
 def test_own_images(workplace: Path) -> None:
     """pack, verify, describe, train, evaluate, in the order of the README."""
     for part in PARTS[:4]:
@@ -136,6 +137,7 @@ def test_own_images(workplace: Path) -> None:
     assert "weights-inception-2015-12-05-6726825d.pth" in done.stderr
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "part",
     ["bin/bigan train configs/biggan-128", "launch/cpu.yaml -m bigan train", "launch/node.yaml"],
@@ -145,6 +147,7 @@ def test_launch(workplace: Path, part: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.full
 def test_two_nodes(workplace: Path) -> None:
     """The command for two nodes, with both ranks on this machine."""
     command = adapted(command_with("launch/cluster.yaml")).replace("29500", str(free_port()))
@@ -156,6 +159,7 @@ def test_two_nodes(workplace: Path) -> None:
         assert end.result().returncode == 0, end.result().stderr[-2000:]
 
 
+@pytest.mark.full
 def test_evaluator_on_two_processes(workplace: Path) -> None:
     overrides = f"{SMALL} run_dir=runs/digits evaluation.num_samples=100"
     trained = run(f"python -m bigan train configs/smoke/digits.yaml {overrides}", workplace)
@@ -172,6 +176,7 @@ def test_bench(workplace: Path) -> None:
     assert '"speedup_compiled"' in done.stdout
 
 
+@pytest.mark.full
 def test_mlflow_ui(workplace: Path) -> None:
     """The viewer starts on the store of the runs and answers over HTTP."""
     (workplace / "runs").mkdir(exist_ok=True)
@@ -198,6 +203,7 @@ def test_mlflow_ui(workplace: Path) -> None:
         viewer.wait()
 
 
+@pytest.mark.full
 def test_python_example(workplace: Path) -> None:
     """The example trains, evaluates and samples as its comments state, on the smoke config."""
     code = example("python").replace("configs/digits.yaml", "configs/smoke/digits.yaml")

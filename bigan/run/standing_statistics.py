@@ -26,7 +26,6 @@ def collect_standing_statistics(state: TrainState) -> None:
         normalizing = nn.ModuleList(n for n in networks.values() if normalisation_layers(n))
         if sampler.inputs is not None or not len(normalizing):
             continue
-        normalizing.eval()  # a new ModuleList is in training mode, which would be restored
         with collecting_statistics(normalizing, partial(sum_over_ranks, state.world)):
             for index in range(train.standing_batches):
                 draws = sampler.draws(train.seed, f"standing/{index}", seen, num, None)
