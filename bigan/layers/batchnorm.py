@@ -182,11 +182,10 @@ def collecting_statistics(
 ) -> Iterator[None]:
     """Context that sets the standing statistics from the forwards inside; gradients are disabled.
 
-    The network is in training mode inside; the former mode of each of its modules is restored on
-    exit: a list of networks has a mode of its own, which is not theirs. On exit the mean
-    and variance of each layer are set to those of all its inputs, pooled. `reduce` sums a float64
-    tensor over the ranks in place, so that all ranks get equal statistics. Forwards must be eager,
-    because forward hooks do not run in compiled graphs. Raises RuntimeError if there was no
+    The network is in training mode inside; on exit each module returns to its former mode, and the
+    mean and variance of each layer are set to those of all its inputs, pooled. `reduce` sums a
+    float64 tensor over the ranks in place, so that all ranks get equal statistics. Forwards must be
+    eager, because forward hooks do not run in compiled graphs. Raises RuntimeError if there was no
     forward. After an exception inside, the former statistics are kept.
     """
     layers = normalisation_layers(network)
@@ -199,7 +198,8 @@ def collecting_statistics(
         layer.register_forward_pre_hook(_adding_to(total))
         for layer, total in zip(layers, sums, strict=True)
     ]
-    were_training = [module.training for module in network.modules()]
+    # Of each module: a ModuleList made of networks in evaluation mode is itself in training mode.
+    modes = {module: module.training for module in network.modules()}
     network.train()
     try:
         with torch.no_grad():
@@ -207,8 +207,8 @@ def collecting_statistics(
     finally:
         for handle in handles:
             handle.remove()
-        for module, was_training in zip(network.modules(), were_training, strict=True):
-            module.training = was_training
+        for module, mode in modes.items():
+            module.training = mode
     if not layers:
         return
     joined = torch.cat(sums)

@@ -1,4 +1,4 @@
-"""ADA on two gloo processes: the draws, the strength and its steering are those of one process."""
+"""ADA on two gloo processes: draws, strength and adaptation are those of one process."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from bigan.run_config import RunConfig
 
 # Adapted at 120, 240, ...: the checkpoint at 200 lies within an interval.
 ADA = "augment={name: ada, initial: 0.4, rampup_images: 1000, every_images: 120}"
-R1 = "penalties=[{name: r1, weight: 1.0}]"
+LOSSES = ("train/discriminator/loss", "train/generator/loss")
+P, SIGN = "train/discriminator/augment_p", "train/discriminator/sign_real"
+R1 = "objective.penalties=[{name: r1, weight: 1.0}]"
 
 
 def ticks(run: Path) -> dict[int, dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["images_seen"]: line for line in lines if "train/loss_d" in line}
+    return {line["images_seen"]: line for line in lines if LOSSES[0] in line}
 
 
+@pytest.mark.full
 def test_two_processes_then_one_train_as_one_does(
-    recipe: Callable[..., RunConfig], digits: Path, tmp_path: Path
+    make_config: Callable[..., RunConfig], digits: Path, tmp_path: Path
 ) -> None:
-    """Both to the middle of an interval, whose state must be equal; then one process from there."""
+    """To the middle of an interval, where the states are equal; then one process resumes."""
     common = [ADA, R1, "train.tick_images=40"]
     started = launch(
         SMOKE, f"data.path={digits}", *common, "train.total_images=200",
@@ -34,19 +37,19 @@ def test_two_processes_then_one_train_as_one_does(
     )  # fmt: skip
     assert started.returncode == 0, started.stderr[-2000:]
     for run, total in (("one", 200), ("two", 400), ("one", 400)):
-        config = recipe(*common, f"run_dir={tmp_path / run}", f"train.total_images={total}")
+        config = make_config(*common, f"run_dir={tmp_path / run}", f"train.total_images={total}")
         assert train(config, lambda _: None, lambda *_: None) == 0
     states = [Reader(tmp_path / run / "checkpoints" / "200") for run in ("two", "one")]
     for name in ("p", "signs", "num"):
-        two, one = (state.read(f"networks/augment.{name}").item() for state in states)
+        two, one = (state.read(f"state/augment.{name}").item() for state in states)
         assert two == one, name
-    assert states[0].read("networks/augment.num").item() == 80
-    assert states[0].read("networks/augment.signs").item() != 0
+    assert states[0].read("state/augment.num").item() == 80
+    assert states[0].read("state/augment.signs").item() != 0
     two, one = ticks(tmp_path / "two"), ticks(tmp_path / "one")
     assert list(two) == list(one) == list(range(40, 401, 40))
     for seen, values in one.items():
-        assert two[seen]["train/augment_p"] == values["train/augment_p"], seen
-        assert two[seen]["train/sign_real"] == pytest.approx(values["train/sign_real"], abs=1e-6)
-        for key in ("train/loss_d", "train/loss_g", "train/r1"):
+        assert two[seen][P] == values[P], seen
+        assert two[seen][SIGN] == pytest.approx(values[SIGN], abs=1e-6)
+        for key in (*LOSSES, "train/discriminator/r1"):
             assert two[seen][key] == pytest.approx(values[key], abs=1e-4), (seen, key)
-    assert len({values["train/augment_p"] for values in one.values()}) == 4
+    assert len({values[P] for values in one.values()}) == 4

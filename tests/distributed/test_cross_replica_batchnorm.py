@@ -46,7 +46,7 @@ def new_generator() -> Generator:
 
 
 def global_batch(world_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents whose law differs from rank to rank, labels, and weights of a linear loss."""
+    """Latents whose scale differs between ranks, labels, and weights of a linear loss."""
     draw = torch.Generator().manual_seed(3)
     num = PER_RANK * world_size
     z = torch.randn(num, 30, generator=draw) * torch.linspace(0.3, 3, num)[:, None]
@@ -65,7 +65,7 @@ def run(network: nn.Module, z: Tensor, labels: Tensor, w: Tensor) -> tuple[Tenso
 def worst(ours: list[Tensor], reference: list[Tensor]) -> float:
     """Largest difference, relative to each tensor's largest entry.
 
-    The floor is for the biases before a BatchNorm, whose gradient is zero but for rounding; all
+    The floor of 0.1 is for biases before a BatchNorm, whose gradient is zero up to rounding; all
     other tensors here reach 0.7.
     """
     return max(
@@ -75,7 +75,7 @@ def worst(ours: list[Tensor], reference: list[Tensor]) -> float:
 
 
 def compare(network: nn.Module, rank: int, size: int) -> dict[str, float]:
-    """Differences of this rank's outputs and of the averaged gradients to the joined batch."""
+    """Differences of this rank's outputs and of the averaged gradients from the joined batch."""
     batch = global_batch(size)
     mine = slice(rank * PER_RANK, (rank + 1) * PER_RANK)
     expected_images, expected = run(new_generator(), *batch)
@@ -92,7 +92,7 @@ def compare(network: nn.Module, rank: int, size: int) -> dict[str, float]:
 
 
 def check_function(size: int) -> bool:
-    """First and second derivatives in float64; all ranks perturb the same entry together."""
+    """First and second derivatives in float64; all ranks perturb the same entry at once."""
     name = dist.group.WORLD.group_name
     x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     x.requires_grad_()
@@ -100,11 +100,11 @@ def check_function(size: int) -> bool:
     def average(x: Tensor) -> Tensor:
         return average_over_ranks(x, name, size)
 
-    def squared(x: Tensor) -> Tensor:  # something whose second derivative is not zero
+    def cubed(x: Tensor) -> Tensor:  # its second derivative is not zero
         return average(x).pow(3)
 
     first = torch.autograd.gradcheck(average, (x,), fast_mode=False)
-    return first and torch.autograd.gradgradcheck(squared, (x,), grad_outputs=torch.ones_like(x))
+    return first and torch.autograd.gradgradcheck(cubed, (x,), grad_outputs=torch.ones_like(x))
 
 
 def check_adjoint(rank: int, size: int) -> float:
@@ -186,12 +186,14 @@ def two_ranks() -> list[dict]:
     return launch(2, "everything")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", ["joined", "copied", "compiled"])
 def test_two_ranks_equal_one_process_on_the_joined_batch(two_ranks: list[dict], case: str) -> None:
     for found in two_ranks:
         assert max(found[case].values()) < 1e-5, found[case]
 
 
+@pytest.mark.full
 def test_without_a_group_the_statistics_are_local(two_ranks: list[dict]) -> None:
     """Also shows that the comparison above can fail."""
     for found in two_ranks:
@@ -199,17 +201,20 @@ def test_without_a_group_the_statistics_are_local(two_ranks: list[dict]) -> None
         assert found["local"]["gradient_parameters"] > 1e-2
 
 
-def test_the_averaging_function_has_right_derivatives(two_ranks: list[dict]) -> None:
+@pytest.mark.full
+def test_the_averaging_function_has_correct_derivatives(two_ranks: list[dict]) -> None:
     for found in two_ranks:
         assert found["gradcheck"]
         assert found["adjoint"] < 1e-12
 
 
+@pytest.mark.full
 def test_standing_statistics_are_pooled_over_ranks(two_ranks: list[dict]) -> None:
     for found in two_ranks:
         assert found["standing"] < 1e-5
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_three_ranks_equal_one_process_on_the_joined_batch() -> None:
     for found in launch(3):

@@ -1,4 +1,4 @@
-"""FSDP2 and ZeRO on two gloo processes train as DDP does, save, resume and change places.
+"""FSDP2 and ZeRO on two gloo processes train as DDP does, and resume their own state and DDP's.
 
 One launch runs all engines and cases: this file is also the program of its processes.
 """
@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,139 +19,149 @@ import torch
 from commands import ROOT, SMOKE, TEN_CLASSES, environment, free_port
 from torch import Tensor, nn
 
-from bigan import config as configs
 from bigan.distributed.launch import disconnect
 from bigan.distributed.world import gather
-from bigan.engine import Engine
+from bigan.engine import Engine, Prepared
 from bigan.engine.zero import load_deepspeed
 from bigan.errors import LaunchError
-from bigan.run.state import Training
-from bigan.run.streams import open_stream
-from bigan.run_config import RunConfig
+from bigan.run.state import TrainState
+from bigan.run.streams import open_streams
+from bigan.run_config import RunConfig, load_config
 
 ENGINES = ("fsdp", "zero1")  # the others are in the slow test
-R1 = "penalties=[{name: r1, weight: 10.0}]"
-# Three steps that move the weights, with an eps that does not blow up rounding: Adam would move a
+R1 = "objective.penalties=[{name: r1, weight: 10.0}]"
+# Three steps that move the weights, with an eps that does not amplify rounding: Adam would move a
 # weight whose gradient is 1e-8 as far as any other.
 EACH = ("warmup_images=0", "eps=1.0e-2", "lr=2.0e-3")
-COMMON = [f"optimizer.{network}.{setting}" for network in "gd" for setting in EACH]
+PHASES = ("discriminator", "generator")
+COMMON = [f"optimizer.{phase}.{setting}" for phase in PHASES for setting in EACH]
 MANY = [
-    "penalties=[{name: r1, weight: 10.0, every: 2}]",
-    "train.num_d_steps=2",
-    "train.orthogonal_weight=1.0e-4",
-    "model.attention_resolutions=[8]",  # brings scalar parameters
+    "objective.penalties=[{name: r1, weight: 10.0, every: 2}]",
+    "objective.discriminator_steps=2",
+    "objective.orthogonal_weight=1.0e-4",
+    "model.attention_resolutions=[8]",  # adds scalar parameters
 ]
 TRAINED = {  # case: (overrides, of the two processes, of the one)
     "none": ([], [], []),
     "r1": ([R1], [], []),
-    "wgan_gp": (["penalties=[{name: wgan_gp, weight: 10.0}]"], [], []),
+    "wgan_gp": (["objective.penalties=[{name: wgan_gp, weight: 10.0}]"], [], []),
     # The joined micro-batch of two processes is that of one with twice as many images.
     "many": (MANY, ["train.micro_batch=10"], ["train.micro_batch=20"]),
     "compiled": ([*MANY, "compile=aot_eager"], ["train.micro_batch=10"], ["train.micro_batch=20"]),
 }
-State = dict[str, Tensor]
+Tensors = dict[str, Tensor]
 Results = dict[str, Any]
 
 
-# ---- what every process runs, and the reference too --------------------------------------------
+# ---- what every process runs, and the reference ------------------------------------------------
 
 
-def state_of(training: Training) -> State:
+def tensors_of(state: TrainState) -> Tensors:
     """The joined shards of all processes; every entry must be there exactly once."""
     mine = [
         (p.name, tuple(p.shape), p.start, p.data.detach().cpu().reshape(-1).clone(), p.replicated)
-        for p in training.shards()
+        for p in state.shards()
     ]
-    whole: State = {}
+    joined: Tensors = {}
     seen: dict[str, Tensor] = {}
-    for rank, shards in enumerate(gather(training.world, mine)):
+    for rank, shards in enumerate(gather(state.world, mine)):
         for name, shape, start, data, replicated in shards:
-            if name not in whole:
-                whole[name] = torch.full(shape, float("nan"), dtype=data.dtype)
+            if name not in joined:
+                joined[name] = torch.full(shape, float("nan"), dtype=data.dtype)
                 seen[name] = torch.zeros(shape, dtype=torch.int64)
             part = slice(start, start + data.numel())
             if replicated and rank > 0 and bool(seen[name].all()):
-                assert torch.equal(whole[name].view(-1)[part], data), f"{name} differs by rank"
+                assert torch.equal(joined[name].view(-1)[part], data), f"{name} differs by rank"
                 continue
-            whole[name].view(-1)[part] = data
+            joined[name].view(-1)[part] = data
             seen[name].view(-1)[part] += 1
     for name, count in seen.items():
         assert bool((count == 1).all()), f"{name} is not covered exactly once"
-    return whole
+    return joined
 
 
-def reader_of(state: State) -> Callable[[str, int, int], Tensor]:
-    return lambda key, start, stop: state[key].reshape(-1)[start:stop].clone()
-
-
-def begin(config: RunConfig, state: State | None = None) -> Training:
-    """A fresh training, from a state of `state_of` if there is one."""
+def begin(config: RunConfig, tensors: Tensors | None = None) -> TrainState:
+    """A prepared train state, from the result of `tensors_of` if there is one."""
     engine = Engine(config, print)
     # As the sharding engines need it: in another layout convolutions round otherwise.
     engine.memory_format = torch.contiguous_format
-    training = Training(config, engine, TEN_CLASSES)
-    if state is not None:
-        for name, network in training.networks.items():
+    state = TrainState(config, engine, TEN_CLASSES)
+    if tensors is not None:
+        for name, network in state.saved_networks.items():
             prefix = f"networks/{name}."
             network.load_state_dict(
-                {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
+                {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
             )
-    training.prepare()
-    if state is not None:
-        for name, prepared in training.prepared.items():
-            prepared.wrapped.load_moments(name, reader_of(state))
-    return training
-
-
-def advance(training: Training, steps: int) -> State:
-    """Train; returns the mean scalars."""
-    with open_stream(training) as stream:
-        for _ in range(steps):
-            training.step(stream)
-    means, _ = training.statistics.collect()
-    return {f"scalars/{k}": torch.tensor(v) for k, v in means.items()}
-
-
-def trained(config: RunConfig) -> tuple[State, State]:
-    """The states after two and after three steps; the second with the mean scalars of the third."""
-    training = begin(config)
-    advance(training, 2)
-    half = state_of(training)
-    scalars = advance(training, 1)
-    state = state_of(training) | scalars
-    training.close()
-    return half, state
-
-
-def continued(config: RunConfig, state: State) -> State:
-    """A third step from the state after two."""
-    training = begin(config, state)
-    training.progress.images_seen = 2 * config.train.num_d_steps * config.train.batch
-    advance(training, 1)
-    state = state_of(training)
-    training.close()
+    state.prepare()
+    if tensors is not None:
+        for prepared in state.prepared.values():
+            load_optimizer(prepared, tensors)
     return state
 
 
-def poisoned(config: RunConfig) -> dict[str, Any]:
-    """States around a step in which one process has a bad gradient; its loss is fine.
+def load_optimizer(prepared: Prepared, tensors: Tensors) -> None:
+    """Set the state of an optimizer as a resume does."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name in prepared.wrapped.trainable:
+        prefix = f"optimizers/{name}."
+        found = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        shapes[name] = {key: tuple(tensor.shape) for key, tensor in found.items()}
+    prepared.wrapped.load_state(
+        shapes, lambda key, start, stop: tensors[key].reshape(-1)[start:stop].clone()
+    )
 
-    Bad: infinite in the images, so that most of it becomes NaN.
+
+def advance(state: TrainState, steps: int) -> Tensors:
+    """Train; returns the mean scalars."""
+    with open_streams(state) as streams:
+        for _ in range(steps):
+            state.advance(streams)
+    means, _ = state.statistics.collect()
+    return {f"scalars/{k}": torch.tensor(v) for k, v in means.items()}
+
+
+def trained(config: RunConfig) -> tuple[Tensors, Tensors]:
+    """The states after two and after three steps; the second with the mean scalars of the third."""
+    state = begin(config)
+    advance(state, 2)
+    half = tensors_of(state)
+    scalars = advance(state, 1)
+    found = tensors_of(state) | scalars
+    state.close()
+    return half, found
+
+
+def resumed(config: RunConfig, tensors: Tensors) -> Tensors:
+    """A third step from the state after two."""
+    state = begin(config, tensors)
+    state.progress.images_seen = 2 * config.images_per_step
+    advance(state, 1)
+    found = tensors_of(state)
+    state.close()
+    return found
+
+
+def poisoned(config: RunConfig) -> dict[str, Any]:
+    """States around a step in which one process has a bad gradient and a finite loss.
+
+    The gradient is infinite in the images, so that most of it becomes NaN.
     """
-    training = begin(config)
-    advance(training, 1)
-    before = state_of(training)
+    state = begin(config)
+    advance(state, 1)
+    before = tensors_of(state)
 
     def spoil(module: nn.Module, inputs: object, output: Tensor) -> None:
         if output.requires_grad:
             output.register_hook(lambda gradient: gradient * float("inf"))
 
-    if not training.world.is_rank_0:  # rank 0 must hear of it
-        training.generator.register_forward_hook(spoil)
-    training.phase_step("g", iter(()))
-    state = {"before": before, "after": state_of(training), "at": training.engine.halted_at()}
-    training.close()
-    return state
+    if not state.world.is_rank_0:  # rank 0 learns of it through the engine
+        state.networks["generator"].register_forward_hook(spoil)
+    at = state.progress.images_seen
+    (step,) = (s for s in state.objective.steps(at) if s.phase == "generator")
+    state.advance({}, steps=[step._replace(at=at)])
+    found = {"before": before, "after": tensors_of(state), "at": state.engine.halted_at()}
+    state.close()
+    return found
 
 
 def main(folder: Path) -> None:
@@ -159,23 +169,23 @@ def main(folder: Path) -> None:
     plan = json.loads((folder / "plan.json").read_text())
     results: dict[str, Any] = {}
 
-    def recipe(name: str, engine: str) -> RunConfig:
+    def config_of(name: str, engine: str) -> RunConfig:
         overrides, here, _ = TRAINED[name]
         settings = [*plan["overrides"], *overrides, *here, f"engine={engine}"]
-        return configs.load(RunConfig, SMOKE, settings)
+        return load_config(SMOKE, settings)
 
     for engine in ("ddp", *plan["engines"]):
         for name in plan["cases"]:
             results[f"{engine}/{name}/half"], results[f"{engine}/{name}"] = trained(
-                recipe(name, engine)
+                config_of(name, engine)
             )
         if engine == "ddp":
             continue
-        config, half = recipe("many", engine), results[f"{engine}/many/half"]
-        results[f"{engine}/resumed"] = continued(config, half)
-        results[f"{engine}/adopted"] = continued(config, results["ddp/many/half"])
-        results[f"{engine}/poisoned"] = poisoned(recipe("none", engine))
-    world = Engine(recipe("none", "ddp"), print).world
+        config, half = config_of("many", engine), results[f"{engine}/many/half"]
+        results[f"{engine}/resumed"] = resumed(config, half)
+        results[f"{engine}/adopted"] = resumed(config, results["ddp/many/half"])
+        results[f"{engine}/poisoned"] = poisoned(config_of("none", engine))
+    world = Engine(config_of("none", "ddp"), print).world
     if world.is_rank_0:
         torch.save(results, folder / "results.pt")
     disconnect(world)
@@ -185,7 +195,7 @@ def main(folder: Path) -> None:
 
 
 def launched(folder: Path, digits: Path, engines: Sequence[str], cases: Sequence[str]) -> Results:
-    """What two processes make of it."""
+    """Results of two processes."""
     overrides = [f"data.path={digits}", *COMMON]
     plan = {"overrides": overrides, "engines": engines, "cases": cases}
     (folder / "plan.json").write_text(json.dumps(plan))
@@ -215,7 +225,7 @@ def results(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     return launched(tmp_path_factory.mktemp("engines"), digits, ENGINES, ["many"])
 
 
-def differences(found: State, wanted: State) -> dict[str, float]:
+def differences(found: Tensors, wanted: Tensors) -> dict[str, float]:
     """Largest difference by kind; of Adam's moments (beta1 = 0: the first is the last gradient) and
     of scalars relative to the largest entry."""
     worst: dict[str, float] = {}
@@ -232,17 +242,19 @@ def differences(found: State, wanted: State) -> dict[str, float]:
     return {kind: value / largest.get(kind, 1.0) for kind, value in worst.items()}
 
 
-def require_close(engine: str, case: str, found: State, wanted: State) -> None:
-    """Bitwise for FSDP, whose arithmetic is DDP's; of ZeRO all but the last bits.
+def require_close(engine: str, case: str, found: Tensors, wanted: Tensors) -> None:
+    """Bitwise for FSDP, whose arithmetic is DDP's; for ZeRO up to the last bits.
 
-    Adam's vectorised loop ends elsewhere in a flat partition, so that some weights are rounded
-    otherwise; a ReLU decided differently then shows as 1e-3 of a gradient.
+    Adam's vectorized loop ends at other elements of a flat partition, so that some weights are
+    rounded otherwise; a ReLU with another sign then shows as 1e-3 of a gradient.
     """
     worst = differences(found, wanted)
     print(f"\n{engine:14} {case:9} " + "  ".join(f"{k} {v:.1e}" for k, v in worst.items()))
     for kind, value in worst.items():
         if engine == "fsdp":
-            assert value == 0 or (kind == "scalars" and value < 1e-6), kind  # norms, by parts
+            assert value == 0 or (kind == "scalars" and value < 1e-6), (
+                kind
+            )  # norms are summed in parts
         else:
             assert value < (2e-2 if kind.endswith(("exp_avg", "exp_avg_sq")) else 2e-3), kind
 
@@ -256,17 +268,17 @@ def test_three_steps_are_those_of_ddp(results: Results, engine: str, case: str) 
 def test_three_steps_are_those_of_one_process(results: Results, digits: Path) -> None:
     overrides, _, here = TRAINED["many"]
     settings = [f"data.path={digits}", *COMMON, *overrides, *here, "engine=single"]
-    config = configs.load(RunConfig, SMOKE, settings)
+    config = load_config(SMOKE, settings)
     _, state = trained(config)
     for engine in ENGINES:
         require_close(f"{engine} to one", "many", results[f"{engine}/many"], state)
-        back = continued(config, results[f"{engine}/many/half"])
-        require_close(f"{engine} to one", "continued", back, without_scalars(state))
+        back = resumed(config, results[f"{engine}/many/half"])
+        require_close(f"{engine} to one", "resumed", back, without_scalars(state))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_resume_is_bitwise(results: Results, engine: str) -> None:
-    """A state after two steps, put together and taken up again, leads to the same third step."""
+    """The joined state after two steps, loaded again, leads to the same third step."""
     found, wanted = results[f"{engine}/resumed"], without_scalars(results[f"{engine}/many"])
     assert found.keys() == wanted.keys()
     for key, tensor in found.items():
@@ -274,7 +286,7 @@ def test_resume_is_bitwise(results: Results, engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_state_of_ddp_is_taken_up(results: Results, engine: str) -> None:
+def test_resume_from_a_state_of_ddp(results: Results, engine: str) -> None:
     found, wanted = results[f"{engine}/adopted"], without_scalars(results["ddp/many"])
     require_close(engine, "adopted", found, wanted)
 
@@ -286,10 +298,11 @@ def test_a_bad_gradient_changes_nothing(results: Results, engine: str) -> None:
     assert results[f"{engine}/poisoned"]["at"] == 40
     assert before.keys() == after.keys()
     for key, tensor in before.items():
-        if not key.endswith((".u", ".v")):  # the power iteration goes on
+        if not key.endswith((".u", ".v")):  # the power iteration continues
             assert torch.equal(tensor, after[key]), key
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_every_case_under_every_engine(digits: Path, tmp_path: Path) -> None:
     engines = [*ENGINES, "zero2", "zero1_offload", "zero2_offload"]
@@ -299,14 +312,14 @@ def test_every_case_under_every_engine(digits: Path, tmp_path: Path) -> None:
             require_close(engine, case, found[f"{engine}/{case}"], found[f"ddp/{case}"])
 
 
-def test_without_deepspeed_the_user_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_deepspeed_the_error_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(LaunchError, match=r"pip install 'bigan\[deepspeed\]'"):
         load_deepspeed(torch.device("cpu"))
 
 
-def without_scalars(state: State) -> State:
+def without_scalars(state: Tensors) -> Tensors:
     return {key: tensor for key, tensor in state.items() if not key.startswith("scalars/")}
 
 

@@ -6,30 +6,43 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import ROOT, SMOKE, launch, run_bigan
+from commands import ROOT, SMOKE, launch
 from safetensors.torch import load_file
 
+from bigan.run.trainer import train
+from bigan.run_config import load_config
+
 LAUNCH = ROOT / "launch" / "cpu.yaml"
+WEIGHTS = "snapshots/{}/generator_ema.safetensors"
+WGAN_GP = "objective.penalties=[{name: wgan_gp, weight: 1.0}]"
+LOSSES = ("train/discriminator/loss", "train/generator/loss")
 
 
 def losses(run: Path) -> dict[int, dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
-        line["images_seen"]: {k: line[k] for k in ("train/loss_d", "train/loss_g")}
+        line["images_seen"]: {key: line[key] for key in LOSSES}
         for line in lines
-        if "train/loss_d" in line
+        if LOSSES[0] in line
     }
+
+
+def alone(run: Path, *arguments: object) -> None:
+    """The same training in this process."""
+    config, *overrides = map(str, arguments)
+    settings = load_config(config, [*overrides, f"run_dir={run}"])
+    assert train(settings, lambda _: None, lambda *_: None) == 0
 
 
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        pytest.param("plain", [], marks=pytest.mark.slow),
-        ("compiled", ["penalties=[{name: wgan_gp, weight: 1.0}]"]),
+        ("eager", [WGAN_GP]),
+        pytest.param("compiled", [WGAN_GP], marks=pytest.mark.full),
         pytest.param(
             "accumulate",
-            ["train.micro_batch=10", "train.num_d_steps=2"],
-            marks=pytest.mark.slow,  # tests/parity has three steps of it
+            ["train.micro_batch=10", "objective.discriminator_steps=2"],
+            marks=[pytest.mark.full, pytest.mark.slow],  # tests/parity has three steps of it
         ),
     ],
 )
@@ -45,40 +58,43 @@ def test_same_losses_for_twenty_steps(
     assert together.returncode == 0, together.stderr[-2000:]
     if name == "accumulate":  # the joined micro-batch of two processes is that of one with twice
         common += ["train.micro_batch=20"]
-    alone = run_bigan("train", *common, f"run_dir={tmp_path / 'one'}")
-    assert alone.returncode == 0, alone.stderr[-2000:]
+    alone(tmp_path / "one", *common)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert list(one) == list(two)
     assert len(one) == (20 if name != "accumulate" else 10)
     for seen, values in one.items():
         for key, value in values.items():
             assert two[seen][key] == pytest.approx(value, abs=1e-4), (seen, key)
-    a, b = (load_file(tmp_path / n / "snapshots/800/weights.safetensors") for n in ("one", "two"))
+    a, b = (load_file(tmp_path / name / WEIGHTS.format(800)) for name in ("one", "two"))
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 2e-3
 
 
+@pytest.mark.full
 @pytest.mark.slow  # tests/parity has three steps of it on every engine
 def test_a_growing_run_is_the_same_on_two_processes(digits: Path, tmp_path: Path) -> None:
-    """Through two fade-ins; the second half of the two processes' run is a resume in one of them.
+    """Through two fade-ins; the run of two processes is resumed in the middle of one of them.
 
-    Every stage has new wrappers and optimisers. (Stop and go are bitwise: test_growth.py.)
+    Every stage has new wrappers and optimizers. (A resume is bitwise: test_growth.py.)
     """
     grown = ROOT / "configs" / "smoke" / "progan-digits.yaml"
     common = [grown, f"data.path={digits}", "train.total_images=400"]
-    warmup = ["optimizer.g.warmup_images=400", "optimizer.d.warmup_images=400"]
-    alone = run_bigan("train", *common, *warmup, f"run_dir={tmp_path / 'one'}")
-    assert alone.returncode == 0, alone.stderr[-2000:]
+    warmup = [
+        "optimizer.generator.warmup_images=400",
+        "optimizer.discriminator.warmup_images=400",
+    ]
+    alone(tmp_path / "one", *common, *warmup)
     two = [*common, *warmup, f"run_dir={tmp_path / 'two'}"]
     for part in ([*two, "train.total_images=256"], two):
         together = launch(*part, options=["--config_file", LAUNCH])
         assert together.returncode == 0, together.stderr[-2000:]
     assert "resuming" in together.stderr
-    a, b = (load_file(tmp_path / n / "snapshots/400/weights.safetensors") for n in ("one", "two"))
+    a, b = (load_file(tmp_path / n / WEIGHTS.format(400)) for n in ("one", "two"))
     assert a.keys() == b.keys()
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-4
 
 
-@pytest.mark.slow  # tests/launch/test_chaos.py does it the hard way
+@pytest.mark.full
+@pytest.mark.slow  # tests/launch/test_chaos.py resumes after kills
 def test_resume_is_bitwise_on_two_processes(digits: Path, tmp_path: Path) -> None:
     """Stopped after a checkpoint and started again by the same command: the same bytes."""
     options = ["--config_file", LAUNCH]
@@ -88,12 +104,13 @@ def test_resume_is_bitwise_on_two_processes(digits: Path, tmp_path: Path) -> Non
     for arguments in (whole, [*parts, "train.total_images=200"], parts):
         done = launch(*arguments, options=options)
         assert done.returncode == 0, done.stderr[-2000:]
-    name = "snapshots/400/weights.safetensors"
+    name = WEIGHTS.format(400)
     assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
+@pytest.mark.full
 def test_bad_input_is_one_line_and_touches_nothing(digits: Path, tmp_path: Path) -> None:
-    """Every rank leaves, one of them says why."""
+    """Every rank exits, one of them prints the reason."""
     run = tmp_path / "run"
     done = launch(
         SMOKE,
@@ -103,7 +120,6 @@ def test_bad_input_is_one_line_and_touches_nothing(digits: Path, tmp_path: Path)
         options=["--config_file", LAUNCH],
     )
     assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if line.startswith("bigan:")]
-    assert len(said) == 1
-    assert "classes 10 but model.num_classes = 9" in said[0]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("bigan:")]
+    assert "model.num_classes = 9" in line
     assert not run.exists()

@@ -1,4 +1,4 @@
-"""Killed again and again, on changing numbers of processes, a run ends as if nothing had been."""
+"""A run that is killed often, on changing world sizes, ends as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 
 from bigan import atomic_files, checkpoint
 
-WHOLE_RUN_SECONDS = 600  # of a life that nothing ends before its time, on a busy machine
+pytestmark = pytest.mark.full
+FULL_RUN_SECONDS = 600  # of an uninterrupted attempt on a busy machine
 
 
-class Life:
-    """One start of the command: its launcher, and its ranks."""
+class Attempt:
+    """One start of the command: its launcher and its ranks."""
 
     def __init__(self, world_size: int, records: Path, arguments: list[str]) -> None:
         command = [sys.executable, "-m", "recording", str(records), str(SMOKE), *arguments]
@@ -52,7 +53,7 @@ class Life:
         return [int(pid) for pid in listed.stdout.split()]
 
     def kill_one(self, chance: random.Random) -> bool:
-        """SIGKILL to a rank; whether it was there to be killed."""
+        """Send SIGKILL to a rank; returns whether all ranks were running."""
         ranks = self.ranks()
         if len(ranks) < self.world_size or self.process.poll() is not None:
             return False
@@ -60,7 +61,7 @@ class Life:
         return True
 
     def end(self, seconds: float = 60) -> str:
-        """Wait until the launcher has ended what is left; returns what it said."""
+        """Wait until the launcher has ended the other ranks; returns its stderr."""
         try:
             _, errors = self.process.communicate(timeout=seconds)
         finally:
@@ -74,51 +75,51 @@ class Life:
         self.process.wait()
 
 
-def train_under_fire(
+def train_with_kills(
     sizes: list[int], run: Path, arguments: list[str], seed: int
 ) -> tuple[list[int], Path]:
-    """One kill for each entry of `sizes`, then to the end; returns where each life began."""
+    """One kill per entry of `sizes`, then to the end; returns where each attempt began."""
     chance, records = random.Random(seed), run.parent / f"{run.name}-records"
     begins: list[int] = []
     for size in [*sizes, sizes[-1]]:
         newest = checkpoint.latest(run)
         begins.append(int(newest.name) if newest else 0)
-        life = Life(size, records / str(len(begins) - 1), arguments)
+        attempt = Attempt(size, records / str(len(begins) - 1), arguments)
         try:
             if len(begins) > len(sizes):
-                errors = life.end(WHOLE_RUN_SECONDS)
-                assert life.process.returncode == 0, errors[-3000:]
+                errors = attempt.end(FULL_RUN_SECONDS)
+                assert attempt.process.returncode == 0, errors[-3000:]
                 break
-            wait_for(life, run, begins[-1] + 80 * chance.choice([0, 1, 1, 2, 3]))
+            wait_for(attempt, run, begins[-1] + 80 * chance.choice([0, 1, 1, 2, 3]))
             time.sleep(chance.uniform(0, 0.12))  # somewhere in a step, or in a save
-            assert life.kill_one(chance), life.end()[-3000:]
-            life.end()
+            assert attempt.kill_one(chance), attempt.end()[-3000:]
+            attempt.end()
         finally:
-            life.destroy()
+            attempt.destroy()
     return begins, records
 
 
-def wait_for(life: Life, run: Path, images_seen: int) -> None:
-    """Until the ranks are there and the run has a checkpoint of `images_seen`, or a later one."""
+def wait_for(attempt: Attempt, run: Path, images_seen: int) -> None:
+    """Until all ranks run and the run has a checkpoint of `images_seen`, or a later one."""
     until = time.monotonic() + 120
-    while time.monotonic() < until and life.process.poll() is None:
+    while time.monotonic() < until and attempt.process.poll() is None:
         newest = checkpoint.latest(run)
         reached = newest is not None and int(newest.name) >= images_seen
-        if (reached or images_seen == 0) and len(life.ranks()) == life.world_size:
+        if (reached or images_seen == 0) and len(attempt.ranks()) == attempt.world_size:
             return
         time.sleep(0.003)
-    raise AssertionError(f"no progress: {life.end()[-3000:]}")
+    raise AssertionError(f"no progress: {attempt.end()[-3000:]}")
 
 
 def check_samples(begins: list[int], records: Path, total: int) -> None:
-    """What counts of each life, up to where the next one began, is every sample exactly once."""
+    """The samples of each attempt up to the start of the next one are all, each exactly once."""
     trained: list[int] = []
-    for life, (first, end) in enumerate(zip(begins, [*begins[1:], total], strict=True)):
+    for number, (first, end) in enumerate(zip(begins, [*begins[1:], total], strict=True)):
         read = [
             position
-            for path in (records / str(life)).glob("*.jsonl")
+            for path in (records / str(number)).glob("*.jsonl")
             for line in path.read_text().splitlines()
-            if line.endswith("]")  # a killed rank may have left half a line
+            if line.endswith("]")  # the last line of a killed rank may be incomplete
             for position in json.loads(line)
         ]
         trained += sorted(p for p in read if first <= p < end)
@@ -126,7 +127,7 @@ def check_samples(begins: list[int], records: Path, total: int) -> None:
 
 
 def final_weights(run: Path, total: int) -> bytes:
-    return (run / "snapshots" / str(total) / "weights.safetensors").read_bytes()
+    return (run / "snapshots" / str(total) / "generator_ema.safetensors").read_bytes()
 
 
 def settings(digits: Path, run: Path, total: int, *more: str) -> list[str]:
@@ -137,26 +138,26 @@ def settings(digits: Path, run: Path, total: int, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def undisturbed(size: int, run: Path, arguments: list[str]) -> None:
-    life = Life(size, run.parent / "undisturbed-records", arguments)
-    errors = life.end(WHOLE_RUN_SECONDS)
-    assert life.process.returncode == 0, errors[-3000:]
+def uninterrupted(size: int, run: Path, arguments: list[str]) -> None:
+    attempt = Attempt(size, run.parent / "uninterrupted-records", arguments)
+    errors = attempt.end(FULL_RUN_SECONDS)
+    assert attempt.process.returncode == 0, errors[-3000:]
 
 
 @pytest.mark.parametrize(
     ("size", "kills", "total"),
-    # From 3 processes on, sums depend on DDP's buckets.
+    # With 3 and more processes, sums depend on DDP's buckets.
     [(2, 2, 1200), pytest.param(3, 8, 2400, marks=pytest.mark.slow)],
 )
-def test_killed_on_a_constant_number_of_processes_the_bytes_are_the_same(
+def test_kills_at_a_constant_world_size_leave_the_bytes_unchanged(
     size: int, kills: int, total: int, digits: Path, tmp_path: Path
 ) -> None:
     batch = f"train.batch={20 * size}"
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    undisturbed(size, whole, settings(digits, whole, total, batch))
+    expected, run = tmp_path / "expected", tmp_path / "run"
+    uninterrupted(size, expected, settings(digits, expected, total, batch))
     arguments = settings(digits, run, total, batch)
-    begins, records = train_under_fire([size] * kills, run, arguments, seed=1)
-    assert final_weights(whole, total) == final_weights(run, total)
+    begins, records = train_with_kills([size] * kills, run, arguments, seed=1)
+    assert final_weights(expected, total) == final_weights(run, total)
     check_samples(begins, records, total)
     assert begins[-1] > 0
 
@@ -164,18 +165,18 @@ def test_killed_on_a_constant_number_of_processes_the_bytes_are_the_same(
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_thirty_kills_on_two_one_and_two_processes(digits: Path, tmp_path: Path) -> None:
-    """It finishes, and no sample is lost or repeated, whoever read it."""
+    """The run finishes, and no rank has lost or repeated a sample."""
     total, run = 12_000, tmp_path / "run"
     sizes = [2] * 10 + [1] * 10 + [2] * 10
-    begins, records = train_under_fire(sizes, run, settings(digits, run, total), seed=0)
+    begins, records = train_with_kills(sizes, run, settings(digits, run, total), seed=0)
     assert len(begins) == 31
     assert begins == sorted(begins)
     check_samples(begins, records, total)
     progress = checkpoint.read_progress(run / "checkpoints" / str(total))
-    # A life that is killed before its first checkpoint leaves no trace, and does not count.
+    # An attempt that is killed before its first checkpoint is not counted.
     assert progress.attempt == len(set(begins))
     assert (run / "DONE").read_text() == f"{total}\n"
     for name in ("checkpoints", "snapshots", "samples"):
-        assert not list((run / name).glob(".*")), "a later life cleans up"
-    assert load_file(run / "snapshots" / str(total) / "weights.safetensors")
+        assert not list((run / name).glob(".*")), "later attempts clean up"
+    assert load_file(run / "snapshots" / str(total) / "generator_ema.safetensors")
     assert atomic_files.numbered_folders(run / "checkpoints")

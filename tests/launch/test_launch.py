@@ -1,4 +1,4 @@
-"""The launch files start what they say; the launches that would train strangers are refused."""
+"""Launches that would start unconnected or unexpected processes are refused."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 from commands import ROOT, SMOKE, environment, launch, run_bigan
 
 
+@pytest.mark.full
 def test_accelerates_cpu_launcher_is_refused(digits: Path, tmp_path: Path) -> None:
     """`--cpu --num_processes 2` silently starts one process."""
     run = tmp_path / "run"
@@ -20,11 +21,12 @@ def test_accelerates_cpu_launcher_is_refused(digits: Path, tmp_path: Path) -> No
     assert not run.exists()
 
 
-def test_environment_of_children_has_no_launcher_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_of_children_has_no_launcher_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "WORLD_SIZE" not in environment()
 
 
+@pytest.mark.full
 def test_single_engine_refuses_several_processes(digits: Path, tmp_path: Path) -> None:
     done = launch(
         SMOKE,

@@ -1,4 +1,4 @@
-"""Training on two machines (network namespaces) is training on one: the same bits, each image once.
+"""Training on two machines (network namespaces) equals training on one: bits, each image once.
 
 Needs root: see `namespaces.py`.
 """
@@ -19,11 +19,12 @@ from namespaces import Node, machines
 
 from bigan.data.format.manifest import Manifest
 
+pytestmark = pytest.mark.full
 PORT = "29411"  # every machine has its own ports
-BATCH = 40  # of the smoke recipe
+BATCH = 40  # of the smoke config
 SPLIT = "test"  # the smaller part of the digits
 
-# `bigan train`, and a note of the positions that this process was given.
+# `bigan train`, which records the positions that this process reads.
 RECORDING_TRAINER = """
 import json, os, socket, sys
 from pathlib import Path
@@ -32,20 +33,20 @@ def main(folder, *arguments):
     from bigan.cli.main import main as bigan
     from bigan.data.streaming.stream import ShardStream
 
-    given, deliver = [], ShardStream.__next__
+    read, deliver = [], ShardStream.__next__
 
     def record(stream):
         batch = deliver(stream)
-        given.append(batch.positions.tolist())
+        read.append(batch.positions.tolist())
         return batch
 
     ShardStream.__next__ = record
     code = bigan(["train", *arguments])
-    note = {"host": socket.gethostname(), "positions": sum(given, [])}
+    note = {"host": socket.gethostname(), "positions": sum(read, [])}
     Path(folder, os.environ["RANK"] + ".json").write_text(json.dumps(note))
     return code
 
-if __name__ == "__main__":  # or the decoding processes would train, too
+if __name__ == "__main__":  # decoding processes import this file
     sys.exit(main(*sys.argv[1:]))
 """
 
@@ -61,7 +62,7 @@ def run_on(
 ) -> None:
     """`accelerate launch ... PROGRAM` on every machine, by the command in the launch file.
 
-    Waits for the end; fails with what they said if one fails or the time is over.
+    Waits for the end; fails with their output if one fails or the time is over.
     """
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command += [str(ROOT / "launch" / file), "--num_processes", str(num_processes), *options]
@@ -78,8 +79,8 @@ def run_on(
     assert codes == [0] * len(nodes), "\n====\n".join(path.read_text()[-3000:] for path in paths)
 
 
-def recipe_arguments(digits: Path, run: Path) -> list[str]:
-    """The smoke recipe for one epoch, with one snapshot at its end."""
+def config_arguments(digits: Path, run: Path) -> list[str]:
+    """The smoke config for one epoch, with one snapshot at its end."""
     steps = -(-Manifest.load(digits).num_samples(SPLIT) // BATCH)
     every = ("total_images", "tick_images", "checkpoint_images", "snapshot_images")
     lengths = [f"train.{name}={steps * BATCH}" for name in every]
@@ -87,20 +88,20 @@ def recipe_arguments(digits: Path, run: Path) -> list[str]:
 
 
 def weights_hash(run: Path) -> str:
-    (weights,) = (run / "snapshots").glob("*/weights.safetensors")
+    (weights,) = (run / "snapshots").glob("*/generator_ema.safetensors")
     return hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
 def on_one_host(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
-    """num_processes -> the weights' hash after training on one machine."""
+    """num_processes -> hash of the weights after training on one machine."""
 
     @functools.cache
     def train(num_processes: int) -> str:
         run = tmp_path_factory.mktemp("one") / "run"
         options = ["--config_file", ROOT / "launch" / "cpu.yaml"]
         options += ["--num_processes", str(num_processes)]
-        done = launch(*recipe_arguments(digits, run), options=options)
+        done = launch(*config_arguments(digits, run), options=options)
         assert done.returncode == 0, done.stderr[-3000:]
         return weights_hash(run)
 
@@ -131,11 +132,11 @@ def test_two_machines_train_as_one(
 ) -> None:
     """The same weights; over nodes, ranks and decoding threads every image exactly once.
 
-    Dividing by the local rank, for one, would show half of the images to nobody.
+    Dividing by the local rank, for example, would leave half of the images unread.
     """
     trainer = tmp_path / "trainer.py"
     trainer.write_text(RECORDING_TRAINER)
-    arguments = recipe_arguments(digits, tmp_path / "run")
+    arguments = config_arguments(digits, tmp_path / "run")
     decoding = ["data.threads=2"]
     with machines(2) as nodes:
         run_on(
@@ -149,20 +150,20 @@ def test_two_machines_train_as_one(
     notes = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(num_processes)]
     hosts = [note["host"] for note in notes]
     assert sorted(hosts) == sorted(["node0", "node1"] * (num_processes // 2))
-    if file == "cluster.yaml":  # machines have the ranks that they were given
+    if file == "cluster.yaml":  # machines have the ranks of the command line
         assert hosts == sorted(hosts)
-    given = sorted(position for note in notes for position in note["positions"])
-    assert given == list(range(int((tmp_path / "run" / "DONE").read_text())))
-    assert len(given) >= Manifest.load(digits).num_samples(SPLIT)
+    positions = sorted(position for note in notes for position in note["positions"])
+    assert positions == list(range(int((tmp_path / "run" / "DONE").read_text())))
+    assert len(positions) >= Manifest.load(digits).num_samples(SPLIT)
     assert weights_hash(tmp_path / "run") == on_one_host(num_processes)
 
 
-def test_a_machine_can_be_unplugged_and_switched_off(tmp_path: Path) -> None:
-    """The harness itself: names, cables, and nothing left running."""
+def test_a_machine_can_be_disconnected_and_switched_off(tmp_path: Path) -> None:
+    """The harness itself: names, cables, and no process left."""
     log, listening = tmp_path / "log", tmp_path / "listening"
     with machines(2) as (first, second):
 
-        def said(script: str) -> list[str]:
+        def output_of(script: str) -> list[str]:
             first.start(["bash", "-c", script], environment(), log).wait(timeout=10)
             return log.read_text().split()
 
@@ -174,11 +175,11 @@ def test_a_machine_can_be_unplugged_and_switched_off(tmp_path: Path) -> None:
             time.sleep(0.02)
         reach = f"timeout 2 bash -c '</dev/tcp/{second.name}/7001' && echo reached"
         expected = [first.name, second.address, second.name, "reached"]
-        assert said(f"hostname; getent hosts {second.name}; {reach}") == expected
+        assert output_of(f"hostname; getent hosts {second.name}; {reach}") == expected
         second.link_down()
-        assert said(reach) == []
+        assert output_of(reach) == []
         second.link_up()
-        assert said(reach) == ["reached"]
+        assert output_of(reach) == ["reached"]
         second.kill()
         assert listener.wait(timeout=5) != 0
         first.start(["sleep", "60"], environment(), log)
