@@ -94,6 +94,7 @@ def start(run: Path, digits: Path, *overrides: str) -> subprocess.Popen[bytes]:
 LONG = ("train.total_images=960", "train.checkpoint_images=80", "train.snapshot_images=960")
 
 
+@pytest.mark.full
 def test_sigkill_between_and_during_saves(digits: Path, tmp_path: Path) -> None:
     """After SIGKILL at random moments, the same command ends with the same bytes.
 

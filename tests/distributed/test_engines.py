@@ -28,6 +28,8 @@ from bigan.run.state import TrainState
 from bigan.run.streams import open_streams
 from bigan.run_config import RunConfig, load_config
 
+pytestmark = pytest.mark.full
+
 ENGINES = ("fsdp", "zero1")  # the others are in the slow test
 R1 = "objective.penalties=[{name: r1, weight: 10.0}]"
 # Three steps that move the weights, with an eps that does not amplify rounding: Adam would move a

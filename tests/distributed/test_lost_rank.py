@@ -17,6 +17,8 @@ from commands import environment, free_port
 
 from bigan.distributed.heartbeat import RESUME_HINT
 
+pytestmark = pytest.mark.full
+
 LOST_AFTER_SECONDS = 4.0
 
 # Reads lines "WHAT FOLDER LOST_AFTER PORT" and forks three processes for each, without a launcher:

@@ -72,6 +72,7 @@ def kill_while_packing(command: list[str], folder: Path, after_shards: int) -> b
     return process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("num", [800, pytest.param(5000, marks=pytest.mark.slow)])
 def test_killed_twice_gives_the_same_bytes(tmp_path: Path, num: int) -> None:
     """An interrupted command gives the files of an uninterrupted one."""

@@ -150,6 +150,7 @@ def check_step(state: TrainState) -> None:
     assert state.progress.images_seen == seen + state.config.images_per_step
 
 
+@pytest.mark.full
 def test_progan_takes_real_steps_at_1024_px() -> None:
     """The last fade-in and what follows it, in narrow networks: 8 channels, 1 at 1024 px."""
     narrow = ["model.base_channels=512", "model.max_channels=8", "model.z_dim=8"]
@@ -163,6 +164,7 @@ def test_progan_takes_real_steps_at_1024_px() -> None:
         check_step(state)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [

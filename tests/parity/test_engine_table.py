@@ -15,6 +15,8 @@ import pytest
 from cells import CELLS, MICRO, Result, cell_config, difference, run_dir, train_cell
 from commands import ROOT, environment, free_port
 
+pytestmark = pytest.mark.full
+
 BOUND = 1e-4  # float32, other orders of summation
 BOUNDS = {"bf16 + r1": 2e-2, "fp16 + r1": 2e-2}  # gradients are rounded to 8 and 11 bits
 ENGINES = ("ddp", "zero1", "zero2", "fsdp")

@@ -116,6 +116,7 @@ def test_aot_eager_is_bitwise_eager_with_augmentation(
     assert difference == 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("cell", ["growth", "stylegan2", "r3gan", "r1 in a separate step"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_families_agree(

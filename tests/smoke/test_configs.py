@@ -15,6 +15,8 @@ from bigan.run_folder import RunFolder
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 TWINS = sorted((ROOT / "configs" / "smoke").glob("*.yaml"))
+# One of each method in the quick tier, all in the full one.
+QUICK = {"digits", "progan-digits", "stylegan2-digits", "r3gan-digits", "vae-digits", "wgan-digits"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -30,7 +32,11 @@ def test_config_is_valid_and_has_a_twin(path: Path, digits: Path) -> None:
     json.dumps(described)
 
 
-@pytest.mark.parametrize("path", TWINS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=() if p.stem in QUICK else pytest.mark.full) for p in TWINS],
+    ids=lambda p: p.stem,
+)
 def test_twin_trains(path: Path, digits: Path, tmp_path: Path) -> None:
     config = load_config(path, [f"data.path={digits}", f"run_dir={tmp_path / 'run'}"])
     reports: list[dict[str, float]] = []
