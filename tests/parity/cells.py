@@ -35,8 +35,14 @@ STEPS = 3
 R1 = "objective.penalties=[{name: r1, weight: 10.0}]"
 WGAN_GP = "objective.penalties=[{name: wgan_gp, weight: 10.0}]"
 MICRO = "train.micro_batch=10"  # per process, of two
-# With momentum, so that Adam's first moment tells of all three gradients.
+# With momentum, so that Adam's first moment depends on all three gradients. A cell may replace a
+# section of these and of the smoke config: `model`, `objective`, `optimizer`.
 COMMON = ["optimizer.generator.beta1=0.5", "optimizer.discriminator.beta1=0.5", "train.batch=40"]
+R3GAN = (
+    "model={name: r3gan, resolution: 16, num_classes: 10, conditional: true, image_channels: 1, "
+    "z_dim: 16, widths: [16, 16, 8], group_size: 8, embedding_dim: 8}"
+)
+CLIP = 0.05  # of the weights in the cell "wgan"
 CELLS: dict[str, list[str]] = {
     "no penalty": [],
     "r1": [R1],
@@ -70,14 +76,35 @@ CELLS: dict[str, list[str]] = {
         "objective.path_length={every: 2}",
     ],
     "r3gan": [
-        "model={name: r3gan, resolution: 16, num_classes: 10, conditional: true, "
-        "image_channels: 1, z_dim: 16, widths: [16, 16, 8], group_size: 8, embedding_dim: 8}",
-        "objective.loss=relativistic", "anneal_images=120",
+        R3GAN, "objective.loss=relativistic", "anneal_images=120",
         "optimizer.discriminator.beta2_end=0.9999",
         "objective.penalties=[{name: r1, weight: 1.0, weight_end: 0.1}, {name: r2, weight: 1.0}]",
     ],
+    "vae": [
+        # Two channels in each group of a normalization: with one, the gradients of biases before
+        # it are rounding.
+        "model={name: autoencoder, resolution: 16, num_classes: 10, conditional: true, "
+        "image_channels: 1, z_dim: 8, channels: 16}",
+        "objective={name: vae}", "optimizer={vae: {lr: 1.0e-3, beta1: 0.5}}",
+    ],
+    "wgan": [
+        R3GAN, f"objective={{loss: wasserstein, weight_clip: {CLIP}, discriminator_steps: 2}}",
+        "optimizer.generator={name: rmsprop, lr: 1.0e-3}",
+        "optimizer.discriminator={name: rmsprop, lr: 1.0e-3}",
+    ],
+    "sgd + clip": [
+        R1,
+        "optimizer.generator={name: sgd, lr: 0.01, momentum: 0.9, clip_grad_norm: 0.01}",
+        "optimizer.discriminator={name: sgd, lr: 0.01, momentum: 0.9, clip_grad_norm: 0.1}",
+    ],
+    "adamw + frozen layers": [
+        R1,
+        "optimizer.generator={name: adamw, lr: 1.0e-3, beta1: 0.5, weight_decay: 0.1}",
+        "optimizer.discriminator={name: adamw, lr: 1.0e-3, beta1: 0.5, weight_decay: 0.1}",
+        "trainable=['generator.blocks.1.*.weight', 'discriminator.blocks.*']",
+    ],
 }  # fmt: skip
-# Optimizer state that tells of the gradient of the first step: Adam, SGD, RMSprop.
+# Optimizer state that the gradient of the first step is seen in: Adam, SGD, RMSprop.
 MOMENTS = (".exp_avg", ".momentum_buffer", ".square_avg")
 AFTER_FIRST = {"growth": 1}  # the step after which the engines have made one; else 0
 

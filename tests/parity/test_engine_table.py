@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cells import CELLS, MICRO, Result, cell_config, difference, run_dir, train_cell
+import torch
+from cells import CELLS, CLIP, MICRO, Result, cell_config, difference, run_dir, train_cell
 from commands import ROOT, environment, free_port
 
 pytestmark = pytest.mark.full
@@ -71,13 +72,52 @@ def results(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def test_two_processes_agree_with_one(
     engine: str, results: dict[str, dict[str, Result]], reference: Callable[[str], Result]
 ) -> None:
-    """Losses, weights, averages, spectral norm's vectors and Adam's moments after three steps."""
+    """Losses, weights, EMAs, spectral norm's vectors and optimizer state after three steps."""
     found = {cell: difference(result, reference(cell)) for cell, result in results[engine].items()}
     for cell, value in found.items():
         print(f"\n{engine:6} {cell:24} {value.state:.1e}  gradients {value.gradients:.1e}", end="")
     print()
     for cell, value in found.items():
         assert max(value) < BOUNDS.get(cell, BOUND), cell
+
+
+@pytest.mark.timeout(600)
+def test_weights_of_the_critic_are_clipped(results: dict[str, dict[str, Result]]) -> None:
+    """The optimizer holds slices or flat partitions of them under the sharding engines."""
+    limit = torch.tensor(CLIP).item()
+    for engine, cells in results.items():
+        largest = {
+            key: tensor.abs().max().item()
+            for key, tensor in cells["wgan"].tensors(-1).items()
+            if key.startswith("networks/discriminator.")
+        }
+        assert len(largest) > 10
+        assert max(largest.values()) == limit, engine
+
+
+@pytest.mark.timeout(600)
+def test_frozen_layers_keep_their_bytes(results: dict[str, dict[str, Result]]) -> None:
+    """And have no optimizer state; the others have, and move."""
+    for engine, cells in results.items():
+        first, last = (cells["adamw + frozen layers"].tensors(which) for which in (0, -1))
+        trained = ("generator.blocks.1.", "discriminator.blocks.")
+        for key, tensor in last.items():
+            group, _, name = key.partition("/")
+            if group == "networks" and f"optimizers/{name}.exp_avg" in last:
+                assert name.startswith(trained), (engine, name)
+                assert not tensor.equal(first[key]), (engine, name)
+            elif key.endswith((".weight", ".bias")) and not name.startswith("generator_ema."):
+                assert tensor.equal(first[key]), (engine, name)
+
+
+@pytest.mark.timeout(600)
+def test_gradients_are_clipped_in_the_cell_that_clips(
+    results: dict[str, dict[str, Result]],
+) -> None:
+    for engine, cells in results.items():
+        found = cells["sgd + clip"].losses
+        assert found["train/generator/grad_norm"] > 2 * 0.01, engine
+        assert found["train/discriminator/grad_norm"] > 2 * 0.1, engine
 
 
 def test_the_comparison_sees_a_wrong_gradient(
