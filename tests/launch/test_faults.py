@@ -1,8 +1,8 @@
-"""What happens to the others when one process dies, fails, drifts, dawdles or has no disk left.
+"""One process dies, fails, drifts, is slow or has a full disk: what the others and the run do.
 
-Everything runs the real command. This file is also its program where a process has to be injured:
-`test_faults.py RANK:WHAT@IMAGES_SEEN[,...] CONFIG ...` is `bigan train CONFIG ...` in which that
-happens to that rank. Tests with several machines need root: see `namespaces.py`.
+All tests run the real command. To inject a fault, this file is the program:
+`test_faults.py RANK:WHAT@IMAGES_SEEN[,...] CONFIG ...` is `bigan train CONFIG ...` with that fault
+in that rank. Tests with several machines need root: see `namespaces.py`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from bigan import checkpoint
 from bigan.checkpoint import Reader
 from bigan.cli.main import main as bigan
 from bigan.data.streaming.stream import Batch, ShardStream
-from bigan.reporting.tracker import read_metrics
-from bigan.run.state import Training
+from bigan.reporting.metrics_log import read_metrics
+from bigan.run.state import Streams, TrainState
 
+pytestmark = pytest.mark.full
 PORT = "29412"  # every machine has its own ports
 LOST_AFTER_SECONDS = 10
-PATIENCE_SECONDS = LOST_AFTER_SECONDS + 10  # until the last survivor has left
+PATIENCE_SECONDS = LOST_AFTER_SECONDS + 10  # until the last survivor has exited
 RESUME_HINT = "the same command resumes from the last checkpoint"
-SLOW_SECONDS = 0.05  # of each phase: a step of the others takes twice as long, or more
+SLOW_SECONDS = 0.05  # of each phase: at least doubles the time of a step
 VARIABLES = environment() | {
     "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
@@ -42,12 +43,12 @@ VARIABLES = environment() | {
 LENGTHS = ["train.checkpoint_images=200", "train.snapshot_images=1000", "train.tick_images=40"]
 
 
-# ---- the injured process -----------------------------------------------------------------------
+# ---- the process with a fault ------------------------------------------------------------------
 
 
 def injure(what: str, images_seen: int) -> None:
-    """Let something happen to this process, at (or from) a point of its training."""
-    original = Training.phase_step
+    """Apply a fault to this process, at (or from) a point of its training."""
+    original = TrainState.advance
     if what == "starved":
         deliver = ShardStream.__next__
 
@@ -57,29 +58,29 @@ def injure(what: str, images_seen: int) -> None:
 
         ShardStream.__next__ = delayed  # type: ignore[method-assign]
 
-    def injured(training: Training, name: str, stream: Iterator[Batch]) -> None:
+    def injured(state: TrainState, streams: Streams) -> None:
         if what == "slow":
-            time.sleep(SLOW_SECONDS)
-        if name == "d" and training.progress.images_seen == images_seen:
-            once(what, training)
-        original(training, name, stream)
+            time.sleep(2 * SLOW_SECONDS)
+        if state.progress.images_seen == images_seen:
+            once(what, state)
+        original(state, streams)
 
-    Training.phase_step = injured  # type: ignore[method-assign]
+    TrainState.advance = injured  # type: ignore[method-assign, assignment]
 
 
-def once(what: str, training: Training) -> None:
+def once(what: str, state: TrainState) -> None:
     if what == "drifted":
-        next(training.discriminator.parameters()).detach().view(-1)[0] += 1e-3
+        next(state.networks["discriminator"].parameters()).detach().view(-1)[0] += 1e-3
     elif what == "failing":
-        raise RuntimeError("a reason of its own")
+        raise RuntimeError("an error of its own")
     elif what == "killed" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "full":
-        fill(training.config.run_dir / "somebody-elses")
+        fill(state.config.run_dir / "other-files")
 
 
 def fill(path: Path) -> None:
-    """Take all the room on a disk."""
+    """Fill a disk."""
     with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         for size in (65_536, 1):
             with contextlib.suppress(OSError):
@@ -87,10 +88,10 @@ def fill(path: Path) -> None:
                     pass
 
 
-def main(injuries: str, *arguments: str) -> int:
-    """`bigan train ARGUMENTS` with the injuries that are meant for this rank."""
-    for injury in injuries.split(","):
-        rank, what, images_seen = injury.replace("@", ":").split(":")
+def main(faults: str, *arguments: str) -> int:
+    """`bigan train ARGUMENTS` with the faults of this rank."""
+    for fault in faults.split(","):
+        rank, what, images_seen = fault.replace("@", ":").split(":")
         if rank == os.environ.get("RANK", "0"):
             injure(what, int(images_seen))
     return bigan(["train", *arguments])
@@ -99,8 +100,8 @@ def main(injuries: str, *arguments: str) -> int:
 # ---- what starts it ----------------------------------------------------------------------------
 
 
-def program(injuries: str, arguments: Sequence[str]) -> list[str]:
-    head = [str(Path(__file__)), injuries] if injuries else ["-m", "bigan.train"]
+def program(faults: str, arguments: Sequence[str]) -> list[str]:
+    head = [str(Path(__file__)), faults] if faults else ["-m", "bigan", "train"]
     return [*head, str(SMOKE), *arguments]
 
 
@@ -112,20 +113,20 @@ def settings(digits: Path, run: Path, total_images: int, *more: str) -> list[str
 
 def train(
     arguments: Sequence[str],
-    injuries: str = "",
+    faults: str = "",
     *,
     num_processes: int = 2,
     options: Sequence[str] = (),
     timeout: float = 120,
 ) -> tuple[int, list[str]]:
-    """One life of a run; returns the exit code and the lines on stderr."""
+    """One attempt of a run; returns the exit code and the lines on stderr."""
     command = [sys.executable]
     if num_processes > 1:
         command += ["-m", "accelerate.commands.launch", "--config_file"]
         command += [str(ROOT / "launch" / "cpu.yaml"), "--num_processes", str(num_processes)]
         command += ["--main_process_port", str(free_port()), *options]
     process = subprocess.Popen(
-        [*command, *program(injuries, arguments)],
+        [*command, *program(faults, arguments)],
         env=VARIABLES,
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
@@ -134,16 +135,16 @@ def train(
         start_new_session=True,
     )
     try:
-        _, said = process.communicate(timeout=timeout)
+        _, errors = process.communicate(timeout=timeout)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    return process.returncode, said.splitlines()
+    return process.returncode, errors.splitlines()
 
 
-def goes_on_here(arguments: Sequence[str]) -> None:
-    """The same recipe, in this one process: it has been imported already."""
+def resume_here(arguments: Sequence[str]) -> None:
+    """The same command in this process, which has imported everything already."""
     assert bigan(["train", str(SMOKE), *arguments]) == 0
 
 
@@ -162,19 +163,19 @@ def newest(run: Path) -> Path:
 
 def final_weights(run: Path, images_seen: int) -> bytes:
     assert (run / "DONE").read_text() == f"{images_seen}\n"
-    return (run / "snapshots" / str(images_seen) / "weights.safetensors").read_bytes()
+    return (run / "snapshots" / str(images_seen) / "generator_ema.safetensors").read_bytes()
 
 
-# ---- several lives of one run on one machine ----------------------------------------------------
+# ---- several attempts of one run on one machine -------------------------------------------------
 
 TOTAL = 1000
-# A new store in each life: torch 2.13 would read the addresses of the dead from the old one.
+# A new store in each attempt: torch 2.13 would read addresses of ended processes from the old one.
 RESTARTS = ["--rdzv_backend", "c10d", "--max_restarts", "1"]
-LIVES = [("1:slow@0,1:drifted@360", []), ("1:failing@520", []), ("1:killed@720", RESTARTS)]
+FAULTS = [("1:slow@0,1:drifted@360", []), ("1:failing@520", []), ("1:killed@720", RESTARTS)]
 
 
 @dataclass(frozen=True)
-class Life:
+class Attempt:
     """How one start of the command ended."""
 
     code: int
@@ -188,17 +189,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lives(digits: Path, run: Path) -> list[Life]:
-    """One run with an accident in each life: a launch takes longer than all its steps."""
+def attempts(digits: Path, run: Path) -> list[Attempt]:
+    """One run with a fault in each attempt: a launch takes longer than all its steps."""
     found = []
-    for injuries, options in LIVES:
-        code, lines = train(settings(digits, run, TOTAL), injuries, options=options)
-        found.append(Life(code, lines, int(newest(run).name)))
+    for faults, options in FAULTS:
+        code, lines = train(settings(digits, run, TOTAL), faults, options=options)
+        found.append(Attempt(code, lines, int(newest(run).name)))
     return found
 
 
-def test_slow_process_is_named(lives: list[Life], run: Path) -> None:
-    (line,) = with_words(lives[0].lines, "is slow: ")
+def test_slow_process_is_named(attempts: list[Attempt], run: Path) -> None:
+    (line,) = with_words(attempts[0].lines, "is slow: ")
     assert line.startswith("rank 1 is slow: ")
     assert "waiting for images" not in line
     ticks = [row for row in read_metrics(run) if row.get("train/attempt") == 1]
@@ -207,41 +208,43 @@ def test_slow_process_is_named(lives: list[Life], run: Path) -> None:
     assert statistics.median(row["rank/slowest"] for row in ticks) == 1
 
 
-def test_drifted_replica_stops_the_run_before_it_is_saved(lives: list[Life]) -> None:
-    drifted = "the ranks no longer hold the same weights at images_seen = 400: rank 1 (d) "
-    assert lives[0].code == 1
-    (line,) = with_words(lives[0].lines, "bigan: the")
+def test_drifted_replica_stops_the_run_before_it_is_saved(attempts: list[Attempt]) -> None:
+    drifted = (
+        "the ranks no longer hold the same weights at images_seen = 400: rank 1 (discriminator) "
+    )
+    assert attempts[0].code == 1
+    (line,) = with_words(attempts[0].lines, "bigan: the")
     assert line.startswith(f"bigan: {drifted}differs from the others; ")
-    assert lives[0].saved == 200
+    assert attempts[0].saved == 200
 
 
-def test_process_that_fails_is_named_with_its_reason(lives: list[Life]) -> None:
-    assert with_words(lives[1].lines, "resuming", "images_seen = 200"), "as it was before the drift"
-    assert lives[1].code == 1
-    (line,) = with_words(lives[1].lines, "bigan: rank")
+def test_process_that_fails_is_named_with_its_reason(attempts: list[Attempt]) -> None:
+    assert with_words(attempts[1].lines, "resuming", "images_seen = 200"), "from before the drift"
+    assert attempts[1].code == 1
+    (line,) = with_words(attempts[1].lines, "bigan: rank")
     assert line.startswith(f"bigan: rank 1 (host {socket.gethostname()}, pid ")
-    assert line.endswith(f"failed: RuntimeError: a reason of its own; {RESUME_HINT}")
-    assert lives[1].saved == 400
+    assert line.endswith(f"failed: RuntimeError: an error of its own; {RESUME_HINT}")
+    assert attempts[1].saved == 400
 
 
-def test_killed_process_is_restarted_by_the_launcher(lives: list[Life], run: Path) -> None:
-    life = lives[2]
-    assert life.code == 0, life.lines[-20:]
-    resumed = with_words(life.lines, "resuming")
+def test_killed_process_is_restarted_by_the_launcher(attempts: list[Attempt], run: Path) -> None:
+    attempt = attempts[2]
+    assert attempt.code == 0, attempt.lines[-20:]
+    resumed = with_words(attempt.lines, "resuming")
     assert [line.rpartition(" ")[2] for line in resumed] == ["400", "600"]
-    assert life.saved == TOTAL
-    assert checkpoint.read_progress(newest(run)).attempt == len(LIVES) + 1
+    assert attempt.saved == TOTAL
+    assert checkpoint.read_progress(newest(run)).attempt == len(FAULTS) + 1
 
 
-@pytest.mark.slow  # test_chaos.py does the like
-def test_after_all_that_the_weights_are_those_of_an_undisturbed_run(
-    lives: list[Life], run: Path, digits: Path, tmp_path: Path
+@pytest.mark.slow  # test_chaos.py compares the same
+def test_the_final_weights_equal_those_of_an_uninterrupted_run(
+    attempts: list[Attempt], run: Path, digits: Path, tmp_path: Path
 ) -> None:
-    whole = tmp_path / "whole"
-    code, lines = train(settings(digits, whole, TOTAL))
+    expected = tmp_path / "expected"
+    code, lines = train(settings(digits, expected, TOTAL))
     assert code == 0, lines[-20:]
     assert with_words(lines, "bigan:") == []
-    assert final_weights(whole, TOTAL) == final_weights(run, TOTAL)
+    assert final_weights(expected, TOTAL) == final_weights(run, TOTAL)
 
 
 @pytest.mark.slow
@@ -251,7 +254,7 @@ def test_drifted_rank_0_is_named_by_majority(digits: Path, tmp_path: Path) -> No
     code, lines = train(arguments, "0:drifted@300", num_processes=3)
     assert code == 1
     (line,) = with_words(lines, "no longer hold the same weights")
-    assert "images_seen = 360: rank 0 (d) differs" in line
+    assert "images_seen = 360: rank 0 (discriminator) differs" in line
     assert newest(run).name == "180"
 
 
@@ -259,7 +262,7 @@ def test_drifted_rank_0_is_named_by_majority(digits: Path, tmp_path: Path) -> No
 def test_process_that_waits_for_images_is_named_and_equal_ones_are_not(
     digits: Path, tmp_path: Path
 ) -> None:
-    """Ticks of many steps: what a busy machine does to one of two equal processes evens out."""
+    """Ticks of many steps: delays of a busy machine average out between equal processes."""
     ticks = ["train.tick_images=800", "train.checkpoint_images=8000"]
     code, lines = train(settings(digits, tmp_path / "starved", 3200, *ticks), "1:starved@0")
     assert code == 0, lines[-20:]
@@ -272,7 +275,7 @@ def test_process_that_waits_for_images_is_named_and_equal_ones_are_not(
     assert with_words(lines, "is slow") == []
 
 
-# ---- no room on the disk ------------------------------------------------------------------------
+# ---- full disk ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -289,10 +292,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_training_goes_on_while_the_disk_is_full(
+def test_training_continues_while_the_disk_is_full(
     num_processes: int, digits: Path, small_disk: Path
 ) -> None:
-    """To the end, which says what is missing; with some room the same command makes up for it."""
+    """To the end, which names what is missing; with free space the same command completes it."""
     run, total = small_disk / "run", 600
     arguments = settings(digits, run, total, f"train.snapshot_images={total}")
     code, lines = train(arguments, "0:full@320", num_processes=num_processes)
@@ -301,14 +304,14 @@ def test_training_goes_on_while_the_disk_is_full(
     for seen in (400, 600):
         (line,) = with_words(lines, f"images_seen = {seen} was not saved", "training continues")
         assert "No space left on device" in line
-    (verdict,) = with_words(lines, "bigan: trained to the end of this life, but not all")
+    (verdict,) = with_words(lines, "bigan: training ended")
     assert "2 failed in all; free some space or raise the quota" in verdict
     assert len(with_words(lines, f"snapshot {total} could not be written")) == 1
     assert newest(run).name == "200"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["200"]
     assert not (run / "DONE").exists()
-    (run / "somebody-elses").unlink()
-    goes_on_here(arguments)
+    (run / "other-files").unlink()
+    resume_here(arguments)
     assert newest(run).name == (run / "DONE").read_text().strip() == str(total)
 
 
@@ -316,7 +319,7 @@ def test_training_goes_on_while_the_disk_is_full(
 
 
 def train_on(nodes: Sequence[Node], arguments: Sequence[str], folder: Path) -> list[Path]:
-    """Start the command on every machine; returns where each one's lines go."""
+    """Start the command on every machine; returns the file of each one's output."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command += [str(ROOT / "launch" / "cluster.yaml"), "--num_processes", str(len(nodes))]
     command += ["--main_process_ip", nodes[0].name, "--main_process_port", PORT]
@@ -334,9 +337,9 @@ def code_of(node: Node, timeout: float) -> int:
 def wait_for_checkpoint(run: Path, nodes: Sequence[Node], logs: Sequence[Path]) -> None:
     until = time.monotonic() + 120
     while checkpoint.latest(run) is None:
-        said = "\n====\n".join(log.read_text()[-3000:] for log in logs)
-        assert all(node.running[-1].poll() is None for node in nodes), said
-        assert time.monotonic() < until, said
+        output = "\n====\n".join(log.read_text()[-3000:] for log in logs)
+        assert all(node.running[-1].poll() is None for node in nodes), output
+        assert time.monotonic() < until, output
         time.sleep(0.05)
 
 
@@ -354,13 +357,13 @@ def test_machine_that_dies_is_named_by_the_survivor(
         (line,) = with_words(lines, "bigan: rank ")
         assert line.startswith(f"bigan: rank {victim} (host node{victim}, pid "), line
         assert line.endswith(RESUME_HINT)
-    goes_on_here(settings(digits, run, int(newest(run).name) + 80))
+    resume_here(settings(digits, run, int(newest(run).name) + 80))
     assert checkpoint.read_progress(newest(run)).attempt == 2
 
 
 @pytest.mark.slow
 def test_machine_that_is_cut_off_is_named_by_both_sides(digits: Path, tmp_path: Path) -> None:
-    """No reset, no end of a connection: only the heartbeat notices."""
+    """No connection is reset or closed: only the heartbeat detects it."""
     run = tmp_path / "run"
     with machines(2) as nodes:
         logs = train_on(nodes, settings(digits, run, 10**6), tmp_path)
