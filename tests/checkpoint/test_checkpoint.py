@@ -1,4 +1,4 @@
-"""Checkpoints are complete, fit their model, and restore the whole state of a run."""
+"""Checkpoints are complete, fit their model, and restore the complete state of a run."""
 
 from __future__ import annotations
 
