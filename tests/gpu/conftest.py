@@ -12,5 +12,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)
-            if not torch.cuda.is_available():  # a device cannot be installed, unlike a package
+            if not torch.cuda.is_available():  # unlike a package, it cannot be installed
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))

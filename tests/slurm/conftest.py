@@ -1,4 +1,4 @@
-"""The cluster, started once for all tests of this folder."""
+"""A SLURM cluster, started once for all tests of this folder."""
 
 from __future__ import annotations
 

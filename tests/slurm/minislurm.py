@@ -1,7 +1,7 @@
 """A real SLURM of two nodes on this host, in a private folder; starts in about a second.
 
-Nothing of it listens beyond 127.0.0.1, and no packaged service is used or needed: the daemons are
-children of the test. Debian and Ubuntu: apt-get install --no-install-recommends slurm-wlm
+Its daemons listen on 127.0.0.1 only and are children of the test; no system service is used.
+Debian and Ubuntu: apt-get install --no-install-recommends slurm-wlm
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontro
 NODES = ("n1", "n2")
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 
-# cred_expire: the shortest, or each requeue waits two minutes. config_overrides: more CPUs than
-# there are. MinJobAge: what has ended stays visible to scontrol.
+# cred_expire: the shortest, or each requeue waits two minutes. config_overrides: more CPUs than the
+# host has. MinJobAge: ended jobs stay visible to scontrol.
 CONFIG = """
 ClusterName=mini
 SlurmctldHost={host}(127.0.0.1)
@@ -68,7 +68,7 @@ PartitionName=debug Nodes=n[1-2] Default=YES MaxTime=60 DefaultTime=10 State=UP
 
 
 class Cluster:
-    """Its commands, run as a user would."""
+    """The commands of a SLURM, run as a user runs them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -99,20 +99,20 @@ class Cluster:
         path = self.folder / f"{name}.sbatch"
         path.write_text(script)
         output = f"--output={self.output(name)}"
-        said = self.run("sbatch", "--parsable", "--open-mode=append", output, *options, path)
-        return int(said.strip())
+        printed = self.run("sbatch", "--parsable", "--open-mode=append", output, *options, path)
+        return int(printed.strip())
 
     def output(self, name: str = "job") -> Path:
-        """What the job printed."""
+        """The file of the job's output."""
         return self.folder / f"{name}.out"
 
     def state(self, job: int) -> str:
         """RUNNING, COMPLETED, ..."""
-        said = self.run("scontrol", "show", "job", job)
-        return said.partition("JobState=")[2].split()[0]
+        printed = self.run("scontrol", "show", "job", job)
+        return printed.partition("JobState=")[2].split()[0]
 
     def wait(self, job: int, timeout: float) -> str:
-        """The state in which a job ends within `timeout` seconds."""
+        """The final state of a job, which ends within `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while (state := self.state(job)) not in ENDED:
             assert time.monotonic() < deadline, f"job {job} is still {state}"
@@ -122,7 +122,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def minislurm(folder: Path) -> Iterator[Cluster]:
-    """Start a cluster in `folder` (short, for a socket's path, and empty), stop it at the end."""
+    """Start a cluster in `folder` (empty, with a short path for sockets); stop it on exit."""
     sbin = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
     found = {name: shutil.which(name, path=sbin) for name in NEEDED}
     missing = [name for name, path in found.items() if path is None]
@@ -130,14 +130,14 @@ def minislurm(folder: Path) -> Iterator[Cluster]:
     host = socket.gethostname().partition(".")[0]
     for name in ("munge", "log", "ctld", "spool-n1", "spool-n2"):
         (folder / name).mkdir()
-        (folder / name).chmod(0o755)  # munged refuses more, and less
+        (folder / name).chmod(0o755)  # munged requires this
     key = folder / "munge" / "key"
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o600)
     ports = [free_port() for _ in range(3)]
     config = CONFIG.format(folder=folder, host=host, user=getpass.getuser(), ports=ports)
     (folder / "slurm.conf").write_text(config)
-    # The one value that works with cgroup v1, v2 or none mounted; it touches nothing.
+    # The only value that works with cgroup v1, v2 or none mounted; it changes nothing.
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     cluster = Cluster(folder)
     files = {"key": "key-file", "sock": "socket", "pid": "pid-file", "seed": "seed-file"}
