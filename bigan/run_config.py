@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from bigan import config as configs
-from bigan.augment import AugmentConfig, NoAugment
+from bigan.augment import AugmentConfig, NoAugment, needs_anneal_images
 from bigan.config import ConfigError, Frozen, Positive
 from bigan.data.format.manifest import Manifest
 from bigan.data.settings import DataConfig
@@ -168,11 +168,7 @@ class RunConfig(Frozen):
                 f"{self.objective.name} reads {' and '.join(self.objective.streams)}"
             )
         ends = [
-            *(
-                ["augment.fixed_end"]
-                if getattr(self.augment, "fixed_end", None) is not None
-                else []
-            ),
+            *(f"augment.{key}" for key in needs_anneal_images(self.augment)),
             *(
                 f"optimizer.{name}.{key}"
                 for name, settings in self.optimizer.items()
