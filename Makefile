@@ -54,7 +54,7 @@ system:
 		|| echo "could not install" $$missing "(apt-get failed)"; \
 	else echo "not installed:" $$missing "(for the tests with a real SLURM, and of several machines)"; fi
 
-# Three tiers (docs/style.md): quick; with launches, SLURM and namespaces; everything else.
+# Three tiers (CONTRIBUTING.md): quick; with launches, SLURM and namespaces; everything else.
 test: setup  ## run the quick tests (no GPU needed)
 	$(BIN)/python -m pytest -m "not full and not slow and not gpu" -n 2 --dist worksteal
 
