@@ -131,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     top = argparse.ArgumentParser(
         prog="bigan",
-        description="Train generative adversarial models on one process or a cluster, from "
+        description="Train GANs and related generative models on one process or a cluster, from "
         "sharded WebDataset streams.",
         epilog="Start here: bigan pack digits data/digits && bigan train configs/digits.yaml",
     )
@@ -172,7 +172,7 @@ def _add_run_commands(commands: Commands) -> None:
         "describe",
         describe_command,
         "show the networks, schedule, memory and every resolved value of a config",
-        "Networks are built on the meta device: the largest config is described on a laptop.",
+        "Networks are built on the meta device, so a laptop can describe the largest config.",
     )
     _add_config(describe)
     describe.add_argument("--json", action="store_true", help="print JSON")
@@ -197,7 +197,7 @@ def _add_evaluate(commands: Commands) -> None:
         "evaluate",
         evaluate_command,
         "measure every snapshot of a run that has not been measured yet",
-        "Runs beside training, in its own process: bigan evaluate runs/digits --watch",
+        "Runs in parallel with training, in its own process: bigan evaluate runs/digits --watch",
     )
     evaluate.add_argument("run", type=Path, help="the run folder, for example runs/digits")
     evaluate.add_argument(
@@ -223,7 +223,7 @@ def _add_evaluate(commands: Commands) -> None:
         "(default: best, or latest if none was measured)",
     )
     evaluate.add_argument(
-        "--poll-seconds", type=positive, default=1.0, help="how often --watch looks (default 1)"
+        "--poll-seconds", type=positive, default=1.0, help="interval of --watch (default 1)"
     )
 
 

@@ -99,14 +99,14 @@ def _add_image_options(images: argparse._ArgumentGroup) -> None:
     images.add_argument(
         "--resize",
         choices=("lanczos", "area"),
-        help="filter that shrinks the square centre crop (default lanczos)",
+        help="filter that shrinks the square center crop (default lanczos)",
     )
     images.add_argument(
         "--allow-upscale",
         action="store_true",
-        help="enlarge smaller images (default: they are unusable)",
+        help="enlarge smaller images (default: they are left out as unusable)",
     )
-    images.add_argument("--channels", type=int, choices=(1, 3), help="1: grey, 3: RGB")
+    images.add_argument("--channels", type=int, choices=(1, 3), help="1: gray, 3: RGB")
     images.add_argument(
         "--pyramid",
         type=count,
@@ -120,7 +120,7 @@ def _add_image_options(images: argparse._ArgumentGroup) -> None:
         "--max-bad",
         type=int,
         metavar="N",
-        help="leave out up to N unusable images (default 0: any is an error at the end)",
+        help="succeed with up to N unusable images, which are left out (default 0)",
     )
 
 
