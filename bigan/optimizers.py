@@ -5,7 +5,7 @@
       discriminator:
         {name: rmsprop, lr: 5.0e-5, schedule: {name: linear, end: 0.0, images: 1000000}}
 
-Lengths are in images (`images_seen`): they mean the same at any batch size.
+Lengths are in images (`images_seen`), so they do not depend on the batch size.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ Schedule = Annotated[Constant | Linear | Cosine | StepDecay, Field(discriminator
 
 
 class _Optimizer(Frozen):
-    """What all optimizers have in common."""
+    """Settings of all optimizers."""
 
     lr: PositiveFloat
     schedule: Schedule = Constant()
@@ -104,7 +104,7 @@ class _Optimizer(Frozen):
 
     @property
     def needs_anneal_images(self) -> list[str]:
-        """Keys whose value is reached after `anneal_images` of the config."""
+        """Keys of this section whose annealing is over `anneal_images` of the config."""
         unset = isinstance(self.schedule, _Annealed) and self.schedule.images is None
         return ["schedule.images"] if unset else []
 
@@ -116,8 +116,8 @@ class _Optimizer(Frozen):
     def corrected(self, every: int | None) -> Self:
         """The settings where a separate regularization step follows every `every`-th step.
 
-        `every` steps and one more shall move the weights as far, and forget as much, as `every`
-        steps: c = every / (every + 1), lr * c and beta ** c (Karras et al. 2020,
+        So that `every` + 1 steps have the effect of `every` steps on the weights and on the moving
+        averages: c = every / (every + 1), lr * c and beta ** c (Karras et al. 2020,
         arXiv:1912.04958, appendix B). None: unchanged.
         """
         if every is None:
@@ -132,7 +132,7 @@ class _Optimizer(Frozen):
 
 
 class _Moments(_Optimizer):
-    """What Adam and AdamW have in common: two running moments of the gradient."""
+    """Settings of Adam and AdamW: running averages of the gradient and of its square."""
 
     beta1: Beta = 0.0
     beta2: Beta = 0.999
@@ -205,7 +205,7 @@ class SGD(_Optimizer):
 
 
 class RMSprop(_Optimizer):
-    """RMSprop (Tieleman & Hinton 2012), as WGAN was trained with (Arjovsky et al. 2017)."""
+    """RMSprop (Tieleman & Hinton 2012), the optimizer of WGAN (Arjovsky et al. 2017)."""
 
     name: Literal["rmsprop"]
     alpha: Beta = 0.99

@@ -1,7 +1,7 @@
 """The config of a run: every setting, its default and its meaning, in one frozen tree.
 
-Models, augmentations, optimizers and objectives bring their own sections; this file composes them.
-Units are in the names; progress is counted in images.
+Models, data, augmentations, optimizers and objectives define their sections; this file composes
+them. Units are in the names; progress is counted in images.
 """
 
 from __future__ import annotations
@@ -38,56 +38,58 @@ class TrainConfig(Frozen):
     # Images per process and forward; bounds memory. BatchNorm sees micro_batch * processes images.
     micro_batch: Positive | None = None
     seed: Annotated[int, Field(ge=0)] = 0
-    tick_images: Positive = 1_000  # metrics leave the device, progress is shown
+    tick_images: Positive = 1_000  # metrics are read from the device, progress is shown
     checkpoint_images: Positive = 10_000  # complete state, for resuming
     checkpoint_keep: Positive = 2  # newest checkpoints kept
-    checkpoint_milestone_images: Positive | None = None  # one per so many images is kept for good
+    # One checkpoint per this many images is kept permanently.
+    checkpoint_milestone_images: Positive | None = None
     snapshot_images: Positive = 10_000  # networks of the samplers, for evaluation and use
-    standing_batches: Positive = 16  # batches behind the BatchNorm statistics of a snapshot
-    replica_check_images: Positive = 50_000  # all processes must still hold the same weights
-    lost_after_seconds: Positive = 60  # without a heartbeat a process is lost: the run stops
-    collective_timeout_seconds: Positive = 600  # of one collective between living processes
+    standing_batches: Positive = 16  # for the BatchNorm statistics of a snapshot
+    replica_check_images: Positive = 50_000  # interval of comparing the weights of all ranks
+    lost_after_seconds: Positive = 60  # without a heartbeat: the rank is lost, the run stops
+    collective_timeout_seconds: Positive = 600  # of one collective, while all ranks are alive
 
 
 class CollapseConfig(Frozen):
-    """When training counts as collapsing (run/collapse.py), and what is done then.
+    """When training is considered collapsed (run/collapse.py), and the action taken then.
 
-    A number has risen too far when its median exceeds `ratio * max(earlier median, floor)`. The gap
-    has vanished when all of a window is below its earlier median over `vanished_ratio`. In healthy
-    runs on the digits the gap stays within a factor of 3.5 of its earlier median, and singular
-    values below 1.7 times `max(earlier median, floor)`.
+    A value has exploded when its median exceeds `ratio * max(earlier median, floor)`. The gap has
+    vanished when all its values in a window are below the earlier median / `vanished_ratio`. In
+    healthy runs on the digits the gap stays within a factor of 3.5 of its earlier median, and
+    singular values below 1.7 times `max(earlier median, floor)`.
     """
 
     # stop: end the run. rollback: continue from the last checkpoint before it, with lower learning
     # rates, or stop if there is none
     action: Literal["warn", "stop", "rollback"] = "warn"
     window_images: Positive | None = None  # None: 50 batches, and at least 4 ticks
-    baseline_images: Positive | None = None  # behind the earlier median; None: 10 windows
-    min_images: Positive | None = None  # none is found before, or after growth; None: 10 windows
+    baseline_images: Positive | None = None  # length of the earlier median; None: 10 windows
+    # Without detection at the start of a run and of a growth stage; None: 10 windows.
+    min_images: Positive | None = None
     gap_ratio: Annotated[float, Field(gt=1)] = 4.0
-    gap_floor: Annotated[float, Field(ge=0)] = 2.0  # the hinge loss is content with a gap of 2
+    gap_floor: Annotated[float, Field(ge=0)] = 2.0  # the hinge loss is 0 from a gap of 2 on
     vanished_ratio: Annotated[float, Field(gt=1)] = 20.0
     singular_ratio: Annotated[float, Field(gt=1)] = 4.0
     singular_floor: Annotated[float, Field(ge=0)] = 1.0  # about that of an initialized layer
     lr_factor: Annotated[float, Field(gt=0, le=1)] = 0.5  # of all phases, at every rollback
-    max_rollbacks: Annotated[int, Field(ge=0)] = 3  # then stop
+    max_rollbacks: Annotated[int, Field(ge=0)] = 3  # the run stops at the next collapse
 
 
 class EvaluationConfig(Frozen):
     """What `bigan evaluate` measures at each snapshot."""
 
     extractor: Literal["digits8-cnn-v1", "inception-v3-compat"] = "inception-v3-compat"
-    weights_path: Path | None = None  # local Inception weights; the digits network is shipped
-    sampler: str | None = None  # of the objective; None: its first
+    weights_path: Path | None = None  # file of the Inception weights; digits8-cnn-v1 needs none
+    sampler: str | None = None  # of the objective; None: its first one
     num_samples: Annotated[int, Field(ge=2)] = 50_000
     batch: Positive = 64
     split: str = "train"  # reference images
     splits: Positive = 10  # of the inception/classifier score
     seed: Annotated[int, Field(ge=0)] = 0
-    # Values of z beyond it are drawn again; for a generator with a mean latent it is psi.
+    # Bound on |z| (values beyond it are resampled), or psi for a generator with a mean latent.
     truncation: Annotated[float, Field(ge=0.02)] | None = None
-    # Images in each of the train.standing_batches behind the BatchNorm statistics of truncated
-    # latents; None: train.micro_batch, or train.batch without one.
+    # Size of each of the train.standing_batches for the BatchNorm statistics of truncated latents;
+    # None: train.micro_batch, or train.batch if that is None.
     standing_batch: Positive | None = None
 
 
@@ -109,14 +111,15 @@ def _stream_kind(value: Any) -> str:
 
 
 class RunConfig(Frozen):
-    """A complete run. `run_dir` is where everything it writes is found."""
+    """The config of a run."""
 
-    run_dir: Path
-    # auto: what the launch file sets. zero3 is known so that it can be refused with the reason.
+    run_dir: Path  # folder of everything that the run writes
+    # auto: that of the launch file. zero3 is accepted here and refused later, with the reason.
     engine: EngineName = "auto"
+    # auto: inductor, or eager with a message if compilation is impossible.
     compile: Literal["auto", "inductor", "aot_eager", "eager"] = "auto"
-    # Of the forwards; weights and penalties are float32. tf32: float32 whose products NVIDIA's GPUs
-    # round to 10 bits; several times faster than fp32 on them, no effect elsewhere.
+    # Of the forwards; weights and penalties are float32. tf32: float32, but NVIDIA GPUs round the
+    # inputs of products to a 10-bit mantissa, several times faster; no effect on other devices.
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     # One stream, named "images", or a mapping from names to streams.
     data: Annotated[
@@ -127,7 +130,7 @@ class RunConfig(Frozen):
     objective: AnyObjective = gan.Config()
     augment: AugmentConfig = NoAugment()  # of discriminator inputs, real and fake alike
     growth: GrowthConfig | None = None  # of a model that can grow
-    anneal_images: Positive | None = None  # until the values named `..._end` are reached
+    anneal_images: Positive | None = None  # length of the annealing to the values named `..._end`
     optimizer: dict[str, OptimizerConfig]  # one entry per phase of the objective
     # Patterns ("generator.blocks.*") of the parameters that are trained; None: all.
     trainable: tuple[str, ...] | None = None
@@ -201,9 +204,9 @@ class RunConfig(Frozen):
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML config, apply `overrides` ("a.b=value") and validate it.
 
-    `model.resolution`, `model.image_channels` and `model.num_classes` default to what the manifest
-    of the data holds. Raises `ConfigError`, one line, for an unreadable file, an unknown key or a
-    value that cannot be used.
+    `model.resolution`, `model.image_channels` and `model.num_classes` default to the values in the
+    manifest of the data. Raises `ConfigError`, one line, for an unreadable file, an unknown key or
+    an invalid value.
     """
     return configs.load(RunConfig, path, overrides, complete=_with_data_defaults)
 
@@ -225,10 +228,10 @@ def _with_data_defaults(content: dict[str, Any], where: str) -> dict[str, Any]:
         section = configs.validate(DataConfig, stream, where)
         manifest = open_level(section.path, model.get("resolution"), section)
     except ConfigError:
-        return content  # the section itself is wrong: the validation names the key
+        return content  # the section itself is invalid: its validation reports the key
     except UserError as error:
         required = [f"model.{key}" for key in lacking if key != "image_channels"]
-        if not required:  # the default of the model may be right
+        if not required:  # the model's default number of channels may be correct
             return content
         raise ConfigError(
             f"{where}: {' and '.join(required)} not set, and the data cannot be read ({error}); "
@@ -241,9 +244,10 @@ def _with_data_defaults(content: dict[str, Any], where: str) -> dict[str, Any]:
 def setup_of(
     config: RunConfig, class_counts: tuple[int, ...], fade: tuple[int, int] | None = None
 ) -> Setup:
-    """What the objective of a config is built from, for images of these classes.
+    """The arguments that the objective of a config is built from.
 
-    `fade`: images_seen between which the resolution of the model fades in.
+    `class_counts`: number of training images of each class. `fade`: the values of images_seen at
+    which the fade-in of the model's resolution begins and ends.
     """
     return Setup(
         model=config.model,
@@ -258,7 +262,7 @@ def setup_of(
 
 
 def misfits(model: AnyModel, manifest: Manifest) -> list[tuple[str, str, int, int]]:
-    """(what, key below `model`, value of the model, value of the images) where they disagree."""
+    """(property, key in `model`, value of the model, value of the data) where the two differ."""
     facts = (
         ("resolution", "resolution", model.resolution, manifest.resolution),
         ("channels", "image_channels", model.image_channels, manifest.channels),
@@ -268,7 +272,10 @@ def misfits(model: AnyModel, manifest: Manifest) -> list[tuple[str, str, int, in
 
 
 def accumulation_steps(train: TrainConfig, world_size: int) -> int:
-    """Micro-batches per optimizer step; batch = steps * world_size * micro_batch or ConfigError."""
+    """Micro-batches per optimizer step: batch / (world_size * micro_batch).
+
+    Raises `ConfigError` if that is not an integer.
+    """
     if train.batch % world_size:
         raise ConfigError(
             f"train.batch = {train.batch} cannot be divided evenly among {world_size} processes; "
@@ -290,8 +297,7 @@ def accumulation_steps(train: TrainConfig, world_size: int) -> int:
 def check_groups(config: RunConfig, world_size: int) -> None:
     """Raises `ConfigError` unless micro-batches consist of complete groups.
 
-    A discriminator that compares the images of a group would otherwise see groups that depend on
-    the number of processes.
+    The groups of minibatch standard deviation would otherwise depend on the world size.
     """
     group, train = config.model.group, config.train
     steps = accumulation_steps(train, world_size)

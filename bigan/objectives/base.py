@@ -5,13 +5,13 @@
     Step        one optimizer step of one phase
     Sampler     how images are made from the networks of a snapshot (samplers.py)
 
-The trainer executes the steps of `Objective.steps` and knows nothing else of a method. The inputs
+The trainer executes the steps of `Objective.steps` and contains no code for any method. The inputs
 of a forward are a dict of tensors with these keys:
 
     "images.pixels"   uint8 [m, H, W, C], of the data stream "images"; "images.labels" int64 [m];
                       "images.mirror" bool [m] where the stream is mirrored at random
-    "z", "mix", ...   random inputs, from `Phase.draws`
-    "strength", ...   inputs equal for all images, from `Phase.values`
+    "z", "mix", ...   random inputs, one per image, from `Phase.draws`
+    "strength", ...   inputs shared by all images, from `Phase.values`
     "generator.fake"  output "fake" of an earlier phase of the same training step (`Phase.takes`)
 """
 
@@ -54,7 +54,7 @@ class Result(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What an optimizer step leaves for `Phase.after_step`."""
+    """The results of an optimizer step, for `Phase.after_step`."""
 
     scalars: Tensors  # means over the micro-batches, 0-d, on the device
     inputs: list[Tensors]  # of each micro-batch of this rank
@@ -64,19 +64,19 @@ class StepResult(NamedTuple):
 class Phase(nn.Module):
     """The networks that share one optimizer, registered under their names, and one pure forward.
 
-    `forward` draws nothing, changes no buffer, never synchronizes with the host and does not know
-    its rank. It is the unit that is compiled (one full graph for each combination of terms) and
-    wrapped by DDP, FSDP2 or DeepSpeed. The other hooks run outside of compiled code.
+    `forward` draws no random numbers, changes no buffer, never synchronizes with the host and does
+    not depend on the rank. It is the unit that is compiled (one full graph for each combination of
+    terms) and wrapped by DDP, FSDP2 or DeepSpeed. The other hooks run outside of compiled code.
     """
 
-    reads: tuple[str, ...] = ()  # other networks that the forward uses, passed in frozen
-    streams: tuple[str, ...] = ()  # data streams
+    reads: tuple[str, ...] = ()  # networks of other phases that the forward uses, passed in frozen
+    streams: tuple[str, ...] = ()  # data streams that the forward uses
     takes: tuple[str, ...] = ()  # outputs of earlier phases, as "<phase>.<name>"
-    after_step_uses_networks = False  # they are unsharded for it then
+    after_step_uses_networks = False  # True: the networks are unsharded for `after_step`
 
     @property
     def trains(self) -> tuple[str, ...]:
-        """Names of its networks."""
+        """Names of the networks that the phase trains."""
         return tuple(name for name, _ in self.named_children())
 
     def draws(self, at: int, num: int, terms: Terms) -> Tensors:
@@ -84,7 +84,7 @@ class Phase(nn.Module):
         return {}
 
     def values(self, at: int) -> Tensors:
-        """Inputs equal for all images: annealed weights, the strength of an augmentation."""
+        """Inputs shared by all images: annealed weights, the strength of an augmentation."""
         return {}
 
     def forward(self, networks: Mapping[str, nn.Module], inputs: Tensors, terms: Terms) -> Result:
@@ -92,16 +92,16 @@ class Phase(nn.Module):
         raise NotImplementedError
 
     def constrain(self, parameters: Iterable[Tensor]) -> None:
-        """Elementwise projection in place after each update (the clipping of WGAN).
+        """Elementwise in-place projection after each update (weight clipping of WGAN).
 
         `parameters` are the tensors that the optimizer holds: slices or flat partitions under the
         sharding engines.
         """
 
     def after_step(self, step: Step, result: StepResult, world: World) -> Tensors:
-        """Updates of the run's state (running means, ADA); returns further scalars to log.
+        """Update the objective's `state` (running means, ADA); returns further scalars to log.
 
-        All ranks call it.
+        A collective.
         """
         return {}
 
@@ -110,7 +110,7 @@ class ObjectiveConfig(Frozen):
     """Base of the config section of every objective."""
 
     phases: ClassVar[tuple[str, ...]]  # keys of the `optimizer` section
-    networks: ClassVar[tuple[str, ...]]  # that the model has to build
+    networks: ClassVar[tuple[str, ...]]  # names of the networks that `model` must build
     streams: ClassVar[tuple[str, ...]] = ("images",)
     supports_growth: ClassVar[bool] = False
     supports_augment: ClassVar[bool] = False
@@ -118,7 +118,7 @@ class ObjectiveConfig(Frozen):
     name: str
 
     def build(self, setup: Setup) -> Objective:
-        """The objective of these settings; raises `ConfigError` if they cannot go together."""
+        """The objective with these settings; raises `ConfigError` for an invalid combination."""
         raise NotImplementedError
 
     def images_per_step(self, batch: int) -> int:
@@ -127,16 +127,16 @@ class ObjectiveConfig(Frozen):
 
     @property
     def needs_anneal_images(self) -> list[str]:
-        """Keys whose value is reached after `anneal_images` of the config."""
+        """Keys of this section whose annealing is over `anneal_images` of the config."""
         return []
 
     @property
     def micro_batch_divisor(self) -> int:
-        """A micro-batch must be a multiple of it."""
+        """The number of images in a micro-batch must be a multiple of this."""
         return 1
 
     def check(self, model: AnyModel, settings: AugmentConfig) -> None:
-        """Raises ValueError unless model and augmentation go with this objective."""
+        """Raises ValueError unless model and augmentation are supported by this objective."""
         missing = [name for name in self.networks if name not in model.networks]
         if missing:
             raise ValueError(
@@ -149,7 +149,7 @@ class ObjectiveConfig(Frozen):
 
 @dataclass(frozen=True)
 class Setup:
-    """What an objective is built from, besides its own section: other sections and the data."""
+    """The arguments of `ObjectiveConfig.build`: other config sections and facts about the data."""
 
     model: AnyModel
     augment: AugmentConfig
@@ -158,10 +158,10 @@ class Setup:
     precision: str  # fp32, tf32, bf16, fp16
     anneal_images: int | None
     class_counts: tuple[int, ...]  # training images of each class
-    fade: tuple[int, int] | None = None  # images_seen at which a resolution begins and ends to fade
+    fade: tuple[int, int] | None = None  # images_seen at the begin and at the end of a fade-in
 
     def alpha(self, images_seen: int) -> float:
-        """Share of the newest resolution in the step that begins at `images_seen`, 0 to 1."""
+        """Weight of the newest resolution in the step that begins at `images_seen`, 0 to 1."""
         if self.fade is None:
             return 1.0
         start, end = self.fade
@@ -187,17 +187,17 @@ class Objective(Protocol):
         """Phase -> k: a separate regularization step follows every k-th step of the phase."""
 
     def begin(self, images_seen: int) -> None:
-        """Before a training step: set the buffers that depend on the counter alone."""
+        """Set the buffers that depend on `images_seen` alone; called before each training step."""
 
     def remarks(self) -> list[str]:
-        """What a reader of the config might not expect of it, a line each."""
+        """Lines to print at the start of a run, such as values that are derived from others."""
 
     def steps(self, images_seen: int) -> tuple[Step, ...]:
         """The optimizer steps of the training step that begins at `images_seen`, in order."""
 
 
 def variants(objective: Objective, images_per_step: int) -> list[Step]:
-    """One step for each combination of phase and terms that occurs, in the order of the steps."""
+    """One step for each combination of phase and terms that occurs, in order of occurrence."""
     starts = range(0, objective.period * images_per_step, images_per_step)
     found: dict[tuple[str, Terms], Step] = {}
     for step in itertools.chain.from_iterable(objective.steps(start) for start in starts):
@@ -206,23 +206,23 @@ def variants(objective: Objective, images_per_step: int) -> list[Step]:
 
 
 def init_stream(network: str) -> str:
-    """Name of the random stream that a network is initialized from."""
-    # Names of the first release: a seed keeps its initial weights.
+    """Name of the random stream that initializes a network."""
+    # Fixed names, so that a seed gives the same initial weights in every version.
     known = {"generator": "init/g", "discriminator": "init/d"}
     return known.get(network, f"init/{network}")
 
 
 class RunningMean(nn.Module):
-    """An exponential mean of a scalar over steps, part of the state of a run; 0 at first."""
+    """An exponential moving average of a scalar over steps, in the state of a run; initially 0."""
 
     mean: Tensor
 
     def __init__(self, decay: float) -> None:
         super().__init__()
-        self.decay = decay  # how far the mean moves towards each new value
+        self.decay = decay  # weight of each new value
         self.register_buffer("mean", torch.zeros(()))
 
     @torch.no_grad()
     def update(self, value: Tensor, world: World) -> None:
-        """Move towards the mean over the ranks of `value` (0-d); never waits for the device."""
+        """Add the mean of `value` (0-d) over ranks. A collective; never waits for the device."""
         self.mean.lerp_(mean_over_ranks(world, value), self.decay)

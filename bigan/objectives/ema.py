@@ -14,11 +14,11 @@ from bigan.schedules import annealed, ema_decay
 
 
 class EmaConfig(Frozen):
-    """EMA of the networks that samples are made with, e.g. `generator_ema`."""
+    """EMA of the networks that generate samples, for example `generator_ema`."""
 
     halflife_images: Annotated[float, Field(gt=0)]
     rampup: Annotated[float, Field(gt=0)] | None = None  # half-life <= rampup * images_seen
-    start_images: Annotated[int, Field(ge=0)] = 0  # a plain copy until then (BigGAN)
+    start_images: Annotated[int, Field(ge=0)] = 0  # until then a copy of the network (BigGAN)
     # Reached along half a cosine over `anneal_images`.
     halflife_end_images: Annotated[float, Field(gt=0)] | None = None
 
@@ -40,12 +40,12 @@ def update(
 ) -> None:
     """Move `average` towards `network` in place; call once per training step.
 
-    The ramp-up counts from `born`, where the newest layers of a growing network began to learn:
-    their initial values are noise, and would stay in the average for long.
+    The ramp-up counts from `born`, at which the newest layers of a growing network were added:
+    otherwise their random initial values would stay in the EMA for long.
 
     Parameters are averaged. Buffers of the same name (singular vectors) are copied: the mean of
-    unit vectors is no unit vector. Standing BatchNorm statistics of the average are collected
-    for every snapshot, so what is copied over them does not matter.
+    unit vectors is not a unit vector. Copied BatchNorm statistics are not used: standing statistics
+    of the EMA are collected for every snapshot.
     """
     halflife = annealed(
         images_seen, config.halflife_images, config.halflife_end_images, anneal_images

@@ -35,12 +35,12 @@ from bigan.objectives.samplers import LatentSampler, Sampler
 
 
 class PathLengthConfig(Frozen):
-    """Path length regularization of StyleGAN2: a separate step after every k-th generator step."""
+    """Path length regularization of StyleGAN2, in a separate step after every k-th one."""
 
     weight: NonNegative = 2.0
     every: Positive = 4
-    decay: Annotated[float, Field(gt=0, le=1)] = 0.01  # of the mean length, per regularized step
-    batch_shrink: Positive = 2  # it uses this fraction of a batch: it needs much memory
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.01  # weight of a step in the mean length
+    batch_shrink: Positive = 2  # the batch is divided by it, to save memory
 
 
 class Config(ObjectiveConfig):
@@ -61,7 +61,7 @@ class Config(ObjectiveConfig):
     # Weights of the discriminator are clipped to [-c, c] after each update (WGAN: 0.01).
     weight_clip: PositiveFloat | None = None
     orthogonal_weight: NonNegative = 0.0  # orthogonal regularization of the generator (BigGAN)
-    path_length: PathLengthConfig | None = None  # of a generator with intermediate latents
+    path_length: PathLengthConfig | None = None  # needs a generator with intermediate latents
 
     def build(self, setup: Setup) -> GAN:
         return GAN(self, setup)
@@ -87,8 +87,8 @@ class Config(ObjectiveConfig):
                 "use model.name=stylegan2, or leave path_length out"
             )
         if LOSSES[self.loss].relativistic and augment.adapts(settings):
-            # The loss fixes differences of logits only: their common offset drifts, and its sign
-            # says nothing about overfitting.
+            # The loss determines differences of logits only: their common offset drifts, so the
+            # sign of a logit is no measure of overfitting.
             raise ValueError(
                 "augment: an adaptive strength needs logits with an absolute zero, which "
                 "objective.loss=relativistic does not give them; use augment.fixed and "
@@ -169,7 +169,7 @@ class GAN:
         return lines
 
     def begin(self, images_seen: int) -> None:
-        """Set the share of a resolution that fades in."""
+        """Set alpha, the weight of the resolution that fades in."""
         if self._setup.model.is_fading:
             for network in self.networks.values():
                 set_alpha(network, self._setup.alpha(images_seen))

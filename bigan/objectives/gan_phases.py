@@ -46,13 +46,13 @@ PATH_NOISE_STREAM = 2**16  # of the random fields of a latent; the layers of a g
 
 
 class _GANPhase(Phase):
-    """What both phases use: settings, sections, and the augmentation's strength."""
+    """Code of both phases: settings, random inputs and the augmentation's strength."""
 
     def __init__(self, config: Config, setup: Setup, state: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.config, self.setup = config, setup
         self.fading = setup.model.is_fading
-        self.paired = LOSSES[config.loss].relativistic  # an image is compared with its partner
+        self.paired = LOSSES[config.loss].relativistic  # real and generated images form pairs
         self._state = dict(state)  # a plain dict: not registered as modules of the phase
 
     def values(self, at: int) -> Tensors:
@@ -127,11 +127,11 @@ class DiscriminatorPhase(_GANPhase):
         return values
 
     def main_terms(self, at: int) -> Terms:
-        """Terms of the main step that begins at `at`: lazy penalties at every k-th."""
+        """Terms of the main step that begins at `at`, with the lazy penalties that are due."""
         return (ADVERSARIAL, *self._due(at, separate=False))
 
     def separate_terms(self, at: int) -> Terms:
-        """Terms of the separate step after it; none: there is no such step."""
+        """Terms of the separate step that follows it; empty if none is due."""
         return self._due(at, separate=True)
 
     def _due(self, at: int, separate: bool) -> Terms:
@@ -173,8 +173,8 @@ class DiscriminatorPhase(_GANPhase):
                 losses.append(weight * penalty.every * value)
                 scalars[name] = value.detach()
         if ADVERSARIAL not in terms:
-            # Every parameter must have a gradient, if only zero: DDP would wait for those that no
-            # penalty depends on (the last bias).
+            # Every parameter must have a gradient, even if it is zero: DDP would wait for those
+            # that no penalty depends on (the last bias).
             losses.append(0 * self.discriminator(real[:1], labels[:1]).sum())
         loss = losses[0]
         for further in losses[1:]:
@@ -207,9 +207,10 @@ class DiscriminatorPhase(_GANPhase):
         return loss
 
     def penalized(self, penalty: str, inputs: Tensors) -> Callable[[Tensor, Tensor], Tensor]:
-        """What a penalty differentiates: logits as a function of images before augmentation.
+        """The function that a penalty differentiates: logits of images before augmentation.
 
-        With the draws of the loss; mixtures of WGAN-GP are augmented as their real images.
+        The augmentation has the same draws as in the loss; mixtures of WGAN-GP have those of their
+        real images.
         """
         draws = inputs.get("augment_fake" if penalty == "r2" else "augment_real")
         if draws is None:
@@ -252,7 +253,7 @@ class DiscriminatorPhase(_GANPhase):
 
 
 class GeneratorPhase(_GANPhase):
-    """Minimizes the loss of the generator; its path lengths in a separate step."""
+    """Minimizes the loss of the generator; penalizes path lengths in a separate step."""
 
     reads = ("discriminator",)
 
@@ -261,7 +262,7 @@ class GeneratorPhase(_GANPhase):
     ) -> None:
         super().__init__(config, setup, state)
         self.generator = generator
-        if self.paired:  # it is shown the real images of the last discriminator step, too
+        if self.paired:  # the loss also needs the real images of the last discriminator step
             self.streams = ("images",)
         self.after_step_uses_networks = setup.model.latent_space == "w"  # for the mean latent
         self._inputs: list[Tensors] = []  # of the last main step
@@ -287,7 +288,7 @@ class GeneratorPhase(_GANPhase):
         return values
 
     def path_length_due(self, at: int) -> bool:
-        """Whether a separate step for path lengths follows the main one at `at`."""
+        """Whether a separate path-length step follows the main step that begins at `at`."""
         path = self.config.path_length
         if path is None:
             return False
@@ -325,7 +326,7 @@ class GeneratorPhase(_GANPhase):
         return logits
 
     def _path_length(self, inputs: Tensors) -> Result:
-        """In float32, as all penalties. The random direction is a hash of the latent's bits."""
+        """Computed in float32, as all penalties. The random direction is a hash of the latent."""
         settings, model, network = self.config.path_length, self.setup.model, self.generator
         assert settings is not None
         z, labels = inputs["z"], inputs["labels"]

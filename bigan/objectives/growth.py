@@ -1,9 +1,9 @@
 """Progressive growing as a sequence of stages (Karras et al. 2018, arXiv:1710.10196).
 
-Within a stage nothing about the networks changes but `alpha`. At a stage boundary new networks take
-over all weights of the same name and shape, and the optimizers start from zero state, as the
-published code does at the start and at the end of each fade-in. Stages follow from the config
-alone, so a resumed run finds its stage from `images_seen`.
+Within a stage only `alpha` changes the networks. At a stage boundary new networks inherit all
+weights of the same name and shape, and the optimizers start from zero state, as in the published
+code at the start and at the end of each fade-in. Stages are a function of the config, so a resumed
+run finds its stage from `images_seen`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bigan.config import Frozen, Positive
 class LevelConfig(Frozen):
     """Settings of one resolution of a growing model; None: as in `train` and `optimizer`.
 
-    With a `batch` and no `micro_batch`, the share of a process is one micro-batch.
+    With a `batch` and no `micro_batch`, there is no gradient accumulation.
     """
 
     resolution: Positive
@@ -73,7 +73,7 @@ class Span(NamedTuple):
     fading: bool
     start: int
     end: float  # infinity: until the run ends
-    born: int  # images_seen at which its newest layers began to learn
+    born: int  # images_seen at which its newest layers were added
 
 
 def spans(growth: GrowthConfig, resolution: int, step_images: dict[int, int]) -> list[Span]:
@@ -99,7 +99,7 @@ def spans(growth: GrowthConfig, resolution: int, step_images: dict[int, int]) ->
 
 @torch.no_grad()
 def inherit(new: nn.Module, former: nn.Module) -> None:
-    """Copy every weight and buffer of the same name and shape, in place, but for `alpha`."""
+    """Copy every weight and buffer of the same name and shape, in place, except `alpha`."""
     known = former.state_dict()
     for name, tensor in new.state_dict().items():
         if name != "alpha" and name in known and known[name].shape == tensor.shape:
@@ -108,5 +108,5 @@ def inherit(new: nn.Module, former: nn.Module) -> None:
 
 @torch.no_grad()
 def set_alpha(network: nn.Module, alpha: float) -> None:
-    """Set the share of the new resolution, in place: the compiled graph stays valid."""
+    """Set the weight of the new resolution in place, so that the compiled graph stays valid."""
     network.get_buffer("alpha").fill_(alpha)

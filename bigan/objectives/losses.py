@@ -16,7 +16,7 @@ from torch import Tensor
 class Loss(NamedTuple):
     discriminator: Callable[[Tensor, Tensor], Tensor]
     generator: Callable[..., Tensor]
-    relativistic: bool = False  # the generator, too, is shown real images, in pairs with its own
+    relativistic: bool = False  # the generator's loss also depends on logits of real images
 
 
 def hinge_d(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def wasserstein_d(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
 
 
 def relativistic_d(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """E[softplus(D(G(z)) - D(x))], image i of one in a pair with image i of the other.
+    """E[softplus(D(G(z)) - D(x))], with image i of the real and of the generated as a pair.
 
     Relativistic pairing GAN (Jolicoeur-Martineau 2019, arXiv:1807.00734; Huang et al. 2024,
     arXiv:2501.05441, equation 2).
@@ -64,7 +64,7 @@ def relativistic_d(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
 
 
 def relativistic_g(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """E[softplus(D(x) - D(G(z)))], the same with the roles exchanged."""
+    """E[softplus(D(x) - D(G(z)))]: the discriminator's loss with the roles exchanged."""
     return F.softplus(logits_real - logits_fake).mean()
 
 

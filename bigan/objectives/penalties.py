@@ -1,12 +1,12 @@
 """Gradient penalties: pure functions of the discriminator, averaged (never summed) over the batch.
 
 The inner derivative is `torch.func.grad`: unlike `autograd.grad(create_graph=True)` it can be
-traced by torch.compile as one full graph, and it stays right under DDP and ZeRO-1/2 when the
-penalty is computed completely inside the wrapped module. Call them in float32, outside autocast:
-half-precision norms of gradients overflow.
+traced by torch.compile as one full graph, and it is correct under DDP and ZeRO-1/2 if the penalty
+is computed completely inside the wrapped module. Call them in float32, outside autocast: norms of
+gradients overflow in half precision.
 
-Each of `PENALTIES` takes what is penalized and a `PenaltyBatch`, and returns a 0-d tensor without
-its weight.
+Each of `PENALTIES` takes the function whose gradient is penalized and a `PenaltyBatch`, and returns
+a 0-d tensor that is not multiplied by its weight.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class PenaltyConfig(Frozen):
     """One gradient penalty of the discriminator, always computed in float32."""
 
     name: Literal["r1", "r2", "wgan_gp"]
-    # r1, r2: gamma (the loss holds gamma / 2); wgan_gp: lambda; None: `initial_weight`
+    # r1, r2: gamma (gamma / 2 in the loss); wgan_gp: lambda; None: `initial_weight`
     weight: NonNegative | None = None
     weight_end: NonNegative | None = None  # reached along half a cosine over `anneal_images`
     every: Positive = 1  # lazy regularization: at every k-th discriminator step, times k
@@ -63,10 +63,10 @@ Penalty = Callable[[Discriminator, PenaltyBatch], Tensor]
 def refuse_batchnorm(key: str, network: nn.Module) -> None:
     """Raises `ConfigError` if `network`, which the penalty of that key differentiates, has any.
 
-    A penalty needs each image's own gradient and takes it from that of the batch's sum. BatchNorm
-    lets every image enter the outputs of all others: the numbers would be wrong without a sign of
-    it (Gulrajani et al. 2017, section 4). Minibatch standard deviation joins images too, in groups;
-    the published methods penalize through it.
+    A penalty needs the gradient of each image, which is taken from the gradient of the sum over the
+    batch. With BatchNorm the output of an image depends on all other images, so the penalty would
+    be silently wrong (Gulrajani et al. 2017, section 4). Minibatch standard deviation also couples
+    images, in groups; the published methods penalize through it.
     """
     if normalisation_layers(network):
         raise ConfigError(
@@ -102,18 +102,18 @@ def r2(discriminator: Discriminator, batch: PenaltyBatch) -> Tensor:
 def wgan_gp(discriminator: Discriminator, batch: PenaltyBatch) -> Tensor:
     """E[(||dD/dx^|| - t)^2] / t^2 on random mixtures x^ (Gulrajani et al. 2017, eq. 3, with t = 1).
 
-    A mixture is judged as a member of its real image's class. ProGAN's `target` t of 750 for CIFAR
-    lets a discriminator be steep (Karras et al. 2018, appendix A).
+    A mixture has the label of its real image. ProGAN's `target` t of 750 for CIFAR allows a steep
+    discriminator (Karras et al. 2018, appendix A).
     """
     assert batch.mix is not None
     mixed = torch.lerp(batch.fake, batch.real, batch.mix.view(-1, 1, 1, 1))
-    # The root's slope is infinite at zero: an epsilon inside keeps a flat discriminator finite.
+    # The derivative of the root is infinite at 0: epsilon keeps it finite if D is constant.
     norms = (squared_gradient_norms(discriminator, mixed, batch.real_labels) + 1e-12).sqrt()
     return (norms - batch.target).square().mean() / batch.target**2
 
 
 def path_lengths(synthesis: Callable[[Tensor], Tensor], ws: Tensor, noise: Tensor) -> Tensor:
-    """How far a random direction in image space is from each image's latents, [B].
+    """Path length of each image, in a random direction of image space, [B].
 
     ||J_w^T y||, the root of the mean over layers of the squared lengths (Karras et al. 2020,
     arXiv:1912.04958, section 3.2): `ws` [B, layers, w_dim], `synthesis` maps it to images
@@ -126,8 +126,8 @@ def path_lengths(synthesis: Callable[[Tensor], Tensor], ws: Tensor, noise: Tenso
 def path_length_penalty(lengths: Tensor, mean: Tensor) -> Tensor:
     """E[(length - a)^2], a the running mean of lengths: a scalar without its weight.
 
-    `mean` is that of the steps before, so that neither micro-batches nor processes change it; the
-    published code moves it by a hundredth towards this batch's first.
+    `mean` is from before this step, so that it does not depend on micro-batches or ranks; published
+    code first moves it by a hundredth towards the mean of this batch.
     """
     return (lengths - mean).square().mean()
 

@@ -1,8 +1,8 @@
 """Samplers: how images are made from the networks of a snapshot.
 
-The sample grid, the standing BatchNorm statistics, the evaluator and `bigan.sample` know of a
-method only its samplers. Draws come from (seed, stream, counter), so that an image does not depend
-on the number of processes.
+Samplers are the only interface of the sample grid, the standing BatchNorm statistics, the evaluator
+and `bigan.sample` to a method. Draws are a function of (seed, stream, counter), so that an image
+does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Truncates = Literal["z", "w", ""]
 
 
 class Sampler(Protocol):
-    """Makes images of `reference`'s kind from networks and random inputs."""
+    """Makes images from networks, random inputs and, if `inputs` is set, images of a stream."""
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -38,11 +38,11 @@ class Sampler(Protocol):
 
     @property
     def truncates(self) -> Truncates:
-        """What a truncation acts on: "z", "w" (the mean latent), or "" for none."""
+        """Space of the truncation: "z" (bound on |z|), "w" (psi), or "" for none."""
 
     @property
     def labeled(self) -> bool:
-        """Whether the labels decide what is in an image."""
+        """Whether the label determines the class of an image."""
 
     def draws(self, seed: int, stream: str, at: int, num: int, truncation: float | None) -> Tensors:
         """Random inputs of `num` images on the CPU, first axis `num`."""
@@ -55,7 +55,7 @@ class Sampler(Protocol):
 def truncated_normal(
     seed: int, stream: str, counter: int, shape: Sequence[int], truncation: float | None
 ) -> Tensor:
-    """Standard normal float32 of `shape`; values with |z| > truncation are drawn again.
+    """Standard normal float32 of `shape`; values with |z| > truncation are resampled.
 
     The truncation trick of BigGAN (Brock et al. 2019, section 3.1); None: a plain normal.
     """
@@ -69,7 +69,7 @@ def truncated_normal(
 
 @dataclass(frozen=True)
 class LatentSampler:
-    """Images of latents z and class labels, drawn by the class frequencies of the data.
+    """Images of latents z and class labels, drawn with the class frequencies of the data.
 
     A truncation bounds |z| (BigGAN), or, for a generator with a mean latent ("w"), is psi, the
     factor on a latent's distance from it (Karras et al. 2019, arXiv:1812.04948, appendix B).

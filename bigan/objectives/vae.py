@@ -43,7 +43,7 @@ class Config(ObjectiveConfig):
 
 
 class VAEPhase(Phase):
-    """Minimizes the negative evidence lower bound of encoder and decoder."""
+    """Trains encoder and decoder to minimize the negative evidence lower bound."""
 
     streams = ("images",)
 
