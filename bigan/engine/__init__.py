@@ -73,7 +73,8 @@ def require_supported(name: str) -> None:
 def set_float32(precision: str) -> None:
     """Full float32 products on CUDA, unless the config sets TF32.
 
-    Convolutions use TF32 by default: penalties would lose 13 bits, and engines would disagree.
+    torch uses TF32 in convolutions by default: penalties would lose 13 bits of the mantissa, and
+    the engines would give different results.
     """
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -100,18 +101,18 @@ class Engine:
         for remark in launch_remarks(environment, config.precision, config.compile):
             self.echo(remark)
         self.process_group = dist.group.WORLD if size > 1 else None
-        # The sharding engines lay weights out row by row whatever they were.
+        # The sharding engines flatten weights, so they need row-major ones.
         replicated = self.name in {"single", "ddp"}
         self.memory_format = torch.channels_last if replicated else torch.contiguous_format
         self._backend, reason = compile_backend(config.compile, self.world.device)
-        if not all_ranks_agree(self.world, not reason):  # nodes may differ in their compilers
+        if not all_ranks_agree(self.world, not reason):  # a node may lack a compiler
             self._backend = None
             self.echo(f"eager mode: {reason or 'not every node can compile'}")
         self._halt = torch.zeros((), device=self.world.device)
         self._first_bad = torch.full((), -1.0, dtype=torch.float64, device=self.world.device)
         self.waiting = WaitTimer(self.world)
         self.compile_seconds = 0.0  # of the phases prepared last
-        self.reduces_gradients = True  # False: DDP processes train apart, to time the exchange
+        self.reduces_gradients = True  # False: DDP does not all-reduce, to time the exchange
 
     def prepare(
         self,
@@ -165,11 +166,11 @@ class Engine:
         networks: Networks,
         inputs: Mapping[Terms, Tensors],
     ) -> None:
-        """Before the first step: compile each combination of terms, and let DDP settle buckets.
+        """Before the first step: compile each combination of terms, and run a backward for DDP.
 
-        DDP sorts its gradients into buckets again after the first backward. Three and more
-        processes add up in another order then, so a resumed run would differ in the last bits:
-        the first backward of each attempt is this one, with all terms, and its gradients are
+        DDP rebuilds its gradient buckets after the first backward. Three or more processes then add
+        gradients in another order, so a resumed run would differ in the last bits. Therefore the
+        first backward of each attempt is a warm-up pass with all terms, whose gradients are
         dropped. `inputs`: terms -> a micro-batch.
         """
         with self._on_stage(prepared, others):
@@ -188,12 +189,12 @@ class Engine:
 
     @contextlib.contextmanager
     def _on_stage(self, prepared: Prepared, others: Sequence[Prepared]) -> Iterator[None]:
-        """One phase is trained, the networks of the others are frozen; all are unsharded."""
+        """Context in which the networks of other phases are frozen, and all are unsharded."""
         with contextlib.ExitStack() as stack:
             for each in (prepared, *others):
                 stack.enter_context(each.wrapped.unsharded())
             for other in others:
-                # Or their gradients would be computed, and reduced by ZeRO.
+                # Without freezing, their gradients would be computed, and reduced by ZeRO.
                 other.wrapped.freeze(True)
             prepared.wrapped.freeze(False)
             yield
@@ -209,9 +210,9 @@ class Engine:
         """One optimizer step over micro-batches; its scalars are their means, on the device.
 
         `others` are the phases that train the `networks` which this one reads. The losses of the
-        micro-batches are averaged and the gradients of the processes are averaged, so the result
-        is that of one process on the joined batch. Once a loss or gradient is not finite, this
-        and all later updates are skipped on the device; `halted_at` tells the host.
+        micro-batches and the gradients of the ranks are averaged, so the result is that of one
+        process on the global batch. Once a loss or gradient is not finite, this and all later
+        updates are skipped on the device; the host reads that from `halted_at`.
         """
         wrapped, scale, num = prepared.wrapped, prepared.scale, len(inputs)
         total: Tensors = {}
@@ -241,10 +242,10 @@ class Engine:
         return StepResult(total, inputs, outputs)
 
     def forget_compiled(self) -> None:
-        """Drop all compiled graphs: those of phases that are not used any more.
+        """Drop all compiled graphs, which belong to phases that are not used any more.
 
-        torch.compile keeps the graphs of a function together, whatever module it belongs to, and
-        gives up after eight: a run that grows would reach that at 32 px.
+        torch.compile counts recompilations per function, over all modules, and stops compiling
+        after eight: a growing run would reach this limit at 32 px.
         """
         if self._backend is not None:
             torch.compiler.reset()
@@ -254,10 +255,10 @@ class Engine:
         return self._first_bad.item()
 
     def _guard(self, prepared: Prepared) -> None:
-        """Before the optimizer: clip, and from the first non-finite loss or gradient on, no update.
+        """Before the optimizer: clip; skip every update from the first non-finite value on.
 
-        In float16 steps whose gradients overflow are skipped too, but end the run only if the loss
-        itself is not finite or the loss scale cannot be lowered any more.
+        In float16, steps whose gradients overflow are skipped, too, but they end the run only if
+        the loss itself is not finite or the loss scale is at its minimum.
         """
         gradients = [
             _local(p.grad)
@@ -288,7 +289,7 @@ class Engine:
         skip = torch.maximum(self._halt, overflow)
         if prepared.clip is not None:
             clip(gradients, norm, prepared.clip)
-        # Where the optimizer is offloaded, the flags belong on the host.
+        # An offloaded optimizer needs the flags on the host.
         place = gradients[0].device if gradients else self.world.device
         loss_scale = None if scale is None else scale.scale.to(place, copy=True)
         apply_flags(prepared.optimizer, gradients, skip.to(place), loss_scale)
@@ -300,12 +301,12 @@ class Engine:
 
 @torch.no_grad()
 def constrain(prepared: Prepared) -> None:
-    """After the optimizer: project what it holds (`Phase.constrain`)."""
+    """After the optimizer step: project what the optimizer holds (`Phase.constrain`)."""
     prepared.phase.constrain(
         p for group in prepared.optimizer.param_groups for p in group["params"]
     )
 
 
 def _local(gradient: Tensor) -> Tensor:
-    """This process's part of a gradient that may be spread over all (a DTensor)."""
+    """This rank's shard of a gradient that may be sharded (a DTensor)."""
     return getattr(gradient, "_local_tensor", gradient)

@@ -16,8 +16,8 @@ from bigan.engine.wrapped import Networks
 from bigan.errors import RunError
 from bigan.objectives.base import Phase, Tensors, Terms
 
-OTHERS_SECONDS = 120.0  # within which the others fail, too, if they are going to
-_num_agreements = itertools.count()  # the same on all ranks: each asks as often as the others
+OTHERS_SECONDS = 120.0  # a failure of one rank is a failure of all within this time
+_num_agreements = itertools.count()  # equal on all ranks, which call `all_ranks_compiled` together
 
 
 def compile_backend(choice: str, device: torch.device) -> tuple[str | None, str]:
@@ -32,11 +32,11 @@ def compile_backend(choice: str, device: torch.device) -> tuple[str | None, str]
 def compile_now(
     phase: Phase, networks: Networks, inputs: Mapping[Terms, Tensors], world: World
 ) -> tuple[float, str]:
-    """Compile a phase by running each combination of terms; returns (seconds, why it failed or "").
+    """Compile a phase by running each combination of terms; returns (seconds, error or "").
 
-    Phases are pure and gradients are computed without being accumulated, so this leaves no trace
-    and triggers no hook of an engine. If it fails, the phase is eager on all processes. Raises
-    `RunError` if it fails on this one while others wait for it inside the phase.
+    Phases are pure and gradients are computed without being accumulated, so this changes no state
+    and triggers no hook of an engine. If compilation fails on one rank, the phase is eager on all
+    ranks. Raises `RunError` if it fails on this rank while others wait for it inside the phase.
     """
     began = time.monotonic()
     why = ""
@@ -55,10 +55,11 @@ def compile_now(
 
 
 def all_ranks_compiled(world: World, why: str) -> bool:
-    """Whether `why`, what this process failed with, is empty on all.
+    """Whether `why`, the error of this rank, is empty on all ranks.
 
-    Asked through the launch's store, not by a collective: while one process has failed, others may
-    wait for it in one of the phase's own (BatchNorm's), and would take the one for the other.
+    The ranks agree through the key-value store of the launch, not by a collective: other ranks may
+    wait for a failed rank in a collective of the phase (BatchNorm's), which would be matched with
+    the wrong one.
     """
     if world.size == 1:
         return not why
@@ -71,7 +72,7 @@ def all_ranks_compiled(world: World, why: str) -> bool:
     try:
         if why:
             store.wait(keys, timedelta(seconds=OTHERS_SECONDS))
-        return not any(store.get(key) for key in keys)  # those who compiled wait as for any other
+        return not any(store.get(key) for key in keys)
     except RuntimeError as error:
         raise RunError(
             f"rank {world.rank} cannot compile phase ({why or error}) while others can; mend that "

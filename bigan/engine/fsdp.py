@@ -1,4 +1,4 @@
-"""Every process holds a slice of each parameter, gradient and optimizer state: `fully_shard`.
+"""FSDP2 (`fully_shard`): every rank holds a slice of each parameter, gradient and optimizer state.
 
 The phase is one unit that is gathered before the forward and resharded after the backward.
 Resharding layer by layer would free weights that the second backward of a gradient penalty still
@@ -26,7 +26,7 @@ from bigan.objectives.base import Phase, Result, Tensors, Terms
 
 
 class _Slice(NamedTuple):
-    """This process's rows of one parameter."""
+    """This rank's rows of one parameter."""
 
     name: str  # of the parameter in the phase
     shape: tuple[int, ...]  # of the unsharded parameter
@@ -38,10 +38,10 @@ class _Slice(NamedTuple):
 class FullySharded:
     """A phase under FSDP2, each trainable parameter sharded along its first axis.
 
-    The optimizer gets the slices as plain tensors. FSDP2 does not take scalars (the gain of an
-    attention layer): all processes hold them and rank 0's optimizer updates and broadcasts them.
-    Parameters that are not trained stay unsharded. Weights must be final when this is built; they
-    are laid out row-major from then on.
+    The optimizer gets the slices as plain tensors. FSDP2 does not support scalars (the gain of an
+    attention layer): all ranks hold them, rank 0's optimizer updates them, and rank 0 broadcasts
+    them. Parameters that are not trained stay unsharded. Weights must be final when this is built;
+    they are row-major from then on.
     """
 
     sharded = True
@@ -54,7 +54,7 @@ class FullySharded:
         world: World,
     ) -> None:
         self.phase, self.trainable = phase, trainable
-        phase.to(memory_format=torch.contiguous_format)  # FSDP2 takes no channels-last
+        phase.to(memory_format=torch.contiguous_format)  # FSDP2 requires it
         self._world = world
         parameters = dict(phase.named_parameters())
         for name in trainable:
@@ -106,7 +106,7 @@ class FullySharded:
 
     def step(self) -> None:
         """The optimizer's step; the parameters are sharded afterwards."""
-        self._unit.reshard()  # or the next gathering would find the old weights still there
+        self._unit.reshard()  # otherwise the next all-gather would keep the old weights
         for part in self._slices:
             if part.gathered is not None:
                 gradient = part.gathered.grad
@@ -132,7 +132,7 @@ class FullySharded:
 
     @contextlib.contextmanager
     def unsharded(self) -> Iterator[None]:
-        """Gathered inside, once however deep it is nested; writes to parameters are lost."""
+        """Context in which parameters are gathered; may be nested; writes to them are lost."""
         self._uses += 1
         self._unit.unshard()
         try:
@@ -143,7 +143,7 @@ class FullySharded:
                 self._unit.reshard()
 
     def freeze(self, frozen: bool) -> None:
-        # FSDP copies the flags of the shards to the gathered weights only when it gathers them.
+        # FSDP copies `requires_grad` from shards to gathered weights only when it gathers.
         parameters = dict(self.phase.named_parameters())
         for parameter in [*self._sharded, *(parameters[name] for name in self.trainable)]:
             parameter.requires_grad_(not frozen)
@@ -180,7 +180,7 @@ class FullySharded:
                     state[key] = found.reshape(values.shape).to(values.device, values.dtype)
 
     def close(self) -> None:
-        """Give the networks unsharded parameters again, so that another engine may take them."""
+        """Give the networks unsharded parameters again, so that another engine can wrap them."""
         for module in self.phase.modules():
             for key, parameter in module.named_parameters(recurse=False):
                 if isinstance(parameter, DTensor):

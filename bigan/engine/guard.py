@@ -1,4 +1,4 @@
-"""What happens to gradients right before an optimizer's step: clipping, unscaling, skipping."""
+"""Gradients directly before an optimizer step: clipping, unscaling and skipping."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def clip(gradients: Sequence[Tensor], norm: Tensor, max_norm: float) -> None:
     """Scale `gradients` in place so that their global norm, `norm` (0-d), is at most `max_norm`.
 
     As `torch.nn.utils.clip_grad_norm_` (Pascanu et al. 2013, arXiv:1211.5063, algorithm 1), which
-    cannot be told that `norm` belongs to gradients sharded over processes.
+    accepts no `norm` that was reduced over ranks.
     """
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     if gradients:
@@ -27,12 +27,12 @@ def apply_flags(
     skip: Tensor,
     loss_scale: Tensor | None,
 ) -> None:
-    """Have the coming step unscale gradients, and change nothing where `skip` (0-d) is not 0.
+    """Make the next step unscale gradients, and skip it if `skip` (0-d) is not 0.
 
-    Fused kernels take both as `grad_scale` and `found_inf`, as `torch.amp.GradScaler` hands them
-    over, and leave weights and state as they are. For optimizers without a fused kernel (RMSprop)
-    the gradients are unscaled and zeroed here, and a momentum buffer is zeroed: the weights do not
-    move, but the running mean of squared gradients decays.
+    Fused kernels take both as `grad_scale` and `found_inf`, which `torch.amp.GradScaler` sets in
+    the same way; a skipped step leaves weights and state unchanged. For optimizers without a fused
+    kernel (RMSprop) the gradients are unscaled and zeroed here, and a momentum buffer is zeroed:
+    the weights do not change, but the running mean of squared gradients decays.
     """
     if optimizer.defaults.get("fused"):
         _start_momentum(optimizer)
@@ -50,7 +50,7 @@ def apply_flags(
 
 
 def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Momentum buffers of SGD begin at zero: the kernel would leave one of a skipped first step
+    """Create momentum buffers of SGD at zero: the kernel would leave one of a skipped first step
     uninitialized. Without a skip the first step sets them to the gradient either way.
     """
     if not optimizer.defaults.get("momentum"):

@@ -1,7 +1,7 @@
 """Loss scaling for float16 (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2).
 
-Like `torch.amp.GradScaler`, for gradients that may be spread over processes: the decision is made
-from the joined norm, on the device, and the state is part of every checkpoint.
+Like `torch.amp.GradScaler`, for gradients that may be sharded: the decision is made from the global
+norm, on the device, and the state is part of every checkpoint.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 INITIAL = 2.0**16
-GROWTH_STEPS = 2000  # good steps in a row, after which a larger scale is tried
-SMALLEST = 1.0  # gradients that overflow at this scale are no matter of precision
+GROWTH_STEPS = 2000  # finite steps in a row, after which the scale is doubled
+SMALLEST = 1.0  # gradients that overflow at this scale would overflow without scaling, too
 
 
 class LossScale(nn.Module):
-    """`scale` multiplies a loss; halved when gradients overflow, doubled after 2,000 good steps."""
+    """`scale` multiplies a loss; halved on overflow, doubled after 2,000 finite steps."""
 
     scale: Tensor
     good_steps: Tensor

@@ -1,4 +1,4 @@
-"""Every process holds everything: one process, or DDP."""
+"""Unsharded weights, gradients and optimizer state on every rank: one process, or DDP."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bigan.objectives.base import Phase, Result, Tensors, Terms
 
 
 class Replicated:
-    """A phase as it is, or under DistributedDataParallel where there are several processes."""
+    """A phase on one process, or under DistributedDataParallel on several."""
 
     sharded = False
 
@@ -32,7 +32,7 @@ class Replicated:
         self._parameters = {name: parameters[name] for name in trainable}
         self.optimizer = new_optimizer(self._parameters.values())
         self._accelerator = accelerator
-        self.freeze(False)  # DDP never reduces what is frozen when it is wrapped
+        self.freeze(False)  # DDP ignores parameters that are frozen when it is constructed
         with warnings.catch_warnings():  # the new name of broadcast_buffers needs a newer torch
             warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
             self._module: nn.Module = accelerator.prepare_model(phase)

@@ -9,7 +9,7 @@ from bigan.objectives.base import Phase, Result, Tensors, Terms
 
 
 class Unit(nn.Module):
-    """Keeps the hooks out of the phase: the compiled graph begins below them.
+    """Holds the hooks of an engine, so that the compiled phase inside contains none of them.
 
     `phase.compile()` compiles the hooks of the phase too, and those of FSDP2 and DeepSpeed (which
     read the clock) cannot be traced.

@@ -1,4 +1,4 @@
-"""What every engine makes of a phase: the interface that hides their differences."""
+"""The interface of a phase under an engine, which hides the differences between engines."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Wrapped(Protocol):
     """One phase and its optimizer under one engine.
 
     A step is `zero_grad`; for each micro-batch, inside `micro_step`, a call and `backward`; `step`.
-    The gradients are then means over the processes, and the optimizer holds all of them or, if
-    `sharded`, the part of this process. Only `trainable` parameters have gradients and state.
+    The gradients are then means over the ranks, and the optimizer holds all of them or, if
+    `sharded`, the shards of this rank. Only `trainable` parameters have gradients and state.
     """
 
     phase: Phase
@@ -36,45 +36,45 @@ class Wrapped(Protocol):
         """The phase's forward; the gradients of the last micro-batch's backward are reduced."""
 
     def micro_step(self, last: bool) -> contextlib.AbstractContextManager[object]:
-        """Around forward and backward of one micro-batch; only the `last` communicates."""
+        """Context of the forward and backward of a micro-batch; only the `last` communicates."""
 
     def backward(self, loss: Tensor) -> None:
-        """`loss` is divided by the number of micro-batches already."""
+        """Backward of `loss`, which is already divided by the number of micro-batches."""
 
     def zero_grad(self) -> None:
-        """Drop the gradients of the step before."""
+        """Drop the gradients of the previous step."""
 
     def step(self) -> None:
         """Exactly one `optimizer.step()`, with its hooks."""
 
     def unsharded(self) -> contextlib.AbstractContextManager[object]:
-        """Inside, the phase's parameters are complete plain tensors; may be nested.
+        """Context in which the phase's parameters are unsharded plain tensors; may be nested.
 
         For power iterations, the EMA, and phases that read these networks.
         """
 
     def freeze(self, frozen: bool) -> None:
-        """Whether the trainable parameters get no gradients; called inside `unsharded`."""
+        """Set whether the trainable parameters are frozen; called inside `unsharded`."""
 
     def shards(self) -> Iterator[TensorShard]:
-        """This process's part of the trainable parameters and of the optimizer's state.
+        """This rank's shards of the trainable parameters and of the optimizer's state.
 
         Named "networks/<name>" and "optimizers/<name>.<state>", <name> as in `trainable` and
         <state> as the optimizer calls it ("exp_avg", "square_avg", "step").
         """
 
     def load_state(self, shapes: Mapping[str, StateShapes], read: ReadRange) -> None:
-        """Set the optimizer's state from the tensors that `shards` names so.
+        """Set the optimizer's state from the tensors with the names that `shards` returns.
 
         `shapes`: parameter name -> its state in the checkpoint.
         """
 
     def close(self) -> None:
-        """Release what the engine holds beside the networks."""
+        """Release the engine's resources; the networks remain."""
 
 
 def trainable_names(phase: Phase, is_trainable: Callable[[str], bool]) -> tuple[str, ...]:
-    """Names of the trained parameters; all others lose `requires_grad` for good."""
+    """Names of the trained parameters; sets `requires_grad` of all others to False."""
     names = []
     for name, parameter in phase.named_parameters():
         parameter.requires_grad_(is_trainable(name))

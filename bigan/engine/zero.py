@@ -1,10 +1,10 @@
 """DeepSpeed ZeRO-1 and ZeRO-2: unsharded weights, the optimizer's state in equal partitions.
 
-DeepSpeed lays the trainable weights of a phase into one flat tensor; each process keeps the state
-of its partition, updates it, and the partitions are gathered again. ZeRO-2 also reduces and
-scatters gradients at every micro-batch; ZeRO-1 keeps them unsharded until the last. Weights and
-state are float32: lower precision is autocast inside the phases and our own loss scale, as under
-all engines.
+DeepSpeed flattens the trainable weights of a phase into one tensor; each rank keeps the optimizer
+state of its partition and updates it, and the partitions are gathered again. ZeRO-2 also
+reduce-scatters gradients at every micro-batch; ZeRO-1 keeps them unsharded until the last one.
+Weights and state are float32: lower precision is autocast inside the phases and our own loss scale,
+as under all engines.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ MAX_BUCKET_ENTRIES = 50_000_000  # gradients reduced at once: 200 MB
 
 
 def load_deepspeed(device: torch.device) -> ModuleType:
-    """Import deepspeed (some seconds), configured to log errors only and to compile nothing.
+    """Import deepspeed (takes seconds), configured to log errors only and to compile nothing.
 
     Raises `LaunchError` if it is not installed.
     """
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # or it guesses, and logs it
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # otherwise detected, with a log line
     try:
         import deepspeed
     except ImportError as error:
@@ -65,7 +65,7 @@ def settings(stage: int, offload: bool, accumulation: int, bucket: int, pin: boo
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
     return {
-        "train_micro_batch_size_per_gpu": 1,  # serves its own reports only
+        "train_micro_batch_size_per_gpu": 1,  # required; used in DeepSpeed's reports only
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0,
         "steps_per_print": 1_000_000_000,
@@ -77,19 +77,19 @@ def settings(stage: int, offload: bool, accumulation: int, bucket: int, pin: boo
 
 
 class _Span(NamedTuple):
-    """Where a parameter's part of the flat partition lies; both in entries."""
+    """The range of a parameter that is in this rank's flat partition, in entries."""
 
     key: str
     shape: tuple[int, ...]
     start: int  # in the flattened parameter
-    at: slice  # in the partition; empty if this process steps none of the parameter
+    at: slice  # in the partition; empty if none of the parameter is in it
 
 
 class Zero:
     """A phase under a DeepSpeed engine of its own, ZeRO `stage` 1 or 2.
 
-    With `offload` the optimizer's state and step are in host memory. Weights must be final when
-    this is built; they are laid out row-major from then on. Raises `LaunchError` without deepspeed.
+    With `offload` the optimizer's state and step are on the host. Weights must be final when this
+    is built; they are row-major from then on. Raises `LaunchError` without deepspeed.
     """
 
     sharded = True
@@ -109,11 +109,11 @@ class Zero:
         phase.to(memory_format=torch.contiguous_format)
         named = dict(phase.named_parameters())
         self._parameters = {name: named[name] for name in trainable}
-        self.freeze(False)  # what is frozen now would never be reduced
+        self.freeze(False)  # DeepSpeed never reduces parameters that are frozen now
         self.optimizer = new_optimizer(self._parameters.values())
         sizes = [p.numel() for p in self._parameters.values()]
         bucket = max(min(sum(sizes), MAX_BUCKET_ENTRIES), *sizes)
-        bucket += bucket % 2  # it wants an even number
+        bucket += bucket % 2  # DeepSpeed requires an even number
         with _not_broadcast(phase):
             self._engine, self._zero, *_ = deepspeed.initialize(
                 model=Unit(phase),
@@ -121,8 +121,8 @@ class Zero:
                 config=settings(stage, offload, accumulation, bucket, world.device.type == "cuda"),
                 dist_init_required=False,
             )
-        # Its own check of the norm waits for the device and drops a non-finite step without a
-        # word, before our hook could see it. The setting of this name refuses to go with offload.
+        # DeepSpeed's own check of the norm waits for the device and silently drops a non-finite
+        # step before our hook runs. The setting of this name cannot be combined with offload.
         assert hasattr(self._zero, "compute_grad_norm")
         self._zero.compute_grad_norm = False
         (group,) = self.optimizer.param_groups
@@ -130,7 +130,7 @@ class Zero:
         self._spans = list(self._own_spans(world))
 
     def _own_spans(self, world: World) -> Iterator[_Span]:
-        """The part of each parameter that this process updates, from DeepSpeed's flat layout."""
+        """The range of each parameter that this rank updates, from DeepSpeed's flat layout."""
         (flat,) = self._zero.bit16_groups_flat
         size = self._partition.numel()
         base = world.rank * size
@@ -191,7 +191,7 @@ class Zero:
     def load_state(self, shapes: Mapping[str, StateShapes], read: ReadRange) -> None:
         """Raises `RunError` if the parameters took different numbers of steps."""
         device = self._partition.device
-        # Elements between and behind the parameters are padding: zero, and zero they stay.
+        # Elements between and after the parameters are padding, which is always zero.
         state = {
             key: torch.zeros_like(self._partition.detach())
             for name in self.trainable
@@ -219,16 +219,16 @@ class Zero:
         self.optimizer.state[self._partition] = state
 
     def close(self) -> None:
-        """Without it, processes now and then died at exit ("terminate called ...")."""
+        """Destroy the engine; without this, some processes aborted at exit ("terminate called")."""
         self._engine.destroy()
 
 
 @contextlib.contextmanager
 def _not_broadcast(phase: nn.Module) -> Iterator[None]:
-    """Inside, DeepSpeed leaves the parameters alone that it would broadcast from rank 0.
+    """Context in which DeepSpeed does not broadcast the parameters of `phase` from rank 0.
 
-    They are equal already, and its way of doing it fails on scalars. The mark is its own, for
-    parameters that differ between processes on purpose.
+    They are equal already, and its broadcast fails on scalars. `ds_optim_param` is DeepSpeed's
+    mark of parameters that differ between ranks on purpose.
     """
     for parameter in phase.parameters():
         parameter.ds_optim_param = True  # type: ignore[attr-defined]
