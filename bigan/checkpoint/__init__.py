@@ -17,14 +17,14 @@ of the flattened, row-major tensor, and a part contains such ranges (`TensorShar
 - the range that begins at element `start` as a 1-D tensor named "<name>@<start>"; the unsharded
   shape is in the part's metadata: {"ranges": '{"<name>@<start>": [64, 3, 3, 3], ...}'}.
 
-A reader reads the headers, checks that the shards cover every tensor exactly once, and reads any
+`Reader` reads the headers, checks that the shards cover every tensor exactly once, and reads any
 range of any tensor. torch.distributed.checkpoint is not used: its safetensors writer stores n-d
 boxes, not ranges of flattened tensors, and no checksums (docs/decisions.md).
 
     progress.py       counters and progress.json     retention.py  which checkpoints are kept
-    tensor_shards.py  what a rank holds              part.py       the file of one rank
+    tensor_shards.py  the shards of a rank           part.py       the file of one rank
     folder.py         staging folder to checkpoint   reader.py     any range of any tensor
-    saver.py          asynchronous saving            fit.py        does it fit this model?
+    saver.py          asynchronous saving            fit.py        comparison with a model
 """
 
 from bigan.checkpoint.fit import check_fit, load, optimizer_shapes

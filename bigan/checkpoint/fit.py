@@ -1,4 +1,4 @@
-"""Does a checkpoint fit the networks of a run? From headers only; then load it."""
+"""Check from the headers that a checkpoint fits the networks of a run, and load it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Modules = Mapping[str, nn.Module]
 
 
 def check_fit(reader: Reader, networks: Modules, state: Modules) -> None:
-    """Every tensor of the networks and of the run's state must be there in its shape.
+    """Check that the checkpoint has every tensor of the networks and state, in its shape.
 
-    Raises `CheckpointError`; reads headers only and changes nothing.
+    Raises `CheckpointError` if not; reads headers only and changes nothing.
     """
     shapes = reader.shapes()
     for group, modules in (("networks", networks), ("state", state)):

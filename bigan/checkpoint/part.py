@@ -1,9 +1,9 @@
 """The file of one rank in a checkpoint, written from a copy of its shards in host memory.
 
 The file is a safetensors file, written from one block of memory instead of by the safetensors
-package: the block is the content of the file, its CRC-32 is computed while it is written (several
-GB/s, more than a disk), a full disk is an OSError with its errno, and `write` releases the GIL, so
-that the training thread continues.
+package: the block is the content of the file, its CRC-32 is computed during the write (several
+GB/s, faster than a disk), a full disk is an OSError with its errno, and `write` releases the GIL,
+so that the training thread continues.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class HostBuffer:
 
     @torch.no_grad()
     def fill(self, shards: Sequence[TensorShard]) -> None:
-        """Copy the shards. On CUDA the copies are enqueued on the current stream, not awaited.
+        """Copy the shards; on CUDA only enqueues the copies, on the current stream.
 
         Work enqueued later on that stream (the next step) runs after the copies. Raises ValueError
         if two shards have the same key.

@@ -15,14 +15,14 @@ FORMAT = 1
 
 @dataclass
 class Progress:
-    """The counters of a run; all other state is in the networks and optimisers."""
+    """The counters of a run; all other state is in networks, optimizers and `Objective.state`."""
 
     images_seen: int = 0
     seconds: float = 0.0  # spent training, over all attempts of the run
     attempt: int = 1  # 1 + number of resumes
     data_fingerprint: str = ""  # of the images trained on
     bad_images: int = 0  # not decodable, replaced by the next sample (data.on_bad=skip)
-    forward_images: int = 0  # of one forward over all ranks, as BatchNorm sees them; 0: unknown
+    forward_images: int = 0  # images of one forward over all ranks, for BatchNorm; 0: unknown
     stage: int = 0  # growth stage of the networks
     collapse_began: int = -1  # images_seen at which a collapse was detected; -1: no collapse
     rollbacks: int = 0  # number of rollbacks to the checkpoint before a collapse

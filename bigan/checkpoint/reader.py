@@ -41,9 +41,9 @@ class _Stored:
 class Reader:
     """The tensors of one complete checkpoint. Reads headers when constructed, values on demand.
 
-    `verify`: compare a part with its checksum before the first value is read from it, which reads
-    the file once more (mostly from the page cache) at the speed of a CRC-32, several GB/s. The
-    ranks of a launch share that work with `verify_across_ranks`.
+    `verify`: compare a part with its checksum before the first value is read from it. This reads
+    the file once more (mostly from the page cache) at several GB/s, the rate of CRC-32. With
+    `verify_across_ranks` each rank does that for a share of the parts.
 
     Raises `CheckpointError` if a part is missing or damaged, or if the shards do not cover every
     tensor exactly once.

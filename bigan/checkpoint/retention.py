@@ -28,8 +28,8 @@ def kept(
     """The subset of the checkpoints `seen` (images_seen, ascending) that is kept.
 
     Kept are the newest `keep`; the milestones, which are the first at or beyond each multiple of
-    `milestone_images`; and, for a run without a collapse until `trusted_until`, the newest one
-    until there and the oldest one after it, which replaces it later.
+    `milestone_images`; and, if there was no collapse up to `trusted_until`, the newest one up to
+    there and the oldest one after it, which replaces the former when `trusted_until` passes it.
     """
     stay = set(seen[-keep:])
     if trusted_until > 0:

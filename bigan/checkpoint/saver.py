@@ -39,7 +39,7 @@ class Saver:
     """Asynchronous checkpoints of one run. Every method except `poll` is a collective.
 
     Keeps the newest `keep` checkpoints, the first at or beyond each multiple of `milestone_images`,
-    and one from before `trusted_until` (images_seen), which may be set at any time. If a checkpoint
+    and one from up to `trusted_until` (images_seen), which may be set at any time. If a checkpoint
     cannot be written (a full disk on any rank), one line is passed to `echo`, training continues,
     older checkpoints are kept and the next save is tried when it is due. `failures` counts failed
     saves; at the end of the run `final_error` returns an error if the newest save failed.
@@ -56,7 +56,7 @@ class Saver:
     ) -> None:
         self.failures = 0
         self.trusted_until = 0
-        # A process of an earlier attempt may still be running: it must not write into this folder.
+        # A process of an earlier attempt may still be running: it must not write to this folder.
         self._token = broadcast(world, secrets.token_hex(4))
         self._run_dir, self._world = run_dir, world
         self._keep, self._milestone_images = keep, milestone_images
@@ -92,7 +92,7 @@ class Saver:
         self._thread.start()
 
     def poll(self) -> float:
-        """1.0 while this rank is writing, else 0.0; the maximum over ranks decides for `settle`."""
+        """1.0 while this rank is writing, else 0.0; `settle` needs the maximum over the ranks."""
         return float(self._thread is not None and self._thread.is_alive())
 
     def settle(self, all_done: bool) -> None:
@@ -179,7 +179,7 @@ class Saver:
 
 
 def _attempt(rank: int, work: Callable[[], T]) -> T | Failure:
-    """The result of `work`, or the reason of its failure: a full disk must not end the run."""
+    """The result of `work`, or why it failed: a full disk must not end the run."""
     try:
         return work()
     except OSError as error:

@@ -1,11 +1,11 @@
-"""Snapshots: the networks of the samplers, all that evaluation and users need of a training run.
+"""Snapshots: the networks of the samplers, for evaluation and for users.
 
     <run_dir>/snapshots/<images_seen>/generator_ema.safetensors   one file per network
                                       config.yaml                 the config of its stage
                                       snapshot.json               images_seen, images of each class
                                       COMPLETE                    written last
 
-The files hold no time stamp: the same training gives the same bytes.
+The files contain no time stamp: the same training gives the same bytes.
 """
 
 from __future__ import annotations

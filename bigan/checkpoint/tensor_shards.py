@@ -81,7 +81,7 @@ def require_finite(images_seen: int, networks: Mapping[str, nn.Module]) -> None:
 
 @torch.no_grad()
 def require_finite_tensors(images_seen: int, names: Sequence[str], tensors: list[Tensor]) -> None:
-    """As `require_finite`, with one host synchronisation for any number of tensors."""
+    """As `require_finite`, with one host synchronization for any number of tensors."""
     groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
     for name, tensor in zip(names, tensors, strict=True):
         if tensor.is_floating_point() and tensor.numel():

@@ -21,7 +21,7 @@ from bigan.run_folder import RunFolder
 
 
 class Artifacts:
-    """The files of one attempt of a run. `tracker` is None on all ranks but 0."""
+    """The files of one attempt of a run. `tracker` is None on all ranks except rank 0."""
 
     def __init__(self, state: TrainState, tracker: Tracker | None) -> None:
         config = state.config
@@ -58,11 +58,11 @@ class Artifacts:
         self._attempt(f"snapshot {seen}", write)
 
     def checkpoint(self) -> None:
-        """Begin to save the complete state; training may continue at once."""
+        """Start to save the complete state; training may continue immediately."""
         self.saver.save(self._state.progress, self._state.shards())
 
     def close(self) -> None:
-        """Wait for the save under way; raises `RunError` if the newest state is not on disk."""
+        """Wait for the pending save; raises `RunError` if the newest state is not on disk."""
         self.saver.finish()
         why = self.saver.final_error() or self._unwritten
         if why:

@@ -2,7 +2,7 @@
 
 When a GAN collapses, the largest singular values of the generator's weights explode, and the
 discriminator separates real from generated images perfectly (Brock et al. 2019, arXiv:1809.11096,
-section 4) or not at all. Two kinds of values are watched, as far as a report has them:
+section 4) or not at all. Two kinds of values are watched if a report contains them:
 
 - the gap |D(real) - D(fake)| of the mean logits of each phase that logs `logits_real` and
   `logits_fake`; it may explode or vanish;
@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 
 from bigan.run_config import CollapseConfig
 
-NEVER = -1  # in place of the images_seen at which an episode began: there is none
-MIN_TICKS = 3  # behind an earlier median
-TINY = 1e-9  # in place of a gap of 0
+NEVER = -1  # the images_seen at which an episode began, if there is none
+MIN_TICKS = 3  # minimum number of ticks in an earlier median
+TINY = 1e-9  # replaces a gap of 0
 WINDOW_BATCHES, WINDOW_TICKS = 50, 4  # minimum length of a window in batches and in ticks
 BASELINE_WINDOWS = 10
 SPECTRAL = "spectral/"
@@ -44,7 +44,7 @@ class Spans(NamedTuple):
 
     @property
     def lag(self) -> int:
-        """From the beginning of an episode to its detection, by assumption."""
+        """Assumed length from the beginning of an episode to its detection."""
         return 2 * self.window
 
 
@@ -64,7 +64,7 @@ class Tick(NamedTuple):
 
     @classmethod
     def of(cls, images_seen: int, report: Mapping[str, Any]) -> Tick | None:
-        """From the report of a tick, or its line in metrics.jsonl; None without watched values.
+        """Read a tick from its report or its line in metrics.jsonl; None without watched values.
 
         Names: "|D(real) - D(fake)| of <phase>", and "<network>.<layer>" for singular values.
         """
@@ -95,7 +95,7 @@ def is_gap(name: str) -> bool:
 def history(records: Iterable[Mapping[str, Any]], images_seen: int) -> list[Tick]:
     """The ticks in metrics.jsonl that led to the state at `images_seen`, in order.
 
-    Where the run continued from a checkpoint, the lines beyond it are superseded.
+    Lines that were logged after a checkpoint from which the run was later resumed are left out.
     """
     ticks: list[Tick] = []
     for record in records:
@@ -112,12 +112,12 @@ def history(records: Iterable[Mapping[str, Any]], images_seen: int) -> list[Tick
 
 @dataclass(frozen=True)
 class Sign:
-    """A value that has changed too far: its earlier and its present median."""
+    """A value that has changed too far: its earlier and its current median."""
 
     name: str
     before: float
     now: float
-    excess: float  # present value over the limit, or the limit over it
+    excess: float  # current value / limit, or limit / current value
 
     def __str__(self) -> str:
         what = self.name if is_gap(self.name) else f"the largest singular value of {self.name}"
@@ -128,7 +128,7 @@ class Sign:
 class Detector:
     """Watches the ticks of one run. Its state is a function of the ticks and of `began`.
 
-    `began` is the images_seen at which the present episode began, or `NEVER`.
+    `began` is the images_seen at which the current episode began, or `NEVER`.
     """
 
     def __init__(self, config: CollapseConfig, lengths: Spans) -> None:
@@ -150,7 +150,7 @@ class Detector:
     def update(self, tick: Tick) -> list[Sign]:
         """Add a tick; returns the values that have changed too far, the worst first.
 
-        Begins an episode (sets `began`) if there are any, and ends the present one if all values
+        Begins an episode (sets `began`) if there are any, and ends the current one if all values
         are back within half of their limits.
         """
         self._append(tick)
@@ -202,7 +202,7 @@ class Detector:
     def _signs(
         self, before: Mapping[str, float], now: Mapping[str, float], share: float = 1.0
     ) -> list[Sign]:
-        """The values beyond `share` of the way to their limits; a NaN never is."""
+        """The values beyond `share` of the way to their limits; never a NaN."""
         config, signs = self._config, []
         for name in before.keys() & now.keys():
             floor, ratio = config.singular_floor, config.singular_ratio

@@ -22,14 +22,14 @@ Description = dict[str, Any]
 
 
 def num_parameters(network: nn.Module) -> int:
-    """Trained numbers of a network (buffers are not counted)."""
+    """Number of parameters of a network (buffers are not counted)."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def describe(config: RunConfig, world_size: int = 1) -> Description:
     """Networks, phases, schedule in images, estimated memory per process and resolved values.
 
-    Of a model that grows the last stage is described: its networks are the largest. Raises
+    For a growing model the last stage is described: its networks are the largest. Raises
     `ConfigError` if the config cannot run on `world_size` processes.
     """
     stages = all_stages(config)
@@ -94,11 +94,11 @@ def num_steps(stages: tuple[Stage, ...]) -> tuple[int, int]:
 
 
 def estimate_memory(config: RunConfig, objective: Objective, micro_batch: int) -> dict[str, int]:
-    """Bytes per process: weights, gradients, optimizer state and what backward keeps.
+    """Bytes per process: weights, gradients, optimizer state and saved activations.
 
-    The last is counted for the eager phases in float32 by running them on the meta device: with
-    bf16 about half of it is kept, and compiled fusion keeps less again. The slack of the allocator
-    and temporary buffers are not in it. The optimizer is taken to be Adam.
+    Activations are counted by running the eager phases in float32 on the meta device: with bf16
+    about half as much is saved, and compiled phases save less. Allocator overhead and temporary
+    buffers are not included. The optimizer is assumed to be Adam.
     """
     trained = 4 * sum(num_parameters(network) for network in objective.networks.values())
     averaged = 4 * sum(num_parameters(objective.networks[name]) for name in objective.averaged)
@@ -119,7 +119,7 @@ def estimate_memory(config: RunConfig, objective: Objective, micro_batch: int) -
 def _kept_for_backward(
     objective: Objective, step: Step, config: RunConfig, micro_batch: int
 ) -> int:
-    """Bytes made by the forward that are alive after it; then the backward runs, too."""
+    """Bytes that the forward allocated and that are alive after it; also runs the backward."""
     phase, model = objective.phases[step.phase], config.model
     num = micro_batch * step.num_images // config.train.batch
     inputs = phase.draws(0, num, step.terms) | phase.values(0)
@@ -143,9 +143,9 @@ def _kept_for_backward(
 
 
 class Storages(TorchDispatchMode):
-    """Notes the memory of every tensor made inside.
+    """Context that records the storage of every new tensor.
 
-    Hooks on what autograd saves would tell the same, but torch.func.grad refuses to run under them.
+    `saved_tensors_hooks` would give the same, but torch.func.grad does not run under them.
     """
 
     def __init__(self) -> None:
@@ -169,7 +169,7 @@ class Storages(TorchDispatchMode):
         return result
 
     def alive_bytes(self) -> int:
-        """Of those that something still holds."""
+        """Bytes of the recorded storages that are still referenced."""
         return sum(size for reference, size in self._made.values() if not reference.expired())
 
 
@@ -178,7 +178,7 @@ def _is_tensor(value: object) -> bool:
 
 
 def as_text(description: Description) -> str:
-    """The description for people."""
+    """The description as readable text."""
     schedule, memory = description["schedule"], description["memory_bytes"]
     config, model = description["config"], description["config"]["model"]
     gib = {name: f"{size / 2**30:.2f}" for name, size in memory.items()}

@@ -1,4 +1,4 @@
-"""What makes the same command resume a run, and refuses to mix two runs in one folder."""
+"""Resume a run with the same command, and refuse to mix two runs in one folder."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from bigan.reporting.tracker import environment
 from bigan.run_config import IMAGES, RunConfig, load_config
 from bigan.run_folder import RunFolder
 
-# What may differ between two attempts of a run: how it is executed, shown and kept, and its length.
-# Everything else would make it another experiment.
+# Settings that may differ between two attempts of a run: execution, logging, saving, and length.
+# Any other change would make it another experiment.
 MAY_CHANGE = (
     "run_dir",
     "engine",
@@ -50,7 +50,7 @@ MAY_CHANGE = (
 def check(config: RunConfig) -> Path | None:
     """The checkpoint to resume from, or None for a new run; changes nothing on disk.
 
-    Raises `ConfigError` if the folder holds a run of another config, or something else.
+    Raises `ConfigError` if the folder contains a run of another config, or other files.
     """
     folder = config.run_dir
     stored = RunFolder(folder).config
@@ -81,7 +81,7 @@ def check(config: RunConfig) -> Path | None:
 
 
 def _fixed(config: RunConfig) -> dict[str, Any]:
-    """Its settings, streams by name, without those of `MAY_CHANGE` that are inside a list."""
+    """The settings of a config, streams by name, without those of `MAY_CHANGE` inside a list."""
     settings = config.model_dump(mode="json")
     settings["data"] = {n: data.model_dump(mode="json") for n, data in config.streams.items()}
     for level in (settings["growth"] or {}).get("levels", ()):
@@ -118,7 +118,7 @@ def finish(config: RunConfig, images_seen: int) -> None:
 
 
 def _require_writable(folder: Path) -> None:
-    """Find out now, not at the first checkpoint; raises `ConfigError`."""
+    """Raises `ConfigError` if the folder is not writable: at the start, not when saving."""
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not place.is_dir():
         raise ConfigError(f"run_dir = {folder}: {place} is a file, not a folder; use another")

@@ -1,4 +1,4 @@
-"""What a reader of a config might not expect of it; printed at the start of a run."""
+"""Lines printed at the start of a run: consequences of its config that are easy to miss."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _is_resampled(state: TrainState) -> bool:
 
 
 def _batchnorm(state: TrainState) -> list[str]:
-    """How many images BatchNorm sees, and whether a resume changes it."""
+    """Number of images in the statistics of BatchNorm, and whether a resume changes it."""
     if not any(normalisation_layers(network) for network in state.networks.values()):
         return []
     train, lines = state.config.train, []
@@ -60,7 +60,7 @@ def _optimizers(state: TrainState) -> list[str]:
 
 
 def _lengths(state: TrainState) -> list[str]:
-    """Where the run ends, and rollbacks so far."""
+    """Whether the run ends elsewhere than configured, and the number of rollbacks so far."""
     train, step, last = state.config.train, state.config.images_per_step, state.stages[-1]
     progress, lines = state.progress, []
     if last.start >= train.total_images:

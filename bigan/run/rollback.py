@@ -1,8 +1,8 @@
-"""Acts on a collapse of training: warn, stop, or roll back to the checkpoint before it.
+"""Actions after a collapse of training: warn, stop, or roll back to the checkpoint before it.
 
 collapse.py detects it in the reports of the ticks. Rank 0 decides and broadcasts. A decision
 depends only on the run folder (the ticks in metrics.jsonl up to the checkpoint, and the
-checkpoint's `collapse_began`), so a resumed run makes the decisions of an uninterrupted one.
+checkpoint's `collapse_began`), so a resumed run makes the same decisions as an uninterrupted one.
 
 A rollback is a resume within the same process: newer checkpoints are deleted, then the healthy one
 gets the new number of rollbacks and the lower learning rates. A run killed in between collapses
@@ -26,7 +26,7 @@ from bigan.reporting.metrics_log import read_metrics
 from bigan.run.collapse import NEVER, SPECTRAL, Detector, Sign, Tick, history, spans
 from bigan.run.state import TrainState
 
-MAX_NAMED = 2  # signs in a message
+MAX_NAMED = 2  # values in a message
 SHOWN = ("logits_real", "logits_fake", "loss", "grad_norm")  # scalars of each phase in a message
 DISTANCES = ("fd", "fid")  # logged by the evaluator as eval/<distance>/<extractor>
 
@@ -47,7 +47,7 @@ def singular_values(state: TrainState) -> dict[str, Tensor]:
 
 
 class Rollback:
-    """Checks every tick of a run for a collapse; all ranks call its methods.
+    """Checks every tick of a run for a collapse; all methods are collectives.
 
     A run that logs neither logits of real and generated images nor singular values is not checked.
     """
@@ -171,7 +171,7 @@ class Rollback:
 
 
 def describe(signs: list[Sign], report: dict[str, float], images_seen: int, began: int) -> str:
-    """The signs of a collapse, the worst first, and the scalars of each phase."""
+    """The values that have changed too far, the worst first, and the scalars of each phase."""
     named = [str(sign) for sign in signs[:MAX_NAMED]]
     if len(signs) > MAX_NAMED:
         named.append(f"and {len(signs) - MAX_NAMED} more values changed as far")
@@ -190,8 +190,8 @@ def describe(signs: list[Sign], report: dict[str, float], images_seen: int, bega
 def best_snapshot(run_dir: Path) -> tuple[int, str, float] | None:
     """(images_seen, metric, value) of the lowest distance that the evaluator has logged so far.
 
-    Of the metric of the newest evaluation, among snapshots that still exist. A snapshot that was
-    evaluated several times has its last value.
+    Only the metric of the newest evaluation and snapshots that still exist count. A snapshot that
+    was evaluated several times has its last value.
     """
     existing = {int(folder.name) for folder in snapshots.find(run_dir)}
     prefixes = tuple(f"eval/{name}/" for name in DISTANCES)

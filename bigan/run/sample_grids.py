@@ -1,4 +1,4 @@
-"""Sample grids: the same latents, or the same images of the data, at every snapshot."""
+"""Sample grids: samples of the same latents, or of the same input images, at every snapshot."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bigan.run.state import TrainState
 
 COLUMNS = 10
 ROWS = 16  # classes shown, at most
-INPUT_ROWS = 4  # of images of the data, each above a row of the sampler's
+INPUT_ROWS = 4  # rows of input images, each above the row of their outputs
 
 
 def save(path: Path, state: TrainState, sampler: Sampler) -> None:
@@ -32,7 +32,7 @@ def save(path: Path, state: TrainState, sampler: Sampler) -> None:
     else:
         images = _from_images(state, sampler, sampler.inputs)
         names = [sampler.inputs, ""] * INPUT_ROWS
-    # Images of a growing model are smaller at first.
+    # Images of early stages of a growing model are smaller.
     images = repeated(images, state.run_config.model.resolution)
     image_grids.save_grid(path, images, columns=COLUMNS, row_labels=names)
 

@@ -22,7 +22,7 @@ class Stage:
     start: int
     end: float  # infinity: until the run ends
     config: RunConfig
-    born: int = 0  # images_seen at which its newest layers began to learn
+    born: int = 0  # images_seen at which its newest layers were added
 
     @property
     def resolution(self) -> int:
@@ -30,11 +30,11 @@ class Stage:
 
     @property
     def fading(self) -> bool:
-        """Whether its resolution fades in."""
+        """Whether the newest resolution fades in during this stage."""
         return self.config.model.is_fading
 
     def setup(self, class_counts: tuple[int, ...]) -> Setup:
-        """What the objective of this stage is built from."""
+        """The arguments from which the objective of this stage is built."""
         fade = (self.start, int(self.end)) if self.fading else None
         return setup_of(self.config, class_counts, fade)
 

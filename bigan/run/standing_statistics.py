@@ -14,9 +14,9 @@ from bigan.run.state import TrainState
 def collect_standing_statistics(state: TrainState) -> None:
     """Accumulate the BatchNorm statistics of the EMAs over new samples; all ranks take part.
 
-    Brock et al. 2019, section 4.1, "standing statistics": those of the last training batches
-    would belong to other weights than the averaged ones. A forward is the joined micro-batch of
-    training, so the result does not depend on how many processes share it.
+    Brock et al. 2019, section 4.1, "standing statistics": statistics of training batches belong to
+    the weights of the network, not of its EMA. A forward has the joined micro-batch of all ranks as
+    in training, so the result does not depend on the world size.
     """
     train, seen = state.config.train, state.progress.images_seen
     num = train.batch // state.accumulation

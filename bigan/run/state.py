@@ -49,10 +49,10 @@ class TrainState:
         self.world = engine.world
         self.class_names = tuple(classes)
         self.class_counts = tuple(classes.values())
-        for stage in self.stages:  # now, not when the stage begins
+        for stage in self.stages:  # check all at the start, not when a stage begins
             check_groups(stage.config, self.world.size)
         self.progress = Progress()
-        self.former_forward_images = 0  # of the attempt before this one; 0: there was none
+        self.former_forward_images = 0  # of the previous attempt; 0: there was none
         self.prepared: dict[str, Prepared] = {}
         self.state: dict[str, nn.Module] = {}  # buffers of the run, besides the networks
         self._resumed: Reader | None = None
@@ -121,10 +121,10 @@ class TrainState:
         return {name: found[name] for name in sampler.networks}
 
     def enter(self, stage: Stage) -> None:
-        """Continue with the networks of the next stage; `prepare` follows.
+        """Continue with the networks of the next stage; call `prepare` afterwards.
 
-        They inherit all weights that the last ones had. So does the EMA, whose new layers begin as
-        the network's; the optimizers begin with empty state.
+        They inherit all weights of the previous stage. So does the EMA, whose new layers are copies
+        of the network's; the optimizers begin with empty state.
         """
         self.close()
         self._resumed = None
@@ -135,10 +135,10 @@ class TrainState:
         self.engine.forget_compiled()
 
     def resume(self, folder: Path) -> None:
-        """Load a checkpoint; every rank takes part.
+        """Load a checkpoint. A collective.
 
-        Before `prepare`, which fills in the state of the optimizers. Raises `CheckpointError` on
-        all ranks if it is damaged or not of this run.
+        Call it before `prepare`, which loads the state of the optimizers. Raises `CheckpointError`
+        on all ranks if the checkpoint is damaged or does not belong to this run.
         """
 
         def look() -> tuple[Progress, Reader]:
@@ -159,7 +159,7 @@ class TrainState:
             return progress, reader
 
         progress, reader = on_all_ranks(self.world, look)
-        reader.verify_across_ranks(self.world)  # or one rank alone would find it damaged, later
+        reader.verify_across_ranks(self.world)  # now: so that damage is an error on all ranks
         on_all_ranks(self.world, lambda: checkpoint.load(reader, self.saved_networks, self.state))
         self.former_forward_images = progress.forward_images
         self.progress = replace(
@@ -168,7 +168,7 @@ class TrainState:
         self._resumed = reader
 
     def prepare(self) -> None:
-        """Hand the phases to the engine; networks must be final by then."""
+        """Wrap the phases with the engine; networks must be final."""
         self.engine.compile_seconds = 0.0
         patterns = self.config.trainable
         for name, phase in self.objective.phases.items():
@@ -181,7 +181,7 @@ class TrainState:
                 is_trainable=partial(is_trainable, patterns),
             )
         if self._resumed is not None:
-            begun = {step.phase for step in self.objective.steps(0)}  # in every checkpoint
+            begun = {step.phase for step in self.objective.steps(0)}  # have state from step 1 on
             for name, prepared in self.prepared.items():
                 shapes = checkpoint.optimizer_shapes(
                     self._resumed,
@@ -189,11 +189,11 @@ class TrainState:
                     required=self.optimizers[name].has_state and name in begun,
                 )
                 prepared.wrapped.load_state(shapes, self._resumed.read_range)
-        self._resumed = None  # and its files are closed: it may be pruned from now on
+        self._resumed = None  # closes its files: the checkpoint may be pruned from now on
         self._warm_up()
 
     def _warm_up(self) -> None:
-        """Run every phase once with each combination of terms, on gray images, without a trace."""
+        """Warm-up pass: every phase with each combination of terms, on gray images, no update."""
         steps = variants(self.objective, self.config.images_per_step)
         pixels = {name: self._gray() for name in self.config.streams}
         outputs: Tensors = {}
@@ -215,13 +215,13 @@ class TrainState:
         self._batches = {}
 
     def close(self) -> None:
-        """Release the engines; `prepare` makes new ones, whose optimizers have empty state."""
+        """Release the wrapped phases; `prepare` wraps them again, with empty optimizer state."""
         for prepared in self.prepared.values():
             prepared.wrapped.close()
         self.prepared.clear()
 
     def shards(self) -> Iterator[TensorShard]:
-        """This process's part of everything that a checkpoint holds."""
+        """This rank's shards of the content of a checkpoint."""
         trained: set[str] = set()
         for prepared in self.prepared.values():
             trained |= {f"networks/{name}" for name in prepared.wrapped.trainable}
@@ -238,7 +238,7 @@ class TrainState:
 
     @property
     def alpha(self) -> float:
-        """Share of the newest resolution in the next step; 1 unless it fades in."""
+        """Weight of the newest resolution in the next step; 1 unless it fades in."""
         return self.stage.setup(self.class_counts).alpha(self.progress.images_seen)
 
     def advance(
@@ -246,7 +246,7 @@ class TrainState:
     ) -> None:
         """One training step: the optimizer steps of the objective in order, then the EMAs.
 
-        `steps`: others than those of the objective; `on_step` is called after each one.
+        `steps` replace those of the objective; `on_step` is called after each one.
         """
         before = self.progress.images_seen
         self.objective.begin(before)
@@ -331,7 +331,7 @@ class TrainState:
         return self._on_device(gray)
 
     def _slice(self, draws: Tensors, index: int, num: int) -> Tensors:
-        """This rank's part of the `index`-th micro-batch of `num` global draws."""
+        """This rank's slice of the `index`-th micro-batch of `num` global draws."""
         each = num // self.accumulation
         share, start = self.world.share(each), index * each
         return {k: t[start + share.start : start + share.stop] for k, t in draws.items()}
@@ -340,7 +340,7 @@ class TrainState:
         return {k: t.to(self.world.device, non_blocking=True) for k, t in tensors.items()}
 
     def _others(self, phase: str) -> list[Prepared]:
-        """The phases that train the networks which a phase reads."""
+        """The phases that train the networks that a phase reads."""
         reads = set(self.objective.phases[phase].reads)
         return [
             prepared
@@ -354,14 +354,14 @@ class TrainState:
 
     @contextlib.contextmanager
     def _unsharded(self, phase: str, needed: bool = True) -> Iterator[None]:
-        """Inside, if `needed`, the networks of a phase and those it reads are unsharded."""
+        """Context in which, if `needed`, the networks a phase trains or reads are unsharded."""
         with contextlib.ExitStack() as stack:
             for prepared in (self.prepared[phase], *self._others(phase)) if needed else ():
                 stack.enter_context(prepared.wrapped.unsharded())
             yield
 
     def _iterate_singular_vectors(self, phase: str) -> None:
-        """One power iteration of every spectral norm that takes part in the step."""
+        """One power iteration of every spectral norm in the networks of the step."""
         for network in self.objective.phases[phase].children():
             power_iteration(network)
         for network in self._reads(phase).values():

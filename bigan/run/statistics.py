@@ -18,7 +18,7 @@ class Statistics:
         self._counts: dict[str, int] = {}
 
     def add(self, scalars: dict[str, Tensor]) -> None:
-        """Add one step's detached scalars (0-d tensors on the device); never synchronises."""
+        """Add one step's detached scalars (0-d tensors on the device); never synchronizes."""
         for name, value in scalars.items():
             value = value.detach().double()
             if name in self._sums:
@@ -29,10 +29,10 @@ class Statistics:
                 self._counts[name] = 1
 
     def collect(self, **maxima: float) -> tuple[dict[str, float], dict[str, float]]:
-        """(means over all steps and ranks, `maxima` over all ranks), then reset.
+        """(means over all steps and ranks, `maxima` over all ranks); resets the sums.
 
-        All ranks must call it with the same names; the same number of steps is assumed on each.
-        Two small collectives and one copy to the host.
+        A collective: all ranks pass the same names, and must have added the same number of steps.
+        Costs two small collectives and one copy to the host.
         """
         names = sorted(self._sums)
         device = self._world.device

@@ -1,4 +1,4 @@
-"""The data streams of a run: checked beforehand, opened where training continues, and counted."""
+"""The data streams of a run: checked at the start, and opened at the position of `images_seen`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from bigan.run.stages import stages
 from bigan.run.state import TrainState
 from bigan.run_config import IMAGES, RunConfig, misfits
 
-NAMED_BAD_IMAGES = 10  # at most, of those found in one tick
+NAMED_BAD_IMAGES = 10  # maximum per tick
 
 
 @dataclass(frozen=True)
 class Images:
-    """What training must know of its images: number of each class by name, and their identity."""
+    """Facts about the training images: number of images of each class, and a fingerprint."""
 
     classes: dict[str, int]
     fingerprint: str
@@ -34,7 +34,7 @@ class Images:
 def check_data(config: RunConfig) -> Images:
     """Check the images of every stream; raises `UserError` if they do not fit the model.
 
-    Classes are those of the stream "images", or of the first one where none has that name.
+    Classes are those of the stream "images", or of the first stream if none has that name.
     """
     found = {name: _check_stream(config, name, data) for name, data in config.streams.items()}
     first = found.get(IMAGES) or next(iter(found.values()))
@@ -45,7 +45,7 @@ def check_data(config: RunConfig) -> Images:
 
 
 def _check_stream(config: RunConfig, name: str, data: DataConfig) -> Images:
-    """Images of one stream, of every resolution that the model grows through."""
+    """Check one stream, at every resolution of a growing model."""
     if data.mode == "resampled":  # no manifest: only the URLs are known
         if config.growth:
             raise UserError("growth needs packed images at every resolution: data.mode=resampled")
@@ -57,7 +57,7 @@ def _check_stream(config: RunConfig, name: str, data: DataConfig) -> Images:
     found = []
     for level in {stage.resolution: stage.config for stage in stages(config)}.values():
         manifest = open_level(data.path, level.model.resolution, data)
-        full = manifest.resolution == config.model.resolution  # no pyramid: `Shrunk` makes one
+        full = manifest.resolution == config.model.resolution  # no pyramid: `Shrunk` downsamples
         found.append(_images(config if full else level, data, manifest))
     if any(images.classes != found[0].classes for images in found):
         raise UserError(
@@ -85,8 +85,8 @@ def _images(config: RunConfig, data: DataConfig, manifest: Manifest) -> Images:
 class Shrunk(Endless):
     """A stream whose images are downsampled by an integer factor.
 
-    On the device, to the bytes that a packed pyramid holds at that resolution: means of f x f
-    pixels, a half rounded up.
+    On the device, to the bytes that a packed pyramid contains at that resolution: means of f x f
+    pixels, rounded half up.
     """
 
     def __init__(self, stream: Endless, factor: int) -> None:
@@ -172,7 +172,7 @@ def _open_stream(state: TrainState, data: DataConfig, seed: int) -> Endless:
 
 
 def count_bad(state: TrainState) -> None:
-    """Count and name the images that had to be replaced since the last tick, over all ranks."""
+    """Count the images that were replaced since the last tick, over all ranks, and report them."""
     if all(data.on_bad == "stop" for data in state.config.streams.values()):
         return
     found = [bad for part in gather(state.world, state.bad) for bad in part]
@@ -183,7 +183,7 @@ def count_bad(state: TrainState) -> None:
 
 
 def agree_on_data(world: World, fingerprint: str) -> None:
-    """Every rank must read the same order of the same files; raises `UserError` otherwise."""
+    """Raises `UserError` unless all ranks read the same files in the same order. A collective."""
     expected = broadcast(world, fingerprint)
 
     def compare() -> None:

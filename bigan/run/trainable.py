@@ -1,4 +1,4 @@
-"""Which parameters are trained: the `trainable` patterns of the config."""
+"""The `trainable` patterns of the config, which select the parameters that are trained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def is_trainable(patterns: Sequence[str] | None, name: str) -> bool:
 
 
 def check_trainable(patterns: Sequence[str] | None, objective: Objective) -> None:
-    """Raises `ConfigError` for a pattern without a parameter, or a phase without a pattern."""
+    """Raises `ConfigError` if a pattern matches no parameter, or none of a phase is trained."""
     if patterns is None:
         return
     names = {

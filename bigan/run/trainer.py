@@ -59,7 +59,7 @@ def train(config: RunConfig, echo: Echo, on_tick: OnTick, stop: StopFlag | None 
             if engine.world.size > 1 and is_communication_error(error):
                 raise beat.lost_rank_error(error) from error
             raise
-    # After the heartbeat has ended: its store may be part of rank 0's process group.
+    # Only after the heartbeat has stopped: its store may belong to rank 0's process group.
     disconnect(engine.world)
     return code
 
@@ -122,7 +122,7 @@ def enter_stage(state: TrainState) -> None:
 
 
 def run_stages(state: TrainState, loop: Loop, streams: OpenStreams) -> int:
-    """Train one stage after the other, from `streams` of the first; 0, or 128 + a stop signal.
+    """Train one stage after the other, the first one from `streams`; 0, or 128 + a stop signal.
 
     A rollback after a collapse may return to an earlier stage.
     """
@@ -153,10 +153,10 @@ def run_stages(state: TrainState, loop: Loop, streams: OpenStreams) -> int:
 
 
 class Loop:
-    """Training steps, and at each tick what is due: metrics, sample grids, saves, stopping.
+    """Training steps, and at each tick metrics and the sample grids and saves that are due.
 
-    The ranks exchange stop signals at ticks, and in between often enough that a signal is answered
-    within `STOP_CHECK_SECONDS`.
+    The ranks exchange stop signals at ticks, and in between often enough that all of them know a
+    signal within `STOP_CHECK_SECONDS`.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class Loop:
         self.rollback = Rollback(state, artifacts.saver)
         self.steps_between = self.steps_to_check = 1  # exchanges of the stop flags
         self.num_steps = 0  # since the last tick
-        self.save_seconds = 0.0  # for which the last save stalled training
+        self.save_seconds = 0.0  # time for which the last save stalled training
         self.began, self.counted = time.monotonic(), state.progress.images_seen
 
     def run(self, streams: OpenStreams) -> int:
@@ -221,20 +221,20 @@ class Loop:
         return 0
 
     def finish(self) -> None:
-        """Once all images have been seen: complete all files, then the marker DONE."""
+        """Complete all files, then write DONE; called when all images have been seen."""
         with self.stop.suspend_grace_time():
             self.artifacts.close()
             on_rank_0(self.world, self.artifacts.finish)
             barrier(self.world)
 
     def checkpoint(self) -> None:
-        """Begin to save, and measure for how long that stalls training."""
+        """Start to save, and measure for how long that stalls training."""
         began = time.monotonic()
         self.artifacts.checkpoint()
         self.save_seconds = time.monotonic() - began
 
     def leave(self, number: int) -> None:
-        """End this attempt with its state saved, and leave REQUEUE for the scheduler."""
+        """End this attempt: complete the pending save and write REQUEUE for the scheduler."""
         run_dir, saver = self.state.config.run_dir, self.artifacts.saver
         saver.finish()
 
@@ -283,7 +283,7 @@ class Loop:
         return int(agreed["stop"])
 
     def counters(self, seconds: float) -> dict[str, float]:
-        """Metrics of the loop itself, over the `seconds` since the last tick."""
+        """Metrics of the training loop over the `seconds` since the last tick."""
         state, progress = self.state, self.state.progress
         found: dict[str, float] = {}
         if any(data.on_bad == "skip" for data in state.config.streams.values()):
@@ -300,7 +300,7 @@ class Loop:
         return found
 
     def check_replicas(self) -> None:
-        """All ranks must hold the same weights before any of them is saved."""
+        """Raises `RunError` if the ranks have different weights, before any of them is saved."""
         state = self.state
         try:
             check_replicas(self.world, state.networks, state.progress.images_seen)
@@ -309,7 +309,7 @@ class Loop:
             raise
 
     def stop_agreed(self) -> bool:
-        """Between two ticks, every couple of seconds: whether any rank got a stop signal."""
+        """Whether any rank got a stop signal; the ranks exchange it every `steps_between` steps."""
         self.steps_to_check -= 1
         if self.steps_to_check > 0:
             return False
@@ -334,7 +334,7 @@ def leave_marker(run_dir: Path, number: int) -> None:
 
 
 def finish_again(state: TrainState) -> None:
-    """Finish a run that was killed after its last checkpoint, and deliver missing metrics."""
+    """Finish a run that was killed after its last checkpoint, and send missing metrics."""
     tracker = Tracker(state.config.run_dir, state.config.tracking, role="train")
     Artifacts(state, tracker).finish()
     tracker.close("FINISHED")
