@@ -104,7 +104,7 @@ def _add_image_options(images: argparse._ArgumentGroup) -> None:
     images.add_argument(
         "--allow-upscale",
         action="store_true",
-        help="enlarge smaller images (default: they are left out as unusable)",
+        help="enlarge smaller images (default: they count as unusable)",
     )
     images.add_argument("--channels", type=int, choices=(1, 3), help="1: gray, 3: RGB")
     images.add_argument(
