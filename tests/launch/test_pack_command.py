@@ -1,4 +1,4 @@
-"""`bigan pack` and `bigan verify` as commands: killed, in parts, on bad input, all exit codes."""
+"""`bigan pack` and `bigan verify` as commands: kills, parts, bad input, and all exit codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import environment, run_bigan
+from commands import environment
 from PIL import Image
 
 from bigan.cli.main import main
@@ -45,7 +45,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def bigan(capsys: pytest.CaptureFixture[str]) -> Run:
-    """`bigan(...)` in this process: (exit code, what was printed, what was said of errors)."""
+    """`bigan(...)` in this process returns (exit code, stdout, stderr)."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -59,7 +59,7 @@ def bigan(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def kill_while_packing(command: list[str], folder: Path, after_shards: int) -> bool:
-    """SIGKILL the command once it has written some shards; whether it was still at work."""
+    """Send SIGKILL once the command has written some shards; returns whether it was running."""
     process = subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -72,38 +72,37 @@ def kill_while_packing(command: list[str], folder: Path, after_shards: int) -> b
 
 
 @pytest.mark.parametrize("num", [800, pytest.param(5000, marks=pytest.mark.slow)])
-def test_killed_twice_ends_with_the_same_bytes(tmp_path: Path, num: int) -> None:
-    """The issue's Show line, on the command itself."""
+def test_killed_twice_ends_with_the_same_bytes(bigan: Run, tmp_path: Path, num: int) -> None:
+    """Killed in child processes, then completed by the same command."""
     source = photos(tmp_path / "photos", num)
     options = ["--resolution", "32", "--shard-size", str(num // 25), "--jobs", "1"]
-    done = run_bigan("pack", source, tmp_path / "undisturbed", *options)
-    assert done.returncode == 0, done.stderr
+    assert bigan("pack", source, tmp_path / "uninterrupted", *options)[0] == 0
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "bigan", "pack", str(source), str(folder), *options]
     kills = [kill_while_packing(command, folder, shards) for shards in (4, 12)]
     assert kills == [True, True]
     assert not (folder / "manifest.json").exists()
-    assert run_bigan("pack", source, folder, *options).returncode == 0
-    assert listing(folder) == listing(tmp_path / "undisturbed")
-    assert run_bigan("verify", folder, "--deep").returncode == 0
+    assert bigan("pack", source, folder, *options)[0] == 0
+    assert listing(folder) == listing(tmp_path / "uninterrupted")
+    assert bigan("verify", folder, "--deep")[0] == 0
 
 
-def test_parts_from_one_and_from_nought(bigan: Run, tmp_path: Path) -> None:
+def test_parts_may_be_counted_from_one_or_from_zero(bigan: Run, tmp_path: Path) -> None:
     source = photos(tmp_path / "photos", 60)
     options = ["--resolution", "16", "--shard-size", "8"]
-    bigan("pack", source, tmp_path / "whole", *options)
+    bigan("pack", source, tmp_path / "one-part", *options)
     for name, parts in (("from-0", ("0/3", "1/3", "2/3")), ("from-1", ("1/3", "2/3", "3/3"))):
         for part in parts:
             code, _, errors = bigan("pack", source, tmp_path / name, *options, "--part", part)
             assert code == 0, errors
-        assert listing(tmp_path / name) == listing(tmp_path / "whole")
+        assert listing(tmp_path / name) == listing(tmp_path / "one-part")
 
 
 def test_bad_images_on_the_command_line(bigan: Run, tmp_path: Path) -> None:
     source = photos(tmp_path / "photos", 60)
     (source / "class 1" / "empty.jpg").write_bytes(b"")
-    whole = (source / "class 2" / "00002.jpg").read_bytes()
-    (source / "class 2" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    jpeg = (source / "class 2" / "00002.jpg").read_bytes()
+    (source / "class 2" / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])
     command = ["pack", source, tmp_path / "d", "--resolution", "16"]
     code, _, errors = bigan(*command)
     assert code == 2
