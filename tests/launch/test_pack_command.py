@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import environment, run_bigan
+from commands import environment
 from PIL import Image
 
 from bigan.cli.main import main, parser
@@ -78,16 +78,15 @@ def test_killed_twice_gives_the_same_bytes(tmp_path: Path, num: int) -> None:
     """An interrupted command gives the files of an uninterrupted one."""
     source = photos(tmp_path / "photos", num)
     options = ["--resolution", "32", "--shard-size", str(num // 25), "--jobs", "1"]
-    done = run_bigan("pack", source, tmp_path / "undisturbed", *options)
-    assert done.returncode == 0, done.stderr
+    assert bigan("pack", source, tmp_path / "uninterrupted", *options)[0] == 0
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "bigan", "pack", str(source), str(folder), *options]
     kills = [kill_while_packing(command, folder, shards) for shards in (4, 12)]
     assert kills == [True, True]
     assert not (folder / "manifest.json").exists()
-    assert run_bigan("pack", source, folder, *options).returncode == 0
-    assert listing(folder) == listing(tmp_path / "undisturbed")
-    assert run_bigan("verify", folder, "--deep").returncode == 0
+    assert bigan("pack", source, folder, *options)[0] == 0
+    assert listing(folder) == listing(tmp_path / "uninterrupted")
+    assert bigan("verify", folder, "--deep")[0] == 0
 
 
 def test_parts_from_one_and_from_zero(bigan: Run, tmp_path: Path) -> None:

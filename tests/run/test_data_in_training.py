@@ -68,12 +68,12 @@ def test_skipped_images_are_named_and_counted_over_resumes(
     changes = [f"data.path={damaged}", "data.on_bad=skip", "train.tick_images=40"]
     short = make_config(*changes, "train.total_images=200", "train.checkpoint_images=200")
     assert len([line for line in run(short) if ".npy" in line]) == 1
-    whole = make_config(*changes, "train.total_images=400", "train.checkpoint_images=200")
-    assert len([line for line in run(whole) if ".npy" in line]) == 1
-    newest = checkpoint.latest(whole.run_dir)
+    longer = make_config(*changes, "train.total_images=400", "train.checkpoint_images=200")
+    assert len([line for line in run(longer) if ".npy" in line]) == 1
+    newest = checkpoint.latest(longer.run_dir)
     assert newest is not None
     assert checkpoint.read_progress(newest).bad_images == 2
-    journal = [json.loads(x) for x in (whole.run_dir / "metrics.jsonl").read_text().splitlines()]
+    journal = [json.loads(x) for x in (longer.run_dir / "metrics.jsonl").read_text().splitlines()]
     ticks = [x for x in journal if "train/bad_images" in x]
     assert ticks[-1]["train/bad_images"] == 2
     assert all(0 < x["train/data_wait"] < 1 for x in ticks)  # share of the time
