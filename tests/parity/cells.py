@@ -89,8 +89,8 @@ CELLS: dict[str, list[str]] = {
     ],
     "wgan": [
         R3GAN, f"objective={{loss: wasserstein, weight_clip: {CLIP}, discriminator_steps: 2}}",
-        "optimizer.generator={name: rmsprop, lr: 2.0e-4}",
-        "optimizer.discriminator={name: rmsprop, lr: 2.0e-4}",
+        "optimizer.generator={name: rmsprop, lr: 0.01, eps: 1.0e-3}",
+        "optimizer.discriminator={name: rmsprop, lr: 0.01, eps: 1.0e-3}",
     ],
     "sgd + clip": [
         R1,
