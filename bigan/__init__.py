@@ -74,6 +74,7 @@ def evaluate(
     run_dir: Path | str,
     *,
     overrides: Sequence[str] = (),
+    device: torch.device | str = "cpu",
     echo: Callable[[str], None] = print,
 ) -> dict[int, dict[str, float]]:
     """Measure every snapshot of a run that has not been measured yet, on this process.
@@ -85,7 +86,9 @@ def evaluate(
     from bigan.distributed.world import World
     from bigan.evaluation.watcher import evaluate
 
-    return evaluate(Path(run_dir), World(), overrides=overrides, watch=False, echo=echo)
+    return evaluate(
+        Path(run_dir), World(), overrides=overrides, watch=False, device=device, echo=echo
+    )
 
 
 def load_snapshot(folder: Path | str, device: torch.device | str = "cpu") -> Snapshot:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
 from bigan.config import Frozen, NonNegative, Positive, PositiveFloat
@@ -189,9 +189,18 @@ class SGD(_Optimizer):
     nesterov: bool = False
     weight_decay: NonNegative = 0.0
 
+    @model_validator(mode="after")
+    def _nesterov(self) -> SGD:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov: needs a momentum above 0")
+        return self
+
     @property
     def has_state(self) -> bool:
         return self.momentum > 0
+
+    def _betas(self, c: float) -> dict[str, float | None]:
+        return {"momentum": self.momentum**c}
 
     def build(self, parameters: Parameters) -> torch.optim.Optimizer:
         return torch.optim.SGD(
@@ -212,6 +221,9 @@ class RMSprop(_Optimizer):
     momentum: Beta = 0.0
     eps: PositiveFloat = 1e-8
 
+    def _betas(self, c: float) -> dict[str, float | None]:
+        return {"alpha": self.alpha**c, "momentum": self.momentum**c}
+
     def build(self, parameters: Parameters) -> torch.optim.Optimizer:
         return torch.optim.RMSprop(
             parameters, lr=self.lr, alpha=self.alpha, momentum=self.momentum, eps=self.eps
@@ -220,7 +232,9 @@ class RMSprop(_Optimizer):
 
 def _name(entry: Any) -> str:
     """The tag of an entry; `name` may be left out: adam."""
-    return str(entry.get("name", "adam") if isinstance(entry, dict) else entry.name)
+    if isinstance(entry, dict):
+        return str(entry.get("name", "adam"))
+    return str(getattr(entry, "name", "adam"))  # a number or text: refused as an Adam section
 
 
 OptimizerConfig = Annotated[

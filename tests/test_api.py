@@ -63,6 +63,8 @@ def test_samples_are_functions_of_seed_and_index(run_dir: Path) -> None:
         ({"sampler": "prior"}, "latent"),
         ({"labels": [1, 2]}, "labels"),
         ({"labels": [10, 0, 0]}, r"\[0, 10\)"),
+        ({"truncation": 0.0}, "0.02 or more"),
+        ({"images": torch.zeros(3, 1, 16, 16, dtype=torch.uint8)}, "images"),
     ],
 )
 def test_wrong_arguments_are_one_line_errors(

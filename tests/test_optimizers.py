@@ -182,7 +182,7 @@ def test_settings_are_corrected_for_separate_regularization_steps() -> None:
     assert found.lr_at(100, 10, None) == pytest.approx(0.5 * 4 / 5)
     assert adam.corrected(None) is adam
     rmsprop = RMSprop(name="rmsprop", lr=2.0, alpha=0.9, momentum=0.5).corrected(1)
-    assert (rmsprop.lr, rmsprop.alpha, rmsprop.momentum) == (1.0, 0.9, 0.5)
+    assert (rmsprop.lr, rmsprop.alpha, rmsprop.momentum) == (1.0, 0.9**0.5, 0.5**0.5)
     step = StepDecay(name="step", every_images=100, factor=0.1)
     sgd = optimizers.SGD(name="sgd", lr=2.0, schedule=step).corrected(3)
     assert sgd.lr_at(100, 10, None) == pytest.approx(2.0 * 3 / 4 * 0.1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from bigan.checkpoint.snapshots import Snapshot
 from bigan.errors import UserError
 from bigan.models import to_uint8
+from bigan.objectives.samplers import truncation_problem
 
 
 @torch.no_grad()
@@ -31,24 +32,28 @@ def sample(
     frequencies of the data by default. `truncation`: bound on |z|, or psi for a generator with a
     mean latent. `images` uint8 [num, C, H, W]: what a sampler with an input stream encodes or
     translates. `batch` images go through the networks at a time. Raises `UserError` for a sampler
-    that does not exist, labels out of range, missing `images`, or wrong numbers of either.
+    that does not exist, labels out of range, a truncation that the sampler does not support, and
+    `images` that are missing, not needed, or of the wrong type or shape.
     """
     name = sampler or next(iter(snapshot.samplers))
     if name not in snapshot.samplers:
         raise UserError(f"sampler {name!r}: the snapshot has {', '.join(snapshot.samplers)}")
     chosen = snapshot.samplers[name]
-    if truncation is not None and not chosen.truncates:
-        raise UserError(f"truncation {truncation:g}: sampler {name!r} takes none; leave it out")
+    problem = truncation_problem(chosen, truncation)
+    if problem:
+        raise UserError(f"truncation {truncation:g}: {problem}")
+    if num < 1:
+        raise UserError(f"num = {num}: use 1 or more")
     inputs = chosen.draws(seed, "sample", 0, num, truncation)
     if labels is not None:
         inputs["labels"] = _labels(labels, num, len(snapshot.classes))
+    if chosen.inputs is None and images is not None:
+        raise UserError(f"sampler {name!r} takes no images; leave `images` out")
     if chosen.inputs is not None:
-        if images is None or len(images) != num:
-            found = "none" if images is None else str(len(images))
-            raise UserError(f"sampler {name!r} takes {num} images, {found} given (`images`)")
-        inputs[f"{chosen.inputs}.pixels"] = images.permute(0, 2, 3, 1)
-        inputs.setdefault("labels", torch.zeros(num, dtype=torch.int64))
-        inputs[f"{chosen.inputs}.labels"] = inputs.pop("labels")
+        inputs[f"{chosen.inputs}.pixels"] = _pixels(snapshot, name, num, images)
+        inputs[f"{chosen.inputs}.labels"] = _input_labels(
+            snapshot, name, inputs.pop("labels", None), num
+        )
     device = next(next(iter(snapshot.networks.values())).parameters()).device
     parts = []
     for start in range(0, num, batch):
@@ -64,3 +69,20 @@ def _labels(labels: Sequence[int], num: int, num_classes: int) -> Tensor:
     if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < num_classes:
         raise UserError(f"labels: must be in [0, {num_classes}), the classes of the snapshot")
     return found
+
+
+def _pixels(snapshot: Snapshot, sampler: str, num: int, images: Tensor | None) -> Tensor:
+    """uint8 [num, H, W, C] of the images that a sampler encodes or translates."""
+    model = snapshot.config.model
+    expected = (num, model.image_channels, model.resolution, model.resolution)
+    if images is None or tuple(images.shape) != expected or images.dtype != torch.uint8:
+        found = "none" if images is None else f"{images.dtype} {list(images.shape)}"
+        raise UserError(f"sampler {sampler!r} takes `images` uint8 {list(expected)}, {found} given")
+    return images.permute(0, 2, 3, 1)
+
+
+def _input_labels(snapshot: Snapshot, sampler: str, labels: Tensor | None, num: int) -> Tensor:
+    """int64 [num]: the class of each of those images."""
+    if labels is None and snapshot.config.model.is_conditional:
+        raise UserError(f"sampler {sampler!r} needs `labels`, the class of each image")
+    return torch.zeros(num, dtype=torch.int64) if labels is None else labels

@@ -20,16 +20,18 @@ from bigan.evaluation.metrics import Features
 from bigan.evaluation.records import Record, Task
 from bigan.layers.resampling import repeated
 from bigan.objectives.base import Objective
-from bigan.objectives.samplers import Sampler
+from bigan.objectives.samplers import Sampler, truncation_problem
 from bigan.run_config import EvaluationConfig, RunConfig, misfits, setup_of
 from bigan.run_folder import RunFolder
 
-MIN_TRUNCATION = 0.02  # 1.6 % of all normal numbers are within; drawing again takes ever longer
 FEW_SAMPLES = 10_000  # fewer images bias a 2048-dimensional FID visibly upwards
 
 
-def choose_sampler(config: RunConfig) -> tuple[str, Sampler]:
-    """`evaluation.sampler`, by default the first of the objective; `UserError` if unknown."""
+def choose_sampler(config: RunConfig) -> tuple[str, Sampler, bool]:
+    """(name, sampler, whether it is the first of the objective) of `evaluation.sampler`.
+
+    By default the first one. Raises `UserError` for an unknown name.
+    """
     counts = (1,) * config.model.num_classes  # the names and streams do not depend on them
     samplers = config.objective.build(setup_of(config, counts)).samplers
     name = config.evaluation.sampler or next(iter(samplers))
@@ -38,7 +40,7 @@ def choose_sampler(config: RunConfig) -> tuple[str, Sampler]:
             f"evaluation.sampler = {name!r}: objective.name = {config.objective.name} has the "
             f"sampler(s) {', '.join(samplers)}"
         )
-    return name, samplers[name]
+    return name, samplers[name], name == next(iter(samplers))
 
 
 class Evaluator:
@@ -53,7 +55,11 @@ class Evaluator:
         self, run_dir: Path, config: RunConfig, world: World, device: torch.device
     ) -> None:
         self.config, self.world, self.device = config, world, device
-        self.sampler_name, sampler = on_all_ranks(world, lambda: choose_sampler(config))
+        self.sampler_name, sampler, is_first = on_all_ranks(world, lambda: choose_sampler(config))
+        # Samplers besides the first have metric keys and records of their own.
+        self.named_sampler = None if is_first else self.sampler_name
+        folder = RunFolder(run_dir).evaluation
+        self.folder = folder if is_first else folder / self.sampler_name
         self.manifest = self._open(sampler.reference)
         self.inputs = None if sampler.inputs is None else self._open(sampler.inputs)
         self.settings = self._settings()
@@ -92,33 +98,28 @@ class Evaluator:
         return settings.model_copy(update={"num_samples": num})
 
     @property
+    def titles(self) -> dict[str, str]:
+        """Key -> title of all metrics."""
+        return metrics.titles(self.extractor, self.named_sampler)
+
+    @property
     def truncates_mean(self) -> bool:
         """Whether a truncation is psi, the factor on a latent's distance from its mean."""
         return self.sampler.truncates == "w"
 
     def check_truncation(self, truncation: float | None) -> None:
         """Raises `UserError`, on all ranks, if the sampler does not support this truncation."""
-        if truncation is None:
-            return
-        if not self.sampler.truncates:
-            why = f"sampler {self.sampler_name} does not support truncation; leave it out"
-        elif truncation < MIN_TRUNCATION:
-            why = f"almost no latent is within so small a bound; use {MIN_TRUNCATION} or more"
-        elif self.truncates_mean and truncation > 1:
-            why = (
-                f"model.name = {self.config.model.name} has a mean latent, so this is psi, the "
-                "factor on a latent's distance from it; use 1 or less"
-            )
-        else:
-            return
-        raise reported_by_rank_0(self.world, UserError(f"truncation {truncation:g}: {why}"))
+        why = truncation_problem(self.sampler, truncation)
+        if why:
+            problem = UserError(f"truncation {truncation:g}: {why} (sampler {self.sampler_name})")
+            raise reported_by_rank_0(self.world, problem)
 
     def protocol(self, truncation: float | None) -> dict[str, object]:
         """Everything that the metrics of a snapshot depend on, besides its networks."""
         settings = self.settings
         content: dict[str, object] = {
             **reference.describe(self.extractor, self.manifest, settings.split),
-            "metrics": list(metrics.titles(self.extractor)),
+            "metrics": list(self.titles),
             "sampler": self.sampler_name,
             "networks": self.network_files,
             "num_samples": settings.num_samples,
@@ -170,7 +171,7 @@ class Evaluator:
         def compute() -> Record:
             return Record(
                 images_seen=task.images_seen,
-                metrics=metrics.compute(features, self.extractor),
+                metrics=metrics.compute(features, self.extractor, self.named_sampler),
                 protocol={**self.protocol(truncation), "snapshot_sha256": task.sha256},
                 seconds=time.perf_counter() - started,
             )

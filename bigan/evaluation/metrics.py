@@ -106,19 +106,28 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def metric_key(metric: str, extractor: Extractor) -> str:
-    """Key of a metric in records and logs: "fd/digits8-cnn-v1"."""
-    return f"{METRICS[metric].name_for(extractor).key}/{extractor.name}"
+def metric_key(metric: str, extractor: Extractor, sampler: str | None = None) -> str:
+    """Key of a metric in records and logs: "fd/digits8-cnn-v1".
+
+    `sampler`: None for the first sampler of the objective; others are named in the key.
+    """
+    key = f"{METRICS[metric].name_for(extractor).key}/{extractor.name}"
+    return key if sampler is None else f"{key}/{sampler}"
 
 
-def titles(extractor: Extractor) -> dict[str, str]:
+def titles(extractor: Extractor, sampler: str | None = None) -> dict[str, str]:
     """Key -> title of all metrics, in the order of `METRICS`."""
-    return {metric_key(n, extractor): m.name_for(extractor).title for n, m in METRICS.items()}
+    return {
+        metric_key(name, extractor, sampler): metric.name_for(extractor).title
+        for name, metric in METRICS.items()
+    }
 
 
-def compute(features: Features, extractor: Extractor) -> dict[str, Estimate]:
+def compute(
+    features: Features, extractor: Extractor, sampler: str | None = None
+) -> dict[str, Estimate]:
     """All metrics by key."""
-    return {metric_key(n, extractor): m.compute(features) for n, m in METRICS.items()}
+    return {metric_key(n, extractor, sampler): m.compute(features) for n, m in METRICS.items()}
 
 
 class Rows:

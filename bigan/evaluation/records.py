@@ -79,6 +79,7 @@ class Records:
     """The records of a run under one protocol."""
 
     run_dir: Path
+    folder: Path  # of the records
     protocol: dict[str, object]  # without the hash of a snapshot
     _tasks: dict[Path, Task] = field(default_factory=dict)
 
@@ -134,7 +135,7 @@ class Records:
         return known
 
     def _path(self, images_seen: int) -> Path:
-        return RunFolder(self.run_dir).evaluation / f"{images_seen}.json"
+        return self.folder / f"{images_seen}.json"
 
 
 def matches(content: object, protocol: Mapping[str, object], task: Task) -> bool:

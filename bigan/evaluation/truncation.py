@@ -27,7 +27,6 @@ from bigan.evaluation.records import Record, Records, Task, matches, read_json, 
 from bigan.evaluation.truncation_plot import draw
 from bigan.evaluation.watcher import Echo, publish, read_config, summary
 from bigan.reporting.tracker import Tracker
-from bigan.run_folder import RunFolder
 
 
 def sweep(
@@ -54,8 +53,9 @@ def sweep(
     evaluator = Evaluator(run_dir, config, world, torch.device(device or world.device))
     for truncation in truncations:
         evaluator.check_truncation(truncation)
-    records = Records(run_dir, evaluator.protocol(config.evaluation.truncation))
-    ranking = metrics.metric_key(metrics.RANKING, evaluator.extractor)
+    protocol = evaluator.protocol(config.evaluation.truncation)
+    records = Records(run_dir, evaluator.folder, protocol)
+    ranking = metrics.metric_key(metrics.RANKING, evaluator.extractor, evaluator.named_sampler)
     task, reason = on_rank_0(world, lambda: choose_snapshot(records, which, ranking))
     table = TruncationTable(run_dir, evaluator, task)
     tracker = Tracker(run_dir, config.tracking, role="evaluation") if world.is_rank_0 else None
@@ -127,7 +127,7 @@ class TruncationTable:
 
     def __init__(self, run_dir: Path, evaluator: Evaluator, task: Task) -> None:
         self.evaluator, self.task = evaluator, task
-        self.path = RunFolder(run_dir).evaluation / f"truncation-{task.images_seen}.json"
+        self.path = evaluator.folder / f"truncation-{task.images_seen}.json"
         self._contents: dict[float | None, dict[str, Any]] = {}
 
     def read(self, records: Records) -> None:
@@ -161,7 +161,7 @@ class TruncationTable:
 
     def lines(self) -> list[str]:
         """The table as text, a line per truncation below the header."""
-        keys = list(metrics.titles(self.evaluator.extractor))
+        keys = list(self.evaluator.titles)
         lines = ["truncation  " + "  ".join(keys)]
         for truncation, content in self.rows().items():
             values = (f"{content['metrics'][key]:{len(key)}.3f}" for key in keys)
@@ -193,7 +193,7 @@ def finish(table: TruncationTable, tracker: Tracker | None, echo: Echo) -> None:
     values = {t: content["metrics"] for t, content in table.rows().items()}
     title = f"{table.path.resolve().parents[1].name}, images_seen {table.task.images_seen}"
     try:
-        draw(plot, values, metrics.titles(evaluator.extractor), symbol, title)
+        draw(plot, values, evaluator.titles, symbol, title)
     except OSError as error:
         raise UserError(f"{plot}: cannot be written: {error.strerror or error}") from None
     if tracker is not None:

@@ -55,7 +55,7 @@ def evaluate(
     config = read_config(run_dir, overrides, world, watch, poll_seconds, echo)
     truncation = config.evaluation.truncation
     evaluator = Evaluator(run_dir, config, world, torch.device(device or world.device))
-    records = Records(run_dir, evaluator.protocol(truncation))
+    records = Records(run_dir, evaluator.folder, evaluator.protocol(truncation))
     tracker = Tracker(run_dir, config.tracking, role="evaluation") if world.is_rank_0 else None
     try:
         measured = on_rank_0(world, records.measured)

@@ -15,7 +15,9 @@ from bigan.objectives import gan, vae
 
 def _name(section: Any) -> str:
     """The tag of the section; `name` may be left out: gan."""
-    return str(section.get("name", "gan") if isinstance(section, dict) else section.name)
+    if isinstance(section, dict):
+        return str(section.get("name", "gan"))
+    return str(getattr(section, "name", "gan"))  # a number or text: refused as a gan section
 
 
 AnyObjective = Annotated[

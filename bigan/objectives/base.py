@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bigan.augment import AugmentConfig
-from bigan.config import Frozen
+from bigan.config import ConfigError, Frozen
 from bigan.distributed.world import World, mean_over_ranks
 from bigan.models import AnyModel
 from bigan.objectives.samplers import Sampler
@@ -203,6 +203,22 @@ def variants(objective: Objective, images_per_step: int) -> list[Step]:
     for step in itertools.chain.from_iterable(objective.steps(start) for start in starts):
         found.setdefault((step.phase, step.terms), step)
     return list(found.values())
+
+
+def check_samplers(objective: Objective, chosen: str | None) -> None:
+    """Raises `ConfigError` if there is no sampler `chosen` (evaluation.sampler).
+
+    And ValueError for a sampler of a network that is neither averaged nor frozen: sample grids and
+    snapshots are made on rank 0, where other networks may be sharded or in training mode.
+    """
+    if chosen is not None and chosen not in objective.samplers:
+        raise ConfigError(
+            f"evaluation.sampler = {chosen!r}: the objective has {', '.join(objective.samplers)}"
+        )
+    kept = {*objective.averaged, *objective.frozen}
+    for name, sampler in objective.samplers.items():
+        if not set(sampler.networks) <= kept:
+            raise ValueError(f"sampler {name}: add {sampler.networks} to `averaged`")
 
 
 def init_stream(network: str) -> str:

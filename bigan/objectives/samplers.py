@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bigan import rng
 
 Tensors = dict[str, Tensor]
+MIN_TRUNCATION = 0.02  # 1.6 % of all normal numbers are within; drawing again takes ever longer
 Truncates = Literal["z", "w", ""]
 
 
@@ -50,6 +51,19 @@ class Sampler(Protocol):
     def __call__(self, networks: Mapping[str, nn.Module], inputs: Tensors) -> Tensor:
         """Images float [m, C, H, W], nominally in [-1, 1]. With `inputs` a stream's name, the keys
         "<stream>.pixels" and "<stream>.labels" are in the inputs too."""
+
+
+def truncation_problem(sampler: Sampler, truncation: float | None) -> str | None:
+    """Why a sampler does not support this truncation, or None."""
+    if truncation is None:
+        return None
+    if not sampler.truncates:
+        return "the sampler does not support truncation; leave it out"
+    if truncation < MIN_TRUNCATION:
+        return f"almost no latent is within so small a bound; use {MIN_TRUNCATION} or more"
+    if sampler.truncates == "w" and truncation > 1:
+        return "it is psi, the factor on a latent's distance from the mean latent; use 1 or less"
+    return None
 
 
 def truncated_normal(

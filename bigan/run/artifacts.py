@@ -35,6 +35,7 @@ class Artifacts:
             milestone_images=config.train.checkpoint_milestone_images,
             echo=state.engine.echo,
         )
+        self._grid_inputs: sample_grids.Inputs = {}
         self._unwritten = ""  # the last thing that could not be written, and why
 
     def sample_grids(self) -> None:
@@ -83,8 +84,8 @@ class Artifacts:
         seen = self._state.progress.images_seen
         for index, (name, sampler) in enumerate(self._state.objective.samplers.items()):
             path = self._folder.sample_grid(seen, name if index else None)
-            sample_grids.save(path, self._state, sampler)
-            if self._tracker:
+            written = sample_grids.save(path, self._state, sampler, self._grid_inputs)
+            if written and self._tracker:
                 self._tracker.log_image(seen, f"samples/{name}" if index else "samples", path)
 
     def _attempt(self, what: str, write: Callable[[], None]) -> None:

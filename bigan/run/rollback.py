@@ -200,6 +200,7 @@ def best_snapshot(run_dir: Path) -> tuple[int, str, float] | None:
         for record in read_metrics(run_dir)
         for key, value in record.items()
         if key.startswith(prefixes) and record["images_seen"] in existing
+        if key.count("/") == 2  # eval/<metric>/<extractor>: of the first sampler
     ]
     if not found:
         return None

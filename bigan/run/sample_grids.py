@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bigan.augment.discriminator_inputs import as_images
 from bigan.data.streaming.dataset import open_level
-from bigan.data.streaming.stream import sequential
+from bigan.data.streaming.stream import Batch, sequential
 from bigan.distributed.world import World
 from bigan.layers.resampling import repeated
 from bigan.models import to_uint8
@@ -20,21 +20,33 @@ from bigan.run.state import TrainState
 
 COLUMNS = 10
 ROWS = 16  # classes shown, at most
-INPUT_ROWS = 4  # rows of input images, each above the row of their outputs
+INPUT_ROWS = 4  # of images of the data, each above a row of the sampler's
+Inputs = dict[str, Batch]  # stream -> its first images
 
 
-def save(path: Path, state: TrainState, sampler: Sampler) -> None:
-    """Write the grid of a sampler as PNG; on one rank. Raises OSError."""
+def save(path: Path, state: TrainState, sampler: Sampler, inputs: Inputs) -> bool:
+    """Write the grid of a sampler as PNG; on one rank. Raises OSError.
+
+    `inputs` keeps the images of the data from call to call. Returns False, without a file, for a
+    sampler whose input stream has no first images (data.mode=resampled).
+    """
+    columns = COLUMNS
     if sampler.inputs is None:
         labels = _row_labels(state)
         images = _from_latents(state, sampler, labels)
         names = [state.class_names[label] for label in labels] if sampler.labeled else []
     else:
-        images = _from_images(state, sampler, sampler.inputs)
-        names = [sampler.inputs, ""] * INPUT_ROWS
-    # Images of early stages of a growing model are smaller.
+        if sampler.inputs not in inputs:
+            if state.config.streams[sampler.inputs].mode == "resampled":
+                return False
+            inputs[sampler.inputs] = _first_images(state, sampler.inputs)
+        columns = min(COLUMNS, len(inputs[sampler.inputs].labels))
+        images = _from_images(state, sampler, sampler.inputs, inputs[sampler.inputs], columns)
+        names = [sampler.inputs, ""] * (len(images) // (2 * columns))
+    # Images of a growing model are smaller at first.
     images = repeated(images, state.run_config.model.resolution)
-    image_grids.save_grid(path, images, columns=COLUMNS, row_labels=names)
+    image_grids.save_grid(path, images, columns=columns, row_labels=names)
+    return True
 
 
 def _row_labels(state: TrainState) -> list[int]:
@@ -50,17 +62,24 @@ def _from_latents(state: TrainState, sampler: Sampler, labels: list[int]) -> Ten
     return _sample(state, sampler, draws)
 
 
-def _from_images(state: TrainState, sampler: Sampler, stream: str) -> Tensor:
-    """uint8 [2 * rows * columns, C, R, R]: each row of inputs above the row of their outputs."""
-    data, num = state.config.streams[stream], INPUT_ROWS * COLUMNS
+def _first_images(state: TrainState, stream: str) -> Batch:
+    """The first images of a stream's split."""
+    data = state.config.streams[stream]
     manifest = open_level(data.path, state.config.model.resolution, data)
-    batch = next(iter(sequential(manifest, data.split, World(), num, data)))
+    return next(iter(sequential(manifest, data.split, World(), INPUT_ROWS * COLUMNS, data)))
+
+
+def _from_images(
+    state: TrainState, sampler: Sampler, stream: str, batch: Batch, columns: int
+) -> Tensor:
+    """uint8 [2 * rows * columns, C, R, R]: each row of inputs above the row of their outputs."""
+    rows = len(batch.labels) // columns
+    num = rows * columns
     draws = sampler.draws(state.config.train.seed, "grid", 0, num, None)
     inputs = {f"{stream}.pixels": batch.pixels[:num], f"{stream}.labels": batch.labels[:num]}
-    originals = to_uint8(as_images(batch.pixels[:num]))
-    made = _sample(state, sampler, draws | inputs)
-    rows = [originals.unflatten(0, (INPUT_ROWS, COLUMNS)), made.unflatten(0, (INPUT_ROWS, COLUMNS))]
-    return torch.stack(rows, 1).flatten(0, 2)
+    outputs = _sample(state, sampler, draws | inputs)
+    pairs = [to_uint8(as_images(batch.pixels[:num])), outputs]
+    return torch.stack([images.unflatten(0, (rows, columns)) for images in pairs], 1).flatten(0, 2)
 
 
 @torch.no_grad()

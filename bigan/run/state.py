@@ -24,7 +24,14 @@ from bigan.layers.batchnorm import (
 )
 from bigan.layers.spectral import power_iteration
 from bigan.objectives import ema, growth
-from bigan.objectives.base import Objective, Step, Tensors, init_stream, variants
+from bigan.objectives.base import (
+    Objective,
+    Step,
+    Tensors,
+    check_samplers,
+    init_stream,
+    variants,
+)
 from bigan.objectives.samplers import Sampler
 from bigan.run.stages import Stage, stages
 from bigan.run.statistics import Statistics
@@ -51,6 +58,7 @@ class TrainState:
         self.class_counts = tuple(classes.values())
         for stage in self.stages:  # check all at the start, not when a stage begins
             check_groups(stage.config, self.world.size)
+        check_trainable(run_config.trainable, self.stages, self.class_counts)
         self.progress = Progress()
         self.former_forward_images = 0  # of the previous attempt; 0: there was none
         self.prepared: dict[str, Prepared] = {}
@@ -71,6 +79,9 @@ class TrainState:
         self.stage = stage
         self.config = config = stage.config
         self.objective: Objective = config.objective.build(stage.setup(self.class_counts))
+        check_samplers(self.objective, config.evaluation.sampler)
+        for network in self.objective.frozen.values():
+            network.to(self.world.device).eval().requires_grad_(False)
         for name, module in self.objective.state.items():
             module.to(self.world.device)
             if name in self.state:
@@ -96,7 +107,6 @@ class TrainState:
             name: config.optimizer[name].corrected(self.objective.separate_steps.get(name))
             for name in self.objective.phases
         }
-        check_trainable(config.trainable, self.objective)
         self.accumulation = accumulation_steps(config.train, self.world.size)
         self.progress.forward_images = config.train.batch // self.accumulation
         self.progress.stage = stage.index
@@ -195,7 +205,7 @@ class TrainState:
     def _warm_up(self) -> None:
         """Warm-up pass: every phase with each combination of terms, on gray images, no update."""
         steps = variants(self.objective, self.config.images_per_step)
-        pixels = {name: self._gray() for name in self.config.streams}
+        pixels = {name: self._gray(data.mirror) for name, data in self.config.streams.items()}
         outputs: Tensors = {}
         inputs: dict[str, dict[tuple[str, ...], Tensors]] = {}
         for step in steps:
@@ -204,11 +214,10 @@ class TrainState:
             self._batches = {name: [pixels[name]] for name in phase.streams}
             (micro_batch,) = self._inputs(first, {}, [outputs], num_micro_batches=1)
             inputs.setdefault(step.phase, {})[step.terms] = micro_batch
-            if any(
-                step.phase in taken for p in self.objective.phases.values() for taken in p.takes
-            ):
-                with self._unsharded(step.phase), torch.no_grad():
-                    result = phase(self._reads(step.phase), micro_batch, step.terms)
+            taken = {name for p in self.objective.phases.values() for name in p.takes}
+            if any(name.partition(".")[0] == step.phase for name in taken):
+                with self._unsharded(step.phase), torch.no_grad():  # eager: nothing is compiled
+                    result = phase.forward(self._reads(step.phase), micro_batch, step.terms)
                 outputs |= {f"{step.phase}.{k}": v for k, v in result.outputs.items()}
         for name, runs in inputs.items():
             self.engine.warm_up(self.prepared[name], self._others(name), self._reads(name), runs)
@@ -317,7 +326,7 @@ class TrainState:
             batches.append({"pixels": images.pixels, "labels": images.labels} | flips)
         return batches
 
-    def _gray(self) -> Tensors:
+    def _gray(self, mirror: bool) -> Tensors:
         """A micro-batch of gray images, for the warm-up."""
         model = self.config.model
         num = self.config.train.batch // self.accumulation // self.world.size
@@ -326,7 +335,7 @@ class TrainState:
             "pixels": torch.full(shape, 128, dtype=torch.uint8),
             "labels": torch.zeros(num, dtype=torch.int64),
         }
-        if any(stream.mirror for stream in self.config.streams.values()):
+        if mirror:
             gray["mirror"] = torch.zeros(num, dtype=torch.bool)
         return self._on_device(gray)
 
@@ -364,8 +373,8 @@ class TrainState:
         """One power iteration of every spectral norm in the networks of the step."""
         for network in self.objective.phases[phase].children():
             power_iteration(network)
-        for network in self._reads(phase).values():
-            power_iteration(network)
+        for name in set(self.objective.phases[phase].reads) & set(self.networks):
+            power_iteration(self.networks[name])
 
     def _set_hyperparameters(self, step: Step) -> None:
         """Learning rate and betas that the schedules set for a step."""

@@ -20,7 +20,7 @@ class Statistics:
     def add(self, scalars: dict[str, Tensor]) -> None:
         """Add one step's detached scalars (0-d tensors on the device); never synchronizes."""
         for name, value in scalars.items():
-            value = value.detach().double()
+            value = value.detach().to(self._world.device, torch.float64)
             if name in self._sums:
                 self._sums[name] += value
                 self._counts[name] += 1

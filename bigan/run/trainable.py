@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Sequence
 
 from bigan.config import ConfigError
-from bigan.objectives.base import Objective
+from bigan.run.stages import Stage
 
 
 def is_trainable(patterns: Sequence[str] | None, name: str) -> bool:
@@ -14,20 +14,28 @@ def is_trainable(patterns: Sequence[str] | None, name: str) -> bool:
     return patterns is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def check_trainable(patterns: Sequence[str] | None, objective: Objective) -> None:
-    """Raises `ConfigError` if a pattern matches no parameter, or none of a phase is trained."""
+def check_trainable(
+    patterns: Sequence[str] | None, stages: Sequence[Stage], class_counts: tuple[int, ...]
+) -> None:
+    """Raises `ConfigError` for a pattern that matches no parameter of any stage of the run.
+
+    And for a stage in which no parameter of a phase is trained.
+    """
     if patterns is None:
         return
     names = {
-        phase: [name for name, _ in module.named_parameters()]
-        for phase, module in objective.phases.items()
+        (phase, str(stage)): [name for name, _ in module.named_parameters()]
+        for stage in stages
+        for phase, module in stage.config.objective.build(stage.setup(class_counts)).phases.items()
     }
-    every = [name for found in names.values() for name in found]
+    every = {name for found in names.values() for name in found}
     for pattern in patterns:
         if not fnmatch.filter(every, pattern):
             raise ConfigError(
-                f"trainable: {pattern!r} matches no parameter; they are named as {every[0]}"
+                f"trainable: {pattern!r} matches no parameter; they are named as {min(every)}"
             )
-    for phase, found in names.items():
+    for (phase, stage_name), found in names.items():
         if not any(is_trainable(patterns, name) for name in found):
-            raise ConfigError(f"trainable: no parameter of phase {phase} is left to train")
+            raise ConfigError(
+                f"trainable: no parameter of phase {phase} is left to train ({stage_name})"
+            )

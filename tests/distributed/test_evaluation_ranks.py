@@ -135,7 +135,7 @@ def test_two_processes_give_the_metrics_of_one_and_fail_together(
     assert _steps(damaged) == [100]
     for images_seen, runs in ((100, (single, double)), (200, (single, double)), (100, inverted)):
         one, two = (
-            json.loads((run_dir / "evaluation" / f"{images_seen}.json").read_text())
+            json.loads(next((run_dir / "evaluation").rglob(f"{images_seen}.json")).read_text())
             for run_dir in runs
         )
         assert one["protocol"] == two["protocol"]

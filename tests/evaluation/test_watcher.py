@@ -207,7 +207,7 @@ def test_a_sampler_with_inputs_is_compared_on_their_images(
     start_run(config)
     write_snapshot(config, 100)
     run(config)
-    record = json.loads((config.run_dir / "evaluation" / "100.json").read_text())
+    record = json.loads((config.run_dir / "evaluation" / "inverted" / "100.json").read_text())
     protocol = record["protocol"]
     assert (protocol["sampler"], protocol["num_samples"]) == ("inverted", 500)
     assert protocol["inputs_fingerprint"] == protocol["data_fingerprint"]
@@ -222,15 +222,18 @@ def test_a_sampler_with_inputs_is_compared_on_their_images(
     generated, real = (moments.from_features(extractor(x)[0]) for x in (inverted, pixels))
     distance = metrics.frechet_distance(generated, real)
     assert distance > 5
-    assert record["metrics"][FD] == pytest.approx(distance, rel=1e-5)
+    assert record["metrics"][f"{FD}/inverted"] == pytest.approx(distance, rel=1e-5)
 
-    with pytest.raises(UserError, match="sampler inverted does not support truncation"):
+    with pytest.raises(UserError, match="does not support truncation.*inverted"):
         sweep(config.run_dir, World(), [0.5], echo=lambda _: None)
     plain = evaluated(tmp_path / "run", digits, split="test", num_samples=9999)
     start_run(plain)  # the first sampler of the objective
     run(plain)
     again = json.loads((config.run_dir / "evaluation" / "100.json").read_text())
     assert (again["protocol"]["sampler"], again["protocol"]["num_samples"]) == ("latent", 9999)
+    assert FD in again["metrics"]
+    unchanged = json.loads((config.run_dir / "evaluation" / "inverted" / "100.json").read_text())
+    assert unchanged == record
 
 
 # --- the run folder -------------------------------------------------------------------------
@@ -280,7 +283,7 @@ def test_a_snapshot_written_just_before_done_is_not_missed(tmp_path: Path, digit
     """The run ends after the snapshots are listed and before `DONE` is read."""
     config = evaluated(tmp_path / "run", digits)
     start_run(config)
-    records = Records(config.run_dir, {})
+    records = Records(config.run_dir, config.run_dir / "evaluation", {})
     real_find = snapshots.find
 
     def find_then_finish(run_dir: Path) -> list[Path]:

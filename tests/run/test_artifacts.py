@@ -9,6 +9,7 @@ from torch import nn
 
 from bigan.layers.batchnorm import normalisation_layers
 from bigan.run.artifacts import Artifacts
+from bigan.run.standing_statistics import collect_standing_statistics
 from bigan.run_config import RunConfig
 
 
@@ -23,7 +24,7 @@ def test_sampling_networks_stay_in_evaluation_mode(make_config: Callable[..., Ru
     average = state.averages["generator"]
     assert normalisation_layers(average)
     with streams:
-        state.collect_standing_statistics()
+        collect_standing_statistics(state)
         assert in_training(average) == {False}
         artifacts.snapshot()
         assert in_training(average) == {False}
