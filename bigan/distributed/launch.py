@@ -6,6 +6,7 @@ The processes are started by `accelerate launch`, `torchrun`, or `srun` with one
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import socket
@@ -99,6 +100,7 @@ def disconnect(world: World) -> None:
     """
     if not dist.is_initialized():
         return
+    gc.collect()  # modules in reference cycles that still refer to the process group
     if world.size > 1:
         dist.barrier()
     dist.destroy_process_group()

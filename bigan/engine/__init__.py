@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from bigan.distributed.launch import (
     check_same_program,
@@ -58,6 +59,13 @@ class Prepared:
         self.norm = torch.zeros(())  # of the last step's gradients, on the device
         self.finite = torch.ones((), dtype=torch.bool)  # all losses of this step
         self.at = 0  # images_seen of this step
+        self.hooks: list[RemovableHandle] = []  # of the optimizer
+
+    def close(self) -> None:
+        """Release the wrapped phase. The hooks would keep DDP alive beyond its process group."""
+        for hook in self.hooks:
+            hook.remove()
+        self.wrapped.close()
 
 
 def require_supported(name: str) -> None:
@@ -130,8 +138,10 @@ class Engine:
         trainable = trainable_names(phase, is_trainable)
         wrapped = self._wrap(phase, trainable, config.build, accumulation)
         prepared = Prepared(name, wrapped, config.clip_grad_norm, scale)
-        wrapped.optimizer.register_step_pre_hook(lambda *_: self._guard(prepared))
-        wrapped.optimizer.register_step_post_hook(lambda *_: constrain(prepared))
+        prepared.hooks = [
+            wrapped.optimizer.register_step_pre_hook(lambda *_: self._guard(prepared)),
+            wrapped.optimizer.register_step_post_hook(lambda *_: constrain(prepared)),
+        ]
         return prepared
 
     def _wrap(

@@ -79,7 +79,7 @@ class Replicated:
                     state[key] = torch.empty_like(parameter).copy_(values).detach()
 
     def close(self) -> None:
-        pass
+        del self._module  # DDP refers to the process group
 
 
 def _complete(name: str, tensor: Tensor) -> TensorShard:

@@ -226,7 +226,7 @@ class TrainState:
     def close(self) -> None:
         """Release the wrapped phases; `prepare` wraps them again, with empty optimizer state."""
         for prepared in self.prepared.values():
-            prepared.wrapped.close()
+            prepared.close()
         self.prepared.clear()
 
     def shards(self) -> Iterator[TensorShard]:

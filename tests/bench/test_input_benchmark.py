@@ -14,6 +14,7 @@ def benchmark() -> ModuleType:
     return script("input_pipeline")
 
 
+@pytest.mark.full
 def test_all_pipelines_are_measured(
     benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

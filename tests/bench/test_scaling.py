@@ -316,6 +316,7 @@ def test_notes_name_too_many_processes_for_the_cores() -> None:
     assert "1000 processes" in scaling.notes(1000, 1)[1]
 
 
+@pytest.mark.full
 def test_a_point_fails_with_its_processes() -> None:
     task = {"config": "train: 3", "engine": "auto", "synthetic": True, "seconds": 0.1}
     with Processes("a point", task, 1, 1) as processes:

@@ -38,6 +38,7 @@ def test_variants_without_and_with_r1() -> None:
         assert variant.compile == name.removesuffix("+r1")
 
 
+@pytest.mark.full
 def test_the_process_of_a_variant_reports_its_error() -> None:
     config = load_config(SMOKE)
     unusable = config.model_copy(update={"optimizer": {}})

@@ -224,7 +224,7 @@ def test_a_sampler_with_inputs_is_compared_on_their_images(
     assert distance > 5
     assert record["metrics"][f"{FD}/inverted"] == pytest.approx(distance, rel=1e-5)
 
-    with pytest.raises(UserError, match="does not support truncation.*inverted"):
+    with pytest.raises(UserError, match=r"does not support truncation.*inverted"):
         sweep(config.run_dir, World(), [0.5], echo=lambda _: None)
     plain = evaluated(tmp_path / "run", digits, split="test", num_samples=9999)
     start_run(plain)  # the first sampler of the objective

@@ -65,6 +65,7 @@ def test_networks_have_the_parameters_of_the_header(name: str, counts: tuple[flo
     assert tuple(sum(p.numel() for p in network.parameters()) for network in networks) == counts
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "gib"), headers_with(MEMORY).items())
 def test_a_full_step_fits_the_memory_of_the_header(name: str, gib: tuple[float]) -> None:
     """`bigan describe` runs each phase of the last stage on the meta device, at full width."""

@@ -192,9 +192,9 @@ def test_grid_shows_the_same_latents_each_time_one_row_per_class(
 
     with mock.patch.object(image_grids, "save_grid", save_grid), streams:
         for _ in range(2):
-            sample_grids.save(tmp_path / "0.png", state, state.objective.samplers["latent"])
+            sample_grids.save(tmp_path / "0.png", state, state.objective.samplers["latent"], {})
         state.advance(streams)
-        sample_grids.save(tmp_path / "40.png", state, state.objective.samplers["latent"])
+        sample_grids.save(tmp_path / "40.png", state, state.objective.samplers["latent"], {})
     (grid, options), (again, _), (later, _) = saved
     assert grid.shape == (100, 1, 16, 16)
     assert options == {"columns": 10, "row_labels": [str(digit) for digit in range(10)]}

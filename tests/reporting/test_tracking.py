@@ -124,6 +124,7 @@ def wait_until(true: Any, seconds: float = 30) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.full
 def test_store_created_by_two_processes_has_one_run(runs: Path, client: Any) -> None:
     experiment = client.get_experiment_by_name("tests")
     found = client.search_runs([experiment.experiment_id], "run_name = 'raced'")
