@@ -33,9 +33,3 @@ def make_config(digits: Path, tmp_path: Path) -> Callable[..., RunConfig]:
         return load_config(SMOKE, [*base, *overrides])
 
     return make
-
-
-@pytest.fixture
-def recipe(make_config: Callable[..., RunConfig]) -> Callable[..., RunConfig]:
-    """`make_config` under its former name."""
-    return make_config

@@ -19,7 +19,7 @@ from bigan.config import ConfigError
 from bigan.optimizers import Adam, AdamW, Constant, Cosine, Linear, RMSprop, StepDecay
 from bigan.run_config import RunConfig
 
-Recipe = Callable[..., RunConfig]
+MakeConfig = Callable[..., RunConfig]
 PHASES = ("discriminator", "generator")
 
 # Settings of each optimizer, and its state besides the number of steps.
@@ -43,13 +43,13 @@ SETTINGS = {
 
 
 @pytest.fixture
-def tiny(recipe: Recipe) -> Recipe:
+def tiny(make_config: MakeConfig) -> MakeConfig:
     """`tiny("rmsprop", ...)`: tiny networks, both trained by an optimizer of `SETTINGS`."""
 
     def build(optimizer: str, *overrides: str) -> RunConfig:
         settings, _ = SETTINGS[optimizer]
         both = [f"optimizer.{phase}={settings}" for phase in PHASES]
-        return recipe(*TINY, *both, *overrides)
+        return make_config(*TINY, *both, *overrides)
 
     return build
 
@@ -62,12 +62,12 @@ def spoiled(pixels: Tensor, mirror: Tensor | None = None) -> Tensor:
 # --- settings ------------------------------------------------------------------------------------
 
 
-def test_the_name_selects_the_optimizer(recipe: Recipe) -> None:
-    config = recipe("optimizer.discriminator={name: rmsprop, lr: 5e-5, alpha: 0.9}")
+def test_the_name_selects_the_optimizer(make_config: MakeConfig) -> None:
+    config = make_config("optimizer.discriminator={name: rmsprop, lr: 5e-5, alpha: 0.9}")
     assert config.optimizer["generator"] == Adam(lr=2e-4, warmup_images=10000)
     assert config.optimizer["discriminator"] == RMSprop(name="rmsprop", lr=5e-5, alpha=0.9)
     for name, kind in (("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)):
-        entry = recipe(f"optimizer.generator={{name: {name}, lr: 1.0}}").optimizer["generator"]
+        entry = make_config(f"optimizer.generator={{name: {name}, lr: 1.0}}").optimizer["generator"]
         assert type(entry.build([torch.zeros(1, requires_grad=True)])) is kind
 
 
@@ -108,9 +108,11 @@ def test_settings_reach_the_optimizer() -> None:
         ("optimizer={generator: {lr: 1.0}}", "optimizer.*discriminator and generator"),
     ],
 )
-def test_wrong_settings_are_config_errors(recipe: Recipe, override: str, facts: str) -> None:
+def test_wrong_settings_are_config_errors(
+    make_config: MakeConfig, override: str, facts: str
+) -> None:
     with pytest.raises(ConfigError, match=facts) as caught:
-        recipe(override)
+        make_config(override)
     assert "\n" not in str(caught.value)
 
 
@@ -151,7 +153,7 @@ def test_warmup_and_factor_multiply_the_schedule() -> None:
     assert settings.lr_at(50, 10, None, factor=0.5) == pytest.approx(0.75)
 
 
-def test_schedules_set_the_rate_of_each_step(tiny: Recipe) -> None:
+def test_schedules_set_the_rate_of_each_step(tiny: MakeConfig) -> None:
     state, streams = make(
         tiny(
             "rmsprop",
@@ -194,7 +196,7 @@ def test_settings_are_corrected_for_separate_regularization_steps() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("share", [0.25, 4.0])
 def test_gradients_are_clipped_to_their_global_norm(
-    tiny: Recipe, share: float, precision: str
+    tiny: MakeConfig, share: float, precision: str
 ) -> None:
     """As torch.nn.utils.clip_grad_norm_: a plain SGD step of rate 1 moves by the gradient."""
     plain = f"precision={precision}"
@@ -228,14 +230,14 @@ def test_gradients_are_clipped_to_their_global_norm(
     assert means["train/discriminator/grad_norm"] == pytest.approx(norm, rel=1e-3)
 
 
-def test_gradients_below_the_norm_are_left_alone(tiny: Recipe) -> None:
+def test_gradients_below_the_norm_are_left_alone(tiny: MakeConfig) -> None:
     limit = [f"optimizer.{phase}.clip_grad_norm=1e6" for phase in PHASES]
     found = [tensors(advance(*make(tiny("adam", *extra)), 2)) for extra in ([], limit)]
     assert differing(*found) == []
 
 
 @pytest.mark.parametrize("optimizer", SETTINGS)
-def test_every_optimizer_trains_and_resumes_bitwise(tiny: Recipe, optimizer: str) -> None:
+def test_every_optimizer_trains_and_resumes_bitwise(tiny: MakeConfig, optimizer: str) -> None:
     config = tiny(optimizer)
     straight, streams = make(config)
     initial = tensors(straight)
@@ -254,7 +256,7 @@ def test_every_optimizer_trains_and_resumes_bitwise(tiny: Recipe, optimizer: str
 @pytest.mark.parametrize("num_before", [0, 1])
 @pytest.mark.parametrize("optimizer", SETTINGS)
 def test_no_optimizer_updates_from_a_non_finite_loss_on(
-    tiny: Recipe, optimizer: str, num_before: int
+    tiny: MakeConfig, optimizer: str, num_before: int
 ) -> None:
     state, streams = make(tiny(optimizer))
     with streams:
@@ -273,7 +275,7 @@ def test_no_optimizer_updates_from_a_non_finite_loss_on(
 
 
 @pytest.mark.parametrize("optimizer", SETTINGS)
-def test_a_step_that_overflows_in_fp16_leaves_no_trace(tiny: Recipe, optimizer: str) -> None:
+def test_a_step_that_overflows_in_fp16_leaves_no_trace(tiny: MakeConfig, optimizer: str) -> None:
     """Weights are those of a run without it, if it is the first one and if it is a later one."""
     weights = {}
     for overflowing in ((), (0,), (1,)):
@@ -312,7 +314,9 @@ def is_frozen(name: str) -> bool:
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "rmsprop"])
-def test_frozen_parameters_keep_their_bytes_and_have_no_state(tiny: Recipe, optimizer: str) -> None:
+def test_frozen_parameters_keep_their_bytes_and_have_no_state(
+    tiny: MakeConfig, optimizer: str
+) -> None:
     state, streams = make(tiny(optimizer, HEADS))
     initial = tensors(state)
     after = tensors(advance(state, streams, 2))
@@ -327,7 +331,7 @@ def test_frozen_parameters_keep_their_bytes_and_have_no_state(tiny: Recipe, opti
     assert sum(len(g["params"]) for g in optimizer_of.param_groups) == len(names) - len(frozen)
 
 
-def test_a_run_with_frozen_parameters_resumes_bitwise(tiny: Recipe) -> None:
+def test_a_run_with_frozen_parameters_resumes_bitwise(tiny: MakeConfig) -> None:
     config = tiny("adam", HEADS)
     after = tensors(advance(*make(config), 3))
     folder = save(advance(*make(config), 1))
@@ -343,7 +347,7 @@ def test_a_run_with_frozen_parameters_resumes_bitwise(tiny: Recipe) -> None:
         ("[]", "trainable.*phase discriminator"),
     ],
 )
-def test_wrong_patterns_are_config_errors(tiny: Recipe, patterns: str, facts: str) -> None:
+def test_wrong_patterns_are_config_errors(tiny: MakeConfig, patterns: str, facts: str) -> None:
     with pytest.raises(ConfigError, match=facts) as caught:
         make(tiny("adam", f"trainable={patterns}"))
     assert "\n" not in str(caught.value)
@@ -353,7 +357,7 @@ def test_wrong_patterns_are_config_errors(tiny: Recipe, patterns: str, facts: st
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "rmsprop"])
-def test_weights_of_the_critic_are_clipped(tiny: Recipe, optimizer: str) -> None:
+def test_weights_of_the_critic_are_clipped(tiny: MakeConfig, optimizer: str) -> None:
     """Arjovsky et al. 2017, algorithm 1; from the initial weights on, the generator never."""
     critic = ("objective.loss=wasserstein", "objective.weight_clip=0.02")
     state, streams = make(tiny(optimizer, *critic, "objective.discriminator_steps=2"))

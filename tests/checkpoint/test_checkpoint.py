@@ -24,7 +24,7 @@ from bigan.run.state import TrainState
 from bigan.run.trainer import train
 from bigan.run_config import RunConfig
 
-Recipe = Callable[..., RunConfig]
+MakeConfig = Callable[..., RunConfig]
 
 
 def quiet(config: RunConfig) -> int:
@@ -40,13 +40,13 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: reader.read(name) for name in reader.shapes()}
 
 
-def test_resume_restores_networks_moments_and_counters(recipe: Recipe) -> None:
-    config = recipe()
+def test_resume_restores_networks_moments_and_counters(make_config: MakeConfig) -> None:
+    config = make_config()
     quiet(config)
     folder = checkpoint.latest(config.run_dir)
     assert folder is not None
     assert folder.name == "400"
-    state = TrainState(recipe("train.seed=9"), Engine(config, print), TEN_CLASSES)
+    state = TrainState(make_config("train.seed=9"), Engine(config, print), TEN_CLASSES)
     state.resume(folder)
     state.prepare()
     assert (state.progress.images_seen, state.progress.attempt) == (400, 2)
@@ -73,13 +73,13 @@ def test_resume_restores_networks_moments_and_counters(recipe: Recipe) -> None:
     assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
 
 
-def test_resumed_equals_uninterrupted_bitwise(recipe: Recipe, tmp_path: Path) -> None:
+def test_resumed_equals_uninterrupted_bitwise(make_config: MakeConfig, tmp_path: Path) -> None:
     extra = ["objective.penalties=[{name: r1, weight: 1.0, every: 3}]"]
     extra += ["objective.discriminator_steps=2"]
-    straight = recipe(*extra, f"run_dir={tmp_path / 'straight'}")
-    parts = recipe(*extra, f"run_dir={tmp_path / 'parts'}")
+    straight = make_config(*extra, f"run_dir={tmp_path / 'straight'}")
+    parts = make_config(*extra, f"run_dir={tmp_path / 'parts'}")
     quiet(straight)
-    first = recipe(*extra, f"run_dir={tmp_path / 'parts'}", "train.total_images=160")
+    first = make_config(*extra, f"run_dir={tmp_path / 'parts'}", "train.total_images=160")
     quiet(first)
     quiet(parts)
     assert weights(straight.run_dir, 400) == weights(parts.run_dir, 400)
@@ -123,10 +123,10 @@ def test_sigkill_between_and_during_saves(digits: Path, tmp_path: Path) -> None:
         assert not list((run / name).glob(".*")), "the next attempt deletes staging folders"
 
 
-def test_damaged_checkpoints_are_refused_with_advice(recipe: Recipe) -> None:
-    config = recipe()
+def test_damaged_checkpoints_are_refused_with_advice(make_config: MakeConfig) -> None:
+    config = make_config()
     quiet(config)
-    longer = recipe("train.total_images=800")
+    longer = make_config("train.total_images=800")
     folder = checkpoint.latest(config.run_dir)
     assert folder is not None
     path = folder / "part-00000-of-00001.safetensors"
@@ -141,8 +141,8 @@ def test_damaged_checkpoints_are_refused_with_advice(recipe: Recipe) -> None:
         quiet(longer)
 
 
-def test_checkpoint_of_another_model(recipe: Recipe, tmp_path: Path) -> None:
-    config = recipe()
+def test_checkpoint_of_another_model(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config()
     quiet(config)
     before = sorted(p for p in config.run_dir.rglob("*"))
     done = run_bigan(
@@ -155,15 +155,17 @@ def test_checkpoint_of_another_model(recipe: Recipe, tmp_path: Path) -> None:
     assert sorted(p for p in config.run_dir.rglob("*")) == before
     folder = checkpoint.latest(config.run_dir)
     assert folder is not None
-    other = TrainState(recipe("model.channels=4"), Engine(config, print), TEN_CLASSES)
+    other = TrainState(make_config("model.channels=4"), Engine(config, print), TEN_CLASSES)
     with pytest.raises(CheckpointError, match=r"another model: generator\."):
         other.resume(folder)
 
 
-def test_settings_that_may_change_between_attempts(recipe: Recipe) -> None:
-    config = recipe()
+def test_settings_that_may_change_between_attempts(make_config: MakeConfig) -> None:
+    config = make_config()
     quiet(config)
-    assert run_folder.check(recipe("train.total_images=800", "compile=aot_eager", "data.threads=1"))
+    assert run_folder.check(
+        make_config("train.total_images=800", "compile=aot_eager", "data.threads=1")
+    )
     optimizer = "optimizer.generator.schedule={name: linear, end: 0.0, images: 10}"
     for override in (
         optimizer,
@@ -174,11 +176,11 @@ def test_settings_that_may_change_between_attempts(recipe: Recipe) -> None:
         "data.block=100",
     ):
         with pytest.raises(ConfigError, match=f"has {override.partition('=')[0]}"):
-            run_folder.check(recipe(override))
+            run_folder.check(make_config(override))
 
 
-def test_folder_that_is_not_a_run_is_refused(recipe: Recipe) -> None:
-    config = recipe()
+def test_folder_that_is_not_a_run_is_refused(make_config: MakeConfig) -> None:
+    config = make_config()
     config.run_dir.mkdir()
     (config.run_dir / "thesis.tex").write_text("precious")
     with pytest.raises(ConfigError, match="not empty and not a run"):
@@ -186,8 +188,8 @@ def test_folder_that_is_not_a_run_is_refused(recipe: Recipe) -> None:
     assert [p.name for p in config.run_dir.iterdir()] == ["thesis.tex"]
 
 
-def test_finished_run_is_reported_and_its_marker_restored(recipe: Recipe) -> None:
-    config = recipe()
+def test_finished_run_is_reported_and_its_marker_restored(make_config: MakeConfig) -> None:
+    config = make_config()
     quiet(config)
     (config.run_dir / "DONE").unlink()
     printed: list[str] = []

@@ -22,7 +22,7 @@ from bigan.run.streams import open_streams
 from bigan.run.trainer import train
 from bigan.run_config import RunConfig
 
-Recipe = Callable[..., RunConfig]
+MakeConfig = Callable[..., RunConfig]
 R1 = "objective.penalties=[{name: r1, weight: 1}]"
 DISCRIMINATOR = "train/discriminator"
 
@@ -41,17 +41,17 @@ def are_equal(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("penalties", ["[{name: r1, weight: 1}]", "[]"])
-def test_zero3_is_refused_with_an_alternative(recipe: Recipe, penalties: str) -> None:
+def test_zero3_is_refused_with_an_alternative(make_config: MakeConfig, penalties: str) -> None:
     with pytest.raises(UserError, match=r"zero3.*penalty.*engine=fsdp"):
-        Engine(recipe("engine=zero3", f"objective.penalties={penalties}"), print)
+        Engine(make_config("engine=zero3", f"objective.penalties={penalties}"), print)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_trains(recipe: Recipe, precision: str) -> None:
+def test_half_precision_trains(make_config: MakeConfig, precision: str) -> None:
     """The losses stay near those of float32; weights and moments are float32."""
     losses = {}
     for name in ("fp32", precision):
-        state, streams = make(recipe(f"precision={name}", R1))
+        state, streams = make(make_config(f"precision={name}", R1))
         for scale in state.scales.values():
             scale.scale.fill_(256)  # none of these steps overflows
         with streams:
@@ -67,9 +67,9 @@ def test_half_precision_trains(recipe: Recipe, precision: str) -> None:
             assert moments["exp_avg"].abs().max() < 1000, "unscaled"
 
 
-def test_overflow_in_fp16_is_skipped_and_lowers_the_scale(recipe: Recipe) -> None:
+def test_overflow_in_fp16_is_skipped_and_lowers_the_scale(make_config: MakeConfig) -> None:
     """Scaled gradients beyond float32: no update, half the scale, and the run continues."""
-    state, streams = make(recipe("precision=fp16"))
+    state, streams = make(make_config("precision=fp16"))
     step = step_of(state, "discriminator")
     scale = state.scales["discriminator"]
     scale.scale.fill_(1e38)
@@ -89,8 +89,8 @@ def test_overflow_in_fp16_is_skipped_and_lowers_the_scale(recipe: Recipe) -> Non
     assert means[f"{DISCRIMINATOR}/loss_scale"] == pytest.approx((0.5e38 + 1024) / 2)
 
 
-def test_loss_scale_is_part_of_the_checkpoint(recipe: Recipe) -> None:
-    state, _ = make(recipe("precision=fp16"))
+def test_loss_scale_is_part_of_the_checkpoint(make_config: MakeConfig) -> None:
+    state, _ = make(make_config("precision=fp16"))
     names = {shard.name for shard in state.shards() if shard.name.startswith("state/")}
     assert names == {
         f"state/loss_scale_{phase}.{key}"
@@ -109,15 +109,15 @@ def test_loss_scale_grows_after_good_steps_and_has_a_minimum() -> None:
     assert scale.scale.item() == loss_scale.SMALLEST
 
 
-def test_fp16_stops_where_scaling_cannot_help(recipe: Recipe) -> None:
-    state, streams = make(recipe("precision=fp16"))
+def test_fp16_stops_where_scaling_cannot_help(make_config: MakeConfig) -> None:
+    state, streams = make(make_config("precision=fp16"))
     with streams, mock.patch.object(discriminator_inputs, "as_images", spoiled):
         state.advance(streams)
     assert state.engine.halted_at() == 0
 
 
-def test_non_finite_step_changes_nothing(recipe: Recipe) -> None:
-    state, streams = make(recipe())
+def test_non_finite_step_changes_nothing(make_config: MakeConfig) -> None:
+    state, streams = make(make_config())
     optimizer = state.prepared["discriminator"].optimizer
     with streams:
         state.advance(streams)
@@ -136,16 +136,18 @@ def test_non_finite_step_changes_nothing(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("num", [3, 6, 7])
-def test_accumulated_steps_are_finite(recipe: Recipe, num: int) -> None:
+def test_accumulated_steps_are_finite(make_config: MakeConfig, num: int) -> None:
     """Thirds and sevenths do not add up to one exactly: the check must not be a mean."""
-    state, streams = make(recipe(f"train.batch={num * 4}", "train.micro_batch=4"))
+    state, streams = make(make_config(f"train.batch={num * 4}", "train.micro_batch=4"))
     with streams:
         state.advance(streams, steps=[step_of(state, "discriminator")])
     assert state.engine.halted_at() == -1
 
 
-def test_run_stops_with_one_line_and_keeps_the_checkpoint(recipe: Recipe) -> None:
-    config = recipe("train.total_images=4000", "train.checkpoint_images=80", "train.tick_images=40")
+def test_run_stops_with_one_line_and_keeps_the_checkpoint(make_config: MakeConfig) -> None:
+    config = make_config(
+        "train.total_images=4000", "train.checkpoint_images=80", "train.tick_images=40"
+    )
     original = discriminator_inputs.as_images
     calls = iter(range(10**6))
 
@@ -160,18 +162,18 @@ def test_run_stops_with_one_line_and_keeps_the_checkpoint(recipe: Recipe) -> Non
         train(config, print, lambda *_: None)
     assert (config.run_dir / "checkpoints" / "160" / "COMPLETE").exists()
     assert not (config.run_dir / "checkpoints" / "200").exists()
-    assert train(recipe("train.total_images=240"), print, lambda *_: None) == 0
+    assert train(make_config("train.total_images=240"), print, lambda *_: None) == 0
 
 
-def test_phase_registers_only_what_it_trains(recipe: Recipe) -> None:
-    state, _ = make(recipe())
+def test_phase_registers_only_what_it_trains(make_config: MakeConfig) -> None:
+    state, _ = make(make_config())
     for name, phase in state.objective.phases.items():
         assert phase.trains == (name,)
         assert list(phase.parameters()) == list(state.networks[name].parameters())
 
 
-def test_networks_that_a_phase_reads_get_no_gradient(recipe: Recipe) -> None:
-    state, streams = make(recipe())
+def test_networks_that_a_phase_reads_get_no_gradient(make_config: MakeConfig) -> None:
+    state, streams = make(make_config())
     discriminator_step, generator_step = state.objective.steps(0)
     with streams:
         state.advance(streams, steps=[discriminator_step])
@@ -181,8 +183,8 @@ def test_networks_that_a_phase_reads_get_no_gradient(recipe: Recipe) -> None:
     assert all(p.grad is None for p in network(state, "discriminator").parameters())
 
 
-def test_lazy_penalty_is_due_every_kth_step(recipe: Recipe) -> None:
-    state, streams = make(recipe("objective.penalties=[{name: r1, weight: 1, every: 4}]"))
+def test_lazy_penalty_is_due_every_kth_step(make_config: MakeConfig) -> None:
+    state, streams = make(make_config("objective.penalties=[{name: r1, weight: 1, every: 4}]"))
     assert state.objective.period == 4
     due = ["r1" in state.objective.steps(n)[0].terms for n in range(0, 40 * 8, 40)]
     assert due == [True, False, False, False] * 2
@@ -193,10 +195,10 @@ def test_lazy_penalty_is_due_every_kth_step(recipe: Recipe) -> None:
     assert (lazy - plain).item() == pytest.approx(4 * scalars["r1"].item(), rel=1e-3)
 
 
-def test_bf16_keeps_penalties_in_float32(recipe: Recipe) -> None:
+def test_bf16_keeps_penalties_in_float32(make_config: MakeConfig) -> None:
     values = {}
     for precision in ("fp32", "bf16"):
-        state, streams = make(recipe(R1, f"precision={precision}"))
+        state, streams = make(make_config(R1, f"precision={precision}"))
         with streams:
             inputs = inputs_of(state, step_of(state, "discriminator"), streams)
         scalars = evaluate(state, "discriminator", inputs, ("adversarial", "r1")).scalars
@@ -215,12 +217,12 @@ def test_auto_is_eager_without_a_compiler_and_gives_the_reason() -> None:
     assert compile_backend("auto", torch.device("cuda")) == ("inductor", "")
 
 
-def test_failing_compilation_falls_back_with_one_line(recipe: Recipe) -> None:
+def test_failing_compilation_falls_back_with_one_line(make_config: MakeConfig) -> None:
     lines: list[str] = []
-    config = recipe("compile=aot_eager")
+    config = make_config("compile=aot_eager")
     runs = {}
     for broken in (True, False):
-        engine = Engine(config if broken else recipe(), lines.append)
+        engine = Engine(config if broken else make_config(), lines.append)
         if broken:
 
             def explode(*_: object) -> None:
@@ -237,9 +239,9 @@ def test_failing_compilation_falls_back_with_one_line(recipe: Recipe) -> None:
     assert are_equal(runs[True], runs[False])
 
 
-def test_learning_rate_warms_up(recipe: Recipe) -> None:
+def test_learning_rate_warms_up(make_config: MakeConfig) -> None:
     warmup = ("optimizer.generator.warmup_images=160", "optimizer.discriminator.warmup_images=0")
-    state, streams = make(recipe(*warmup))
+    state, streams = make(make_config(*warmup))
     rates = []
     with streams:
         for _ in range(3):
@@ -250,8 +252,8 @@ def test_learning_rate_warms_up(recipe: Recipe) -> None:
     ]
 
 
-def test_ema_is_a_copy_until_its_start(recipe: Recipe) -> None:
-    state, streams = make(recipe("ema.start_images=1000000"))
+def test_ema_is_a_copy_until_its_start(make_config: MakeConfig) -> None:
+    state, streams = make(make_config("ema.start_images=1000000"))
     with streams:
         state.advance(streams)
     average = [p.detach() for p in state.averages["generator"].parameters()]

@@ -103,10 +103,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float | None]]:
 
 
 def test_without_a_bound_they_are_those_that_training_stored(
-    recipe: Callable[..., RunConfig],
+    make_config: Callable[..., RunConfig],
 ) -> None:
     """The same draws in the same batches: a truncation changes nothing else."""
-    config = recipe()
+    config = make_config()
     state, stream = make(config)
     with stream:
         state.progress.images_seen = 200

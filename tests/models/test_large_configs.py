@@ -201,14 +201,14 @@ def with_batchnorm(monkeypatch: pytest.MonkeyPatch, config: RunConfig, name: str
 
 @pytest.mark.parametrize("name", ["r1", "r2", "wgan_gp"])
 def test_batchnorm_under_a_penalty_is_a_config_error(
-    recipe: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, name: str
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    config = recipe(f"objective.penalties=[{{name: {name}}}]")
+    config = make_config(f"objective.penalties=[{{name: {name}}}]")
     built_objective(config)  # BatchNorm in the generator is allowed
     with_batchnorm(monkeypatch, config, "discriminator")
     with pytest.raises(ConfigError, match=rf"^objective\.penalties: {name}: .*BatchNormed"):
         built_objective(config)
-    built_objective(recipe())
+    built_objective(make_config())
 
 
 def test_batchnorm_under_path_length_is_a_config_error(

@@ -130,9 +130,9 @@ def test_impossible_growth_is_a_config_error(grown: Grown, override: str, facts:
         grown(override)
 
 
-def test_a_fixed_resolution_cannot_grow(recipe: Grown) -> None:
+def test_a_fixed_resolution_cannot_grow(make_config: Grown) -> None:
     with pytest.raises(ConfigError, match=r"growth.*biggan.*use model.name=progan"):
-        recipe("growth={stable_images: 10, fade_images: 10}")
+        make_config("growth={stable_images: 10, fade_images: 10}")
 
 
 def test_a_group_must_be_whole_at_every_level_on_every_process(grown: Grown) -> None:

@@ -25,7 +25,7 @@ from bigan.run.standing_statistics import collect_standing_statistics
 from bigan.run.trainer import train
 from bigan.run_config import RunConfig
 
-Recipe = Callable[..., RunConfig]
+MakeConfig = Callable[..., RunConfig]
 
 
 def test_images_are_scaled_and_mirrored() -> None:
@@ -40,8 +40,8 @@ def test_images_are_scaled_and_mirrored() -> None:
     )
 
 
-def test_each_discriminator_step_reads_new_images_and_latents(recipe: Recipe) -> None:
-    state, streams = make(recipe("objective.discriminator_steps=2"))
+def test_each_discriminator_step_reads_new_images_and_latents(make_config: MakeConfig) -> None:
+    state, streams = make(make_config("objective.discriminator_steps=2"))
     read = []
 
     class Watched:
@@ -67,9 +67,9 @@ def test_each_discriminator_step_reads_new_images_and_latents(recipe: Recipe) ->
     assert steps == {"discriminator": 2, "generator": 1}
 
 
-def test_singular_vectors_are_iterated_once_for_each_phase(recipe: Recipe) -> None:
+def test_singular_vectors_are_iterated_once_for_each_phase(make_config: MakeConfig) -> None:
     """Without the explicit iteration the estimate would stay at its first random value."""
-    state, streams = make(recipe())
+    state, streams = make(make_config())
     layers = [layer for net in state.networks.values() for _, layer in spectral_layers(net)]
     before = [layer.u.clone() for layer in layers]
     with streams:
@@ -85,8 +85,10 @@ def test_singular_vectors_are_iterated_once_for_each_phase(recipe: Recipe) -> No
             assert 0.8 < (estimate / exact).item() < 1.001, name
 
 
-def test_orthogonal_regularization_is_added_to_the_loss_of_the_generator(recipe: Recipe) -> None:
-    state, _ = make(recipe("objective.orthogonal_weight=0.01"))
+def test_orthogonal_regularization_is_added_to_the_loss_of_the_generator(
+    make_config: MakeConfig,
+) -> None:
+    state, _ = make(make_config("objective.orthogonal_weight=0.01"))
     inputs = inputs_of(state, step_of(state, "generator"))
     with torch.no_grad():
         loss, scalars, _ = evaluate(state, "generator", inputs, ("adversarial",))
@@ -96,8 +98,8 @@ def test_orthogonal_regularization_is_added_to_the_loss_of_the_generator(recipe:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_phases_use_the_loss_of_the_config(recipe: Recipe, name: str) -> None:
-    state, streams = make(recipe(f"objective.loss={name}"))
+def test_phases_use_the_loss_of_the_config(make_config: MakeConfig, name: str) -> None:
+    state, streams = make(make_config(f"objective.loss={name}"))
     generator, discriminator = (network(state, n) for n in ("generator", "discriminator"))
     with streams, torch.no_grad():
         inputs = inputs_of(state, step_of(state, "discriminator"), streams)
@@ -113,8 +115,8 @@ def test_phases_use_the_loss_of_the_config(recipe: Recipe, name: str) -> None:
     assert scalars["logits_real"].item() == pytest.approx(logits_real.mean().item(), rel=1e-4)
 
 
-def test_drift_is_added_to_the_loss_of_the_discriminator(recipe: Recipe) -> None:
-    state, streams = make(recipe("objective.drift_weight=0.5"))
+def test_drift_is_added_to_the_loss_of_the_discriminator(make_config: MakeConfig) -> None:
+    state, streams = make(make_config("objective.drift_weight=0.5"))
     with streams, torch.no_grad():
         inputs = inputs_of(state, step_of(state, "discriminator"), streams)
         loss, scalars, _ = evaluate(state, "discriminator", inputs, ("adversarial",))
@@ -126,9 +128,9 @@ def test_drift_is_added_to_the_loss_of_the_discriminator(recipe: Recipe) -> None
 
 
 def test_relativistic_generator_is_shown_the_real_images_of_the_discriminator(
-    recipe: Recipe,
+    make_config: MakeConfig,
 ) -> None:
-    state, streams = make(recipe("objective.loss=relativistic", "data.mirror=true"))
+    state, streams = make(make_config("objective.loss=relativistic", "data.mirror=true"))
     step = step_of(state, "discriminator")
     with streams:
         state.advance(streams, steps=[step])
@@ -144,8 +146,8 @@ def test_relativistic_generator_is_shown_the_real_images_of_the_discriminator(
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_draws_are_a_function_of_the_seed(recipe: Recipe) -> None:
-    one, two = (make(recipe(f"train.seed={s}"))[0].objective.phases for s in (0, 1))
+def test_draws_are_a_function_of_the_seed(make_config: MakeConfig) -> None:
+    one, two = (make(make_config(f"train.seed={s}"))[0].objective.phases for s in (0, 1))
     terms = ("adversarial",)
     draws = one["discriminator"].draws(80, 40, terms)
     assert set(draws) == {"z", "labels"}
@@ -154,10 +156,10 @@ def test_draws_are_a_function_of_the_seed(recipe: Recipe) -> None:
     assert not torch.equal(draws["z"], one["generator"].draws(80, 40, terms)["z"])
 
 
-def test_images_are_mirrored_by_a_function_of_the_seed(recipe: Recipe) -> None:
+def test_images_are_mirrored_by_a_function_of_the_seed(make_config: MakeConfig) -> None:
     mirrored = []
     for seed in (0, 0, 1):
-        state, streams = make(recipe("data.mirror=true", f"train.seed={seed}"))
+        state, streams = make(make_config("data.mirror=true", f"train.seed={seed}"))
         step = step_of(state, "discriminator")
         with streams:
             mirrored.append(inputs_of(state, step, streams)["images.mirror"])
@@ -168,12 +170,12 @@ def test_images_are_mirrored_by_a_function_of_the_seed(recipe: Recipe) -> None:
     assert not torch.equal(mirrored[0], mirrored[2])
 
 
-def test_same_seed_same_weights_other_seed_other_weights(recipe: Recipe) -> None:
+def test_same_seed_same_weights_other_seed_other_weights(make_config: MakeConfig) -> None:
     torch.manual_seed(1)
-    first = network(make(recipe())[0], "generator")
+    first = network(make(make_config())[0], "generator")
     torch.manual_seed(2)
     again, other = (
-        network(make(recipe(*seed))[0], "generator") for seed in ((), ("train.seed=5",))
+        network(make(make_config(*seed))[0], "generator") for seed in ((), ("train.seed=5",))
     )
     pairs = list(zip(first.parameters(), again.parameters(), other.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b, _ in pairs)
@@ -181,9 +183,9 @@ def test_same_seed_same_weights_other_seed_other_weights(recipe: Recipe) -> None
 
 
 def test_grid_shows_the_same_latents_each_time_one_row_per_class(
-    recipe: Recipe, tmp_path: Path
+    make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    state, streams = make(recipe())
+    state, streams = make(make_config())
     collect_standing_statistics(state)
     saved: list[tuple[Tensor, dict[str, Any]]] = []
 
@@ -206,9 +208,9 @@ AUGMENT = ["{name: diffaugment}", "{name: ada, fixed: 0.7}"]
 
 
 @pytest.mark.parametrize("kind", AUGMENT)
-def test_discriminator_sees_all_images_augmented(recipe: Recipe, kind: str) -> None:
+def test_discriminator_sees_all_images_augmented(make_config: MakeConfig, kind: str) -> None:
     """Real and fake images and those of the generator's step, each with their own draws."""
-    state, streams = make(recipe(f"augment={kind}", "objective.loss=wasserstein"))
+    state, streams = make(make_config(f"augment={kind}", "objective.loss=wasserstein"))
     config = state.config.augment
     generator, discriminator = (network(state, n) for n in ("generator", "discriminator"))
 
@@ -239,10 +241,10 @@ def test_discriminator_sees_all_images_augmented(recipe: Recipe, kind: str) -> N
 @pytest.mark.parametrize("kind", AUGMENT)
 @pytest.mark.parametrize("name", PENALTIES)
 def test_penalties_differentiate_by_the_images_before_augmentation(
-    recipe: Recipe, name: str, kind: str
+    make_config: MakeConfig, name: str, kind: str
 ) -> None:
     penalties = f"objective.penalties=[{{name: {name}, weight: 1.0}}]"
-    state, streams = make(recipe(f"augment={kind}", penalties))
+    state, streams = make(make_config(f"augment={kind}", penalties))
     step = step_of(state, "discriminator")
     assert step.terms == ("adversarial", name)
     with streams:
@@ -269,12 +271,12 @@ def test_penalties_differentiate_by_the_images_before_augmentation(
     assert expected != pytest.approx(unaugmented, rel=1e-3)
 
 
-def test_strength_zero_trains_as_without_augmentation(recipe: Recipe) -> None:
+def test_strength_zero_trains_as_without_augmentation(make_config: MakeConfig) -> None:
     """Bitwise, R1 included: nothing but the augmentation itself is added."""
     states = []
     for kind in ("{name: none}", "{name: ada, fixed: 0.0}"):
         penalties = "objective.penalties=[{name: r1, weight: 1.0}]"
-        state, streams = make(recipe(f"augment={kind}", penalties))
+        state, streams = make(make_config(f"augment={kind}", penalties))
         with streams:
             for _ in range(2):
                 state.advance(streams)
@@ -290,11 +292,11 @@ def test_strength_zero_trains_as_without_augmentation(recipe: Recipe) -> None:
 
 @pytest.mark.parametrize(("certainty", "expected"), [(100.0, 0.66), (-100.0, 0.34)])
 def test_strength_grows_while_the_discriminator_is_sure_of_real_images(
-    recipe: Recipe, certainty: float, expected: float
+    make_config: MakeConfig, certainty: float, expected: float
 ) -> None:
     """Two adaptations in four steps of 2 x 40 images, each by 160 / 2000."""
     ada = "augment={name: ada, initial: 0.5, rampup_images: 2000, every_images: 160}"
-    state, streams = make(recipe(ada, "objective.discriminator_steps=2"))
+    state, streams = make(make_config(ada, "objective.discriminator_steps=2"))
     with torch.no_grad():
         network(state, "discriminator").get_parameter("linear.bias").fill_(certainty)
     with streams:
@@ -305,8 +307,8 @@ def test_strength_grows_while_the_discriminator_is_sure_of_real_images(
     assert state.state["augment"].get_buffer("p").item() == pytest.approx(expected)
 
 
-def test_fixed_strength_keeps_no_state_and_reports_nothing(recipe: Recipe) -> None:
-    state, streams = make(recipe("augment={name: ada, fixed: 0.25}"))
+def test_fixed_strength_keeps_no_state_and_reports_nothing(make_config: MakeConfig) -> None:
+    state, streams = make(make_config("augment={name: ada, fixed: 0.25}"))
     with streams:
         state.advance(streams)
     means, _ = state.statistics.collect()
@@ -316,10 +318,10 @@ def test_fixed_strength_keeps_no_state_and_reports_nothing(recipe: Recipe) -> No
         assert phase.values(40)["strength"].item() == 0.25
 
 
-def test_scheduled_strength_is_a_function_of_images_seen(recipe: Recipe) -> None:
+def test_scheduled_strength_is_a_function_of_images_seen(make_config: MakeConfig) -> None:
     """As of R3GAN: half a cosine from `fixed` to `fixed_end`; a resumed run needs no state."""
     augmented = "augment={name: ada, fixed: 0.1, fixed_end: 0.5}"
-    state, streams = make(recipe(augmented, "anneal_images=120"))
+    state, streams = make(make_config(augmented, "anneal_images=120"))
     seen = []
     with streams:
         for _ in range(5):
@@ -332,7 +334,7 @@ def test_scheduled_strength_is_a_function_of_images_seen(recipe: Recipe) -> None
 
 
 def test_adaptive_strength_resumes_bitwise_within_an_interval(
-    recipe: Recipe, tmp_path: Path
+    make_config: MakeConfig, tmp_path: Path
 ) -> None:
     """The strength and the signs counted so far are part of a checkpoint."""
     ada = "augment={name: ada, initial: 0.3, rampup_images: 1000, every_images: 120}"
@@ -340,7 +342,7 @@ def test_adaptive_strength_resumes_bitwise_within_an_interval(
     for run, lengths in (("straight", (400,)), ("parts", (200, 400))):
         for total in lengths:
             extra = (f"run_dir={tmp_path / run}", f"train.total_images={total}")
-            config = recipe(ada, "train.tick_images=40", *extra)
+            config = make_config(ada, "train.tick_images=40", *extra)
             seen = reports.setdefault(run, [])
             assert train(config, lambda _: None, lambda _, r, seen=seen: seen.append(r)) == 0
     strengths = [

@@ -25,12 +25,12 @@ from bigan.run_config import RunConfig
 from bigan.schedules import annealed
 
 STYLE = ROOT / "configs" / "smoke" / "stylegan2-digits.yaml"
-Recipe = Callable[..., RunConfig]
+MakeConfig = Callable[..., RunConfig]
 ADVERSARIAL = ("adversarial",)
 
 
 @pytest.fixture
-def style(digits: Path, tmp_path: Path) -> Recipe:
+def style(digits: Path, tmp_path: Path) -> MakeConfig:
     def load(*overrides: str) -> RunConfig:
         base = [f"data.path={digits}", f"run_dir={tmp_path / 'run'}"]
         return configs.load(RunConfig, STYLE, [*base, *overrides])
@@ -50,7 +50,7 @@ def num_steps(state: TrainState) -> tuple[int, int]:
 # --- separate steps ------------------------------------------------------------------------------
 
 
-def test_a_separate_step_follows_every_kth_main_step(style: Recipe) -> None:
+def test_a_separate_step_follows_every_kth_main_step(style: MakeConfig) -> None:
     """R1 at every fourth discriminator step, path lengths at every second of the generator."""
     state, streams = make(style())
     taken = []
@@ -65,7 +65,7 @@ def test_a_separate_step_follows_every_kth_main_step(style: Recipe) -> None:
     assert generator <= means.keys()
 
 
-def test_the_order_of_steps(style: Recipe) -> None:
+def test_the_order_of_steps(style: MakeConfig) -> None:
     objective = make(style())[0].objective
     assert objective.period == 4
     assert objective.steps(0) == (
@@ -82,7 +82,7 @@ def test_the_order_of_steps(style: Recipe) -> None:
     assert variants(objective, 32) == [*objective.steps(0), objective.steps(32)[-1]]
 
 
-def test_the_separate_step_has_the_gradient_of_its_penalty_alone(style: Recipe) -> None:
+def test_the_separate_step_has_the_gradient_of_its_penalty_alone(style: MakeConfig) -> None:
     separate = "objective.penalties=[{name: r1, weight: 3.0, every: 4, separate_step: true}]"
     state, streams = make(style(separate, "objective.path_length=null"))
     objective = state.objective
@@ -107,7 +107,7 @@ def test_the_separate_step_has_the_gradient_of_its_penalty_alone(style: Recipe) 
     assert any(gradient.abs().max() > 1e-4 for gradient in own)
 
 
-def test_adam_is_corrected_for_the_separate_steps(style: Recipe) -> None:
+def test_adam_is_corrected_for_the_separate_steps(style: MakeConfig) -> None:
     """k + 1 steps move and forget as much as k did (Karras et al. 2020, appendix B)."""
     state, streams = make(style())
     assert state.objective.separate_steps == {"discriminator": 4, "generator": 2}
@@ -119,7 +119,7 @@ def test_adam_is_corrected_for_the_separate_steps(style: Recipe) -> None:
         assert group["betas"] == pytest.approx((0.0, 0.99**c))
 
 
-def test_gamma_has_a_default_and_is_printed(style: Recipe) -> None:
+def test_gamma_has_a_default_and_is_printed(style: MakeConfig) -> None:
     config = style()
     weight = config.objective.penalties[0].initial_weight(16, 32)
     assert weight == pytest.approx(0.0002 * 16**2 / 32)
@@ -160,7 +160,7 @@ def test_gamma_has_a_default_and_is_printed(style: Recipe) -> None:
     ],
 )
 def test_impossible_settings_are_config_errors(
-    style: Recipe, overrides: list[str], facts: str
+    style: MakeConfig, overrides: list[str], facts: str
 ) -> None:
     with pytest.raises(ConfigError, match=facts):
         style(*overrides)
@@ -169,7 +169,7 @@ def test_impossible_settings_are_config_errors(
 # --- path lengths --------------------------------------------------------------------------------
 
 
-def test_path_length_and_its_gradient_are_those_of_finite_differences(style: Recipe) -> None:
+def test_path_length_and_its_gradient_are_those_of_finite_differences(style: MakeConfig) -> None:
     """In float64: the length by differencing images, the gradient by differencing the penalty."""
     state, _ = make(style("objective.path_length={weight: 2, every: 4}", "model.style_mixing=0"))
     parameters = parameters_of(state, "generator")
@@ -219,7 +219,7 @@ def test_path_length_and_its_gradient_are_those_of_finite_differences(style: Rec
         assert (gradient * direction).sum().item() == pytest.approx(slope, rel=1e-4, abs=1e-6)
 
 
-def test_the_mean_length_is_updated_and_part_of_the_state(style: Recipe) -> None:
+def test_the_mean_length_is_updated_and_part_of_the_state(style: MakeConfig) -> None:
     state, streams = make(style("objective.path_length={weight: 2, every: 2, decay: 0.25}"))
     mean = state.state["path_length"].get_buffer("mean")
     with streams:
@@ -231,7 +231,7 @@ def test_the_mean_length_is_updated_and_part_of_the_state(style: Recipe) -> None
     assert "state/path_length.mean" in {shard.name for shard in state.shards()}
 
 
-def test_path_lengths_use_a_part_of_the_batch(style: Recipe) -> None:
+def test_path_lengths_use_a_part_of_the_batch(style: MakeConfig) -> None:
     state, _ = make(style())
     step = step_of(state, "generator", ("path_length",))
     assert step.num_images == 16
@@ -243,7 +243,7 @@ def test_path_lengths_use_a_part_of_the_batch(style: Recipe) -> None:
     assert inputs["path_mean"].data_ptr() == mean.data_ptr()
 
 
-def test_the_mean_latent_is_updated(style: Recipe) -> None:
+def test_the_mean_latent_is_updated(style: MakeConfig) -> None:
     state, streams = make(style("objective.path_length=null"))
     generator = network(state, "generator")
     with streams:
@@ -258,7 +258,7 @@ def test_the_mean_latent_is_updated(style: Recipe) -> None:
     assert torch.equal(average, generator.mapping.w_average)
 
 
-def test_the_mean_latent_is_updated_once_after_a_separate_step(style: Recipe) -> None:
+def test_the_mean_latent_is_updated_once_after_a_separate_step(style: MakeConfig) -> None:
     """With the latents of the main step, not those of the step for path lengths."""
     state, streams = make(style())
     generator = network(state, "generator")
@@ -273,7 +273,7 @@ def test_the_mean_latent_is_updated_once_after_a_separate_step(style: Recipe) ->
     torch.testing.assert_close(generator.mapping.w_average, expected)
 
 
-def test_a_resumed_run_is_bitwise_the_same(style: Recipe, tmp_path: Path) -> None:
+def test_a_resumed_run_is_bitwise_the_same(style: MakeConfig, tmp_path: Path) -> None:
     """Path-length mean, mean latent and the counters of lazy terms are part of the state."""
     straight = style(f"run_dir={tmp_path / 'straight'}", "train.total_images=320")
     parts = style(f"run_dir={tmp_path / 'parts'}", "train.total_images=320")
@@ -295,8 +295,8 @@ def test_annealing_is_half_a_cosine() -> None:
     assert annealed(50, 2.0, None, 100) == annealed(50, 2.0, 1.0, None) == 2.0
 
 
-def test_rates_betas_and_penalties_are_annealed(recipe: Recipe) -> None:
-    config = recipe(
+def test_rates_betas_and_penalties_are_annealed(make_config: MakeConfig) -> None:
+    config = make_config(
         "anneal_images=400", "optimizer.discriminator.schedule={name: cosine, end: 1e-4}",
         "optimizer.discriminator.beta2_end=0.99", "optimizer.discriminator.warmup_images=0",
         "optimizer.discriminator.beta2=0.9",

@@ -86,9 +86,9 @@ def reference(digits: object) -> Callable[[RunConfig], State]:
 
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_aot_eager_is_bitwise_eager(
-    recipe: Callable[..., RunConfig], reference: Callable[[RunConfig], State], penalty: str
+    make_config: Callable[..., RunConfig], reference: Callable[[RunConfig], State], penalty: str
 ) -> None:
-    config = recipe(PENALTIES[penalty], "compile=aot_eager")
+    config = make_config(PENALTIES[penalty], "compile=aot_eager")
     state, messages = three_steps(config)
     assert not any("failed" in m for m in messages), messages
     difference = largest_difference(state, reference(config))
@@ -100,10 +100,10 @@ def test_aot_eager_is_bitwise_eager(
     "kind", ["ada", *(pytest.param(k, marks=pytest.mark.slow) for k in AUGMENT if k != "ada")]
 )
 def test_aot_eager_is_bitwise_eager_with_augmentation(
-    recipe: Callable[..., RunConfig], reference: Callable[[RunConfig], State], kind: str
+    make_config: Callable[..., RunConfig], reference: Callable[[RunConfig], State], kind: str
 ) -> None:
     """Hinge loss and R1 through the augmentation, as one full graph."""
-    config = recipe(PENALTIES["r1"], *AUGMENT[kind], "compile=aot_eager")
+    config = make_config(PENALTIES["r1"], *AUGMENT[kind], "compile=aot_eager")
     torch.compiler.reset()
     counters.clear()
     state, messages = three_steps(config)
@@ -122,13 +122,13 @@ def test_aot_eager_is_bitwise_eager_with_augmentation(
 )
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_families_agree(
-    recipe: Callable[..., RunConfig],
+    make_config: Callable[..., RunConfig],
     reference: Callable[[RunConfig], State],
     cell: str,
     backend: str,
 ) -> None:
     """Other families and objectives, a stage that fades in, separate regularization steps."""
-    config = recipe(*COMMON, *CELLS[cell], f"compile={backend}")
+    config = make_config(*COMMON, *CELLS[cell], f"compile={backend}")
     torch.compiler.reset()
     state, messages = three_steps(config)
     assert not any("failed" in m for m in messages), messages
@@ -142,12 +142,12 @@ def test_compiled_families_agree(
 @pytest.mark.parametrize("kind", ["none", *AUGMENT])
 @pytest.mark.parametrize("penalty", ["r1", "wgan_gp"])
 def test_inductor_agrees(
-    recipe: Callable[..., RunConfig],
+    make_config: Callable[..., RunConfig],
     reference: Callable[[RunConfig], State],
     penalty: str,
     kind: str,
 ) -> None:
-    config = recipe(PENALTIES[penalty], *AUGMENT.get(kind, []), "compile=inductor")
+    config = make_config(PENALTIES[penalty], *AUGMENT.get(kind, []), "compile=inductor")
     torch.compiler.reset()  # the other rows' graphs count against the limit of recompilations
     state, messages = three_steps(config)
     assert not any("failed" in m for m in messages), messages
@@ -158,21 +158,21 @@ def test_inductor_agrees(
 
 
 def test_a_penalty_matters(
-    recipe: Callable[..., RunConfig], reference: Callable[[RunConfig], State]
+    make_config: Callable[..., RunConfig], reference: Callable[[RunConfig], State]
 ) -> None:
     """The cells above compare something: without the penalty the weights differ."""
-    plain = reference(recipe())
+    plain = reference(make_config())
     for name in ("r1", "wgan_gp"):
         assert any(
             not torch.equal(plain[k], t)
-            for k, t in reference(recipe(PENALTIES[name])).items()
+            for k, t in reference(make_config(PENALTIES[name])).items()
             if k.startswith("discriminator.") and k in plain
         )
 
 
 @pytest.mark.parametrize("penalty", ["none", "wgan_gp"])
 def test_accumulation_leaves_the_discriminator_step_unchanged(
-    recipe: Callable[..., RunConfig], penalty: str
+    make_config: Callable[..., RunConfig], penalty: str
 ) -> None:
     """The gradient over micro-batches of 10 is that of the joined batch of 40: a mean, not a sum.
 
@@ -181,7 +181,7 @@ def test_accumulation_leaves_the_discriminator_step_unchanged(
     """
     states = []
     for micro_batch in (10, 40):
-        config = recipe(PENALTIES[penalty], f"train.micro_batch={micro_batch}")
+        config = make_config(PENALTIES[penalty], f"train.micro_batch={micro_batch}")
         state = TrainState(config, Engine(config, print), TEN_CLASSES)
         state.networks["generator"].eval()
         state.prepare()

@@ -10,7 +10,7 @@ from bigan.checkpoint.retention import kept
 from bigan.run.collapse import NEVER, Detector, Spans, Tick, gap_of, history, spans
 from bigan.run_config import CollapseConfig, RunConfig
 
-Recipe = Callable[..., RunConfig]
+MakeConfig = Callable[..., RunConfig]
 
 LENGTHS = Spans(window=4_000, baseline=40_000, minimum=40_000)
 TICK = 1_000

@@ -26,7 +26,7 @@ from bigan.run.trainer import train
 from bigan.run_config import RunConfig
 from bigan.run_folder import RunFolder
 
-Recipe = Callable[..., RunConfig]
+MakeConfig = Callable[..., RunConfig]
 
 
 def test_counters_of_a_checkpoint_are_amended(tmp_path: Path) -> None:
@@ -68,9 +68,9 @@ def test_the_best_snapshot_is_the_evaluators(tmp_path: Path) -> None:
     assert best_snapshot(tmp_path) == (40, "fid/x", 80.0)
 
 
-def test_a_run_without_watched_values_is_not_checked(recipe: Recipe) -> None:
+def test_a_run_without_watched_values_is_not_checked(make_config: MakeConfig) -> None:
     """It keeps no checkpoint for a rollback either; singular values alone are enough for both."""
-    config = recipe("collapse.window_images=80")
+    config = make_config("collapse.window_images=80")
     state = TrainState(config, Engine(config, print), TEN_CLASSES)
     saver = checkpoint.Saver(config.run_dir, World())
     rollback = Rollback(state, saver)
@@ -139,8 +139,10 @@ def checkpoints(config: RunConfig) -> list[int]:
     return sorted(int(p.name) for p in (config.run_dir / "checkpoints").iterdir())
 
 
-def test_a_collapsing_run_warns_once_and_keeps_a_healthy_checkpoint(recipe: Recipe) -> None:
-    config = recipe(*COLLAPSING)
+def test_a_collapsing_run_warns_once_and_keeps_a_healthy_checkpoint(
+    make_config: MakeConfig,
+) -> None:
+    config = make_config(*COLLAPSING)
     (line,) = run(config)
     assert "from images_seen = 200 to 360" in line
     assert "the largest singular value of discriminator." in line
@@ -149,14 +151,14 @@ def test_a_collapsing_run_warns_once_and_keeps_a_healthy_checkpoint(recipe: Reci
     assert checkpoints(config)[-2:] == [400, 440]
     record = json.loads((config.run_dir / "checkpoints/440/progress.json").read_text())
     assert record["collapse_began"] == 200
-    longer = recipe(*COLLAPSING, "train.total_images=520")
+    longer = make_config(*COLLAPSING, "train.total_images=520")
     assert run(longer) == [], "one warning per episode, also over two attempts"
     with pytest.raises(RunError, match=r"collapse\.action=rollback continues from 160"):
-        run(recipe(*COLLAPSING, "train.total_images=600", "collapse.action=stop"))
+        run(make_config(*COLLAPSING, "train.total_images=600", "collapse.action=stop"))
 
 
-def test_singular_values_of_every_layer_are_logged(recipe: Recipe) -> None:
-    config = recipe("train.total_images=40", "train.tick_images=40")
+def test_singular_values_of_every_layer_are_logged(make_config: MakeConfig) -> None:
+    config = make_config("train.total_images=40", "train.tick_images=40")
     run(config)
     state = TrainState(config, Engine(config, print), TEN_CLASSES)
     state.resume(config.run_dir / "checkpoints" / "40")
@@ -176,14 +178,14 @@ def test_singular_values_of_every_layer_are_logged(recipe: Recipe) -> None:
     assert line["spectral/discriminator/linear"] == pytest.approx(largest, rel=1e-3)  # a single row
 
 
-def test_a_collapsing_run_may_be_stopped(recipe: Recipe) -> None:
-    config = recipe(*COLLAPSING, "collapse.action=stop")
+def test_a_collapsing_run_may_be_stopped(make_config: MakeConfig) -> None:
+    config = make_config(*COLLAPSING, "collapse.action=stop")
     for _ in range(2):  # the same command stops at the same point
         with pytest.raises(RunError, match="checkpoint 160 is from before it; stopped"):
             run(config)
         assert checkpoints(config) == [160, 240, 320]
         assert seen_by_tick(config)[-1] == 360
-    (line,) = run(recipe(*COLLAPSING, "collapse.action=rollback"))
+    (line,) = run(make_config(*COLLAPSING, "collapse.action=rollback"))
     assert "rollback 1 of 3" in line
 
 
@@ -211,9 +213,9 @@ def rolled_back(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes
 # Before detection; after the rollback, when the healthy checkpoint is the newest; one tick later.
 @pytest.mark.parametrize("killed_at_tick", [9, 10, 12])
 def test_killed_around_a_rollback_and_resumed_is_bitwise(
-    recipe: Recipe, rolled_back: bytes, killed_at_tick: int
+    make_config: MakeConfig, rolled_back: bytes, killed_at_tick: int
 ) -> None:
-    config = recipe(*COLLAPSING, "collapse.action=rollback")
+    config = make_config(*COLLAPSING, "collapse.action=rollback")
     with pytest.raises(Killed):
         run(config, killed_at_tick)
     assert len(run(config)) == (killed_at_tick == 9), "a rollback is not repeated"
@@ -222,9 +224,9 @@ def test_killed_around_a_rollback_and_resumed_is_bitwise(
 
 
 def test_killed_during_a_rollback(
-    recipe: Recipe, rolled_back: bytes, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, rolled_back: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = recipe(*COLLAPSING, "collapse.action=rollback")
+    config = make_config(*COLLAPSING, "collapse.action=rollback")
 
     def killed(*_: object, **__: object) -> None:
         raise Killed
@@ -240,17 +242,17 @@ def test_killed_during_a_rollback(
     assert snapshot.read_bytes() == rolled_back
 
 
-def test_rollbacks_come_to_an_end(recipe: Recipe) -> None:
+def test_rollbacks_come_to_an_end(make_config: MakeConfig) -> None:
     """With unchanged learning rates it collapses again, at the same point."""
     again = ("collapse.action=rollback", "collapse.lr_factor=1", "collapse.max_rollbacks=1")
-    config = recipe(*COLLAPSING, *again)
+    config = make_config(*COLLAPSING, *again)
     with pytest.raises(RunError, match=r"stopped after 1 rollback\(s\)"):
         run(config)
     assert seen_by_tick(config) == [*range(40, 361, 40), *range(200, 361, 40)]
 
 
-def test_no_checkpoint_to_restore(recipe: Recipe) -> None:
-    config = recipe(*COLLAPSING, "train.checkpoint_images=600", "collapse.action=rollback")
+def test_no_checkpoint_to_restore(make_config: MakeConfig) -> None:
+    config = make_config(*COLLAPSING, "train.checkpoint_images=600", "collapse.action=rollback")
     with pytest.raises(RunError, match="there is no checkpoint from before it"):
         run(config)
 
