@@ -28,9 +28,10 @@ from bigan.file_lock import locked
 class NodeCache:
     """Cached copies of the shards below the URL `base`, in `folder`.
 
-    `limit_bytes` (None: no limit) bounds the complete shards. Shards in download, one per
-    connection, and evicted shards that a process has open are extra (`LocalShards` keeps at most
-    half of the limit open). Safe to use from several threads and processes.
+    `limit_bytes` (None: no limit) bounds the shards, including those in download by this process.
+    Downloads of other processes and evicted shards that a process has open are extra
+    (`LocalShards` keeps at most half of the limit open). Safe to use from several threads and
+    processes.
     """
 
     def __init__(
@@ -41,6 +42,8 @@ class NodeCache:
         self.limit_bytes = limit_bytes
         self.allow_pipe = allow_pipe
         self.num_downloads = 0
+        self._downloading = 0  # bytes of this process's downloads in progress
+        self._counting = threading.Lock()
         self.transfers = remote.Transfers()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -68,15 +71,15 @@ class NodeCache:
         try:
             with self._locked(f"{shard.sha256}.lock", remove=True):
                 if not file.exists():  # otherwise another process has downloaded it
-                    self._evict(shard.filesize)
-                    remote.download(
-                        remote.join(self.base, shard.url),
-                        file,
-                        size=shard.filesize,
-                        sha256=shard.sha256,
-                        allow_pipe=self.allow_pipe,
-                        transfers=self.transfers,
-                    )
+                    with self._reserved(shard.filesize):
+                        remote.download(
+                            remote.join(self.base, shard.url),
+                            file,
+                            size=shard.filesize,
+                            sha256=shard.sha256,
+                            allow_pipe=self.allow_pipe,
+                            transfers=self.transfers,
+                        )
                     self.num_downloads += 1
         except InterruptedError:
             raise DataError(f"{self.folder}: the stream was closed") from None
@@ -102,10 +105,21 @@ class NodeCache:
     def _file(self, shard: Shard) -> Path:
         return self.folder / f"{shard.sha256}.tar"
 
-    def _evict(self, needed: int) -> None:
-        """Delete the least recently used shards until `needed` more bytes are below the limit."""
+    @contextlib.contextmanager
+    def _reserved(self, needed: int) -> Iterator[None]:
+        """Evict, then keep `needed` bytes for a download: several of them run at a time."""
         if self.limit_bytes is None:
+            yield
             return
+        self._evict(needed, self.limit_bytes)
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._downloading -= needed
+
+    def _evict(self, needed: int, limit: int) -> None:
+        """Delete the least recently used shards until `needed` more bytes are below the limit."""
         # Two processes that evict at once would delete too much.
         with self._locked("eviction.lock"):
             found = []
@@ -113,9 +127,11 @@ class NodeCache:
                 with contextlib.suppress(FileNotFoundError):
                     status = path.stat()
                     found.append((status.st_mtime_ns, status.st_size, path))
-            total = sum(size for _, size, _ in found)
+            with self._counting:
+                self._downloading += needed
+                total = sum(size for _, size, _ in found) + self._downloading
             for _, size, path in sorted(found):
-                if total + needed <= self.limit_bytes:
+                if total <= limit:
                     return
                 path.unlink(missing_ok=True)
                 total -= size
