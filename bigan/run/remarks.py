@@ -11,6 +11,7 @@ def remarks(state: TrainState) -> list[str]:
     """One line each."""
     return [
         *([resampled.NOTE] if _is_resampled(state) else []),
+        *_unused_streams(state),
         *_batchnorm(state),
         *state.objective.remarks(),
         *_optimizers(state),
@@ -20,6 +21,13 @@ def remarks(state: TrainState) -> list[str]:
 
 def _is_resampled(state: TrainState) -> bool:
     return any(data.mode == "resampled" for data in state.config.streams.values())
+
+
+def _unused_streams(state: TrainState) -> list[str]:
+    """Data streams that the objective does not read."""
+    objective = state.config.objective
+    unused = [name for name in state.config.streams if name not in objective.streams]
+    return [f"data.{name} is not read by objective.name={objective.name}" for name in unused]
 
 
 def _batchnorm(state: TrainState) -> list[str]:
