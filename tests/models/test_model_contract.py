@@ -264,7 +264,6 @@ def test_func_grad_through_a_discriminator_equals_autograd(
 # --- compilation and precision -------------------------------------------------------------------
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(("name", "kind"), SMALL_NETWORKS)
 def test_one_full_graph_equals_eager(name: str, kind: str) -> None:
     """With its gradients, and for every `alpha` of a network that fades in."""

@@ -288,7 +288,6 @@ def test_draws_do_not_depend_on_the_world_size(build: Build) -> None:
             assert differing(joined, draws) == [], (sharded.train.micro_batch, size)
 
 
-@pytest.mark.full
 def test_one_full_graph_for_each_phase_and_terms(build: Build) -> None:
     """Annealed values, moving strengths and counters compile nothing again; compiled = eager."""
     messages: list[str] = []
