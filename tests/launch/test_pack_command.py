@@ -74,7 +74,7 @@ def kill_while_packing(command: list[str], folder: Path, after_shards: int) -> b
 
 @pytest.mark.full
 @pytest.mark.parametrize("num", [800, pytest.param(5000, marks=pytest.mark.slow)])
-def test_killed_twice_gives_the_same_bytes(tmp_path: Path, num: int) -> None:
+def test_killed_twice_gives_the_same_bytes(bigan: Run, tmp_path: Path, num: int) -> None:
     """An interrupted command gives the files of an uninterrupted one."""
     source = photos(tmp_path / "photos", num)
     options = ["--resolution", "32", "--shard-size", str(num // 25), "--jobs", "1"]
