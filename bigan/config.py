@@ -195,6 +195,14 @@ def _explain(
     where = "command line" if from_command_line else path
     if detail["type"] == "extra_forbidden":
         candidates = _keys(schema, data)
+        if key in candidates:  # of another class of a tagged union
+            section, _, leaf = key.rpartition(".")
+            name = _at(data, loc[:-1]).get("name", "the default")
+            chosen = "command line" if f"{section}.name" in touched else where
+            return (
+                f"{chosen}: {section}.name = {name}: has no setting {leaf}; leave {key} = "
+                f"{detail['input']!r} out"
+            )
         hint = _nearest_key(key, candidates)
         return f"{where}: {key} = {detail['input']!r}: unknown key{hint}"
     if detail["type"] == "missing":
@@ -276,6 +284,16 @@ def _keys(schema: type[BaseModel], data: Any, prefix: str = "") -> list[str]:
             for key, entry in below.items() if isinstance(below, dict) else ():
                 paths += _keys(model, entry, f"{prefix}{name}.{key}.")
     return list(dict.fromkeys(paths))
+
+
+def _at(data: Any, loc: Sequence[int | str]) -> dict[str, Any]:
+    """The mapping at a location of plain data, or an empty one."""
+    for part in loc:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            return {}
+    return data if isinstance(data, dict) else {}
 
 
 def _nearest_key(key: str, candidates: list[str]) -> str:

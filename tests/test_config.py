@@ -39,6 +39,11 @@ def test_overrides_change_nested_values() -> None:
         ("train.total_image=5", ["train.total_image", "5", "did you mean 'train.total_images'"]),
         ("trian.seed=5", ["trian", "did you mean 'train'"]),
         ("model.chanels=5", ["model.chanels", "'model.channels'"]),
+        (
+            "optimizer.generator={name: sgd, lr: 0.1, beta1: 0.5}",
+            ["optimizer.generator.name = sgd: has no setting beta1"],
+        ),
+        ("objective.name=vae", ["objective.name = vae: has no setting loss"]),
         ("optimizer.generator.Lr=5", ["optimizer.generator.Lr", "'optimizer.generator.lr'"]),
         ("optimizer.generator.momentum=0.5", ["optimizer.generator.momentum = 0.5"]),
         ("train.seed=one", ["train.seed = 'one'", "valid integer"]),
