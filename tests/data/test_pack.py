@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from data_helpers import one_line, tree
 from packed_folders import drawn, only, unpacked
-from PIL import Image
 
 from bigan.data import DataError
 from bigan.data.format.codec import Encoding, decode_into, encode
@@ -23,18 +22,6 @@ DIGITS = {  # hashes of the digits at each size
     16: "a8ca6cffbf1b60b5abe9589ac8fa2c2a",
     32: "784b2bc47b330d453c94642c0c794d66",
 }
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 JPEG files in two classes."""
-    root = tmp_path_factory.mktemp("photos") / "photos"
-    random = np.random.default_rng(0)
-    for i in range(60):
-        file = root / f"class{i % 2}" / f"image.{i:02d}.jpg"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (20, 30, 3), np.uint8)).save(file)
-    return root
 
 
 # --- contents -----------------------------------------------------------------------------------

@@ -13,26 +13,12 @@ import numpy as np
 import pytest
 from data_helpers import one_line, tree
 from packed_folders import drawn, only, record, unpacked
-from PIL import Image
 
 from bigan import atomic_files
 from bigan.data import DataError
 from bigan.data.format.manifest import Manifest
 from bigan.data.packing import pack_plan
 from bigan.data.packing.pack import MAX_EXCESS_BAD, pack, pack_source
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 JPEG files in two classes."""
-    root = tmp_path_factory.mktemp("photos") / "photos"
-    random = np.random.default_rng(0)
-    for i in range(60):
-        file = root / f"class{i % 2}" / f"image.{i:02d}.jpg"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (20, 30, 3), np.uint8)).save(file)
-    return root
-
 
 # --- unusable images ----------------------------------------------------------------------------
 

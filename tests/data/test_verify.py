@@ -29,12 +29,6 @@ from bigan.data.format.tar import shard_bytes
 from bigan.data.packing.pack import pack
 from bigan.data.packing.verify import verify
 
-
-@pytest.fixture
-def pngs(tmp_path: Path) -> Path:
-    return write(tmp_path / "animals", samples("png"), "png")
-
-
 # --- nothing wrong ------------------------------------------------------------------------------
 
 

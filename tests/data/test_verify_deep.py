@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from verify_folders import (
-    CLASSES,
     check_flips,
     edit,
     flip,
@@ -27,19 +26,6 @@ from bigan.data.format.manifest import Manifest
 from bigan.data.format.tar import index_shard
 from bigan.data.packing.pack import pack
 from bigan.data.packing.verify import Report, verify
-
-
-@pytest.fixture
-def packed(tmp_path: Path) -> Path:
-    """The output of `bigan pack` for 12 images and one unusable image."""
-    for number in range(12):
-        file = tmp_path / "photos" / CLASSES[number % 3] / f"{number}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture(number)).save(file)
-    (tmp_path / "photos" / "cat" / "bad.png").write_bytes(b"no image")
-    folder = tmp_path / "packed"
-    pack(tmp_path / "photos", folder, resolution=8, shard_size=8, test_fraction=0, max_bad=1)
-    return folder
 
 
 @pytest.fixture

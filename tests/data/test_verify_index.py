@@ -11,9 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from verify_folders import (
-    CLASSES,
     check_flips,
     edit,
     flip,
@@ -22,7 +20,6 @@ from verify_folders import (
     member,
     picture,
     reseal,
-    samples,
     sha256,
     write,
 )
@@ -32,25 +29,6 @@ from bigan.data.format.manifest import COLUMNS, Manifest
 from bigan.data.packing.index_in_place import index_in_place
 from bigan.data.packing.pack import pack
 from bigan.data.packing.verify import verify
-
-
-@pytest.fixture
-def pngs(tmp_path: Path) -> Path:
-    return write(tmp_path / "animals", samples("png"), "png")
-
-
-@pytest.fixture
-def packed(tmp_path: Path) -> Path:
-    """The output of `bigan pack` for 12 images and one unusable image."""
-    for number in range(12):
-        file = tmp_path / "photos" / CLASSES[number % 3] / f"{number}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture(number)).save(file)
-    (tmp_path / "photos" / "cat" / "bad.png").write_bytes(b"no image")
-    folder = tmp_path / "packed"
-    pack(tmp_path / "photos", folder, resolution=8, shard_size=8, test_fraction=0, max_bad=1)
-    return folder
-
 
 # --- index and manifest -------------------------------------------------------------------------
 
