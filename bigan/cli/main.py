@@ -237,6 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         elif not _printed_by_another_rank(error):
             print(f"bigan: {' '.join(str(error).split())}", file=sys.stderr)
+            for note in getattr(error, "__notes__", []):
+                print(note, file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:  # the reader of the pipe, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,6 +18,7 @@ def pack_command(arguments: argparse.Namespace) -> int:
 
     destination = arguments.destination
     given = {n: v for n, v in vars(arguments).items() if n in PackOptions.__dataclass_fields__}
+    given["exclude"] = tuple(given.get("exclude", ()))
     if given.get("encoding") == "jpeg":
         given["encoding"] = "jpg"
     with _image_bar(f"packing {destination}") as progress:
@@ -30,8 +31,6 @@ def pack_command(arguments: argparse.Namespace) -> int:
             f"{manifest.folder}: {counts} images, {manifest.resolution} px, "
             f"{manifest.channels} channel(s), {manifest.num_classes} classes"
         )
-    if packed.num_ignored:
-        print(f"{packed.num_ignored:,} files without an image suffix were ignored")
     if packed.bad:
         print(f"{len(packed.bad):,} unusable images were left out; see {destination / BAD}")
     return 0
@@ -73,6 +72,7 @@ def add_pack_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("destination", type=Path, help="folder to write")
     _add_image_options(command.add_argument_group("images", argument_default=argparse.SUPPRESS))
     _add_storage_options(command.add_argument_group("storage", argument_default=argparse.SUPPRESS))
+    _add_label_options(command.add_argument_group("labels", argument_default=argparse.SUPPRESS))
     splits = command.add_argument_group(
         "splits, by the hash of the image's name", argument_default=argparse.SUPPRESS
     )
@@ -121,6 +121,22 @@ def _add_image_options(images: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="N",
         help="succeed with up to N unusable images, which are left out (default 0)",
+    )
+
+
+def _add_label_options(labels: argparse._ArgumentGroup) -> None:
+    labels.add_argument(
+        "--labels",
+        choices=("auto", "folders", "none"),
+        help="auto (default): from label files if there are any, else from folders; folders: label "
+        "files are ignored; none: one class",
+    )
+    labels.add_argument(
+        "--exclude",
+        action="append",
+        metavar="PATTERN",
+        help="leave out files and folders with this name or path, such as masks or '*_small.png'; "
+        "may be repeated",
     )
 
 

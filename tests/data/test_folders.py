@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_helpers import one_line
-from image_folders import both, classes_of, write, zipped
+from image_folders import both, classes_of, num_skipped, write, zipped
 from PIL import Image
 
 from bigan.data import DataError
@@ -83,7 +83,7 @@ def test_train_beside_another_folder_is_a_class(root: Path) -> None:
         ((), (), "contains no images"),
         (("a/1.png",), ("b",), "b: contains no images"),
         (("1.png",), ("a",), "and folders (a)"),
-        (("train/a/1.png", "test/1.png"), (), "test has no class folders"),
+        (("train/a/1.png", "test/1.png"), (), "test: has no class folders"),
         (("train/a/1.png", "test/b/1.png"), (), "class 'b' has no images in train"),
         (("train/a/1.png", "train/2.png", "test/a/1.png"), (), "and folders"),
         (("train/a/1.png",), ("test",), "test: contains no images"),
@@ -102,7 +102,7 @@ def test_ambiguous_layouts(
 
 
 def test_unprintable_class_names(root: Path) -> None:
-    write(root, "a\nb/1.png")
+    write(root, "a\nb/1.png", "c/1.png")
     with pytest.raises(DataError) as error:
         open_source(root, resolution=8)
     one_line(error, "a\\nb", "rename")
@@ -216,7 +216,7 @@ def test_entries_without_images_and_images_without_entries(root: Path, tmp_path:
         ("dataset.json", b'{"images": []}', 'no "labels"'),
         ("dataset.json", b'{"labels": 3}', "neither a list nor"),
         ("dataset.json", b'{"labels": [["1.png"]]}', "expected"),
-        ("dataset.json", b'{"labels": [["1.png", [0, 1]]]}', "neither an integer"),
+        ("dataset.json", b'{"labels": [["1.png", [0, 1]]]}', "[0, 1], several values"),
     ],
 )
 def test_invalid_label_files(root: Path, name: str, content: bytes, part: str) -> None:
@@ -268,24 +268,24 @@ def test_other_kinds_of_file_are_counted(root: Path) -> None:
     write(root, "a/1.png", "a/2.jpg", "b/..dots..png", "b/.hidden.png", ".git/x.png")
     (root / "a" / "2.jpg").rename(root / "a" / "2.JFIF")
     shutil.copy(root / "a" / "2.JFIF", root / "b" / "3.jpe")
-    for name in ("README.txt", "a/4.heic", "a/labels.csv", "b/.DS_Store", "b/..heic"):
+    for name in ("README.txt", "a/4.heic", "a/tags.csv", "b/.DS_Store", "b/..heic"):
         (root / name).write_bytes(b"?")
     (root / "labels.csv").write_text("a/1,x\na/2,x\nb/..dots.,y\nb/3,y\n")
     (root / "gone.txt").symlink_to(root / "nowhere")
     folder = open_source(root, resolution=8)
     assert folder.keys == ("a/1.png", "a/2.JFIF", "b/..dots..png", "b/3.jpe")
-    assert (folder.num_ignored, folder.bad) == (5, ())
+    assert (num_skipped(folder), folder.bad) == (5, ())
     (root / "gone.txt").unlink()
     with zipfile.ZipFile(root.with_suffix(".zip"), "w") as file:
         for path in (path for path in root.rglob("*") if path.is_file()):  # `write` drops the "./"
             file.writestr(f"./wrap/{path.relative_to(root)}", path.read_bytes())
     archive = open_source(root.with_suffix(".zip"), resolution=8)
-    assert (archive.keys, archive.num_ignored, archive.bad) == (folder.keys, 4, ())
+    assert (archive.keys, num_skipped(archive), archive.bad) == (folder.keys, 4, ())
     with zipfile.ZipFile(root.with_suffix(".zip"), "a") as file:
         file.writestr("./", b"")
         file.writestr("read-me.txt", b"?")
     archive = open_source(root.with_suffix(".zip"), resolution=8)
-    assert (archive.keys, archive.num_ignored, archive.bad) == (folder.keys, 5, ())
+    assert (archive.keys, num_skipped(archive), archive.bad) == (folder.keys, 5, ())
 
 
 def test_stamp_depends_on_modification_times(root: Path) -> None:

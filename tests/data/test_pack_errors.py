@@ -66,8 +66,8 @@ def test_originals_removed_after_the_start(photos: Path, tmp_path: Path) -> None
     (root / "notes.txt").write_text("not an image")
     packed = pack(root, target, resolution=8, shard_size=20)
     assert packed.complete
-    assert packed.num_ignored == 1
-    assert pack(root, target, resolution=8, shard_size=20).num_ignored == 1  # complete
+    assert packed.skipped == ((".txt", 1),)
+    assert pack(root, target, resolution=8, shard_size=20).skipped == packed.skipped  # complete
     (root / "class0" / "image.00.jpg").unlink()
     with pytest.raises(DataError, match=r"already holds another pack \(identity"):
         pack(root, target, resolution=8, shard_size=20)

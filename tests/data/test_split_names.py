@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bigan.data.packing.split_names import split_of
+from bigan.data.packing.split_names import other_words, split_of
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,11 @@ from bigan.data.packing.split_names import split_of
 def test_the_split_that_a_name_declares(split: str | None, names: str | list[str]) -> None:
     listed = names.split() if isinstance(names, str) else names
     assert {name: split_of(name) for name in listed} == dict.fromkeys(listed, split)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("Train", ()), ("seg_train", ("seg",)), ("val2017", ()), ("trainImages", ("images",))],
+)
+def test_the_words_beside_the_split(name: str, words: tuple[str, ...]) -> None:
+    assert other_words(name) == words

@@ -46,13 +46,13 @@ class Member:
     size: int
 
 
-def walk_tar(data: Buffer, where: str) -> Iterator[Member]:
-    """The regular files of a tar archive.
+def walk_tar(data: Buffer, where: str, with_folders: bool = False) -> Iterator[Member]:
+    """The regular files of a tar archive; `with_folders` also its folders, with names in "/".
 
     Verifies the checksum of every header, that all content is inside the archive, and that only
     zeros follow the end marker (two blocks of zeros); otherwise raises `DataError`. Supports the
-    long names of GNU tar ("L") and of POSIX 1003.1-2001 ("x" and "g", pax). Skips folders; refuses
-    links, devices and sparse files. Names are not checked and may contain "..".
+    long names of GNU tar ("L") and of POSIX 1003.1-2001 ("x" and "g", pax). Refuses links,
+    devices and sparse files. Names are not checked and may contain "..".
 
     `data` may be a memory map: it is sliced, never copied as a whole.
     """
@@ -82,6 +82,8 @@ def walk_tar(data: Buffer, where: str) -> Iterator[Member]:
             for_next = {}
             name = records.get("path", name)
             if kind == b"5" or (kind == b"\0" and name.endswith("/")):  # a folder
+                if with_folders:
+                    yield Member(f"{name.rstrip('/')}/", begin, 0)
                 position = begin
                 continue
             if kind not in (b"0", b"\0") or any(key.startswith("GNU.sparse") for key in records):

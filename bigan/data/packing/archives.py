@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import lzma
 import pickle
 import tarfile
 import zlib
@@ -86,6 +87,18 @@ def cifar_folder(folder: Path, kind: _Cifar) -> Listing:
     """The extracted CIFAR batches in `folder`, with their official test split."""
     contents = {f: (folder / f).read_bytes() for f in kind.files if (folder / f).is_file()}
     return _cifar(contents, kind, folder)
+
+
+def is_cifar_tar(file: Path) -> bool:
+    """Whether a compressed tar starts with a file or folder of CIFAR."""
+    try:
+        with tarfile.open(file, "r|*") as archive:
+            first = archive.next()
+            return first is not None and any(
+                f"{first.name.removeprefix('./')}/".startswith(f"{kind.folder}/") for kind in CIFAR
+            )
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError):
+        return False
 
 
 def cifar_tar(file: Path) -> Listing:

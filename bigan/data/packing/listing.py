@@ -21,14 +21,13 @@ from typing import Any
 from bigan.data.format.codec import BadImageError, Pixels, first_line
 
 Bad = tuple[tuple[str, str], ...]  # (name, reason) of unusable originals
+Skipped = tuple[tuple[str, int], ...]  # (suffix, number) of files that are not images
 
-SPLIT_FOLDERS = {
-    "train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
-}  # fmt: skip
 MAX_CLASSES = 2**20  # a larger label is a mistake (a timestamp, an id)
 MAX_BYTES = 2**30  # of an original; larger files are refused
 
 _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
+_NUMBER = re.compile(r"[+-]?[0-9]{1,18}(\.[0-9]{1,18})?")
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ class Source:
     different identity is a different data set. `keys` are the unique names of the originals;
     `splits` are "train", "val" or "test"; `bad` holds (name, reason) of originals that were found
     unusable while listing and are not among the images. `stamp` is a hash of the modification times
-    of the originals' files ("": unknown, or `identity` covers their content), `num_ignored` the
-    number of files whose suffix is not that of an image.
+    of the originals' files ("": unknown, or `identity` covers their content), `skipped` the numbers
+    of files that are not images, as (suffix, number).
     """
 
     name: str
@@ -58,7 +57,7 @@ class Source:
     read: Callable[[int], Pixels]
     bad: Bad = ()
     stamp: str = ""
-    num_ignored: int = 0
+    skipped: Skipped = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -93,7 +92,7 @@ class Listing:
     transform: str = ""
     has_all_splits: bool = False
     stamp: str = ""
-    num_ignored: int = 0
+    skipped: Skipped = ()
 
 
 def unit_hash(key: str) -> float:
@@ -134,27 +133,42 @@ def assign_splits(
     )
 
 
+def class_order(names: Iterable[str]) -> tuple[str, ...]:
+    """The distinct names, as numbers if all of them are ("2" before "10"), else as text."""
+    distinct = set(names)
+    if all(_NUMBER.fullmatch(name) for name in distinct):
+        return tuple(sorted(distinct, key=lambda name: (float(name), name)))
+    return tuple(sorted(distinct))
+
+
 def number_labels(
     labels: Sequence[Any], names: Sequence[str] = ()
 ) -> tuple[tuple[str, ...], list[int | str]]:
     """(class names, for every label its class number or, as text, the reason it is unusable).
 
-    Labels are class names (numbered in sorted order) or integers 0, ..., K-1, also as text (class
-    names "0" to "K-1", or `names` if it has that many; unused numbers remain classes). None means
-    unlabelled; if all labels are None, all images are of the class "all".
+    Labels are class names (numbered in the order of `class_order`) or integers, also as text.
+    Integers 0, ..., K-1 are class numbers: the class names are "0" to "K-1", or `names` if it has
+    that many, and unused numbers remain classes. Integers without a 0 are the names of classes, so
+    that 1, ..., K are K classes. None means unlabelled; if all labels are None, all images are of
+    the class "all".
     """
     if all(label is None for label in labels):
         return ("all",), [0] * len(labels)
     values = [_label(label) for label in labels]
     texts = [value[0] for value in values if isinstance(value, tuple)]
     if not all(_WHOLE_NUMBER.fullmatch(text) for text in texts):
-        classes = tuple(sorted(set(texts)))
+        classes = class_order(texts)
         number = {name: n for n, name in enumerate(classes)}
         return classes, [v if isinstance(v, str) else number[v[0]] for v in values]
     numbers = [value if isinstance(value, str) else _class_number(value[0]) for value in values]
-    largest = max((n for n in numbers if isinstance(n, int)), default=-1)
-    plain = tuple(str(n) for n in range(largest + 1))
-    return (tuple(names) if len(names) > largest else plain), numbers
+    present = sorted({n for n in numbers if isinstance(n, int)})
+    largest = present[-1] if present else -1
+    if len(names) > largest:
+        return tuple(names), numbers
+    if 0 in present or has_too_many_classes(largest + 1, len(labels)):
+        return tuple(str(n) for n in range(largest + 1)), numbers
+    place = {n: position for position, n in enumerate(present)}
+    return tuple(map(str, present)), [place[n] if isinstance(n, int) else n for n in numbers]
 
 
 def _label(label: Any) -> tuple[str] | str:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from bigan.data import DataError
 from bigan.data.format.codec import ENCODINGS, Encoding
 from bigan.data.format.convert import MAX_PIXELS, Resize
+from bigan.data.packing.image_trees import Labels
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class PackOptions:
     channels: 1 (grey) or 3 (RGB). None: 1 for digits and MNIST, that of a packed folder, else 3.
     resize: filter that shrinks the square centre crop.
     allow_upscale: enlarge images below `resolution` instead of treating them as unusable.
+    labels: "auto": label files if there are any, else class folders; "folders": no label files;
+        "none": one class. For sources other than files of images, "none" or the labels they have.
+    exclude: shell patterns of files and folders that are left out ("masks", "*_small.png").
     val_fraction, test_fraction: shares of the images in these splits, by the hash of their keys.
         Splits that the source defines are kept.
     encoding: None is npy up to 128 px and png above.
@@ -38,6 +42,8 @@ class PackOptions:
     channels: Literal[1, 3] | None = None
     resize: Resize = "lanczos"
     allow_upscale: bool = False
+    labels: Labels = "auto"
+    exclude: tuple[str, ...] = ()
     val_fraction: float = 0.0
     test_fraction: float = 0.1
     encoding: Encoding | None = None

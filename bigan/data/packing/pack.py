@@ -33,6 +33,7 @@ from bigan.data.packing.destination import (
     refuse_inside_source,
     remove_stamp,
 )
+from bigan.data.packing.listing import Skipped
 from bigan.data.packing.options import PackOptions, with_changes
 from bigan.data.packing.pack_manifest import Contents, collect, write_manifest
 from bigan.data.packing.pack_plan import Plan, make_plan
@@ -60,13 +61,13 @@ class Packed:
     manifests: one for each level of a pyramid, smallest first; else one. Empty unless `complete`.
     bad: (name, reason) of originals that were left out; of this call's shards if not complete.
     complete: False while shards of other parts are missing.
-    num_ignored: number of files in the source whose suffix is not that of an image.
+    skipped: (suffix, number) of files in the source that are not images.
     """
 
     manifests: tuple[Manifest, ...]
     bad: tuple[Bad, ...]
     complete: bool
-    num_ignored: int = 0
+    skipped: Skipped = ()
 
 
 def pack(
@@ -132,7 +133,7 @@ def pack_source(
             if progress:
                 total = plan.num_images(numbers)
                 progress(total, total)
-            return Packed(manifests, tuple(bad), True, source.num_ignored)
+            return Packed(manifests, tuple(bad), True, source.skipped)
         bad = _write_shards(destination, plan, numbers, options, progress)
         return _complete(destination, plan, bad, options.max_bad)
     except OSError as error:
@@ -244,7 +245,7 @@ def _complete(destination: Path, plan: Plan, bad: list[Bad], max_bad: int) -> Pa
     for level in plan.levels:
         contents = collect(destination / level.folder, plan)
         if contents is None:
-            return Packed((), tuple(bad), False, plan.source.num_ignored)
+            return Packed((), tuple(bad), False, plan.source.skipped)
         levels.append(contents)
     bad = _listed_bad(plan) + levels[0].bad
     _refuse(bad, max_bad, plan, destination)
@@ -271,7 +272,7 @@ def _complete(destination: Path, plan: Plan, bad: list[Bad], max_bad: int) -> Pa
         }
         atomic_files.write_atomic(destination / PYRAMID, json.dumps(content, indent=1) + "\n")
     remove_stamp(destination)
-    return Packed(manifests, tuple(bad), True, plan.source.num_ignored)
+    return Packed(manifests, tuple(bad), True, plan.source.skipped)
 
 
 # --- unusable originals -------------------------------------------------------------------------

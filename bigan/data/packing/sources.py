@@ -1,10 +1,10 @@
 """Sources of images to pack; `open_source` detects the kind of a source from its content.
 
     digits                         scikit-learn's handwritten digits, no download
-    a folder or zip of images      class = subfolder, or labels.csv / dataset.json    (folders)
-    CIFAR-10/100, MNIST idx files  as downloaded or extracted                         (archives)
-    tars, "shards/{00..31}.tar"    an existing WebDataset, or a packed folder         (webdatasets)
-    any Python iterable            iterated once, spooled to a scratch file           (iterables)
+    a folder, zip or tar of images class folders, splits, label files              (image_trees)
+    CIFAR-10/100, MNIST idx files  as downloaded or extracted                      (archives)
+    tars, "shards/{00..31}.tar"    an existing WebDataset, or a packed folder      (webdatasets)
+    any Python iterable            iterated once, spooled to a scratch file        (iterables)
 
 A `Source` offers random access (`read(i)`), so that any shard can be packed without the others.
 The split of an image depends on its key alone, not on seed or resolution.
@@ -21,11 +21,15 @@ from typing import Any
 from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, Pixels
 from bigan.data.format.convert import TRANSFORMS, Resize, square, to_square
-from bigan.data.packing import archives, folders, webdatasets
+from bigan.data.packing import archives, tar_trees, webdatasets
 from bigan.data.packing.digits import digits
+from bigan.data.packing.folders import folder_tree, has_images
+from bigan.data.packing.image_trees import tree_listing
 from bigan.data.packing.iterables import iterable
 from bigan.data.packing.listing import Listing, Source, assign_splits, has_too_many_classes
 from bigan.data.packing.options import PackOptions, with_changes
+from bigan.data.packing.trees import Tree
+from bigan.data.packing.zips import zip_tree
 
 __all__ = ["Source", "digits", "open_source"]
 
@@ -85,7 +89,7 @@ def open_source(
         read=read,
         bad=listing.bad,
         stamp=listing.stamp,
-        num_ignored=listing.num_ignored,
+        skipped=listing.skipped,
     )
 
 
@@ -104,7 +108,7 @@ def _list(
     if isinstance(source, str | Path):
         where = str(source)
         try:
-            return _find(where), where
+            return _find(where, options, scratch), where
         except OSError as error:
             place = error.filename if isinstance(error.filename, str) else where
             raise DataError(f"{place}: cannot be read: {error.strerror or error}") from None
@@ -130,23 +134,13 @@ def _convert(
     return make(original, resolution, channels, resize, allow_upscale)
 
 
-def _find(where: str) -> Listing:
+def _find(where: str, options: PackOptions, scratch: Path | None) -> Listing:
     """The listing of the source at a path; raises `DataError` for an unknown kind."""
     path = Path(where)
     if path.is_dir():
-        return _find_in_folder(path)
+        return _find_in_folder(path, options, scratch)
     if path.is_file():
-        with path.open("rb") as file:
-            head = file.read(512)
-        if head.startswith((b"PK\3\4", b"PK\5\6")) or path.suffix.lower() == ".zip":
-            return folders.zip_archive(path)
-        if head.startswith(b"\x1f\x8b"):
-            return archives.cifar_tar(path)
-        if head[257:262] == b"ustar" or path.suffix.lower() == ".tar":
-            return webdatasets.tars([path], path.stem)
-        raise DataError(
-            f"{where}: is not a .zip, .tar or CIFAR's .tar.gz; for single images give their folder"
-        )
+        return _find_in_file(path, options, scratch)
     if "{" in where or "://" in where or where.startswith("pipe:"):
         return webdatasets.tars(webdatasets.expand(where), path.parent.name or "shards")
     raise DataError(
@@ -154,17 +148,59 @@ def _find(where: str) -> Listing:
     )
 
 
-def _find_in_folder(path: Path) -> Listing:
+def _find_in_folder(path: Path, options: PackOptions, scratch: Path | None) -> Listing:
     if webdatasets.is_packed(path):
         return webdatasets.packed(path)
     if cifar := archives.find_cifar(path):
         return archives.cifar_folder(*cifar)
     if archives.is_mnist(path):
         return archives.mnist(path)
-    shards = webdatasets.tar_files(path)
-    if shards and not folders.has_images(path):
-        return webdatasets.tars(shards, path.resolve().name)
-    return folders.folder(path)
+    name = path.resolve().name
+    if not has_images(path):
+        shards = webdatasets.tar_files(path)
+        if shards:
+            return _find_in_tars(shards, name, options, path)
+        files = [file for file in sorted(path.iterdir()) if _is_archive(file)]
+        if len(files) == 1:
+            return _find_in_file(files[0], options, scratch)
+        if files:
+            raise DataError(f"{path}: holds several archives and no images; give one of them")
+    return _of_tree(folder_tree(path), path, name, options)
+
+
+def _is_archive(path: Path) -> bool:
+    return path.is_file() and (path.suffix.lower() == ".zip" or ".tar." in path.name.lower())
+
+
+def _find_in_file(path: Path, options: PackOptions, scratch: Path | None) -> Listing:
+    with path.open("rb") as file:
+        head = file.read(8)
+    if head.startswith((b"PK\3\4", b"PK\5\6")) or path.suffix.lower() == ".zip":
+        return _of_tree(zip_tree(path), path, path.stem, options)
+    name = tar_trees.archive_name(path)
+    if head.startswith(tuple(tar_trees.COMPRESSED)):
+        if archives.is_cifar_tar(path):
+            return archives.cifar_tar(path)
+        if scratch is None:
+            raise DataError(f"{path}: needs a scratch file for the decompressed archive")
+        return _find_in_tars([tar_trees.decompressed(path, scratch)], name, options, path)
+    for magic, command in tar_trees.UNREADABLE.items():
+        if head.startswith(magic):
+            raise DataError(f"{path}: is compressed in an unknown way; decompress it: `{command}`")
+    if tar_trees.is_tar(path) or path.suffix.lower() == ".tar":
+        return _find_in_tars([path], name, options, path)
+    raise DataError(f"{path}: is not a .zip, .tar or .tar.gz; for single images give their folder")
+
+
+def _find_in_tars(files: list[Path], name: str, options: PackOptions, where: Path) -> Listing:
+    """A WebDataset, or images in the class folders of tars without labels of their own."""
+    if tar_trees.has_labels(files) or not (len(files) == 1 or tar_trees.has_folders(files)):
+        return webdatasets.tars(files, name)
+    return _of_tree(tar_trees.tar_tree(files), where, name, options)
+
+
+def _of_tree(tree: Tree, where: Path, name: str, options: PackOptions) -> Listing:
+    return tree_listing(tree, str(where), name, options.labels, options.exclude)
 
 
 def _check_classes(listing: Listing, where: str) -> None:

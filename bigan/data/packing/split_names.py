@@ -38,3 +38,9 @@ def split_of(name: str) -> Split | None:
     if {"train", "test"} <= found:  # the folder of a complete data set: "train_test_split"
         return None
     return next((split for split in ("test", "train", "val") if split in found), None)
+
+
+def other_words(name: str) -> tuple[str, ...]:
+    """The words of `name` that declare no split, in lower case: ("seg",) of "seg_train2017"."""
+    words = (word.lower() for word in _BOUNDARY.split(name))
+    return tuple(word for word in words if word and word not in WORDS)

@@ -1,0 +1,136 @@
+"""The files of a folder or archive, as a `Tree`: what `layout` needs, whatever holds the files.
+
+`folders`, `zips` and `tar_trees` make trees. A tree has the paths as they are on disk or in the
+archive, with "/"; `layout` finds classes and splits in them, so that a folder and its archives give
+the same images, classes and splits.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import fnmatch
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from bigan.data.format.convert import SUFFIXES
+from bigan.data.packing.listing import MAX_BYTES, is_hidden
+
+LABEL_FILES = ("labels.csv", "dataset.json", "metadata.csv", "metadata.jsonl")
+TOO_LARGE = f"is larger than {MAX_BYTES} bytes"
+
+_SKIPPED = ("__MACOSX", "@eaDir")  # written by macOS and by network disks
+_MAX_SHOWN = 6  # entries of a folder in a drawing
+_MAX_DEPTH = 3
+
+
+@dataclass
+class Tree:
+    """The content of a folder or archive, by path relative to it.
+
+    images: size in bytes (and checksum, where an archive has one) of each image file.
+    folders: all folders, those without files included.
+    label_files: content of the files named in `LABEL_FILES`, in any folder.
+    bad: (path, reason) of images that cannot be read.
+    times: (path, time of modification in nanoseconds), of the archive itself for an archive.
+    skipped: number of other files by suffix.
+    read: the bytes of an image; thread-safe; raises `BadImageError` or `OSError`.
+    """
+
+    images: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    folders: set[str] = field(default_factory=set)
+    label_files: dict[str, bytes] = field(default_factory=dict)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    times: list[tuple[str, int]] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=collections.Counter)
+    read: Callable[[str], bytes] = lambda path: b""
+
+    def add_folders_of(self, path: str) -> None:
+        """Add the folders above `path`."""
+        parts = path.split("/")
+        self.folders |= {"/".join(parts[:depth]) for depth in range(1, len(parts))}
+
+    def skip(self, path: str) -> None:
+        """Count a file that is neither an image nor a label file."""
+        self.skipped[PurePosixPath(path).suffix.lower() or PurePosixPath(path).name] += 1
+
+
+def is_image(path: str) -> bool:
+    """Whether the suffix of `path` is that of an image."""
+    return path.lower().endswith(SUFFIXES)
+
+
+def is_label_file(path: str) -> bool:
+    return path.rpartition("/")[2] in LABEL_FILES
+
+
+def is_skipped(path: str) -> bool:
+    """Whether a file or folder is hidden, or belongs to the operating system."""
+    return any(part in _SKIPPED or is_hidden(part) for part in path.split("/"))
+
+
+def without(tree: Tree, patterns: Sequence[str]) -> Tree:
+    """`tree` without the files and folders that match one of the shell patterns.
+
+    A pattern is compared with the path and with the name: "masks", "*/masks", "*_small.png". "*"
+    also matches "/". What is in a matching folder is left out, too.
+    """
+    if not patterns:
+        return tree
+
+    def kept(path: str) -> bool:
+        parts = path.split("/")
+        prefixes = ("/".join(parts[: n + 1]) for n in range(len(parts)))
+        return not any(
+            fnmatch.fnmatchcase(name, pattern)
+            for prefix in prefixes
+            for name in (prefix, prefix.rpartition("/")[2])
+            for pattern in patterns
+        )
+
+    return dataclasses.replace(
+        tree,
+        images={path: entry for path, entry in tree.images.items() if kept(path)},
+        folders={path for path in tree.folders if kept(path)},
+        label_files={path: text for path, text in tree.label_files.items() if kept(path)},
+        bad=[(path, reason) for path, reason in tree.bad if kept(path)],
+    )
+
+
+def drawing(where: str, tree: Tree) -> str:
+    """The upper folders of a tree with their numbers of images, as lines of text."""
+    counts: Counter[str] = Counter()
+    for path in tree.images:
+        parts = path.split("/")
+        counts.update("/".join(parts[:depth]) for depth in range(len(parts)))
+    children: dict[str, list[str]] = {}
+    for folder in sorted(tree.folders):
+        children.setdefault(folder.rpartition("/")[0], []).append(folder)
+    loose = {path for path in (*tree.images, *tree.label_files) if is_label_file(path)}
+    lines = [f"{where}/  {_images(counts[''])}"]
+
+    def draw(parent: str, depth: int) -> None:
+        inside = children.get(parent, [])
+        files = sorted(path for path in loose if path.rpartition("/")[0] == parent)
+        indent = "  " * (depth + 1)
+        lines.extend(f"{indent}{_printable(file)}" for file in files)
+        for folder in inside[:_MAX_SHOWN]:
+            lines.append(f"{indent}{_printable(folder)}/  {_images(counts[folder])}")
+            if depth + 1 < _MAX_DEPTH:
+                draw(folder, depth + 1)
+        if len(inside) > _MAX_SHOWN:
+            lines.append(f"{indent}... and {len(inside) - _MAX_SHOWN} more folders")
+
+    draw("", 0)
+    return "\n".join(lines)
+
+
+def _images(count: int) -> str:
+    return f"{count:,} image{'' if count == 1 else 's'}"
+
+
+def _printable(path: str) -> str:
+    name = path.rpartition("/")[2]
+    return name if name.isprintable() else ascii(name)[1:-1]

@@ -1,0 +1,319 @@
+"""Layouts of users' data: each is understood in the same way in folders and archives, or refused.
+
+A case is the files of a source (images by their path, other files with their text) and what must
+come out, or the folder and a word of the error.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from data_helpers import one_line
+from image_folders import classes_of, every_kind, tarred, write, zipped
+
+from bigan.data import DataError
+from bigan.data.packing.sources import open_source
+
+PETS = "cat/1.png cat/2.png dog/1.png"
+
+
+def build(root: Path, files: str, texts: dict[str, str] | None = None) -> Path:
+    """Write the images `files`, folders (with a final "/") and text files."""
+    root.mkdir(exist_ok=True)
+    for name in files.split():
+        if name.endswith("/"):
+            (root / name).mkdir(parents=True)
+        else:
+            write(root, name)
+    for name, text in (texts or {}).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def below(*folders: str) -> str:
+    """The images of PETS in each of the folders."""
+    return " ".join(f"{folder}/{name}" for folder in folders for name in PETS.split())
+
+
+CLASSES = {
+    "class folders": (PETS, "cat dog"),
+    "class folders with folders": ("cat/a/1.png cat/b/2.png dog/1.png", "cat dog"),
+    "wrapped": (below("photos"), "cat dog"),
+    "wrapped three times": (below("a/b/photos"), "cat dog"),
+    "wrapped, beside a text": (below("photos"), "cat dog", {"README.md": "x"}),
+    "a wrapping folder that is named like a split": (below("train"), "cat dog"),
+    "flat": ("1.png 2.png", "all"),
+    "flat in a folder": ("photos/1.png photos/2.png", "all"),
+    "numbers in numeric order": ("0/1.png 1/1.png 10/1.png 2/1.png", "0 1 2 10"),
+    "numbers from 1": ("1/1.png 2/1.png 3/1.png", "1 2 3"),
+    "numbers with zeros": ("010/1.png 002/1.png", "002 010"),
+    "numbers and names": ("10/1.png 9/1.png a/1.png", "10 9 a"),
+    "classes that sound like splits": (
+        "test_tube/1.png train_station/1.png dog/1.png",
+        "dog test_tube train_station",
+    ),
+    "trains are vehicles": ("train/1.png bus/1.png car/1.png", "bus car train"),
+    "contest and valley": ("contest/1.png valley/1.png", "contest valley"),
+    "files of the system": (f"{PETS} __MACOSX/cat/1.png @eaDir/x.png .git/1.png", "cat dog"),
+}
+
+
+@pytest.mark.parametrize("case", CLASSES)
+def test_class_folders(tmp_path: Path, case: str) -> None:
+    files, classes, *texts = CLASSES[case]
+    root = build(tmp_path / "data", files, *texts)
+    source = every_kind(root, tmp_path)[0]
+    expected = {name for name in files.split() if not name.startswith((".git", "@", "__"))}
+    assert source.classes == tuple(classes.split())
+    assert len(source) == len(expected)
+    assert all(any(name.endswith(key) for name in expected) for key in source.keys)
+    if classes != "all":
+        assert all(name in key.split("/")[:2] for key, name in classes_of(source).items())
+    assert not source.bad
+
+
+SPLITS = {
+    # top-level names, then the split of each
+    "train test": "train test",
+    "train val test": "train val test",
+    "Training Testing": "train test",
+    "seg_train seg_test": "train test",
+    "train2017 val2017": "train val",
+    "TRAIN Validation": "train val",
+    "train_images valid_images test_images": "train val test",
+    "trainset testset": "train test",
+    "train dev": "train val",
+    "train eval": "train test",
+}
+
+
+@pytest.mark.parametrize("names", SPLITS)
+@pytest.mark.parametrize("form", ["classes", "flat", "wrapped", "doubled", "class first"])
+def test_split_folders(tmp_path: Path, names: str, form: str) -> None:
+    splits = dict(zip(names.split(), SPLITS[names].split(), strict=True))
+    files = {
+        "classes": below(*splits),
+        "flat": " ".join(f"{name}/1.png" for name in splits),
+        "wrapped": below(*(f"archive/data/{name}" for name in splits)),
+        "doubled": below(*(f"{name}/{name}" for name in splits)),
+        "class first": " ".join(f"{c}/{name}/1.png" for c in ("cat", "dog") for name in splits),
+    }[form]
+    root = build(tmp_path / "data", files)
+    source = every_kind(root, tmp_path)[0]
+    position = 1 if form == "class first" else 0
+    assert {key: splits[key.split("/")[position]] for key in source.keys} == dict(
+        zip(source.keys, source.splits, strict=True)
+    )
+    assert len(source) == len(files.split())
+    assert source.classes == (("all",) if form == "flat" else ("cat", "dog"))
+    if form != "flat":
+        assert all(f"{name}/" in f"{key}/" for key, name in classes_of(source).items())
+
+
+CSV = "file,label\n1.png,ant\n2.png,bee\n"
+LABEL_FILES = {
+    "labels.csv": ("1.png 2.png", {"labels.csv": CSV}),
+    "dataset.json with class names": (
+        "00/1.png 00/2.png",
+        {"dataset.json": '{"labels": [["00/1.png", "ant"], ["00/2.png", "bee"]]}'},
+    ),
+    "metadata.csv": ("1.png 2.png", {"metadata.csv": "file_name,label\n1.png,ant\n2.png,bee\n"}),
+    "metadata.csv with a caption": (
+        "1.png 2.png",
+        {"metadata.csv": "file_name,text,label\n1.png,an ant,ant\n2.png,a bee,bee\n"},
+    ),
+    "metadata.jsonl": (
+        "1.png 2.png",
+        {
+            "metadata.jsonl": '{"file_name": "1.png", "label": "ant"}\n'
+            '{"file_name": "2.png", "label": "bee", "text": "x"}\n'
+        },
+    ),
+    "one level down": ("photos/1.png photos/2.png", {"photos/labels.csv": CSV}),
+    "two levels down": ("a/photos/1.png a/photos/2.png", {"a/photos/labels.csv": CSV}),
+    "beside the folder of the images": ("images/1.png images/2.png", {"labels.csv": CSV}),
+    "with the folder of the images": (
+        "images/1.png images/2.png",
+        {"labels.csv": CSV.replace("1.png", "images/1.png").replace("2.png", "images/2.png")},
+    ),
+    "in each folder": (
+        "a/1.png b/2.png",
+        {"a/labels.csv": "1.png,ant", "b/labels.csv": "2.png,bee"},
+    ),
+    "beside other texts": ("1.png 2.png", {"labels.csv": CSV, "train.csv": "1.png,wasp"}),
+}
+
+
+@pytest.mark.parametrize("case", LABEL_FILES)
+def test_label_files(tmp_path: Path, case: str) -> None:
+    root = build(tmp_path / "data", *LABEL_FILES[case])
+    source = every_kind(root, tmp_path)[0]
+    assert {key[-5:]: name for key, name in classes_of(source).items()} == {
+        "1.png": "ant",
+        "2.png": "bee",
+    }
+    assert not source.bad
+
+
+@pytest.mark.parametrize("kind", ["one for all", "one for each", "declared"])
+def test_label_files_and_splits(tmp_path: Path, kind: str) -> None:
+    texts = {
+        "one for all": {"labels.csv": "train/1.png,a\ntrain/2.png,b\ntest/1.png,a\n"},
+        "one for each": {
+            "train/metadata.csv": "file_name,label\n1.png,a\n2.png,b\n",
+            "test/metadata.csv": "file_name,label\n1.png,a\n",
+        },
+        "declared": {
+            "labels.csv": "file,label,split\nx/1.png,a,train\nx/2.png,b,Training\ny/1.png,a,test\n"
+        },
+    }[kind]
+    files = (
+        "x/1.png x/2.png y/1.png" if kind == "declared" else "train/1.png train/2.png test/1.png"
+    )
+    source = every_kind(build(tmp_path / "data", files, texts), tmp_path)[0]
+    assert sorted(zip(source.splits, (source.classes[n] for n in source.labels), strict=True)) == [
+        ("test", "a"),
+        ("train", "a"),
+        ("train", "b"),
+    ]
+
+
+def test_a_declared_split_is_used_where_folders_declare_none(tmp_path: Path) -> None:
+    texts = {
+        "labels.csv": "file,label,split\nvalid/1.png,valid,train\ninvalid/1.png,invalid,test\n"
+    }
+    source = every_kind(build(tmp_path / "data", "valid/1.png invalid/1.png", texts), tmp_path)[0]
+    assert classes_of(source) == {"invalid/1.png": "invalid", "valid/1.png": "valid"}
+    assert source.splits == ("test", "train")
+
+
+REFUSED = {
+    # images, text files, place, words of the error
+    "test beside classes": (f"{PETS} test/1.png", {}, "test", "name of a split"),
+    "valid beside invalid": ("valid/1.png invalid/1.png", {}, "valid", "name of a split"),
+    "a third folder beside splits": (
+        f"{below('train', 'test')} unlabeled/1.png", {}, "test", "unlabeled beside it",
+    ),
+    "a pair beside a third": (
+        "seg_train/1.png seg_test/1.png seg_pred/1.png", {}, "seg_t", "seg_pred beside it",
+    ),
+    "class folders in one split only": (f"{below('train')} test/1.png", {}, "test", "no class"),
+    "a class in test only": ("train/a/1.png test/a/1.png test/b/1.png", {}, "", "class 'b'"),
+    "no training split": ("val/1.png test/1.png", {}, "", "no training split"),
+    "test alone": (below("test"), {}, "test", "no training split"),
+    "two training splits": ("train_a/1.png train_b/1.png test/1.png", {}, "", "both train splits"),
+    "domains of CycleGAN": ("trainA/1.png trainB/1.png testA/1.png testB/1.png", {}, "", "both"),
+    "a split below some classes": ("cat/train/1.png cat/test/1.png dog/1.png", {}, "cat", "split"),
+    "a split below classes below groups": (
+        "x/cat/train/1.png x/cat/test/1.png y/dog/train/1.png y/dog/test/1.png", {}, "x/cat/test",
+        "split",
+    ),
+    "a split in a class": ("cat/1.png cat/test/2.png dog/1.png", {}, "cat/test", "split"),
+    "a split in a class of a split": (
+        "train/cat/1.png train/cat/test/1.png train/dog/1.png", {}, "train/cat/test", "split",
+    ),
+    "images beside class folders": (f"{PETS} 1.png", {}, "", "holds both images"),
+    "an empty class folder": (f"{PETS} cow/", {}, "cow", "contains no images"),
+    "no images": ("", {"a/b.txt": "x"}, "", "contains no images"),
+    "labels that contradict folders": (
+        PETS, {"labels.csv": "cat/1.png,dog\ncat/2.png,cat\ndog/1.png,dog\n"}, "cat/1.png", "'dog'",
+    ),
+    "splits that contradict folders": (
+        "train/1.png test/1.png",
+        {"labels.csv": "file,split\ntrain/1.png,train\ntest/1.png,train\n"},
+        "test/1.png", "test folder",
+    ),
+    "two label files": (
+        "1.png", {"labels.csv": "1.png,a", "metadata.csv": "file_name,label\n1.png,b"}, "", "both",
+    ),
+    "labels and no labels": (
+        "a/1.png b/1.png",
+        {"a/dataset.json": '{"labels": null}', "b/labels.csv": "1.png,x"}, "", "declares no labels",
+    ),
+    "captions in metadata.csv": (
+        "1.png", {"metadata.csv": "file_name,text\n1.png,a cat"}, "metadata.csv", "--labels none",
+    ),
+    "captions in metadata.jsonl": (
+        "1.png", {"metadata.jsonl": '{"file_name": "1.png", "text": "x"}'}, "metadata.jsonl",
+        "no label",
+    ),
+    "captions in labels.csv": (
+        "1.png", {"labels.csv": "file,caption\n1.png,a cat"}, "labels.csv", "--labels none",
+    ),
+    "attributes": (
+        "1.png", {"dataset.json": '{"labels": {"1.png": [0, 1, 1]}}'}, "dataset.json", "one class",
+    ),
+    "fractions": (
+        "1.png", {"dataset.json": '{"labels": {"1.png": 0.5}}'}, "dataset.json", "one class",
+    ),
+    "an unknown split": (
+        "1.png", {"labels.csv": "file,label,split\n1.png,a,fold1"}, "1.png", "'fold1'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_unclear_layouts(tmp_path: Path, case: str) -> None:
+    files, texts, place, word = REFUSED[case]
+    root = build(tmp_path / "data", files, texts)
+    for spec in (root, zipped(root, tmp_path / "x.zip", "wrap/")):
+        with pytest.raises(DataError) as error:
+            open_source(spec, resolution=8)
+        one_line(error, place, word)
+    notes = "".join(getattr(error.value, "__notes__", []))
+    if "holds both labels" not in str(error.value) and not texts:
+        assert "wrap/" in notes
+        assert "SPLIT/CLASS/IMAGES" in notes
+
+
+@pytest.mark.parametrize(
+    ("texts", "reason"),
+    [
+        ({"labels.csv": "1.png,a\n"}, "is not in labels.csv"),
+        ({"labels.csv": "1.png,a\n2.png,a\n2.png,b\n"}, "has several labels"),
+        ({"labels.csv": "1.png,a\n2.png,\n"}, "has no label"),
+    ],
+)
+def test_images_without_one_label_are_unusable(
+    tmp_path: Path, texts: dict[str, str], reason: str
+) -> None:
+    source = every_kind(build(tmp_path / "data", "1.png 2.png", texts), tmp_path)[0]
+    assert [(key, why[: len(reason)]) for key, why in source.bad] == [("2.png", reason)]
+
+
+def test_labels_none_and_folders(tmp_path: Path) -> None:
+    texts = {"labels.csv": "a/1.png,x\nb/2.png,y\n"}
+    root = build(tmp_path / "data", "a/1.png b/2.png", texts)
+    found = {
+        labels: open_source(root, resolution=8, labels=labels)
+        for labels in ("auto", "folders", "none")
+    }
+    assert {labels: source.classes for labels, source in found.items()} == {
+        "auto": ("x", "y"),
+        "folders": ("a", "b"),
+        "none": ("all",),
+    }
+    assert found["none"].keys == found["auto"].keys
+    mixed = build(tmp_path / "mixed", "1.png a/2.png 00000/3.png")
+    assert every_kind(mixed, tmp_path, labels="none")[0].labels == (0, 0, 0)
+    split = build(tmp_path / "split", "train/00000/3.png train/2.png test/1.png")
+    assert open_source(split, resolution=8, labels="none").splits.count("test") == 1
+
+
+def test_excluded_files_and_folders(tmp_path: Path) -> None:
+    root = build(tmp_path / "data", f"{below('train', 'test')} pred/1.png train/cat/1_mask.png")
+    source = every_kind(root, tmp_path, exclude=("pred", "*_mask.png"))[0]
+    assert source.classes == ("cat", "dog")
+    assert len(source) == 6
+    one = open_source(root, resolution=8, exclude=("pred", "*/dog", "*_mask.png"))
+    assert one.classes == ("cat",)
+
+
+def test_class_folders_in_several_tars(tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    for name, files in [("0", "cat/1.png dog/2.png"), ("1", "dog/3.png")]:
+        tarred(build(tmp_path / name, files), tmp_path / "tars" / f"{name}.tar")
+    source = open_source(tmp_path / "tars", resolution=8)
+    assert classes_of(source) == {"cat/1.png": "cat", "dog/2.png": "dog", "dog/3.png": "dog"}
