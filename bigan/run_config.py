@@ -19,6 +19,7 @@ from bigan.data.format.manifest import Manifest
 from bigan.data.settings import DataConfig
 from bigan.data.streaming.dataset import open_level
 from bigan.errors import UserError
+from bigan.image_size import plain
 from bigan.models import AnyModel
 from bigan.objectives import AnyObjective, gan
 from bigan.objectives.base import Setup
@@ -237,7 +238,9 @@ def _with_data_defaults(content: dict[str, Any], where: str) -> dict[str, Any]:
             f"{where}: {' and '.join(required)} not set, and the data cannot be read ({error}); "
             f"pack the data first, or set {' and '.join(required)}"
         ) from None
-    found = {key: getattr(manifest, FROM_DATA[key]) for key in lacking}
+    known = manifest.model_dump(mode="json", include=set(FROM_DATA.values()))
+    known["num_classes"] = manifest.num_classes
+    found = {key: known[FROM_DATA[key]] for key in lacking}
     return {**content, "model": {**model, **found}}
 
 
@@ -261,10 +264,10 @@ def setup_of(
     )
 
 
-def misfits(model: AnyModel, manifest: Manifest) -> list[tuple[str, str, int, int]]:
+def misfits(model: AnyModel, manifest: Manifest) -> list[tuple[str, str, object, object]]:
     """(property, key in `model`, value of the model, value of the data) where the two differ."""
-    facts = (
-        ("resolution", "resolution", model.resolution, manifest.resolution),
+    facts: tuple[tuple[str, str, object, object], ...] = (
+        ("resolution", "resolution", plain(model.resolution), plain(manifest.resolution)),
         ("channels", "image_channels", model.image_channels, manifest.channels),
         ("classes", "num_classes", model.num_classes, manifest.num_classes),
     )

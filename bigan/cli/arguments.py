@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 
+from bigan.image_size import ImageSize, image_size
+
 CONFIG_HELP = "a YAML config, for example configs/digits.yaml"
 OVERRIDE_HELP = "settings to change, for example train.seed=1 (bigan describe CONFIG lists all)"
 
@@ -23,6 +25,16 @@ def positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return value
+
+
+def size(text: str) -> ImageSize:
+    """64, or 320x192 (width x height)."""
+    match = re.fullmatch(r"([1-9]\d{0,8})(?:x([1-9]\d{0,8}))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size like 64 or 320x192 (width x height)"
+        )
+    return image_size(int(match[2] or match[1]), int(match[1]))
 
 
 def counts(text: str) -> list[int]:

@@ -8,7 +8,8 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bigan.cli.arguments import count, fraction, part
+from bigan.cli.arguments import count, fraction, part, size
+from bigan.image_size import shown
 
 
 def pack_command(arguments: argparse.Namespace) -> int:
@@ -28,7 +29,7 @@ def pack_command(arguments: argparse.Namespace) -> int:
     for manifest in packed.manifests:
         counts = ", ".join(f"{manifest.num_samples(s):,} {s}" for s in manifest.splits)
         print(
-            f"{manifest.folder}: {counts} images, {manifest.resolution} px, "
+            f"{manifest.folder}: {counts} images, {shown(manifest.resolution)} px, "
             f"{manifest.channels} channel(s), {manifest.num_classes} classes"
         )
     if packed.bad:
@@ -95,26 +96,44 @@ def add_pack_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _add_image_options(images: argparse._ArgumentGroup) -> None:
-    images.add_argument("--resolution", type=int, help="width and height in pixels (digits: 16)")
+    images.add_argument(
+        "--resolution",
+        type=size,
+        metavar="PX",
+        help="side of squares, or WIDTHxHEIGHT, in pixels (digits: 16)",
+    )
+    images.add_argument(
+        "--fit",
+        choices=("crop", "pad", "stretch"),
+        help="crop: the largest centered part (default); pad: all of the image within a black or "
+        "transparent border; stretch: all of it in another shape",
+    )
     images.add_argument(
         "--resize",
         choices=("lanczos", "area"),
-        help="filter that shrinks the square center crop (default lanczos)",
+        help="filter that resizes it (default lanczos)",
     )
     images.add_argument(
         "--allow-upscale",
         action="store_true",
-        help="enlarge smaller images (default: they count as unusable)",
+        help="enlarge smaller images (default: they count as unusable, or get a wider border with "
+        "--fit pad)",
     )
-    images.add_argument("--channels", type=int, choices=(1, 3), help="1: gray, 3: RGB")
+    images.add_argument(
+        "--channels",
+        type=int,
+        choices=(1, 2, 3, 4),
+        help="1: gray, 2: gray and alpha, 3: RGB, 4: RGBA (default: that of the source, or 3, with "
+        "transparency on white)",
+    )
     images.add_argument(
         "--pyramid",
         type=count,
         nargs="?",
         const=4,
         metavar="MIN",
-        help="pack all powers of two from MIN (4) px up, each as a data set, for progressive "
-        "growing",
+        help="pack also half the resolution, a quarter, ..., with at least MIN (4) px per side, "
+        "each as a data set, for progressive growing",
     )
     images.add_argument(
         "--max-bad",

@@ -8,8 +8,9 @@ from typing import Literal
 from pydantic import field_validator
 
 from bigan.config import Frozen, Positive
+from bigan.image_size import ImageSize, num_pixels
 
-SMALL_RESOLUTION = 64  # pixels
+SMALL_PIXELS = 64 * 64
 
 
 class Fetch(Frozen):
@@ -32,9 +33,9 @@ class Fetch(Frozen):
     resident_bytes: Positive = 8 * 2**30  # upper limit of resident mode per process
     connections: Positive = 4  # concurrent downloads per process
 
-    def num_threads(self, resolution: int) -> int:
-        """`threads`, or the default for images of `resolution` pixels."""
-        return self.threads or (1 if resolution <= SMALL_RESOLUTION else 2)
+    def num_threads(self, resolution: ImageSize) -> int:
+        """`threads`, or the default for images of this size."""
+        return self.threads or (1 if num_pixels(resolution) <= SMALL_PIXELS else 2)
 
 
 class DataConfig(Fetch):

@@ -18,6 +18,7 @@ from bigan.errors import UserError
 from bigan.evaluation import extractors, metrics, moments, reference, sampling
 from bigan.evaluation.metrics import Features
 from bigan.evaluation.records import Record, Task
+from bigan.image_size import num_pixels
 from bigan.layers.resampling import repeated
 from bigan.objectives.base import Objective
 from bigan.objectives.samplers import Sampler, truncation_problem
@@ -248,8 +249,9 @@ class Evaluator:
     def _check_fit(self, config: RunConfig, where: str) -> None:
         """Raises `UserError` unless the model's images are comparable with the reference's."""
         grows = self.config.growth is not None  # its snapshots may have a lower resolution
+        smaller = num_pixels(config.model.resolution) < num_pixels(self.manifest.resolution)
         for _, key, wanted, found in misfits(config.model, self.manifest):
-            if grows and key == "resolution" and wanted < found:
+            if grows and key == "resolution" and smaller:
                 continue
             raise UserError(
                 f"{where}: model.{key} = {wanted}, but the reference images in "

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigan.image_size import ImageSize, sides
 from bigan.layers.precision import at_least_float32
 
 
@@ -19,12 +20,13 @@ def enlarge(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-def repeated(images: Tensor, resolution: int) -> Tensor:
-    """[B, C, R, R] of any dtype -> [B, C, resolution, resolution]: every pixel becomes a block.
+def repeated(images: Tensor, resolution: ImageSize) -> Tensor:
+    """[B, C, H, W] of any dtype -> images of the size `resolution`: every pixel becomes a block.
 
-    R divides `resolution`. Used to display and evaluate images of a stage below full resolution.
+    `resolution` is [H, W] times an integer. Used to display and evaluate images of a stage below
+    full resolution.
     """
-    repeats = resolution // images.shape[-1]
+    repeats = sides(resolution)[1] // images.shape[-1]
     if repeats == 1:
         return images
     return images.repeat_interleave(repeats, 2).repeat_interleave(repeats, 3)
@@ -45,9 +47,9 @@ def fade(coarse: Tensor, fine: Tensor, alpha: Tensor) -> Tensor:
 
 
 def coarsened(images: Tensor, alpha: Tensor) -> Tensor:
-    """Real images [B, C, R, R] as the discriminator receives them while resolution R fades in.
+    """Real images [B, C, H, W] as the discriminator receives them while this resolution fades in.
 
-    At alpha 0 they have the detail of R/2, at alpha 1 they are unchanged: always the same level of
-    detail as the generated images.
+    At alpha 0 they have the detail of half of it, at alpha 1 they are unchanged: always the same
+    level of detail as the generated images.
     """
     return fade(enlarge(shrink(images)), images, alpha)

@@ -16,6 +16,7 @@ from bigan.data.streaming.resampled import ResampledStream
 from bigan.data.streaming.stream import Batch, Endless, ShardStream
 from bigan.distributed.world import World, broadcast, gather, on_all_ranks
 from bigan.errors import UserError
+from bigan.image_size import ratio
 from bigan.run.stages import stages
 from bigan.run.state import TrainState
 from bigan.run_config import IMAGES, RunConfig, misfits
@@ -167,7 +168,7 @@ def _open_stream(state: TrainState, data: DataConfig, seed: int) -> Endless:
         block=data.block,
         fetch=data,
     )
-    factor = level.resolution // model.resolution if level else 1
+    factor = ratio(level.resolution, model.resolution) if level else 1
     return stream if factor == 1 else Shrunk(stream, factor)
 
 

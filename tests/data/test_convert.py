@@ -179,7 +179,8 @@ def test_lanczos_and_area() -> None:
     lanczos = Image.fromarray(image).resize((16, 16), Image.Resampling.LANCZOS)
     assert np.array_equal(square(coded(image), 16), np.asarray(lanczos))
     assert not np.array_equal(square(coded(image), 16), square(coded(image), 16, resize="area"))
-    assert convert.TRANSFORMS == {"lanczos": "center-lanczos-v1", "area": "center-area-v1"}
+    names = [convert.TRANSFORMS["crop", resize] for resize in ("lanczos", "area")]
+    assert names == ["center-lanczos-v1", "center-area-v1"]  # of data sets that exist
 
 
 def test_nothing_is_resampled_at_the_same_size() -> None:
@@ -189,9 +190,8 @@ def test_nothing_is_resampled_at_the_same_size() -> None:
 
 def test_enlarging_must_be_requested() -> None:
     small = coded(smooth(20, 30))
-    with pytest.raises(BadImageError) as error:
+    with pytest.raises(BadImageError, match=r"30x20, smaller than 32 px.*--allow-upscale"):
         square(small, 32)
-    assert str(error.value) == "is 30x20, smaller than 32 px; use --allow-upscale to enlarge it"
     assert square(small, 20).shape == (20, 20, 3)
     assert square(small, 32, allow_upscale=True).shape == (32, 32, 3)
 
@@ -269,6 +269,6 @@ def test_arrays_and_pil_images() -> None:
     assert np.array_equal(to_square(Image.fromarray(NOISE), 48), NOISE)
     clear = np.concatenate([NOISE, np.zeros_like(grey)], 2)
     assert to_square(clear, 48).min() == 255
-    for array in (NOISE.astype(float), NOISE[None], NOISE[..., :2], np.zeros(5, np.uint8)):
+    for array in (NOISE.astype(float), NOISE[None], NOISE[..., [0] * 5], np.zeros(5, np.uint8)):
         with pytest.raises(BadImageError, match="not uint8"):
             to_square(array, 8)

@@ -99,16 +99,11 @@ def test_unsuitable_tars_are_refused_with_advice(
     assert not (tars / MANIFEST).exists()
 
 
-def test_other_unsuitable_folders(tars: Path, tmp_path: Path) -> None:
+def test_other_unsuitable_folders(tars: Path) -> None:
     cut = tars / "set-0001.tar"
     cut.write_bytes(cut.read_bytes()[:5000])
     with pytest.raises(DataError, match=r"set-0001\.tar.*truncated"):
         ShardStream(tars, seed=0, world=World(), batch=10)
-    wide = tmp_path / "wide"
-    wide.mkdir()
-    add(wide, "x.tar", {"a.jpg": jpeg(1, (20, 10)), "a.cls": b"0"})
-    with pytest.raises(DataError, match="20x10, not square"):
-        ShardStream(wide, seed=0, world=World(), batch=1)
     with pytest.raises(DataError, match="give the folder of the shards"):
         ShardStream(str(tars / "set-{0000..0001}.tar"), seed=0, world=World(), batch=10)
 
@@ -116,7 +111,7 @@ def test_other_unsuitable_folders(tars: Path, tmp_path: Path) -> None:
 def test_folders_without_a_supported_format(tmp_path: Path) -> None:
     for kind, mode, part in [
         ("gif", "L", "unsupported formats: gif"),
-        ("png", "RGBA", "neither 8-bit grey nor RGB"),
+        ("png", "P", "neither 8-bit grey nor RGB"),
     ]:
         folder, file = tmp_path / kind, io.BytesIO()
         folder.mkdir()

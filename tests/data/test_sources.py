@@ -233,7 +233,7 @@ def test_options_are_checked(tmp_path: Path) -> None:
         (tmp_path, {}, "--resolution 64"),
         (tmp_path, {"resolution": 0}, "positive"),
         (tmp_path, {"resolution": 100_000}, "pixels"),
-        (tmp_path, {"resolution": 8, "channels": 2}, "1 (grey) or 3"),
+        (tmp_path, {"resolution": 8, "channels": 5}, "3 (RGB) or 4"),
         (tmp_path, {"resolution": 8, "test_fraction": 1.0}, "test_fraction 1.0"),
         (tmp_path, {"resolution": 8, "val_fraction": -0.1}, "val_fraction -0.1"),
         (

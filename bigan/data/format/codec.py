@@ -23,12 +23,15 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from bigan.transparency import has_alpha
+
 Pixels = NDArray[np.uint8]
 
 Encoding = Literal["npy", "png", "jpg", "webp"]  # suffix of the member
 ENCODINGS: tuple[Encoding, ...] = ("npy", "png", "jpg", "webp")
 JPEG_QUALITY = 95  # default
 
+_PNG_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in "<_io.BytesIO object at 0x7f12...>"
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # PIL accepts a truncated file without it
 
@@ -44,7 +47,7 @@ def first_line(error: object) -> str:
 
 
 def encode(image: Pixels, encoding: Encoding, quality: int | None = None) -> bytes:
-    """The bytes of a uint8 [H, W, C] image (C = 1 or 3).
+    """The bytes of a uint8 [H, W, C] image, C = 1 to 4; with alpha (C = 2 or 4) not jpg.
 
     `quality` in 1..100 is for jpg (None: `JPEG_QUALITY`) and webp (None: lossless).
     """
@@ -65,7 +68,10 @@ def encode(image: Pixels, encoding: Encoding, quality: int | None = None) -> byt
         )
     elif encoding == "webp":
         settings = {"lossless": True} if quality is None else {"quality": quality}
-        Image.fromarray(pixels).convert("RGB").save(file, "WEBP", **settings)
+        if has_alpha(image.shape[2]):  # exact: colors are kept where alpha is 0
+            Image.fromarray(pixels).convert("RGBA").save(file, "WEBP", exact=True, **settings)
+        else:
+            Image.fromarray(pixels).convert("RGB").save(file, "WEBP", **settings)
     else:
         raise ValueError(f"unknown encoding {encoding!r}")
     return file.getvalue()
@@ -119,25 +125,30 @@ def _decode_jpg(out: Pixels, data: bytes) -> None:
 def _decode_png(out: Pixels, data: bytes) -> None:
     if not data.endswith(_PNG_END):
         raise BadImageError("is a truncated PNG file")
-    _decode_with_pil(out, data, "PNG", {1: "L", 3: "RGB"}[out.shape[2]])
+    _decode_with_pil(out, data, "PNG", (_PNG_MODES[out.shape[2]],))
 
 
 def _decode_webp(out: Pixels, data: bytes) -> None:
     if len(data) < 12 or len(data) < 8 + int.from_bytes(data[4:8], "little"):
         raise BadImageError("is a truncated WebP file")
-    _decode_with_pil(out, data, "WEBP", "RGB")  # WebP has no grey
+    # WebP has no grey, and no alpha where all pixels are opaque.
+    _decode_with_pil(out, data, "WEBP", ("RGBA", "RGB") if has_alpha(out.shape[2]) else ("RGB",))
 
 
-def _decode_with_pil(out: Pixels, data: bytes, kind: str, mode: str) -> None:
+def _decode_with_pil(out: Pixels, data: bytes, kind: str, modes: tuple[str, ...]) -> None:
     height, width, channels = out.shape
     try:
         with Image.open(io.BytesIO(data), formats=[kind]) as image:
-            if image.size != (width, height) or image.mode != mode:  # from the header
+            if image.size != (width, height) or image.mode not in modes:  # from the header
                 raise BadImageError(
                     f"is {image.mode} {image.width}x{image.height}, "
-                    f"expected {mode} {width}x{height}"
+                    f"expected {modes[0]} {width}x{height}"
                 )
             pixels = np.asarray(image).reshape(height, width, -1)
+        if len(modes) > 1:
+            out[..., :-1] = pixels[..., : channels - 1]
+            out[..., -1] = pixels[..., 3] if pixels.shape[2] == 4 else 255
+        else:
             out[...] = pixels[..., :channels]
     except BadImageError:
         raise

@@ -1,9 +1,9 @@
-"""Conversion of image files and arrays to the uint8 squares that are packed.
+"""Conversion of image files and arrays to the uint8 pixels that are packed.
 
 The format is detected from the content, not from the suffix. Steps: strict decoding, EXIF
-orientation, transparency composited on white, conversion to grey or RGB, square centre crop,
-resize. An image that already has the size is not resampled. Unusable images raise `BadImageError`
-with a short reason; the caller adds the name of the image.
+orientation, transparency kept (2 or 4 channels) or composited on white, conversion to grey or RGB,
+then `to_square` fits the image to the size. An image that already has the size is not resampled.
+Unusable images raise `BadImageError` with a short reason; the caller adds the name of the image.
 """
 
 from __future__ import annotations
@@ -16,8 +16,13 @@ import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from bigan.data.format.codec import BadImageError, Pixels, first_line
+from bigan.image_size import ImageSize, shown, sides
+from bigan.transparency import has_alpha
 
 Resize = Literal["lanczos", "area"]
+# crop: the largest centred part of the shape. pad: all of the image, within a border. stretch: all
+# of the image, both sides resized.
+Fit = Literal["crop", "pad", "stretch"]
 
 SUFFIXES = (
     ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".npy", ".pgm", ".png", ".ppm", ".tif",
@@ -25,7 +30,15 @@ SUFFIXES = (
 )  # fmt: skip
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # EPS would execute a program
 MAX_PIXELS = 2**27  # larger images are refused as decompression bombs
-TRANSFORMS: dict[Resize, str] = {"lanczos": "center-lanczos-v1", "area": "center-area-v1"}
+TRANSFORMS: dict[tuple[Fit, Resize], str] = {
+    ("crop", "lanczos"): "center-lanczos-v1",
+    ("crop", "area"): "center-area-v1",
+    ("pad", "lanczos"): "pad-lanczos-v1",
+    ("pad", "area"): "pad-area-v1",
+    ("stretch", "lanczos"): "stretch-lanczos-v1",
+    ("stretch", "area"): "stretch-area-v1",
+}
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of PIL, by number of channels
 
 _FILTERS = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
 _TURNS = {  # EXIF 2.32, tag 0x0112
@@ -42,21 +55,23 @@ _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # PIL accepts a truncated file without it
 
 def square(
     data: bytes,
-    resolution: int,
+    resolution: ImageSize,
     channels: int = 3,
     resize: Resize = "lanczos",
     allow_upscale: bool = False,
+    fit: Fit = "crop",
 ) -> Pixels:
-    """The image file `data` as uint8 [resolution, resolution, channels], channels 1 or 3.
+    """The image file `data` as uint8 [height, width, channels], channels 1 to 4.
 
-    Conversion: see `decode_any` and `to_square`. Raises `BadImageError` for a damaged file and for
-    an image whose short side is below `resolution` (unless `allow_upscale`).
+    Conversion: see `decode_any` and `to_square`. Raises `BadImageError` for a damaged file and
+    like `to_square`.
     """
-    return to_square(decode_any(data), resolution, channels, resize, allow_upscale)
+    image = decode_any(data, keep_alpha=has_alpha(channels))
+    return to_square(image, resolution, channels, resize, allow_upscale, fit)
 
 
-def decode_any(data: bytes) -> Image.Image:
-    """Decode BMP, GIF, JPEG, PNG, PPM, TIFF, WebP or .npy bytes; the mode is "L" or "RGB".
+def decode_any(data: bytes, keep_alpha: bool = False) -> Image.Image:
+    """Decode BMP, GIF, JPEG, PNG, PPM, TIFF, WebP or .npy bytes; the mode is one of `plain`.
 
     JPEG is decoded by simplejpeg in strict mode, which gives the pixels of PIL but raises for
     structural damage that PIL accepts; CMYK and YCCK, which simplejpeg lacks, are decoded by PIL.
@@ -67,7 +82,7 @@ def decode_any(data: bytes) -> Image.Image:
     if not data:
         raise BadImageError("is empty (0 bytes)")
     if data.startswith(np.lib.format.MAGIC_PREFIX):
-        return plain(read_npy(data))
+        return plain(read_npy(data), keep_alpha)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header only
             _check_size(image.width, image.height)
@@ -75,11 +90,11 @@ def decode_any(data: bytes) -> Image.Image:
                 decoded = simplejpeg.decode_jpeg(data, "GRAY" if image.mode == "L" else "RGB")
                 strict = Image.fromarray(decoded[..., 0] if image.mode == "L" else decoded)
                 strict.info = image.info  # its EXIF
-                return plain(strict)
+                return plain(strict, keep_alpha)
             if image.format == "PNG" and _PNG_END not in data:
                 raise BadImageError("is truncated")
             image.load()
-            return plain(image)
+            return plain(image, keep_alpha)
     except BadImageError:
         raise
     except UnidentifiedImageError as error:
@@ -88,13 +103,14 @@ def decode_any(data: bytes) -> Image.Image:
         raise BadImageError(f"cannot be read as an image ({first_line(error)})") from error
 
 
-def plain(image: Image.Image | np.ndarray[Any, Any]) -> Image.Image:
-    """A PIL image, or an array uint8 [H, W] or [H, W, 1, 3 or 4], as an upright "L" or "RGB" image.
+def plain(image: Image.Image | np.ndarray[Any, Any], keep_alpha: bool = False) -> Image.Image:
+    """A PIL image, or an array uint8 [H, W] or [H, W, 1 to 4], as an upright "L" or "RGB" image.
 
-    EXIF orientation is applied. Alpha and transparent palettes are composited on white; palette,
-    1-bit and CMYK are converted; 16-bit grey is scaled, (x + 128) // 257, where PIL would clip (PIL
-    drops the low byte of 16-bit RGB). Raises `BadImageError` for floating-point or 32-bit pixels,
-    whose range is unknown, and for other arrays.
+    EXIF orientation is applied. Alpha and transparent palettes are composited on white, or kept in
+    an "RGBA" image with `keep_alpha`; palette, 1-bit and CMYK are converted; 16-bit grey is scaled,
+    (x + 128) // 257, where PIL would clip (PIL drops the low byte of 16-bit RGB). Raises
+    `BadImageError` for floating-point or 32-bit pixels, whose range is unknown, and for other
+    arrays.
     """
     if isinstance(image, np.ndarray):
         image = _from_array(image)
@@ -109,6 +125,8 @@ def plain(image: Image.Image | np.ndarray[Any, Any]) -> Image.Image:
         return Image.fromarray(((values + 128) // 257).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
+        if keep_alpha:
+            return rgba
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
@@ -116,33 +134,75 @@ def plain(image: Image.Image | np.ndarray[Any, Any]) -> Image.Image:
 
 def to_square(
     image: Image.Image | np.ndarray[Any, Any],
-    resolution: int,
+    resolution: ImageSize,
     channels: int = 3,
     resize: Resize = "lanczos",
     allow_upscale: bool = False,
+    fit: Fit = "crop",
 ) -> Pixels:
-    """Resized square centre crop of an image: uint8 [resolution, resolution, channels].
+    """An image at the size `resolution`: uint8 [height, width, channels].
 
     Accepts what `plain` accepts. One channel is rounded Rec. 601 luma (PIL's "L"). "lanczos" is the
-    antialiased Lanczos-3 of PIL, "area" the mean over the source area (PIL's BOX). Raises
-    `BadImageError` if the short side is below `resolution` (unless `allow_upscale`), and like
-    `plain`.
+    antialiased Lanczos-3 of PIL, "area" the mean over the source area (PIL's BOX).
+
+    `fit`: "crop" resizes the largest centred part of the wanted shape. "pad" resizes all of the
+    image, unless it is smaller, and centres it on black, transparent where there is alpha.
+    "stretch" resizes both sides. Raises `BadImageError`, unless `allow_upscale`, if crop or stretch
+    would enlarge a side; pad then adds a wider border. Also raises like `plain`.
+
+    With 2 or 4 channels the last one is alpha, 255 where the original has none. Colors are resized
+    as their products with alpha (8 bits, by PIL), so that colors of transparent pixels do not
+    appear in their neighbours, and are 0 where alpha is 0.
     """
-    full = plain(image)
-    side = min(full.size)
-    if side < resolution and not allow_upscale:
+    full = plain(image, has_alpha(channels))
+    height, width = sides(resolution)
+    whole = full.size
+    if fit == "crop":
+        full = full.crop(_crop_box(full.width, full.height, width, height))
+    full = full.convert(MODES[channels])  # alpha that is added is 255
+    wanted = (width, height)
+    if fit == "pad":
+        wanted = _size_within(full.width, full.height, width, height, allow_upscale)
+    elif (full.width < width or full.height < height) and not allow_upscale:
         raise BadImageError(
-            f"is {full.width}x{full.height}, smaller than {resolution} px; "
-            "use --allow-upscale to enlarge it"
+            f"is {whole[0]}x{whole[1]}, smaller than {shown(resolution)} px; use --allow-upscale "
+            "to enlarge it, or --fit pad for a border"
         )
-    left, top = (full.width - side) // 2, (full.height - side) // 2
-    cut = full.crop((left, top, left + side, top + side)).convert("L" if channels == 1 else "RGB")
-    fitted = cut.resize((resolution, resolution), _FILTERS[resize])  # a copy if the size is equal
-    return np.asarray(fitted).reshape(resolution, resolution, channels)
+    fitted = full.resize(wanted, _FILTERS[resize])  # a copy if the size is equal
+    if wanted != (width, height):
+        page = Image.new(full.mode, (width, height))
+        page.paste(fitted, ((width - wanted[0]) // 2, (height - wanted[1]) // 2))
+        fitted = page
+    pixels = np.asarray(fitted).reshape(height, width, channels)
+    if has_alpha(channels):
+        pixels = pixels.copy()
+        pixels[pixels[..., -1] == 0] = 0
+    return pixels
+
+
+def _crop_box(width: int, height: int, to_width: int, to_height: int) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of the largest centred part of the shape to_width:to_height."""
+    if width * to_height > height * to_width:
+        cut_width, cut_height = max(1, height * to_width // to_height), height
+    else:
+        cut_width, cut_height = width, max(1, width * to_height // to_width)
+    left, top = (width - cut_width) // 2, (height - cut_height) // 2
+    return left, top, left + cut_width, top + cut_height
+
+
+def _size_within(
+    width: int, height: int, to_width: int, to_height: int, enlarge: bool
+) -> tuple[int, int]:
+    """(width, height) of the whole image within to_width x to_height, its shape kept."""
+    if width <= to_width and height <= to_height and not enlarge:
+        return width, height
+    if width * to_height > height * to_width:
+        return to_width, max(1, round(height * to_width / width))
+    return max(1, round(width * to_height / height)), to_height
 
 
 def read_npy(data: bytes) -> Pixels:
-    """The uint8 [H, W], [H, W, 1] or [H, W, 3] array of a .npy file; `BadImageError` otherwise.
+    """The uint8 [H, W] or [H, W, 1 to 4] array of a .npy file; `BadImageError` otherwise.
 
     The size in the header is checked before allocation.
     """
@@ -155,10 +215,8 @@ def read_npy(data: bytes) -> Pixels:
             shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
     except Exception as error:  # NumPy raises many kinds for damaged files
         raise BadImageError(f"is not an .npy image ({first_line(error)})") from error
-    if dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3))):
-        raise BadImageError(
-            f"holds {dtype} {list(shape)}, not uint8 [H, W], [H, W, 1] or [H, W, 3]"
-        )
+    if dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in MODES)):
+        raise BadImageError(f"holds {dtype} {list(shape)}, not uint8 [H, W] or [H, W, 1 to 4]")
     _check_size(shape[1], shape[0])
     pixels = np.frombuffer(data, np.uint8, offset=file.tell())
     if pixels.size != np.prod(shape):
@@ -168,9 +226,9 @@ def read_npy(data: bytes) -> Pixels:
 
 def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
     grey = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 1)
-    if array.dtype != np.uint8 or not (grey or (array.ndim == 3 and array.shape[2] in (3, 4))):
+    if array.dtype != np.uint8 or not (grey or (array.ndim == 3 and array.shape[2] in MODES)):
         raise BadImageError(
-            f"holds {array.dtype} {list(array.shape)}, not uint8 [H, W] or [H, W, 1, 3 or 4]"
+            f"holds {array.dtype} {list(array.shape)}, not uint8 [H, W] or [H, W, 1 to 4]"
         )
     _check_size(array.shape[1], array.shape[0])
     return Image.fromarray(

@@ -35,6 +35,7 @@ from bigan.data import DataError
 from bigan.data.format.codec import Encoding
 from bigan.data.format.tar import tar_files
 from bigan.hashes import fingerprint, sha256, sha256_of_file
+from bigan.image_size import ImageSize, Resolution, sides
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
@@ -82,8 +83,8 @@ class Manifest(Frozen):
     wids_version: int = 1
     schema_version: int = SCHEMA
     name: str
-    resolution: int  # pixels; images are square
-    channels: int  # 1 or 3
+    resolution: Resolution  # pixels; of images that are not square (height, width)
+    channels: int  # 1: grey, 2: grey and alpha, 3: RGB, 4: RGBA
     classes: tuple[str, ...]  # class names; label i is classes[i]
     encoder: Encoding
     quality: int | None = None  # of a lossy encoder
@@ -161,7 +162,7 @@ class Manifest(Frozen):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """[H, W, C] of every image."""
-        return self.resolution, self.resolution, self.channels
+        return *sides(self.resolution), self.channels
 
     def location(self, shard: Shard) -> str:
         """Path or URL of a shard."""
@@ -269,7 +270,7 @@ class Manifest(Frozen):
         expected = {index_name(split, column) for split in self.splits for column in COLUMNS}
         if set(self.index) != expected or any("/" in split for split in self.splits):
             raise DataError(f"{file}: lists unexpected index files; pack the data again")
-        if self.resolution <= 0 or self.channels not in (1, 3) or not self.classes:
+        if self.channels not in range(1, 5) or not self.classes:
             raise DataError(f"{file}: impossible image size or classes; pack the data again")
         for shard in self.shardlist:
             histogram = shard.class_histogram
@@ -309,12 +310,13 @@ class Manifest(Frozen):
                 raise DataError(f"{self.folder / name}: index file is missing; pack the data again")
 
 
-def level_name(resolution: int) -> str:
-    """Folder name of one resolution in a pyramid: r0008 for 8 px."""
-    return f"r{resolution:04d}"
+def level_name(resolution: ImageSize) -> str:
+    """Folder name of one resolution in a pyramid: r0008 for 8 px, r0020x0012 for 20x12 px."""
+    height, width = sides(resolution)
+    return f"r{width:04d}" if width == height else f"r{width:04d}x{height:04d}"
 
 
-def level_folder(path: str, resolution: int) -> str:
+def level_folder(path: str, resolution: ImageSize) -> str:
     """Path or URL of one resolution of the pyramid at `path`."""
     return f"{path.rstrip('/')}/{level_name(resolution)}"
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 from bigan.data.format.codec import Pixels
+from bigan.transparency import on_checkerboard
 
 ROWS = 16  # classes at most
 COLUMNS = 12  # images per line
@@ -22,7 +23,7 @@ _MAX_NAME = 28  # characters
 
 @dataclass(frozen=True)
 class Row:
-    """A class: its name, its number of images, and some of them, uint8 [R, R, 1 or 3]."""
+    """A class: its name, its number of images, and some of them, uint8 [H, W, 1 to 4]."""
 
     name: str
     num_images: int
@@ -32,11 +33,13 @@ class Row:
 def contact_sheet(title: str, rows: Sequence[Row]) -> Image.Image:
     """A page with one row per class: name and number of images at the left, then the images.
 
-    Images below 64 pixels are enlarged by an integer factor with the Lanczos filter, those above
-    128 pixels are reduced to 128.
+    Images whose longer side is below 64 pixels are enlarged by an integer factor with the Lanczos
+    filter, those above 128 pixels are reduced to 128. Transparent ones are on a checkerboard.
     """
-    size = next((len(image) for row in rows for image in row.images), MIN_CELL)
-    cell = min(MAX_CELL, size * max(1, math.ceil(MIN_CELL / size)))
+    first = next((image.shape for row in rows for image in row.images), (MIN_CELL, MIN_CELL))
+    longer = max(first[:2])
+    cell = min(MAX_CELL, longer * max(1, math.ceil(MIN_CELL / longer)))
+    cell_height, cell_width = (max(1, round(side * cell / longer)) for side in first[:2])
     large, small, heading = (ImageFont.load_default(size=pixels) for pixels in (15, 12, 18))
     names = [_shortened(row.name) for row in rows]
     counts = [f"{row.num_images:,} image{'' if row.num_images == 1 else 's'}" for row in rows]
@@ -49,22 +52,25 @@ def contact_sheet(title: str, rows: Sequence[Row]) -> Image.Image:
     columns = min(COLUMNS, max((len(row.images) for row in rows), default=0))
     lines = [max(1, math.ceil(len(row.images) / COLUMNS)) for row in rows]
     title_width = _MARGIN + math.ceil(heading.getlength(title))
-    width = max(left + columns * (cell + _GAP) - _GAP, title_width)
-    height = top + sum(lines) * (cell + _GAP) - _GAP
+    width = max(left + columns * (cell_width + _GAP) - _GAP, title_width)
+    height = top + sum(lines) * (cell_height + _GAP) - _GAP
     page = Image.new("RGB", (width + _MARGIN, height + _MARGIN), _PAPER)
     draw = ImageDraw.Draw(page)
     draw.text((_MARGIN, _MARGIN + 9), title, fill=_INK, font=heading, anchor="lm")
     y = top
     for row, name, count, num_lines in zip(rows, names, counts, lines, strict=True):
-        right, middle = left - 16, y + cell // 2
+        right, middle = left - 16, y + cell_height // 2
         draw.text((right, middle - 9), name, fill=_INK, font=large, anchor="rm")
         draw.text((right, middle + 9), count, fill=_FAINT, font=small, anchor="rm")
         for number, image in enumerate(row.images):
             line, column = divmod(number, COLUMNS)
             pixels = image[..., 0] if image.shape[2] == 1 else image
-            thumbnail = Image.fromarray(pixels).resize((cell, cell), Image.Resampling.LANCZOS)
-            page.paste(thumbnail, (left + column * (cell + _GAP), y + line * (cell + _GAP)))
-        y += num_lines * (cell + _GAP)
+            thumbnail = Image.fromarray(pixels).resize(
+                (cell_width, cell_height), Image.Resampling.LANCZOS
+            )
+            place = left + column * (cell_width + _GAP), y + line * (cell_height + _GAP)
+            page.paste(on_checkerboard(thumbnail), place)
+        y += num_lines * (cell_height + _GAP)
     return page
 
 

@@ -10,11 +10,12 @@ from bigan.data.format.codec import Pixels
 from bigan.data.packing.listing import Source
 from bigan.data.permutation import permutation
 from bigan.hashes import sha256
+from bigan.image_size import ImageSize, shown
 
 NUM_TEST_DIGITS = 500  # 50 of each class; the other 1,297 are for training
 
 
-def digits(resolution: int = 16) -> Source:
+def digits(resolution: ImageSize = 16) -> Source:
     """The 1,797 handwritten digits of scikit-learn (8x8, 0..16) at 8, 16 or 32 px, one channel.
 
     Values are scaled to 0..255. Larger sizes are interpolated such that the mean of every f x f
@@ -22,8 +23,8 @@ def digits(resolution: int = 16) -> Source:
     resolution. Split: 50 images of each class for test, the others for training.
     Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
     """
-    if resolution not in (8, 16, 32):
-        raise DataError(f"digits: resolution {resolution} is not available; use 8, 16 or 32")
+    if isinstance(resolution, tuple) or resolution not in (8, 16, 32):
+        raise DataError(f"digits: resolution {shown(resolution)} is not available; use 8, 16 or 32")
     from sklearn.datasets import load_digits  # slow to import
 
     bundle = load_digits()

@@ -224,7 +224,8 @@ def _pixels(scans: Sequence[Scan]) -> list[Note]:
 
 def _title(manifest: Manifest, scans: Sequence[Scan]) -> str:
     num = sum(int(scan.decoded.sum()) for scan in scans)
-    size = f"{manifest.resolution} x {manifest.resolution}"
+    height, width, _ = manifest.image_shape
+    size = f"{width} x {height}"
     return f"{manifest.name}: {num:,} images, {size}, {manifest.encoder}"
 
 
@@ -251,7 +252,7 @@ def _rows(manifest: Manifest, scans: Sequence[Scan]) -> list[Row]:
 
 
 def _read(manifest: Manifest, scan: Scan, row: int) -> Pixels | None:
-    pixels = np.empty((manifest.resolution, manifest.resolution, manifest.channels), np.uint8)
+    pixels = np.empty(manifest.image_shape, np.uint8)
     try:
         with (manifest.folder / scan.shard.url).open("rb") as file:
             file.seek(int(scan.offset[row]))

@@ -18,12 +18,13 @@ from PIL import Image
 
 from bigan.data import DataError
 from bigan.data.format.codec import ENCODINGS, first_line
-from bigan.data.format.convert import read_npy
+from bigan.data.format.convert import MODES, read_npy
 from bigan.data.format.manifest import COLUMNS, Manifest, Shard, write_data_set
 from bigan.data.format.tar import tar_files
 from bigan.data.packing.listing import has_too_many_classes
 from bigan.data.packing.webdatasets import INDEXED_PLAN, Sample, list_samples
 from bigan.hashes import sha256
+from bigan.image_size import ImageSize, image_size
 
 _SUFFIXES = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg"} | {
     encoding: encoding for encoding in ENCODINGS
@@ -66,14 +67,13 @@ def _index(folder: Path, files: list[Path]) -> Manifest:
         )
     ((height, width, channels),) = shapes
     if not channels:
-        raise _unsuitable(folder, "images are neither 8-bit grey nor RGB")
-    if height != width:
-        raise _unsuitable(folder, f"images are {width}x{height}, not square")
+        raise _unsuitable(folder, "images are neither 8-bit grey nor RGB, with or without alpha")
     num_classes = 1 + max((s.label or 0 for _, samples in found for s in samples), default=0)
     num_images = sum(len(samples) for _, samples in found)
     if has_too_many_classes(num_classes, num_images):
         raise _unsuitable(folder, f"label {num_classes - 1} implies too many classes")
-    return _write(folder, files, found, num_classes, height, channels, encoder)
+    size = image_size(height, width)
+    return _write(folder, files, found, num_classes, size, channels, encoder)
 
 
 def _write(
@@ -81,7 +81,7 @@ def _write(
     files: list[Path],
     found: list[tuple[str, list[Sample]]],
     num_classes: int,
-    resolution: int,
+    resolution: ImageSize,
     channels: int,
     encoder: str,
 ) -> Manifest:
@@ -174,7 +174,8 @@ def _shape(data: bytes, encoder: str) -> tuple[int, int, int]:
         shape = read_npy(data).shape
         return shape if len(shape) == 3 else (0, 0, 0)
     with Image.open(io.BytesIO(data), formats=[encoder.upper()]) as image:
-        return image.height, image.width, {"L": 1, "RGB": 3}.get(image.mode, 0)
+        channels = {mode: num for num, mode in MODES.items()}
+        return image.height, image.width, channels.get(image.mode, 0)
 
 
 def _reason(error: Exception) -> str:

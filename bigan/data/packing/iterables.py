@@ -17,14 +17,19 @@ from PIL import Image
 
 from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, Pixels, first_line
-from bigan.data.format.convert import decode_any, plain
+from bigan.data.format.convert import MODES, decode_any, plain
 from bigan.data.packing.listing import Listing, number_labels, read_at
+from bigan.image_size import ImageSize, sides
 
-Shrink = Callable[[Image.Image, int], Pixels]  # (image, resolution) -> uint8 [R, R, C]
+Shrink = Callable[[Image.Image, ImageSize], Pixels]  # (image, resolution) -> uint8 [H, W, C]
 
 
 def iterable(
-    items: Iterable[Any], resolution: int | None, channels: int, shrink: Shrink, scratch: Path
+    items: Iterable[Any],
+    resolution: ImageSize | None,
+    channels: int,
+    shrink: Shrink,
+    scratch: Path,
 ) -> Listing:
     """Spool the images of `items` to the file `scratch`, or to a file in the folder `scratch`.
 
@@ -47,7 +52,7 @@ def iterable(
     ]
     labels = tuple(label for label in numbers if isinstance(label, int))
     spooled.content.update(repr((classes, labels)).encode("utf-8", "surrogatepass"))
-    shape = (spooled.resolution or 0, spooled.resolution or 0, channels)
+    shape = (*sides(spooled.resolution or 0), channels)
     size = shape[0] * shape[1] * shape[2]
 
     def original(i: int) -> Pixels:
@@ -70,14 +75,16 @@ def iterable(
 class _Spooled:
     """The images in the spool file, in order: keys, labels as given, and a hash of the pixels."""
 
-    resolution: int | None
+    resolution: ImageSize | None
     keys: list[str] = field(default_factory=list)
     labels: list[Any] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
     content: Any = field(default_factory=hashlib.sha256)
 
 
-def _spool(items: Iterable[Any], resolution: int | None, shrink: Shrink, file: Path) -> _Spooled:
+def _spool(
+    items: Iterable[Any], resolution: ImageSize | None, shrink: Shrink, file: Path
+) -> _Spooled:
     """Convert every item and append its pixels to `file`."""
     spooled = _Spooled(resolution)
     seen: set[str] = set()
@@ -161,15 +168,15 @@ def _to_image(value: Any) -> Image.Image:
     if isinstance(value, str | Path):
         value = Path(value).read_bytes()
     if isinstance(value, bytes | bytearray | memoryview):
-        return decode_any(bytes(value))
+        return decode_any(bytes(value), keep_alpha=True)
     if hasattr(value, "detach"):  # a torch tensor
         value = value.detach().cpu().numpy()
-        if value.ndim == 3 and value.shape[0] in (1, 3) and value.shape[2] not in (1, 3):
+        if value.ndim == 3 and value.shape[0] in MODES and value.shape[2] not in MODES:
             value = value.transpose(1, 2, 0)
     if not isinstance(value, np.ndarray | Image.Image):
         raise BadImageError(f"is of type {type(value).__name__}, not an image")
     try:
-        return plain(value)
+        return plain(value, keep_alpha=True)
     except BadImageError:
         raise
     except Exception as error:  # a PIL image decodes its file here

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bigan.data.format.codec import BadImageError, Pixels, first_line
+from bigan.image_size import ImageSize
 
 Bad = tuple[tuple[str, str], ...]  # (name, reason) of unusable originals
 Skipped = tuple[tuple[str, int], ...]  # (suffix, number) of files that are not images
@@ -34,7 +35,7 @@ _NUMBER = re.compile(r"[+-]?[0-9]{1,18}(\.[0-9]{1,18})?")
 class Source:
     """A list of images: image i has keys[i], labels[i], splits[i] and pixels read(i).
 
-    `read(i)` returns uint8 [resolution, resolution, channels], may be called from several threads
+    `read(i)` returns uint8 [height, width, channels], may be called from several threads
     and raises `BadImageError`, without the name, for an unusable image. `transform` names the
     conversion from the original to these pixels: reference statistics are comparable only for the
     same one. `identity` is a hash of what is known of the originals without decoding them: a
@@ -48,7 +49,7 @@ class Source:
     name: str
     transform: str
     identity: str
-    resolution: int
+    resolution: ImageSize
     channels: int
     classes: tuple[str, ...]
     keys: tuple[str, ...]
@@ -87,7 +88,7 @@ class Listing:
     original: Callable[[int], bytes | Pixels]
     official: tuple[str, ...] | None = None
     bad: Bad = ()
-    resolution: int | None = None
+    resolution: ImageSize | None = None
     channels: int = 3
     transform: str = ""
     has_all_splits: bool = False

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from bigan.data import DataError
 from bigan.data.format.codec import ENCODINGS, Encoding
-from bigan.data.format.convert import MAX_PIXELS, Resize
+from bigan.data.format.convert import MAX_PIXELS, MODES, Fit, Resize
 from bigan.data.packing.image_trees import Labels
+from bigan.image_size import ImageSize, num_pixels, shown, sides
 
 
 @dataclass(frozen=True)
 class PackOptions:
     """How images are converted, split and stored. Raises `DataError` for an impossible value.
 
-    resolution: width and height in pixels. None: that of digits (16), CIFAR (32), MNIST (28), a
-        packed folder or square Python images; other sources need a value.
-    channels: 1 (grey) or 3 (RGB). None: 1 for digits and MNIST, that of a packed folder, else 3.
-    resize: filter that shrinks the square centre crop.
-    allow_upscale: enlarge images below `resolution` instead of treating them as unusable.
+    resolution: side of a square, or (height, width), in pixels. None: that of digits (16), CIFAR
+        (32), MNIST (28), a packed folder or square Python images; other sources need a value.
+    channels: 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA). None: 1 for digits and MNIST, that
+        of a packed folder, else 3.
+    fit: "crop" keeps the centre, "pad" all of the image within a black or transparent border,
+        "stretch" all of it in another shape.
+    resize: filter that resizes what `fit` keeps.
+    allow_upscale: enlarge images below `resolution` instead of treating them as unusable (crop,
+        stretch) or of adding a wider border (pad).
     labels: "auto": label files if there are any, else class folders; "folders": no label files;
         "none": one class. For sources other than files of images, "none" or the labels they have.
     exclude: shell patterns of files and folders that are left out ("masks", "*_small.png").
@@ -31,15 +37,17 @@ class PackOptions:
     seed: of the global shuffle.
     shard_size: images per shard. None: at most 128 MiB of pixels, and at least eight shards.
     max_bad: number of unusable originals that are left out; more of them are an error.
-    pyramid: smallest resolution of a set of folders r0004, r0008, ..., one for each doubling up to
-        `resolution`, with the same samples in the same order. None: one folder.
+    pyramid: smallest resolution, of the shorter side, of a set of folders r0004, r0008, ..., one
+        for each doubling up to `resolution`, with the same samples in the same order. None: one
+        folder.
     part: (i, n) writes only the shards with number % n == i % n; n calls with different i, in any
         order or at once, on one machine or several, write the data set.
     jobs: threads. None: one per core, at most 16.
     """
 
-    resolution: int | None = None
-    channels: Literal[1, 3] | None = None
+    resolution: ImageSize | None = None
+    channels: Literal[1, 2, 3, 4] | None = None
+    fit: Fit = "crop"
     resize: Resize = "lanczos"
     allow_upscale: bool = False
     labels: Labels = "auto"
@@ -61,15 +69,22 @@ class PackOptions:
         self._check_work()
 
     def _check_images(self) -> None:
-        if self.resolution is not None and self.resolution <= 0:
-            raise DataError(f"resolution {self.resolution}: must be a positive number of pixels")
-        if self.resolution is not None and self.resolution**2 > MAX_PIXELS:
+        if self.resolution is not None:
+            size = shown(self.resolution)
+            if min(sides(self.resolution)) <= 0:
+                raise DataError(f"resolution {size}: must be a positive number of pixels")
+            if num_pixels(self.resolution) > MAX_PIXELS:
+                raise DataError(
+                    f"resolution {size}: is more than {MAX_PIXELS} pixels per image; use a smaller "
+                    "one"
+                )
+        if self.channels is not None and self.channels not in MODES:
             raise DataError(
-                f"resolution {self.resolution}: is more than {MAX_PIXELS} pixels per image; "
-                "use a smaller one"
+                f"channels {self.channels}: must be 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 "
+                "(RGBA)"
             )
-        if self.channels not in (None, 1, 3):
-            raise DataError(f"channels {self.channels}: must be 1 (grey) or 3 (RGB)")
+        if self.fit not in typing.get_args(Fit):
+            raise DataError(f"fit {self.fit!r}: is unknown; use crop, pad or stretch")
         if self.encoding is not None and self.encoding not in ENCODINGS:
             raise DataError(
                 f"encoding {self.encoding!r}: is unknown; use one of {', '.join(ENCODINGS)}"

@@ -46,6 +46,7 @@ from bigan.data.packing.pack_shard import (
     record_file,
     shard,
 )
+from bigan.image_size import plain
 
 MAX_JOBS = 16
 MAX_EXCESS_BAD = 1000  # unusable images beyond `max_bad` after which a pack stops at once
@@ -268,7 +269,7 @@ def _complete(destination: Path, plan: Plan, bad: list[Bad], max_bad: int) -> Pa
             "plan": plan.id,
             "name": plan.source.name,
             "levels": [level.folder for level in plan.levels],
-            "resolutions": [level.resolution for level in plan.levels],
+            "resolutions": [plain(level.resolution) for level in plan.levels],
         }
         atomic_files.write_atomic(destination / PYRAMID, json.dumps(content, indent=1) + "\n")
     remove_stamp(destination)

@@ -12,6 +12,7 @@ from bigan.data.format.manifest import COLUMNS, PLAN, Manifest, Shard, write_dat
 from bigan.data.packing.pack_plan import Level, Plan
 from bigan.data.packing.pack_shard import Bad, finished, record_file
 from bigan.hashes import sha256_of_file
+from bigan.image_size import ratio
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def write_manifest(
 ) -> Manifest:
     """Write the index files of a level, then its manifest."""
     source = plan.source
-    factor = source.resolution // level.resolution
+    factor = ratio(source.resolution, level.resolution)
     recorded = [folder / PLAN, *(record_file(folder, name) for name in plan.names)]
     return write_data_set(
         folder,

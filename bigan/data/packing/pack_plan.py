@@ -24,9 +24,11 @@ from bigan.data.packing.options import PackOptions, with_changes
 from bigan.data.packing.sources import Source
 from bigan.data.permutation import permutation
 from bigan.hashes import fingerprint
+from bigan.image_size import ImageSize, num_pixels, plain, shown, shrunk, sides
+from bigan.transparency import has_alpha
 
 SPLITS = ("train", "val", "test")
-NPY_RESOLUTION = 128  # largest resolution stored as raw pixels by default
+NPY_PIXELS = 128 * 128  # of the largest images that are stored as raw pixels by default
 SHARD_BYTES = 2**27  # of raw pixels in one shard, about, by default
 MIN_SHARDS = 8  # of the training split by default, for readers that divide shards among workers
 
@@ -36,7 +38,7 @@ class Level:
     """One resolution; `folder` is relative to the destination, "" without a pyramid."""
 
     folder: str
-    resolution: int
+    resolution: ImageSize
     encoder: Encoding
 
 
@@ -60,14 +62,16 @@ class Plan:
         listing = hashlib.sha256()
         for column in (source.classes, source.labels, source.splits):
             listing.update(repr(column).encode("utf-8", "surrogateescape") + b"\0")
-        pyramid = [[level.resolution, level.encoder] for level in self.levels if level.folder]
+        pyramid = [
+            [plain(level.resolution), level.encoder] for level in self.levels if level.folder
+        ]
         return {
             "schema_version": SCHEMA,
             "source": source.name,
             "identity": source.identity,
             "listing": listing.hexdigest(),
             "transform": source.transform,
-            "resolution": source.resolution,
+            "resolution": plain(source.resolution),
             "channels": source.channels,
             "encoder": self.levels[-1].encoder,
             "quality": self.quality,
@@ -91,20 +95,25 @@ def make_plan(source: Source, options: PackOptions | None = None, **changes: Any
     """Shuffle each split globally and cut it into shards.
 
     Raises `DataError` for a source without training images, a pyramid that does not reach the
-    source's resolution and a quality for a lossless encoding.
+    source's resolution, alpha in an encoding without it and a quality for a lossless encoding.
     """
     options = with_changes(options, changes)
     shard_size, seed = options.shard_size, options.seed
     splits = np.asarray(source.splits)
     num_train = int((splits == "train").sum())
     if shard_size is None:
-        at_most = max(1, SHARD_BYTES // (source.resolution**2 * source.channels))
+        at_most = max(1, SHARD_BYTES // (num_pixels(source.resolution) * source.channels))
         shard_size = min(at_most, max(64, -(-num_train // MIN_SHARDS)))
     if not num_train:
         raise DataError(
             f"{source.name}: has no training image; give more images or smaller fractions"
         )
     levels = _levels(source.resolution, options.encoding, options.pyramid)
+    if has_alpha(source.channels) and any(level.encoder == "jpg" for level in levels):
+        raise DataError(
+            f"encoding jpg: has no alpha, and the images have {source.channels} channels; use png, "
+            "webp or npy, or 1 or 3 channels"
+        )
     names: list[str] = []
     members: list[tuple[int, ...]] = []
     for split in SPLITS:
@@ -126,21 +135,24 @@ def make_plan(source: Source, options: PackOptions | None = None, **changes: Any
     )
 
 
-def _levels(resolution: int, encoding: Encoding | None, pyramid: int | None) -> tuple[Level, ...]:
+def _levels(
+    resolution: ImageSize, encoding: Encoding | None, pyramid: int | None
+) -> tuple[Level, ...]:
+    """Raises `DataError` if halving stops at twice the smallest resolution or more."""
     sizes = [resolution]
     if pyramid is not None:
-        while sizes[0] > pyramid and sizes[0] % 2 == 0:
-            sizes.insert(0, sizes[0] // 2)
-        if sizes[0] != pyramid:
+        while min(sides(sizes[0])) >= 2 * pyramid and all(n % 2 == 0 for n in sides(sizes[0])):
+            sizes.insert(0, shrunk(sizes[0], 2))
+        if not pyramid <= min(sides(sizes[0])) < 2 * pyramid:
             raise DataError(
-                f"pyramid from {pyramid} px: doubling does not reach {resolution} px; "
-                "use a power of two for both"
+                f"pyramid from {pyramid} px: doubling does not reach {shown(resolution)} px, only "
+                f"from {shown(sizes[0])} px; use sides that are a small number times a power of two"
             )
     return tuple(
         Level(
             folder="" if pyramid is None else level_name(size),
             resolution=size,
-            encoder=encoding or ("npy" if size <= NPY_RESOLUTION else "png"),
+            encoder=encoding or ("npy" if num_pixels(size) <= NPY_PIXELS else "png"),
         )
         for size in sizes
     )

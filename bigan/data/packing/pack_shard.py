@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,23 +15,33 @@ from bigan.data.format.codec import BadImageError, Pixels, encode, first_line
 from bigan.data.format.tar import index_shard, shard_bytes
 from bigan.data.packing.pack_plan import Plan
 from bigan.hashes import sha256
+from bigan.image_size import sides
+from bigan.transparency import has_alpha
 
 Bad = tuple[str, str]  # (name of the original, reason)
 Encoded = tuple[bytes, ...] | str  # an image at each level, or the reason it is unusable
 
 
 def halvings(image: Pixels, num: int) -> list[Pixels]:
-    """`image`, uint8 [R, R, C], at `num` resolutions R / 2**(num - 1), ..., R / 2, R.
+    """`image`, uint8 [H, W, C], at `num` resolutions [H, W] / 2**(num - 1), ..., [H, W].
 
     A pixel is the mean of the f x f pixels of `image`, rounded once (half up). Means of the next
-    larger level would accumulate rounding errors.
+    larger level would accumulate rounding errors. Colors with alpha are weighted by it.
     """
     levels: list[Pixels] = [image]
-    sums: NDArray[np.unsignedinteger] = image
+    weighted = has_alpha(image.shape[2])
+    sums: NDArray[Any] = image
+    wide: Any = np.uint64 if weighted else np.uint32
+    if weighted:
+        alpha = image[..., -1:].astype(wide)
+        sums = np.concatenate([image[..., :-1].astype(wide) * alpha, alpha], axis=2)
     for n in range(1, num):
-        rows = sums[0::2].astype(np.uint32) + sums[1::2]
+        rows = sums[0::2].astype(wide) + sums[1::2]
         sums = rows[:, 0::2] + rows[:, 1::2]
-        levels.append(((sums + 4**n // 2) // 4**n).astype(np.uint8))
+        num_summed = np.full(sums.shape, 4**n, wide)
+        if weighted:
+            num_summed[..., :-1] = sums[..., -1:].clip(1)
+        levels.append(((sums + num_summed // 2) // num_summed).astype(np.uint8))
     return levels[::-1]
 
 
@@ -66,7 +77,7 @@ def encoded_image(plan: Plan, i: int) -> Encoded:
     source = plan.source
     try:
         pixels = source.read(i)
-        shape = (source.resolution, source.resolution, source.channels)
+        shape = (*sides(source.resolution), source.channels)
         if pixels.dtype != np.uint8 or pixels.shape != shape:
             found = f"{pixels.dtype} {list(pixels.shape)}"
             raise BadImageError(f"is {found}, expected uint8 {list(shape)}")

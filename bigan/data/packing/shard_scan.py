@@ -311,7 +311,7 @@ def _decode(
     problems: list[Problem],
 ) -> None:
     """Decode every image; fills `scan.decoded` and, if `deep`, `scan.statistics`."""
-    pixels = np.empty((manifest.resolution, manifest.resolution, manifest.channels), np.uint8)
+    pixels = np.empty(manifest.image_shape, np.uint8)
     scan.decoded = np.zeros(len(samples), bool)
     scan.statistics = PixelStatistics.empty(len(samples), manifest.channels) if deep else None
     for row, sample in enumerate(samples):

@@ -20,7 +20,7 @@ from typing import Any
 
 from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, Pixels
-from bigan.data.format.convert import TRANSFORMS, Resize, square, to_square
+from bigan.data.format.convert import TRANSFORMS, square, to_square
 from bigan.data.packing import archives, tar_trees, webdatasets
 from bigan.data.packing.digits import digits
 from bigan.data.packing.folders import folder_tree, has_images
@@ -30,6 +30,7 @@ from bigan.data.packing.listing import Listing, Source, assign_splits, has_too_m
 from bigan.data.packing.options import PackOptions, with_changes
 from bigan.data.packing.trees import Tree
 from bigan.data.packing.zips import zip_tree
+from bigan.image_size import ImageSize
 
 __all__ = ["Source", "digits", "open_source"]
 
@@ -41,7 +42,7 @@ def open_source(
     scratch: Path | None = None,
     **changes: Any,
 ) -> Source:
-    """The images of `source` as squares of `options.resolution` pixels.
+    """The images of `source` at `options.resolution`.
 
     `source` is "digits", a path, a brace pattern of tars, or an iterable (see the module
     docstring). Keyword arguments set single options; used are those for resolution, channels,
@@ -63,7 +64,7 @@ def open_source(
     if size is None:
         raise DataError(f"{where}: needs the resolution of the packed images, e.g. --resolution 64")
     depth = options.channels or listing.channels
-    transform = TRANSFORMS[options.resize]
+    transform = TRANSFORMS[options.fit, options.resize]
     if listing.transform:  # packed before: images that have the wanted size are not changed
         same = (size, depth) == (listing.resolution, listing.channels)
         transform = listing.transform if same else f"{listing.transform}+{transform}"
@@ -94,7 +95,7 @@ def open_source(
 
 
 def _digits(options: PackOptions) -> Source:
-    if options.channels == 3:
+    if options.channels not in (None, 1):
         raise DataError("digits: are grey; omit the number of channels, or give 1")
     source = digits(16 if options.resolution is None else options.resolution)
     splits = assign_splits(source.keys, source.splits, options.val_fraction, options.test_fraction)
@@ -123,15 +124,15 @@ def _list(
 
 
 def _converter(options: PackOptions) -> Any:
-    """`_convert` with the filter of these options."""
-    return functools.partial(_convert, resize=options.resize, allow_upscale=options.allow_upscale)
+    """(original, resolution, channels=...) -> pixels, by the conversion of these options."""
 
+    def convert(original: Any, resolution: ImageSize, *, channels: int) -> Pixels:
+        make = square if isinstance(original, bytes) else to_square
+        return make(
+            original, resolution, channels, options.resize, options.allow_upscale, options.fit
+        )
 
-def _convert(
-    original: Any, resolution: int, *, channels: int, resize: Resize, allow_upscale: bool
-) -> Pixels:
-    make = square if isinstance(original, bytes) else to_square
-    return make(original, resolution, channels, resize, allow_upscale)
+    return convert
 
 
 def _find(where: str, options: PackOptions, scratch: Path | None) -> Listing:

@@ -30,9 +30,11 @@ from bigan.data.format.tar import tar_files, walk_tar
 from bigan.data.packing.findings import Note, findings
 from bigan.data.packing.index_check import check_hashes, check_records, read_index
 from bigan.data.packing.shard_scan import Problem, Scan, is_indexed_in_place, mapped, scan_shard
+from bigan.image_size import plain, sides
 
 MAX_LINES = 100  # of problems, and of notes, in as_text(); as_dict() has all
 MAX_RESOLUTION = 2**14  # pixels; limits what a damaged manifest can allocate
+LEVEL = re.compile(r"r\d+(x\d+)?")  # name of the folder of a level
 LEFTOVER_SECONDS = 3600  # a younger temporary file may belong to a running pack
 REPAIR = (
     f"delete the damaged files and {MANIFEST} and run the same `bigan pack` again; it writes the "
@@ -194,7 +196,7 @@ def _read_pyramid(folder: Path) -> tuple[dict[str, Any], list[str], list[Problem
     try:
         content = json.loads((folder / PYRAMID).read_text(encoding="utf-8"))
         names = content["levels"]
-        if not names or not all(isinstance(n, str) and re.fullmatch(r"r\d+", n) for n in names):
+        if not names or not all(isinstance(n, str) and LEVEL.fullmatch(n) for n in names):
             raise ValueError("its levels are not names of folders")
     except (OSError, ValueError, KeyError, TypeError) as error:
         content = {}
@@ -215,16 +217,17 @@ def _check_pyramid(
     problems = [
         Problem(path.name, f"is not listed in {PYRAMID}: delete the folder, or pack again")
         for path in sorted(folder.glob("r*"))
-        if re.fullmatch(r"r\d+", path.name) and path.is_dir() and path.name not in names
+        if LEVEL.fullmatch(path.name) and path.is_dir() and path.name not in names
     ]  # fmt: skip
     manifests = [level.manifest for level in levels if level.manifest]
     if not content or len(manifests) < len(names):
         return problems
     top = manifests[-1]
-    resolutions = [manifest.resolution for manifest in manifests]
+    resolutions = [plain(manifest.resolution) for manifest in manifests]
     expected = {"plan": top.plan, "name": top.name, "levels": names, "resolutions": resolutions}
     wrong = [key for key in expected | content if content.get(key) != expected.get(key)]
-    if resolutions != sorted(set(resolutions)):
+    heights = [sides(manifest.resolution)[0] for manifest in manifests]
+    if heights != sorted(set(heights)):
         wrong.append("levels")
     problems += [Problem(PYRAMID, f"its {key!r} differs from the levels") for key in wrong]
     plan = {name: top.records[name] for name in (PLAN,) if name in top.records}
@@ -253,7 +256,7 @@ def _read_leniently(folder: Path) -> Manifest | None:
         manifest = configs.validate(Manifest, {**content, "folder": str(folder)}, MANIFEST)
     except (OSError, ValueError, TypeError, ConfigError):
         return None
-    possible = 0 < manifest.resolution <= MAX_RESOLUTION and manifest.channels in (1, 3)
+    possible = max(manifest.image_shape) <= MAX_RESOLUTION and manifest.channels in range(1, 5)
     return manifest if possible else None
 
 

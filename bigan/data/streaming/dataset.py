@@ -10,6 +10,7 @@ from bigan.data import DataError
 from bigan.data.format.manifest import MANIFEST, PLAN, PYRAMID, Manifest, level_folder
 from bigan.data.settings import Fetch
 from bigan.data.streaming import remote
+from bigan.image_size import ImageSize
 
 
 def open_manifest(data: str | Path | Manifest, fetch: Fetch | None = None) -> Manifest:
@@ -38,7 +39,7 @@ def open_manifest(data: str | Path | Manifest, fetch: Fetch | None = None) -> Ma
     return Manifest.load(folder)
 
 
-def open_level(path: str, resolution: int | None, fetch: Fetch) -> Manifest:
+def open_level(path: str, resolution: ImageSize | None, fetch: Fetch) -> Manifest:
     """The manifest of one level of a pyramid (`bigan pack --pyramid`), or of a plain data set.
 
     `resolution` (pixels) selects the level, None the largest one of a local pyramid; a plain data

@@ -34,6 +34,7 @@ from bigan.data.streaming.order import rank_positions
 from bigan.data.streaming.stream import Endless, delivered
 from bigan.distributed.world import World
 from bigan.hashes import sha256
+from bigan.image_size import image_size
 
 SHUFFLE = 1_000  # samples in the shuffle buffer
 MAX_EMPTY = 20  # consecutive shards without a sample, at least, that are accepted
@@ -84,7 +85,7 @@ class ResampledStream(Endless):
     ) -> None:
         self._fetch = fetch or Fetch()
         self._urls = expand(pattern, self._fetch.allow_pipe)
-        self._shape = shape
+        self._size, self._channels = image_size(*shape[:2]), shape[2]
         self._num_classes = num_classes
         self._draws = rng.numpy_generator(seed, f"resampled/{world.rank}", images_seen)
         self._stop = threading.Event()
@@ -109,7 +110,7 @@ class ResampledStream(Endless):
         waiting = collections.deque()
         with (
             ThreadPoolExecutor(1, "bigan-tar") as reader,
-            ThreadPoolExecutor(self._fetch.num_threads(self._shape[0]), "bigan-data") as decoders,
+            ThreadPoolExecutor(self._fetch.num_threads(self._size), "bigan-data") as decoders,
         ):
             try:
                 for positions in places:
@@ -164,7 +165,7 @@ class ResampledStream(Endless):
         if not isinstance(label, int) or not 0 <= label < self._num_classes:
             return f"has no label below {self._num_classes}"
         try:
-            return square(image, self._shape[0], self._shape[2], "lanczos", False), label
+            return square(image, self._size, self._channels, "lanczos", False), label
         except BadImageError as error:
             return str(error)
 
