@@ -19,7 +19,7 @@ from bigan.data.format.manifest import Manifest
 from bigan.data.settings import DataConfig
 from bigan.data.streaming.dataset import open_level
 from bigan.errors import UserError
-from bigan.image_size import plain
+from bigan.image_size import plain, shown
 from bigan.models import AnyModel
 from bigan.objectives import AnyObjective, gan
 from bigan.objectives.base import Setup
@@ -308,7 +308,7 @@ def check_groups(config: RunConfig, world_size: int) -> None:
     if micro % group:
         raise ConfigError(
             f"model.minibatch_group = {group} (minibatch standard deviation) does not divide the "
-            f"{micro} images of a micro-batch ({config.model.resolution} px: train.batch = "
+            f"{micro} images of a micro-batch ({shown(config.model.resolution)} px: train.batch = "
             f"{train.batch} over {world_size} process(es) and {steps} micro-batch(es)); use a "
             f"multiple of {group * world_size * steps} as batch, or another model.minibatch_group"
         )

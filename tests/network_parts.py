@@ -43,7 +43,7 @@ def trained(network: nn.Module) -> nn.Module:
 def batch(config: AnyModel, num: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """(z, labels, images)"""
     draw = torch.Generator().manual_seed(7)
-    size = (num, config.image_channels, config.resolution, config.resolution)
+    size = (num, config.image_channels, config.height, config.width)
     return (
         torch.randn(num, config.z_dim, generator=draw),
         torch.randint(config.num_classes, (num,), generator=draw),

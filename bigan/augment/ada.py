@@ -4,12 +4,14 @@ Data", appendix B), written from the paper.
     b  pixel blitting     x-flip, rotation by quarter turns, shift by up to 1/8 in whole pixels
     g  general geometry   isotropic scale, rotation, anisotropic scale, rotation, fractional shift
     c  color              brightness, contrast, luma flip, hue rotation, saturation
-    o  cutout             a square of half the image's size becomes zero
+    o  cutout             a rectangle of half the image's height and width becomes zero
 
 Each transformation is applied to each image independently with probability p (the strength), color
 transformations with `color_share` * p. At p = 0 images are returned bitwise unchanged. Images are
 padded by reflection. Positions are in pixels from the centre of the image, (y, x), and angles in
-radians.
+radians. Images that are not square keep their shape: a quarter turn rotates about the centre, and
+what is then outside is padding, as in the authors' code. Alpha has the geometry of the colors and
+no color transformations.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from bigan import rng
 from bigan.augment import diffaugment
-from bigan.augment.sampling import bilinear, integers, reflect, take
+from bigan.augment.sampling import bilinear, integers, on_colors, reflect, take
 from bigan.config import Fraction, Frozen, Positive
 
 # The first 13 columns select transformations, the others are their parameters; the last 7 are
@@ -107,21 +109,22 @@ def draws(seed: int, stream: str, images_seen: int, num: int, pipeline: str = "b
 def apply(
     images: Tensor, draws: Tensor, strength: Tensor, pipeline: str, color_share: float = 1.0
 ) -> Tensor:
-    """Augmented square images [m, C, R, R], R at least 4; float32 or float64.
+    """Augmented images [m, C, H, W], H and W at least 4; float32 or float64.
 
     `draws` [m, K] from `draws`, `strength` the probability p, 0-d, on the same device.
     """
     d = dict(zip(columns(pipeline), draws.unbind(1), strict=True))
     augmented = images
-    blit = blit_of(d, strength, images.shape[-1], enabled="b" in pipeline)
+    size = (images.shape[2], images.shape[3])
+    blit = blit_of(d, strength, size, enabled="b" in pipeline)
     if "b" in pipeline:
         augmented = exact_blit(images, *blit)
     if "g" in pipeline:
-        matrix, shift, moved = geometry_of(d, strength, images.shape[-1])
+        matrix, shift, moved = geometry_of(d, strength, size)
         resampled = resample(images, matrix, shift, *blit)
         augmented = torch.where(moved.view(-1, 1, 1, 1), resampled, augmented)
     if "c" in pipeline:
-        augmented = color(augmented, d, strength * color_share)
+        augmented = on_colors(augmented, lambda colors: color(colors, d, strength * color_share))
     if "o" in pipeline:
         cut = diffaugment.cutout(augmented, d["cutout_y"], d["cutout_x"])
         augmented = torch.where((d["cutout?"] < strength).view(-1, 1, 1, 1), cut, augmented)
@@ -134,18 +137,20 @@ def chosen(d: dict[str, Tensor], gate: str, p: Tensor, value: Tensor, neutral: f
 
 
 def blit_of(
-    d: dict[str, Tensor], p: Tensor, size: int, enabled: bool
+    d: dict[str, Tensor], p: Tensor, size: tuple[int, int], enabled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sine and cosine of the quarter turn, -1 or 1 for the flip, shift [m, 2] in whole pixels).
 
-    The first is [m, 2]. All values are exact, as these transformations permute pixels.
+    The first is [m, 2]; `size` is (height, width). All values are exact, as these transformations
+    permute pixels.
     """
     p = p if enabled else torch.zeros_like(p)
     turns = integers(chosen(d, "quarter", p, d["quarter"], 0.0), 4)
     sine = (turns == 1).to(p.dtype) - (turns == 3).to(p.dtype)
     cosine = (turns == 0).to(p.dtype) - (turns == 2).to(p.dtype)
     flip = chosen(d, "flip", p, 1.0 - 2.0 * integers(d["flip"], 2), 1.0)
-    shift = torch.stack([(d[name] * 2 - 1) * (size / 8) for name in ("blit_y", "blit_x")], 1)
+    pairs = zip(("blit_y", "blit_x"), size, strict=True)
+    shift = torch.stack([(d[name] * 2 - 1) * (side / 8) for name, side in pairs], 1)
     shift = torch.where((d["blit_shift?"] < p)[:, None], shift.round(), 0.0)
     return torch.stack([sine, cosine], 1), flip, shift
 
@@ -156,33 +161,46 @@ def exact_blit(images: Tensor, turn: Tensor, flip: Tensor, shift: Tensor) -> Ten
     The source of the pixel at (y, x) is (y, x) - shift with the turn and the flip inverted, as in
     `resample`.
     """
-    size = images.shape[-1]
     sine, cosine = turn.unbind(1)
     sideways = cosine == 0  # rows of the source become columns of the result
-    images = torch.where(sideways.view(-1, 1, 1, 1), images.transpose(2, 3), images)
-    signs = torch.where(sideways, flip * sine, cosine), torch.where(sideways, -sine, flip * cosine)
-    middle = (size - 1) / 2
-    places = torch.arange(size, device=images.device) - middle
-    sources = [
-        reflect((sign[:, None] * (places - along[:, None]) + middle).round().long(), size)
-        for sign, along in zip(signs, shift.unbind(1), strict=True)
-    ]
-    return take(images, *sources)
+    height, width = images.shape[2:]
+    upright, turned = (cosine, flip * cosine), (flip * sine, -sine)
+
+    def read(source: Tensor, signs: tuple[Tensor, Tensor]) -> Tensor:
+        places = []
+        for sign, along, side, source_side in zip(
+            signs, shift.unbind(1), (height, width), source.shape[2:], strict=True
+        ):
+            to = torch.arange(side, device=images.device) - (side - 1) / 2 - along[:, None]
+            place = sign[:, None] * to + (source_side - 1) / 2
+            # Turned images of an even and an odd side lie half a pixel off.
+            places.append(reflect((place + 0.25).floor().long(), source_side))
+        return take(source, *places)
+
+    is_turned = sideways.view(-1, 1, 1, 1)
+    if height == width:  # one read with the signs of each image
+        source = torch.where(is_turned, images.transpose(2, 3), images)
+        first, second = (torch.where(sideways, t, u) for t, u in zip(turned, upright, strict=True))
+        return read(source, (first, second))
+    return torch.where(is_turned, read(images.transpose(2, 3), turned), read(images, upright))
 
 
-def geometry_of(d: dict[str, Tensor], p: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def geometry_of(
+    d: dict[str, Tensor], p: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
     """(inverse matrix [m, 2, 2] on (x, y), shift [m, 2] as (y, x) in pixels, moved bool [m]).
 
     The inverse scale^-1 rotate_first^-1 stretch^-1 rotate_last^-1 maps pixels of the result to
-    their sources. Each of the two rotations has probability 1 - sqrt(1 - p), so that at least one
-    is applied with probability p.
+    their sources; `size` is (height, width). Each of the two rotations has probability
+    1 - sqrt(1 - p), so that at least one is applied with probability p.
     """
     p_rotate = 1 - (1 - p).sqrt()
     scale = chosen(d, "scale", p, torch.exp2(0.2 * d["scale~"]), 1.0)
     stretch = chosen(d, "stretch", p, torch.exp2(0.2 * d["stretch~"]), 1.0)
     first = chosen(d, "rotate_first", p_rotate, (d["angle_first"] * 2 - 1) * math.pi, 0.0)
     last = chosen(d, "rotate_last", p_rotate, (d["angle_last"] * 2 - 1) * math.pi, 0.0)
-    shift = torch.stack([d["shift_y~"], d["shift_x~"]], 1) * (size / 8)
+    pairs = zip(("shift_y~", "shift_x~"), size, strict=True)
+    shift = torch.stack([d[name] * (side / 8) for name, side in pairs], 1)
     shift = torch.where((d["shift?"] < p)[:, None], shift, 0.0)
     s1, c1, s2, c2 = first.sin(), first.cos(), last.sin(), last.cos()
     wide, high = 1 / (scale * stretch), stretch / scale
@@ -199,26 +217,28 @@ def geometry_of(d: dict[str, Tensor], p: Tensor, size: int) -> tuple[Tensor, Ten
 def resample(
     images: Tensor, matrix: Tensor, shift: Tensor, turn: Tensor, blit_flip: Tensor, blit: Tensor
 ) -> Tensor:
-    """All geometry, blitting included, as one resampling of [m, C, R, R].
+    """All geometry, blitting included, as one resampling of [m, C, H, W].
 
     The image is doubled, read bilinearly at the positions of the doubled result, and halved, with
     one wavelet low-pass filter (doubling is the adjoint of halving). The wavelet is orthogonal, so
     shifts by multiples of half a pixel are exact.
     """
-    size = images.shape[-1]
-    middle = (size - 1) / 2
-    fine = torch.arange(2 * size + len(SYM6) - 2, device=images.device, dtype=shift.dtype)
-    places = (fine - CENTER) / 2 - middle  # positions of the fine pixels of the result
-    y, x = (
-        (places - along[:, None]).unsqueeze(axis)
-        for axis, along in ((2, shift[:, 0]), (1, shift[:, 1]))
-    )
+    size = images.shape[2:]
+    positions = []  # of the fine pixels of the result
+    for axis, side, along in zip((2, 1), size, shift.unbind(1), strict=True):
+        fine = torch.arange(2 * side + len(SYM6) - 2, device=images.device, dtype=shift.dtype)
+        places = (fine - CENTER) / 2 - (side - 1) / 2
+        positions.append((places - along[:, None]).unsqueeze(axis))
+    y, x = positions
     m = matrix[..., None, None]
     x, y = m[:, 0, 0] * x + m[:, 0, 1] * y, m[:, 1, 0] * x + m[:, 1, 1] * y
     y, x = y - blit[:, 0, None, None], x - blit[:, 1, None, None]
     sine, cosine = turn[:, 0, None, None], turn[:, 1, None, None]
     x, y = blit_flip[:, None, None] * (cosine * x + sine * y), cosine * y - sine * x
-    y, x = (2 * (reflect(source + middle, size) + PAD) + CENTER for source in (y, x))
+    y, x = (
+        2 * (reflect(source + (side - 1) / 2, side) + PAD) + CENTER
+        for source, side in zip((y, x), size, strict=True)
+    )
     return halve(bilinear(double(_padded(images)), y, x))
 
 
@@ -243,7 +263,7 @@ def halve(images: Tensor) -> Tensor:
 
 
 def color(images: Tensor, d: dict[str, Tensor], p: Tensor) -> Tensor:
-    """All color transformations as one affine map of the channels (1 or 3).
+    """All color transformations as one affine map of the channels (1 or 3, without alpha).
 
     With v the unit vector of grey, they are x + b (brightness), multiplication by c (contrast),
     1 - 2 v v^T (luma flip), a rotation about v (hue), and a scaling orthogonal to v (saturation).

@@ -4,7 +4,9 @@ Every image is augmented at full strength every time, by any subset of these ope
 
     color        brightness +-0.5 (in units of [-1, 1]), saturation x [0, 2], contrast x [0.5, 1.5]
     translation  by up to 1/8 of the size along each axis, padded with zeros (grey)
-    cutout       a square of half the size, at a random position, becomes zero
+    cutout       a rectangle of half the size along each axis, at a random position, becomes zero
+
+Alpha is translated and cut like the colors, and has no color operations.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pydantic import field_validator
 from torch import Tensor
 
 from bigan import rng
-from bigan.augment.sampling import integers, take
+from bigan.augment.sampling import integers, on_colors, take
 from bigan.config import Frozen
 
 Operation = Literal["color", "translation", "cutout"]
@@ -47,7 +49,7 @@ def apply(images: Tensor, draws: Tensor, policy: tuple[Operation, ...]) -> Tenso
     """Augmented float32 images [m, C, H, W]; `draws` [m, K] from `draws`."""
     brightness, saturation, contrast, shift_y, shift_x, cut_y, cut_x = draws.unbind(1)
     if "color" in policy:
-        images = color(images, brightness, saturation, contrast)
+        images = on_colors(images, lambda colors: color(colors, brightness, saturation, contrast))
     if "translation" in policy:
         images = translate(images, shift_y, shift_x)
     if "cutout" in policy:
@@ -82,7 +84,7 @@ def translate(images: Tensor, shift_y: Tensor, shift_x: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor, cut_y: Tensor, cut_x: Tensor) -> Tensor:
-    """Set a square to 0; its centre is uniform over the image, so part of it may lie outside."""
+    """Set a rectangle to 0; its centre is uniform over the image, so part of it may lie outside."""
     hit = []
     for cut, size in zip((cut_y, cut_x), images.shape[2:], strict=True):
         length = int(size / 2 + 0.5)

@@ -40,7 +40,7 @@ def synthetic_streams(state: TrainState) -> dict[str, Iterator[Batch]]:
 def _synthetic_batch(state: TrainState) -> Batch:
     model, device = state.config.model, state.world.device
     num = state.config.train.batch // state.accumulation // state.world.size
-    shape = (num, model.resolution, model.resolution, model.image_channels)
+    shape = (num, model.height, model.width, model.image_channels)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, model.num_classes, (num,), generator=generator)

@@ -74,7 +74,7 @@ def _labels(labels: Sequence[int], num: int, num_classes: int) -> Tensor:
 def _pixels(snapshot: Snapshot, sampler: str, num: int, images: Tensor | None) -> Tensor:
     """uint8 [num, H, W, C] of the images that a sampler encodes or translates."""
     model = snapshot.config.model
-    expected = (num, model.image_channels, model.resolution, model.resolution)
+    expected = (num, model.image_channels, model.height, model.width)
     if images is None or tuple(images.shape) != expected or images.dtype != torch.uint8:
         found = "none" if images is None else f"{images.dtype} {list(images.shape)}"
         raise UserError(f"sampler {sampler!r} takes `images` uint8 {list(expected)}, {found} given")

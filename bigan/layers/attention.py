@@ -11,12 +11,13 @@ from bigan.layers.spectral import SNConv2d
 
 
 class SelfAttention(Layer):
-    """x [B, C, H, W] -> x + gamma * attention(x); C a multiple of 8, H and W even.
+    """x [B, C, H, W] -> x + gamma * attention(x); C a multiple of 8.
 
     BigGAN's form: queries (theta) and keys (phi) have C / 8 channels, values (g) C / 2; keys and
-    values are max-pooled 2 x 2. gamma is a learned scalar with initial value 0, so that the layer
-    is the identity at first. It does not use scaled_dot_product_attention, whose fused kernels have
-    no second derivative; gradient penalties need one. Raises ValueError for other C.
+    values are max-pooled 2 x 2, without an odd last row or column. gamma is a learned scalar with
+    initial value 0, so that the layer is the identity at first. It does not use
+    scaled_dot_product_attention, whose fused kernels have no second derivative; gradient penalties
+    need one. Raises ValueError for other C.
     """
 
     def __init__(self, channels: int, eps: float = 1e-4) -> None:
@@ -46,12 +47,13 @@ class SelfAttention(Layer):
 
 
 def check_resolutions(resolutions: tuple[int, ...]) -> tuple[int, ...]:
-    """Return `resolutions`; ValueError unless each is a size that a network's map can have."""
+    """Return `resolutions`; ValueError unless each is the nominal one of a map of some network."""
     possible = [2**i for i in range(2, 10)]
     for resolution in resolutions:
         if resolution not in possible:
             nearest = min(possible, key=lambda p: abs(p - resolution))
             raise ValueError(
-                f"no network has a map of {resolution} px, sizes are powers of two; use {nearest}"
+                f"no network has a map of {resolution} px, sizes are powers of two as the smallest "
+                f"map counts as 4 px; use {nearest}"
             )
     return resolutions

@@ -4,11 +4,11 @@ A family is a module with a frozen `Config(name: Literal[...])`, a subclass of
 `bigan.models.base.ModelConfig`, and one class for each network that the config names. To add a
 family, add its `Config` to the union `AnyModel`.
 
-    Generator:      forward(z [B, z_dim], labels int64 [B]) -> images [B, C, R, R] in [-1, 1]
-    Discriminator:  forward(images [B, C, R, R] in [-1, 1], labels int64 [B]) -> logits [B]
-    Encoder:        forward(images [B, C, R, R] in [-1, 1], labels int64 [B])
+    Generator:      forward(z [B, z_dim], labels int64 [B]) -> images [B, C, H, W] in [-1, 1]
+    Discriminator:  forward(images [B, C, H, W] in [-1, 1], labels int64 [B]) -> logits [B]
+    Encoder:        forward(images [B, C, H, W] in [-1, 1], labels int64 [B])
                     -> (mean [B, z_dim], log_variance [B, z_dim])
-    Decoder:        forward(z [B, z_dim], labels int64 [B]) -> images [B, C, R, R] in [-1, 1]
+    Decoder:        forward(z [B, z_dim], labels int64 [B]) -> images [B, C, H, W] in [-1, 1]
 
 Every network has `init_weights(generator: torch.Generator)`. Networks are built on any device,
 including the meta device, and initialised afterwards.

@@ -31,12 +31,13 @@ class Config(ModelConfig):
 
     networks: ClassVar[tuple[str, ...]] = ("encoder", "decoder")
 
+    doublings: ClassVar[tuple[int, int]] = (1, 8)
+
     name: Literal["autoencoder"]
-    resolution: Literal[8, 16, 32, 64, 128, 256, 512, 1024]
     num_classes: Positive
     conditional: bool = False  # false: labels have no effect
     z_dim: Positive = 32
-    image_channels: Literal[1, 3] = 3
+    image_channels: Literal[1, 2, 3, 4] = 3
     channels: Positive = 32  # of the map at `resolution`; doubled at each halving, up to 8 times
 
     @property
@@ -45,9 +46,9 @@ class Config(ModelConfig):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of the maps at `resolution`, `resolution` / 2, ..., 4 px."""
-        num_maps = self.resolution.bit_length() - 2
-        return tuple(self.channels * min(2**i, MAX_MULTIPLE) for i in range(num_maps))
+        """Channels of the maps at `resolution`, `resolution` / 2, ..., the base."""
+        maps = range(self.num_doublings + 1)
+        return tuple(self.channels * min(2**i, MAX_MULTIPLE) for i in maps)
 
     @model_validator(mode="after")
     def _labels(self) -> Config:
@@ -81,7 +82,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """images [B, C, R, R] in [-1, 1], labels int64 [B] -> (mean, log_variance), each [B, z_dim].
+    """images [B, C, H, W] in [-1, 1], labels int64 [B] -> (mean, log_variance), each [B, z_dim].
 
     Both outputs are in float32 at least, also under autocast.
     """
@@ -95,7 +96,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(*pair, resize="down") for pair in pairwise(widths))
         self.embedding = nn.Embedding(config.num_classes, last) if config.conditional else None
         self.last = Block(last, last)
-        self.linear = nn.Linear(16 * last, 2 * config.z_dim)
+        self.linear = nn.Linear(math.prod(config.base) * last, 2 * config.z_dim)
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Set all parameters, from `generator` alone."""
@@ -114,14 +115,14 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z [B, z_dim], labels int64 [B] -> images [B, C, R, R] in [-1, 1]."""
+    """z [B, z_dim], labels int64 [B] -> images [B, C, H, W] in [-1, 1]."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         widths = config.widths[::-1]
         first = widths[0]
-        self.linear = nn.Linear(config.z_dim, 16 * first)
+        self.linear = nn.Linear(config.z_dim, math.prod(config.base) * first)
         self.embedding = nn.Embedding(config.num_classes, first) if config.conditional else None
         self.first = Block(first, first)
         self.blocks = nn.ModuleList(Block(*pair, resize="up") for pair in pairwise(widths))
@@ -132,7 +133,7 @@ class Decoder(nn.Module):
         init.init_weights(self, generator)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        h = self.linear(z).unflatten(1, (-1, 4, 4))
+        h = self.linear(z).unflatten(1, (-1, *self.config.base))
         if self.embedding is not None:
             h = h + self.embedding(labels)[:, :, None, None]
         h = self.first(h)

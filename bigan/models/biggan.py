@@ -7,9 +7,10 @@ discriminator. Widths and parameter counts are exactly those of the published im
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +18,15 @@ from pydantic import field_validator, model_validator
 from torch import Tensor, nn
 
 from bigan.config import Positive, PositiveFloat
+from bigan.image_size import shown
 from bigan.layers import init
 from bigan.layers.attention import SelfAttention, check_resolutions
 from bigan.layers.batchnorm import BatchNorm2d, ConditionalBatchNorm2d
 from bigan.layers.spectral import SNConv2d, SNEmbedding, SNLinear
 from bigan.models.base import ModelConfig
 
-# Channels of the generator's maps in units of `channels`, from 4 px up to the resolution of the
-# images. BigGAN-deep has the same; its discriminator mirrors them.
+# Channels of the generator's maps in units of `channels`, from the base up, by nominal resolution.
+# BigGAN-deep has the same; its discriminator mirrors them.
 WIDTHS: dict[int, tuple[int, ...]] = {
     16: (4, 4, 4),
     32: (4, 4, 4, 4),
@@ -53,22 +55,23 @@ class SharedConfig(ModelConfig):
     uses 1e-6 and 1e-5.
     """
 
-    name: str
-    resolution: Literal[16, 32, 64, 128, 256, 512]
+    doublings: ClassVar[tuple[int, int]] = (2, 7)
+
     num_classes: Positive
     z_dim: Positive
-    image_channels: Literal[1, 3] = 3
+    image_channels: Literal[1, 2, 3, 4] = 3
     channels: Positive  # width multiplier "ch"
     shared_dim: Positive = 128  # class embedding shared by all layers that are given the class
-    attention_resolutions: tuple[Positive, ...] = (64,)  # no effect where a network has no such map
+    # Nominal resolutions of maps; no effect where a network has no such map.
+    attention_resolutions: tuple[Positive, ...] = (64,)
     init: Literal["orthogonal", "normal"] = "orthogonal"  # normal: N(0, 0.02^2), used for CIFAR
     sn_eps: PositiveFloat = 1e-4
     bn_eps: PositiveFloat = 1e-4
 
     @property
     def generator_widths(self) -> tuple[int, ...]:
-        """Channels of the generator's maps at 4 px, 8 px, ..., resolution."""
-        return tuple(self.channels * width for width in WIDTHS[self.resolution])
+        """Channels of the generator's maps from the base up to the resolution."""
+        return tuple(self.channels * width for width in WIDTHS[self.nominal_resolution])
 
     @field_validator("attention_resolutions")
     @classmethod
@@ -78,7 +81,7 @@ class SharedConfig(ModelConfig):
     def check_attention(self, layers: Iterable[tuple[int, int]], keys: str) -> None:
         """ValueError if attention is impossible at one of the (resolution, channels) `layers`.
 
-        `keys` names the config keys that decide the channels.
+        Resolutions are nominal. `keys` names the config keys that decide the channels.
         """
         for resolution, channels in layers:
             if resolution in self.attention_resolutions and channels % 8:
@@ -101,7 +104,7 @@ class Config(SharedConfig):
     @property
     def num_blocks(self) -> int:
         """Residual blocks of the generator, each doubling the resolution."""
-        return len(WIDTHS[self.resolution]) - 1
+        return self.num_doublings
 
     @property
     def z_chunk(self) -> int:
@@ -112,7 +115,7 @@ class Config(SharedConfig):
     def discriminator_widths(self) -> tuple[int, ...]:
         """Channels leaving each discriminator block."""
         channels = self.discriminator_channels or self.channels
-        return tuple(channels * width for width in DISCRIMINATOR_WIDTHS[self.resolution])
+        return tuple(channels * width for width in DISCRIMINATOR_WIDTHS[self.nominal_resolution])
 
     @model_validator(mode="after")
     def _shapes(self) -> Config:
@@ -121,12 +124,13 @@ class Config(SharedConfig):
             nearest = max(slots, round(self.z_dim / slots) * slots)
             raise ValueError(
                 f"z_dim = {self.z_dim} cannot be split evenly over the {slots} slots (first layer "
-                f"and {self.num_blocks} blocks) of a {self.resolution} px hierarchical generator; "
-                f"use z_dim={nearest}, or hierarchical=false"
+                f"and {self.num_blocks} blocks) of a {shown(self.resolution)} px hierarchical "
+                f"generator; use z_dim={nearest}, or hierarchical=false"
             )
-        halving = self.discriminator_widths[: NUM_HALVINGS[self.resolution]]
+        size = self.nominal_resolution
+        halving = self.discriminator_widths[: NUM_HALVINGS[size]]
         layers = [(8 * 2**i, width) for i, width in enumerate(self.generator_widths[1:])]
-        layers += [(self.resolution // 2**i, width) for i, width in enumerate(halving, start=1)]
+        layers += [(size // 2**i, width) for i, width in enumerate(halving, start=1)]
         self.check_attention(layers, "channels and discriminator_channels")
         return self
 
@@ -152,9 +156,9 @@ class GeneratorBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """z [B, z_dim], labels int64 [B] -> images [B, C, R, R] in [-1, 1].
+    """z [B, z_dim], labels int64 [B] -> images [B, C, H, W] in [-1, 1].
 
-    The 4 x 4 map is computed from the first slice of z. Each block is conditioned on the shared
+    The base map is computed from the first slice of z. Each block is conditioned on the shared
     class embedding concatenated with its own slice. With `hierarchical=False` the map is computed
     from all of z, and blocks are conditioned on the class alone.
     """
@@ -166,7 +170,7 @@ class Generator(nn.Module):
         cond_dim = config.shared_dim + (config.z_chunk if config.hierarchical else 0)
         # As published, neither spectrally normalised nor orthogonally regularised.
         self.shared = nn.Embedding(config.num_classes, config.shared_dim)
-        self.first = SNLinear(config.z_chunk, 16 * widths[0], eps=config.sn_eps)
+        self.first = SNLinear(config.z_chunk, math.prod(config.base) * widths[0], eps=config.sn_eps)
         self.blocks = nn.ModuleList()
         self.attention = nn.ModuleDict()  # index of the block before it -> layer
         for i, (before, after) in enumerate(pairwise(widths)):
@@ -187,7 +191,7 @@ class Generator(nn.Module):
             conds = [torch.cat([shared, chunk], dim=1) for chunk in chunks]
         else:
             first, conds = z, [shared] * len(self.blocks)
-        h = self.first(first).unflatten(1, (-1, 4, 4))
+        h = self.first(first).unflatten(1, (-1, *self.config.base))
         for i, (block, cond) in enumerate(zip(self.blocks, conds, strict=True)):
             h = block(h, cond)
             if str(i) in self.attention:
@@ -223,7 +227,7 @@ class DiscriminatorBlock(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """images [B, C, R, R] in [-1, 1], labels int64 [B] -> logits [B], by projection.
+    """images [B, C, H, W] in [-1, 1], labels int64 [B] -> logits [B], by projection.
 
     logit = w . h + b + embedding(label) . h with h the sum over positions of the last features
     (Miyato & Koyama 2018, arXiv:1802.05637).
@@ -236,9 +240,9 @@ class Discriminator(nn.Module):
         widths = (config.image_channels, *config.discriminator_widths)
         self.blocks = nn.ModuleList()
         self.attention = nn.ModuleDict()  # index of the block before it -> layer
-        resolution: int = config.resolution
+        resolution = config.nominal_resolution
         for i, (before, after) in enumerate(pairwise(widths)):
-            halve = i < NUM_HALVINGS[config.resolution]
+            halve = i < NUM_HALVINGS[config.nominal_resolution]
             self.blocks.append(DiscriminatorBlock(before, after, i == 0, halve, eps))
             if halve:
                 resolution //= 2

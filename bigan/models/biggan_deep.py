@@ -8,6 +8,7 @@ are exactly those of the published implementations.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Literal
 
@@ -17,6 +18,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from bigan.config import Positive
+from bigan.image_size import shown
 from bigan.layers import init
 from bigan.layers.attention import SelfAttention
 from bigan.layers.batchnorm import BatchNorm2d, ConditionalBatchNorm2d
@@ -41,13 +43,13 @@ class Config(SharedConfig):
     @model_validator(mode="after")
     def _shapes(self) -> Config:
         # No block has the last width at its wider end.
-        units = min(WIDTHS[self.resolution][:-1])
+        units = min(WIDTHS[self.nominal_resolution][:-1])
         if self.channels * units % BOTTLENECK:
             multiple = BOTTLENECK // units  # units is 1, 2 or 4
             nearest = max(multiple, round(self.channels / multiple) * multiple)
             raise ValueError(
                 f"channels = {self.channels} gives blocks of {self.channels * units} channels at "
-                f"{self.resolution} px, and a bottleneck needs a multiple of {BOTTLENECK}; "
+                f"{shown(self.resolution)} px, and a bottleneck needs a multiple of {BOTTLENECK}; "
                 f"use channels={nearest}"
             )
         layers = ((4 * 2**i, width) for i, width in enumerate(self.generator_widths))
@@ -91,9 +93,9 @@ class GeneratorBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """z [B, z_dim], labels int64 [B] -> images [B, C, R, R] in [-1, 1].
+    """z [B, z_dim], labels int64 [B] -> images [B, C, H, W] in [-1, 1].
 
-    The shared class embedding concatenated with z determines the 4 x 4 map and conditions all
+    The shared class embedding concatenated with z determines the base map and conditions all
     blocks. The second of the two blocks per resolution reduces the channels and upsamples.
     """
 
@@ -104,10 +106,10 @@ class Generator(nn.Module):
         cond_dim = config.shared_dim + config.z_dim
         # As published, neither spectrally normalised nor orthogonally regularised.
         self.shared = nn.Embedding(config.num_classes, config.shared_dim)
-        self.first = SNLinear(cond_dim, 16 * widths[0], eps=eps)
+        self.first = SNLinear(cond_dim, math.prod(config.base) * widths[0], eps=eps)
         self.blocks = nn.ModuleList()
         self.attention = nn.ModuleDict()  # index of the block before it -> layer
-        resolution = 4
+        resolution = 4  # nominal
         for before, after in pairwise(widths):
             self.blocks.append(GeneratorBlock(before, before, cond_dim, False, config))
             self.blocks.append(GeneratorBlock(before, after, cond_dim, True, config))
@@ -123,7 +125,7 @@ class Generator(nn.Module):
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         cond = torch.cat([self.shared(labels), z], dim=1)
-        h = self.first(cond).unflatten(1, (-1, 4, 4))
+        h = self.first(cond).unflatten(1, (-1, *self.config.base))
         for i, block in enumerate(self.blocks):
             h = block(h, cond)
             if str(i) in self.attention:
@@ -161,7 +163,7 @@ class DiscriminatorBlock(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """images [B, C, R, R] in [-1, 1], labels int64 [B] -> logits [B], by projection.
+    """images [B, C, H, W] in [-1, 1], labels int64 [B] -> logits [B], by projection.
 
     A 3 x 3 convolution of the image, then per resolution one block that downsamples and adds
     channels, and one that does neither. logit = w . h + b + embedding(label) . h with h the sum
@@ -176,7 +178,7 @@ class Discriminator(nn.Module):
         self.from_image = SNConv2d(config.image_channels, widths[0], 3, eps=eps)
         self.blocks = nn.ModuleList()
         self.attention = nn.ModuleDict()  # index of the block before it -> layer
-        resolution: int = config.resolution
+        resolution = config.nominal_resolution
         for before, after in pairwise(widths):
             self.blocks.append(DiscriminatorBlock(before, after, True, eps))
             self.blocks.append(DiscriminatorBlock(after, after, False, eps))

@@ -10,7 +10,7 @@ depends only on its resolution, and layers are named by resolution (`blocks.8.co
 of R. The exceptions are the image layers: a fading network has those of R/2 and R, a stable one
 only that of R. To grow, build the networks of the next stage, initialise them, copy all
 *parameters* that exist in both, and set `alpha`, a buffer of both networks that the schedule
-determines.
+determines. Resolutions in names are nominal: 4 is the base.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from bigan.config import Positive
+from bigan.image_size import plain, scaled, shown
 from bigan.layers import init
 from bigan.layers.equalised import Equalised, EqualisedConv2d, EqualisedLinear
 from bigan.layers.minibatch_stddev import MinibatchStdDev
@@ -39,14 +40,16 @@ class Config(ModelConfig):
 
     can_grow: ClassVar[bool] = True
 
+    doublings: ClassVar[tuple[int, int]] = (0, 8)
+
     name: Literal["progan"]
-    resolution: Literal[4, 8, 16, 32, 64, 128, 256, 512, 1024]
     fading: bool = False  # blend resolution/2 and resolution with the networks' `alpha`
     num_classes: Positive
     conditional: bool = False
     z_dim: Positive = 512
-    image_channels: Literal[1, 3] = 3
-    base_channels: Positive = 8192  # layers at R px have base_channels / (R/2) channels,
+    image_channels: Literal[1, 2, 3, 4] = 3
+    # Layers at the nominal resolution R have base_channels / (R/2) channels,
+    base_channels: Positive = 8192
     max_channels: Positive = 512  # up to this maximum
     minibatch_group: Annotated[int, Field(ge=2)] = 4  # of the minibatch standard deviation
 
@@ -63,35 +66,37 @@ class Config(ModelConfig):
         return self.minibatch_group
 
     def channels_at(self, resolution: int) -> int:
-        """Channels of the maps at `resolution`: the published nf(stage) for 2**(stage + 1) px."""
+        """Channels at a nominal resolution: the published nf(stage) for 2**(stage + 1) px."""
         return min(self.base_channels // (resolution // 2), self.max_channels)
 
     @property
     def resolutions(self) -> list[int]:
-        """4, 8, ..., resolution: each network has one block per resolution."""
-        return [2**i for i in range(2, self.resolution.bit_length())]
+        """4, 8, ..., nominal resolution: each network has one block per resolution."""
+        return [4 * 2**i for i in range(self.num_doublings + 1)]
 
     @property
     def image_resolutions(self) -> list[int]:
-        """Resolutions with a layer between features and images, the lower one first."""
-        return [self.resolution // 2, self.resolution] if self.fading else [self.resolution]
+        """Nominal resolutions with a layer between features and images, the lower one first."""
+        return self.resolutions[-2:] if self.fading else self.resolutions[-1:]
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
-        if self.fading and self.resolution == 4:
+        if self.fading and self.num_doublings == 0:
+            larger = plain(scaled(self.resolution, 2))
             raise ValueError(
-                "fading: no network has less than 4 px, which resolution = 4 would fade in from; "
-                "use fading=false, or resolution=8"
+                f"fading: no network is smaller than resolution = {plain(self.resolution)}, which "
+                f"would fade in; use fading=false, or resolution={larger}"
             )
         if self.conditional and self.num_classes == 1:
             raise ValueError(
                 "conditional: there are no labels to condition on, num_classes = 1; "
                 "use conditional=false"
             )
-        if self.channels_at(self.resolution) == 0:
+        if self.channels_at(self.nominal_resolution) == 0:
             raise ValueError(
-                f"base_channels = {self.base_channels} leaves no channel at {self.resolution} px; "
-                f"use base_channels={self.resolution // 2} or more"
+                f"base_channels = {self.base_channels} leaves no channel at "
+                f"{shown(self.resolution)} px; use base_channels={self.nominal_resolution // 2} or "
+                "more"
             )
         return self
 
@@ -101,13 +106,17 @@ def _activated(x: Tensor) -> Tensor:
 
 
 class FirstBlock(init.Layer):
-    """Latents [B, in] -> [B, out, 4, 4]. The 16 positions of a channel share one bias."""
+    """Latents [B, in] -> [B, out, *base]. The positions of a channel share one bias."""
 
-    def __init__(self, in_features: int, out_channels: int) -> None:
+    def __init__(self, in_features: int, out_channels: int, base: tuple[int, int]) -> None:
         super().__init__()
+        self.base = base
         # In the paper this is a 4 x 4 convolution of z as a 1 x 1 map, whose fan-in includes 15
         # positions of padding: a quarter of the usual gain.
-        self.linear = EqualisedLinear(in_features, 16 * out_channels, bias=False, gain=GAIN / 4)
+        area = math.prod(base)
+        self.linear = EqualisedLinear(
+            in_features, area * out_channels, bias=False, gain=GAIN / math.sqrt(area)
+        )
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.conv = EqualisedConv2d(out_channels, out_channels, 3, gain=GAIN)
 
@@ -119,7 +128,7 @@ class FirstBlock(init.Layer):
         self.bias.zero_()
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.linear(z).unflatten(1, (-1, 4, 4)) + self.bias[:, None, None]
+        h = self.linear(z).unflatten(1, (-1, *self.base)) + self.bias[:, None, None]
         h = pixel_norm(_activated(h))
         return pixel_norm(_activated(self.conv(h)))
 
@@ -138,7 +147,7 @@ class GeneratorBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """z [B, z_dim], labels int64 [B] -> images [B, C, R, R], nominally in [-1, 1].
+    """z [B, z_dim], labels int64 [B] -> images [B, C, H, W], nominally in [-1, 1].
 
     The image layer is linear, so images are not bounded. z is normalised to a root mean square of
     1. With `conditional` the one-hot label is concatenated (published code does so before
@@ -152,7 +161,9 @@ class Generator(nn.Module):
         super().__init__()
         self.config = config
         in_features = config.z_dim + (config.num_classes if config.conditional else 0)
-        self.blocks = nn.ModuleDict({"4": FirstBlock(in_features, config.channels_at(4))})
+        self.blocks = nn.ModuleDict(
+            {"4": FirstBlock(in_features, config.channels_at(4), config.base)}
+        )
         for resolution in config.resolutions[1:]:
             before, after = config.channels_at(resolution // 2), config.channels_at(resolution)
             self.blocks[str(resolution)] = GeneratorBlock(before, after)
@@ -174,9 +185,9 @@ class Generator(nn.Module):
             h = torch.cat([h, (labels[:, None] == classes).to(h.dtype)], dim=1)
         for block in self.blocks.values():
             below, h = h, block(h)
-        images: Tensor = self.to_image[str(self.config.resolution)](h)
+        images: Tensor = self.to_image[str(self.config.nominal_resolution)](h)
         if self.config.fading:
-            coarse = self.to_image[str(self.config.resolution // 2)](below)
+            coarse = self.to_image[str(self.config.nominal_resolution // 2)](below)
             images = fade(enlarge(coarse), images, self.alpha)
         return images
 
@@ -194,13 +205,15 @@ class DiscriminatorBlock(nn.Module):
 
 
 class LastBlock(nn.Module):
-    """[B, in, 4, 4] -> features [B, out]."""
+    """[B, in, *base] -> features [B, out]."""
 
-    def __init__(self, in_channels: int, out_features: int, minibatch_group: int) -> None:
+    def __init__(
+        self, in_channels: int, out_features: int, base: tuple[int, int], minibatch_group: int
+    ) -> None:
         super().__init__()
         self.minibatch_stddev = MinibatchStdDev(minibatch_group)
         self.conv = EqualisedConv2d(in_channels + 1, in_channels, 3, gain=GAIN)
-        self.linear = EqualisedLinear(16 * in_channels, out_features, gain=GAIN)
+        self.linear = EqualisedLinear(math.prod(base) * in_channels, out_features, gain=GAIN)
 
     def forward(self, x: Tensor) -> Tensor:
         h = _activated(self.conv(self.minibatch_stddev(x)))
@@ -208,7 +221,7 @@ class LastBlock(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """images [B, C, R, R], labels int64 [B] -> logits [B].
+    """images [B, C, H, W], labels int64 [B] -> logits [B].
 
     With `conditional` the logit is w . h + b + embedding(label) . h with h the last features. This
     projection (Miyato & Koyama 2018, arXiv:1802.05637) with an equalised embedding is ours; in the
@@ -231,7 +244,9 @@ class Discriminator(nn.Module):
             before, after = config.channels_at(resolution), config.channels_at(resolution // 2)
             self.blocks[str(resolution)] = DiscriminatorBlock(before, after)
         features = config.channels_at(2)
-        self.blocks["4"] = LastBlock(config.channels_at(4), features, config.minibatch_group)
+        self.blocks["4"] = LastBlock(
+            config.channels_at(4), features, config.base, config.minibatch_group
+        )
         self.linear = EqualisedLinear(features, 1)
         self.embedding = (
             Equalised((config.num_classes, features), bias=False) if config.conditional else None
@@ -245,9 +260,9 @@ class Discriminator(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         first, *others = self.blocks.values()
-        h = first(_activated(self.from_image[str(self.config.resolution)](images)))
+        h = first(_activated(self.from_image[str(self.config.nominal_resolution)](images)))
         if self.config.fading:
-            coarse = self.from_image[str(self.config.resolution // 2)](shrink(images))
+            coarse = self.from_image[str(self.config.nominal_resolution // 2)](shrink(images))
             h = fade(_activated(coarse), h, self.alpha)
         for block in others:
             h = block(h)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from bigan.config import Positive
+from bigan.image_size import shown, sizes_up_to
 from bigan.layers import binomial, init
 from bigan.layers.precision import without_autocast
 from bigan.models.base import ModelConfig
@@ -37,13 +38,15 @@ class Config(ModelConfig):
     or 5 stages (64 px).
     """
 
+    doublings: ClassVar[tuple[int, int]] = (0, 8)
+
     name: Literal["r3gan"]
-    resolution: Literal[4, 8, 16, 32, 64, 128, 256, 512, 1024]
     num_classes: Positive
     conditional: bool = False  # false: labels have no effect
     z_dim: Positive = 64
-    image_channels: Literal[1, 3] = 3
-    widths: tuple[Positive, ...] | None = None  # by stage from 4 px; none: 768, halved above 32 px
+    image_channels: Literal[1, 2, 3, 4] = 3
+    # By stage from the base up; none: 768, halved above the nominal resolution 32.
+    widths: tuple[Positive, ...] | None = None
     blocks_per_stage: Positive = 2
     expansion: Positive = 2  # hidden channels of a block, in units of its width
     group_size: Positive = 16  # channels in a group of the 3 x 3 convolutions
@@ -55,7 +58,7 @@ class Config(ModelConfig):
 
     @property
     def stage_widths(self) -> tuple[int, ...]:
-        """Channels of each stage, from 4 px up to the resolution."""
+        """Channels of each stage, from the base up to the resolution."""
         if self.widths is not None:
             return self.widths
         sizes = [4 * 2**i for i in range(self.num_stages)]
@@ -64,7 +67,7 @@ class Config(ModelConfig):
     @property
     def num_stages(self) -> int:
         """Resolutions at which each network has residual blocks."""
-        return self.resolution.bit_length() - 2
+        return self.num_doublings + 1
 
     @property
     def num_blocks(self) -> int:
@@ -79,11 +82,12 @@ class Config(ModelConfig):
                 "use conditional=false"
             )
         if len(self.stage_widths) != self.num_stages:
+            stages = ", ".join(map(shown, sizes_up_to(self.resolution)))
             default = list(self.model_copy(update={"widths": None}).stage_widths)
             raise ValueError(
-                f"widths has {len(self.stage_widths)} entries, and a {self.resolution} px network "
-                f"has {self.num_stages} stages (4, 8, ..., {self.resolution} px); use one width "
-                f"per stage, for example widths={default}"
+                f"widths has {len(self.stage_widths)} entries, and a "
+                f"{shown(self.resolution)} px network has {self.num_stages} stages ({stages} px); "
+                f"use one width per stage, for example widths={default}"
             )
         step = self.group_size // math.gcd(self.group_size, self.expansion)
         for width in self.stage_widths:
@@ -211,10 +215,10 @@ class Downsample(nn.Module):
 
 
 class Basis(Drawn):
-    """[B, in] -> [B, width, 4, 4]: a learned 4 x 4 map per channel, scaled by a linear layer."""
+    """[B, in] -> [B, width, *base]: a learned map per channel, scaled by a linear layer."""
 
-    def __init__(self, in_features: int, width: int) -> None:
-        super().__init__((width, 4, 4), std=1.0)
+    def __init__(self, in_features: int, width: int, base: tuple[int, int]) -> None:
+        super().__init__((width, *base), std=1.0)
         self.linear = Linear(in_features, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -222,14 +226,14 @@ class Basis(Drawn):
 
 
 class Readout(Drawn):
-    """[B, width, 4, 4] -> [B, out]: dot product with a learned 4 x 4 map per channel, then linear.
+    """[B, width, *base] -> [B, out]: dot product with a learned map per channel, then linear.
 
-    Equal to a depth-wise 4 x 4 convolution without padding. There are no biases because the
-    relativistic loss depends only on differences of logits.
+    Equal to a depth-wise convolution of the size of the base without padding. There are no biases
+    because the relativistic loss depends only on differences of logits.
     """
 
-    def __init__(self, width: int, out_features: int) -> None:
-        super().__init__((width, 4, 4), std=1 / 4)  # fan-in 16
+    def __init__(self, width: int, out_features: int, base: tuple[int, int]) -> None:
+        super().__init__((width, *base), std=1 / math.sqrt(math.prod(base)))
         self.linear = Linear(width, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -242,7 +246,7 @@ def stage(width: int, config: Config) -> nn.Sequential:
 
 
 class Generator(nn.Module):
-    """z [B, z_dim], labels int64 [B] -> images [B, C, R, R], unbounded (meant for [-1, 1])."""
+    """z [B, z_dim], labels int64 [B] -> images [B, C, H, W], unbounded (meant for [-1, 1])."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -253,7 +257,7 @@ class Generator(nn.Module):
         if config.conditional:
             self.embedding = Embedding(config.num_classes, config.embedding_dim)
             latent_dim += config.embedding_dim
-        self.basis = Basis(latent_dim, widths[0])
+        self.basis = Basis(latent_dim, widths[0], config.base)
         self.stages = nn.ModuleList(stage(width, config) for width in widths)
         self.upsamples = nn.ModuleList(Upsample(*pair) for pair in pairwise(widths))
         self.to_image = Conv2d(widths[-1], config.image_channels, 1)
@@ -273,7 +277,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """images [B, C, R, R], labels int64 [B] -> logits [B], in float32 also under autocast.
+    """images [B, C, H, W], labels int64 [B] -> logits [B], in float32 also under autocast.
 
     A conditional logit is the dot product of the readout with the class embedding. The initial
     values of the embedding are divided by the root of its length, so that the sum over its entries
@@ -291,7 +295,8 @@ class Discriminator(nn.Module):
         self.from_image = Conv2d(config.image_channels, widths[0], 1)
         self.stages = nn.ModuleList(stage(width, config) for width in widths)
         self.downsamples = nn.ModuleList(Downsample(*pair) for pair in pairwise(widths))
-        self.readout = Readout(widths[-1], widths[-1] if config.conditional else 1)
+        features = widths[-1] if config.conditional else 1
+        self.readout = Readout(widths[-1], features, config.base)
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Set all parameters, from `generator` alone."""

@@ -21,6 +21,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from bigan.config import Fraction, Positive, PositiveFloat
+from bigan.image_size import shown, sides, sizes_up_to
 from bigan.layers import hashing, init
 from bigan.layers.binomial import downsample, upsample
 from bigan.layers.blur import blur
@@ -40,14 +41,16 @@ class Config(ModelConfig):
 
     latent_space: ClassVar[Literal["z", "w"]] = "w"
 
+    doublings: ClassVar[tuple[int, int]] = (0, 8)
+
     name: Literal["stylegan2"]
-    resolution: Literal[4, 8, 16, 32, 64, 128, 256, 512, 1024]
     num_classes: Positive
     conditional: bool = False  # false: labels have no effect
     z_dim: Positive = 512
     w_dim: Positive = 512
-    image_channels: Literal[1, 3] = 3
-    channel_base: Positive = 32768  # layers at R px have channel_base / R channels,
+    image_channels: Literal[1, 2, 3, 4] = 3
+    # Layers at the nominal resolution R have channel_base / R channels,
+    channel_base: Positive = 32768
     max_channels: Positive = 512  # up to this maximum
     mapping_layers: Positive = 8
     mapping_lr_multiplier: PositiveFloat = 0.01
@@ -65,13 +68,13 @@ class Config(ModelConfig):
         return self.minibatch_group
 
     def channels_at(self, resolution: int) -> int:
-        """Channels of the maps at `resolution`."""
+        """Channels of the maps at a nominal resolution."""
         return min(self.channel_base // resolution, self.max_channels)
 
     @property
     def resolutions(self) -> list[int]:
-        """4, 8, ..., resolution: the generator has one block per resolution."""
-        return [2**i for i in range(2, self.resolution.bit_length())]
+        """4, 8, ..., nominal resolution: the generator has one block per resolution."""
+        return [4 * 2**i for i in range(self.num_doublings + 1)]
 
     @property
     def num_ws(self) -> int:
@@ -90,10 +93,10 @@ class Config(ModelConfig):
                 "conditional: there are no labels to condition on, num_classes = 1; "
                 "use conditional=false"
             )
-        if self.channels_at(self.resolution) == 0:
+        if self.channels_at(self.nominal_resolution) == 0:
             raise ValueError(
-                f"channel_base = {self.channel_base} leaves no channel at {self.resolution} px; "
-                f"use channel_base={self.resolution} or more"
+                f"channel_base = {self.channel_base} leaves no channel at {shown(self.resolution)} "
+                f"px; use channel_base={self.nominal_resolution} or more"
             )
         return self
 
@@ -124,7 +127,7 @@ class StyledConv(init.Layer):
 
 
 class Synthesis(nn.Module):
-    """ws [B, num_ws, w_dim], keys int64 [B] -> images [B, C, R, R], nominally in [-1, 1].
+    """ws [B, num_ws, w_dim], keys int64 [B] -> images [B, C, H, W], nominally in [-1, 1].
 
     The noise is a function of `keys`. Convolution i is modulated by ws[:, i]. The image layer after
     the last convolution i of a resolution shares ws[:, i + 1] with the next convolution. Images are
@@ -135,7 +138,8 @@ class Synthesis(nn.Module):
         super().__init__()
         self.config = config
         before = config.channels_at(4)
-        self.first = nn.Parameter(torch.zeros(before, 4, 4))
+        self.first = nn.Parameter(torch.zeros(before, *config.base))
+        self.sizes = [sides(size) for size in sizes_up_to(config.resolution)]
         self.convs = nn.ModuleList()
         self.to_images = nn.ModuleList()
         for resolution in config.resolutions:
@@ -154,8 +158,8 @@ class Synthesis(nn.Module):
         x = self.first.expand(ws.shape[0], -1, -1, -1)
         images: Tensor | None = None
         for i, conv in enumerate(self.convs):
-            size = self.config.resolutions[(i + 1) // 2]
-            x = conv(x, w[i], hashing.normal_field(keys, NOISE + i, (1, size, size)))
+            size = self.sizes[(i + 1) // 2]
+            x = conv(x, w[i], hashing.normal_field(keys, NOISE + i, (1, *size)))
             if i % 2 == 0:  # the last convolution of its resolution
                 y = at_least_float32(self._clamped(self.to_images[i // 2](x, w[i + 1])))
                 images = y if images is None else upsample(images) + y
@@ -168,7 +172,7 @@ class Synthesis(nn.Module):
 
 
 class Generator(nn.Module):
-    """z [B, z_dim], labels int64 [B] -> images [B, C, R, R], nominally in [-1, 1].
+    """z [B, z_dim], labels int64 [B] -> images [B, C, H, W], nominally in [-1, 1].
 
     In training mode, with probability `style_mixing`, an image has a second latent from a random
     layer on (mixing regularization, Karras et al. 2019, section 3.1). This and the noise are
@@ -249,7 +253,7 @@ class DiscriminatorBlock(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """images [B, C, R, R], labels int64 [B] -> logits [B].
+    """images [B, C, H, W], labels int64 [B] -> logits [B].
 
     With `conditional` logit = features . mapping(label) / sqrt(dimension of the features), where
     the mapping network is applied to the label's embedding.
@@ -267,7 +271,7 @@ class Discriminator(nn.Module):
         last = channels[-1]
         self.minibatch_stddev = MinibatchStdDev(config.minibatch_group)
         self.conv = EqualisedConv2d(last + 1, last, 3)
-        self.linear = EqualisedLinear(16 * last, last)
+        self.linear = EqualisedLinear(math.prod(config.base) * last, last)
         self.output = EqualisedLinear(last, last if config.conditional else 1)
         self.mapping = (
             Mapping(
@@ -290,7 +294,7 @@ class Discriminator(nn.Module):
         h = leaky_relu(self.from_image(images), clamp)
         for block in self.blocks:
             h = block(h)
-        # The 4 x 4 head is in float32, as published: it is cheap, and logits need the precision.
+        # The last layers are in float32, as published: cheap, and logits need the precision.
         with without_autocast(h):
             h = self.minibatch_stddev(at_least_float32(h))
             h = leaky_relu(self.conv(h), clamp)

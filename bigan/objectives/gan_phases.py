@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -332,8 +333,8 @@ class GeneratorPhase(_GANPhase):
         z, labels = inputs["z"], inputs["labels"]
         of = keys(z)
         ws = network.latents(z, labels, of)  # type: ignore[operator]
-        shape = (model.image_channels, model.resolution, model.resolution)
-        noise = normal_field(of, PATH_NOISE_STREAM, shape) / model.resolution
+        shape = (model.image_channels, model.height, model.width)
+        noise = normal_field(of, PATH_NOISE_STREAM, shape) / math.sqrt(model.height * model.width)
         lengths = path_lengths(lambda w: network.synthesis(w, of), ws, noise)  # type: ignore[operator]
         penalty = path_length_penalty(lengths, inputs["path_mean"])
         touched = 0 * network(z[:1], labels[:1]).sum()  # a gradient for every parameter, for DDP

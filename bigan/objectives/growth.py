@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import nn
 
 from bigan.config import Frozen, Positive
+from bigan.image_size import ImageSize, Resolution, plain, sizes_up_to
 
 
 class LevelConfig(Frozen):
@@ -24,7 +25,7 @@ class LevelConfig(Frozen):
     With a `batch` and no `micro_batch`, there is no gradient accumulation.
     """
 
-    resolution: Positive
+    resolution: Resolution
     batch: Positive | None = None
     micro_batch: Positive | None = None
     lr: Annotated[float, Field(gt=0)] | None = None  # of all phases
@@ -33,34 +34,49 @@ class LevelConfig(Frozen):
 class GrowthConfig(Frozen):
     """Progressive growing: the resolution doubles up to that of the model.
 
-    Lengths are in real images. A resolution fades in over `fade_images`, then stays for
-    `stable_images`; the last one stays until `train.total_images`.
+    The start is a resolution of the model, halved a number of times; 4 stands for the smallest one,
+    also where that is larger (6 px of a model of 96 px). Lengths are in real images. A resolution
+    fades in over `fade_images`, then stays for `stable_images`; the last one stays until
+    `train.total_images`.
     """
 
-    start_resolution: Positive = 4
+    start_resolution: Resolution = 4
     stable_images: Positive = 600_000
     fade_images: Positive = 600_000
     levels: tuple[LevelConfig, ...] = ()
 
-    def level(self, resolution: int) -> LevelConfig:
+    def sizes(self, resolution: ImageSize) -> list[ImageSize]:
+        """The resolutions of a model that grows to `resolution`, smallest first."""
+        possible = sizes_up_to(resolution)
+        if self.start_resolution == 4:
+            return possible
+        return possible[possible.index(self.start_resolution) :]
+
+    def level(self, resolution: ImageSize) -> LevelConfig:
         """Settings of a resolution."""
         found = (level for level in self.levels if level.resolution == resolution)
         return next(found, LevelConfig(resolution=resolution))
 
-    def check(self, resolution: int) -> None:
+    def check(self, resolution: ImageSize) -> None:
         """Raises ValueError unless a model of `resolution` can grow like this."""
-        possible = [4 * 2**i for i in range(9) if 4 * 2**i <= resolution]
-        if self.start_resolution not in possible[:-1]:
+        *smaller, _ = sizes_up_to(resolution)
+        if not smaller:
             raise ValueError(
-                f"growth.start_resolution = {self.start_resolution}: use a power of two from 4 "
-                f"to {resolution // 2}, below model.resolution = {resolution}"
+                f"growth: model.resolution = {plain(resolution)} has no smaller resolution; leave "
+                "growth out"
             )
-        named = [level.resolution for level in self.levels]
+        if self.start_resolution not in (4, *smaller):
+            raise ValueError(
+                f"growth.start_resolution = {plain(self.start_resolution)}: use one of "
+                f"{', '.join(map(str, map(plain, smaller)))}, below model.resolution = "
+                f"{plain(resolution)}"
+            )
+        possible, named = self.sizes(resolution), [level.resolution for level in self.levels]
         for size in named:
-            if size not in possible or size < self.start_resolution:
+            if size not in possible:
                 raise ValueError(
-                    f"growth.levels: {size} px is no resolution between "
-                    f"{self.start_resolution} and {resolution} px"
+                    f"growth.levels: {plain(size)} is none of the resolutions "
+                    f"{', '.join(map(str, map(plain, possible)))}"
                 )
         if len(set(named)) != len(named):
             raise ValueError("growth.levels: each resolution may be given once")
@@ -69,21 +85,23 @@ class GrowthConfig(Frozen):
 class Span(NamedTuple):
     """A stage: from `start` to before `end`, in real images; both are step boundaries."""
 
-    resolution: int
+    resolution: ImageSize
     fading: bool
     start: int
     end: float  # infinity: until the run ends
     born: int  # images_seen at which its newest layers were added
 
 
-def spans(growth: GrowthConfig, resolution: int, step_images: dict[int, int]) -> list[Span]:
+def spans(
+    growth: GrowthConfig, resolution: ImageSize, step_images: dict[ImageSize, int]
+) -> list[Span]:
     """The stages up to `resolution`; `step_images`: resolution -> images per training step.
 
     A stage ends with the step in which its length is reached.
     """
     found: list[Span] = []
-    size, start, nominal = growth.start_resolution, 0, 0
-    while True:
+    start, nominal = 0, 0
+    for size in growth.sizes(resolution):
         born = start
         for fading in (True, False) if found else (False,):
             nominal += growth.fade_images if fading else growth.stable_images
@@ -92,9 +110,7 @@ def spans(growth: GrowthConfig, resolution: int, step_images: dict[int, int]) ->
             last = size == resolution and not fading
             found.append(Span(size, fading, start, math.inf if last else end, born))
             start = end
-        if last:
-            return found
-        size *= 2
+    return found
 
 
 @torch.no_grad()

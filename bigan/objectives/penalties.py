@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bigan.config import ConfigError, Frozen, NonNegative, Positive
+from bigan.image_size import ImageSize, num_pixels
 from bigan.layers.batchnorm import normalisation_layers
 
 Discriminator = Callable[[Tensor, Tensor], Tensor]
@@ -35,23 +36,23 @@ class PenaltyConfig(Frozen):
     separate_step: bool = False  # lazy, in an optimizer step after the main one (StyleGAN2)
     target: Annotated[float, Field(gt=0)] = 1.0  # wgan_gp: target norm (ProGAN, CIFAR-10: 750)
 
-    def initial_weight(self, resolution: int, batch: int) -> float:
+    def initial_weight(self, resolution: ImageSize, batch: int) -> float:
         """`weight`, or the default where it is None.
 
-        r1 and r2: gamma = 0.0002 * resolution^2 / batch (Karras et al. 2020, arXiv:2006.06676,
+        r1 and r2: gamma = 0.0002 * height * width / batch (Karras et al. 2020, arXiv:2006.06676,
         appendix C, the heuristic of its "auto" configuration); wgan_gp: 10 (Gulrajani et al. 2017).
         """
         if self.weight is not None:
             return self.weight
-        return 10.0 if self.name == "wgan_gp" else 0.0002 * resolution**2 / batch
+        return 10.0 if self.name == "wgan_gp" else 0.0002 * num_pixels(resolution) / batch
 
 
 class PenaltyBatch(NamedTuple):
     """Images that a penalty is computed on."""
 
-    real: Tensor  # float32 [B, C, R, R] in [-1, 1]
+    real: Tensor  # float32 [B, C, H, W] in [-1, 1]
     real_labels: Tensor  # int64 [B]
-    fake: Tensor  # float32 [B, C, R, R]; `real` where the penalty does not use it
+    fake: Tensor  # float32 [B, C, H, W]; `real` where the penalty does not use it
     fake_labels: Tensor  # int64 [B]
     mix: Tensor | None = None  # float32 [B], uniform in [0, 1), for wgan_gp
     target: float = 1.0  # norm of the gradient, for wgan_gp

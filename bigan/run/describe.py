@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bigan.config import leaves
+from bigan.image_size import plain, shown
 from bigan.objectives.base import Objective, Step, variants
 from bigan.run.stages import Stage
 from bigan.run.stages import stages as all_stages
@@ -66,7 +67,7 @@ def describe(config: RunConfig, world_size: int = 1) -> Description:
         },
         "stages": [
             {
-                "resolution": stage.resolution,
+                "resolution": plain(stage.resolution),
                 "fading": stage.fading,
                 "images": [stage.start, int(min(stage.end, end))],
                 "batch": stage.config.train.batch,
@@ -123,7 +124,7 @@ def _kept_for_backward(
     phase, model = objective.phases[step.phase], config.model
     num = micro_batch * step.num_images // config.train.batch
     inputs = phase.draws(0, num, step.terms) | phase.values(0)
-    shape = (micro_batch, model.resolution, model.resolution, model.image_channels)
+    shape = (micro_batch, model.height, model.width, model.image_channels)
     for name in phase.streams:
         inputs[f"{name}.pixels"] = torch.empty(shape, dtype=torch.uint8, device="meta")
         inputs[f"{name}.labels"] = torch.empty(micro_batch, dtype=torch.int64, device="meta")
@@ -177,6 +178,11 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor)
 
 
+def _size(content: dict[str, Any]) -> str:
+    resolution = content["resolution"]
+    return shown(tuple(resolution) if isinstance(resolution, list) else resolution)
+
+
 def as_text(description: Description) -> str:
     """The description as readable text."""
     schedule, memory = description["schedule"], description["memory_bytes"]
@@ -185,7 +191,7 @@ def as_text(description: Description) -> str:
     networks = ", ".join(f"{n} {num:,}" for n, num in description["parameters"].items())
     order = " -> ".join(phase["name"] for phase in description["phases"])
     lines = [
-        f"model      {model['name']} {model['resolution']} px, {model['num_classes']} classes",
+        f"model      {model['name']} {_size(model)} px, {model['num_classes']} classes",
         f"objective  {config['objective']['name']}",
         f"parameters {networks}",
         f"step       {order}: {schedule['images_per_step']:,} images, "
@@ -201,7 +207,7 @@ def as_text(description: Description) -> str:
         how = "fading in" if stage["fading"] else "stable"
         rates = ", ".join(f"{name} {lr:g}" for name, lr in stage["lr"].items())
         lines.append(
-            f"stage      {stage['resolution']:>4} px {how:9}  {start:>12,} to {end:>12,}  "
+            f"stage      {_size(stage):>4} px {how:9}  {start:>12,} to {end:>12,}  "
             f"batch {stage['batch']}, lr {rates}"
         )
     return "\n".join([*lines, "values", *(f"  {key} = {value}" for key, value in leaves(config))])

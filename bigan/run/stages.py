@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from bigan.image_size import ImageSize, shown
 from bigan.objectives.base import Setup
 from bigan.objectives.growth import GrowthConfig, spans
 from bigan.run_config import RunConfig, setup_of
@@ -25,8 +26,13 @@ class Stage:
     born: int = 0  # images_seen at which its newest layers were added
 
     @property
-    def resolution(self) -> int:
+    def resolution(self) -> ImageSize:
         return self.config.model.resolution
+
+    @property
+    def size(self) -> str:
+        """The resolution as text."""
+        return shown(self.resolution)
 
     @property
     def fading(self) -> bool:
@@ -39,7 +45,7 @@ class Stage:
         return setup_of(self.config, class_counts, fade)
 
     def __str__(self) -> str:
-        return f"{self.resolution} px{', fading in' if self.fading else ''}"
+        return f"{self.size} px{', fading in' if self.fading else ''}"
 
 
 def stages(config: RunConfig) -> tuple[Stage, ...]:
@@ -47,7 +53,7 @@ def stages(config: RunConfig) -> tuple[Stage, ...]:
     growth = config.growth
     if growth is None:
         return (Stage(0, 0, math.inf, config),)
-    resolutions = [4 * 2**i for i in range(20) if 4 * 2**i <= config.model.resolution]
+    resolutions = growth.sizes(config.model.resolution)
     configs = {size: _at(config, growth, size, fading=False) for size in resolutions}
     images = {size: level.images_per_step for size, level in configs.items()}
     return tuple(
@@ -72,7 +78,7 @@ def stage_at(stages: tuple[Stage, ...], images_seen: int) -> Stage:
     return next(stage for stage in stages if images_seen < stage.end)
 
 
-def _at(config: RunConfig, growth: GrowthConfig, resolution: int, fading: bool) -> RunConfig:
+def _at(config: RunConfig, growth: GrowthConfig, resolution: ImageSize, fading: bool) -> RunConfig:
     """The config of one stage."""
     level = growth.level(resolution)
     train, optimizer = {}, dict(config.optimizer)

@@ -90,7 +90,7 @@ class TrainState:
         self.networks = self.objective.networks
         for name, network in self.networks.items():
             network.to_empty(device="cpu")
-            suffix = "" if stage.index == 0 else f"/{stage.resolution}"
+            suffix = "" if stage.index == 0 else f"/{stage.size}"
             generator = rng.torch_generator(config.train.seed, init_stream(name) + suffix)
             network.init_weights(generator)  # type: ignore[operator]
             network.to(self.world.device)
@@ -330,7 +330,7 @@ class TrainState:
         """A micro-batch of gray images, for the warm-up."""
         model = self.config.model
         num = self.config.train.batch // self.accumulation // self.world.size
-        shape = (num, model.resolution, model.resolution, model.image_channels)
+        shape = (num, model.height, model.width, model.image_channels)
         gray: Tensors = {
             "pixels": torch.full(shape, 128, dtype=torch.uint8),
             "labels": torch.zeros(num, dtype=torch.int64),

@@ -20,6 +20,7 @@ from bigan.image_size import ratio
 from bigan.run.stages import stages
 from bigan.run.state import TrainState
 from bigan.run_config import IMAGES, RunConfig, misfits
+from bigan.transparency import has_alpha
 
 NAMED_BAD_IMAGES = 10  # maximum per tick
 
@@ -87,7 +88,7 @@ class Shrunk(Endless):
     """A stream whose images are downsampled by an integer factor.
 
     On the device, to the bytes that a packed pyramid contains at that resolution: means of f x f
-    pixels, rounded half up.
+    pixels, of colors weighted by alpha if there is one, rounded half up.
     """
 
     def __init__(self, stream: Endless, factor: int) -> None:
@@ -98,8 +99,15 @@ class Shrunk(Endless):
     def __next__(self) -> Batch:
         batch, f = next(self._stream), self._factor
         tiles = batch.pixels.unflatten(2, (-1, f)).unflatten(1, (-1, f))  # [B, H/f, f, W/f, f, C]
-        sums = tiles.sum((2, 4), dtype=torch.int32)
-        return replace(batch, pixels=((sums + f * f // 2) // (f * f)).to(torch.uint8))
+        if not has_alpha(tiles.shape[5]):
+            sums = tiles.sum((2, 4), dtype=torch.int32)
+            return replace(batch, pixels=((sums + f * f // 2) // (f * f)).to(torch.uint8))
+        alpha = tiles[..., -1:].long()
+        weight = alpha.sum((2, 4))
+        colors = (tiles[..., :-1] * alpha).sum((2, 4))
+        colors = (colors + weight.clamp(min=1) // 2) // weight.clamp(min=1)
+        means = torch.cat([colors, (weight + f * f // 2) // (f * f)], dim=3)
+        return replace(batch, pixels=means.to(torch.uint8))
 
     def close(self) -> None:
         self._stream.close()
@@ -145,7 +153,7 @@ def _open_stream(state: TrainState, data: DataConfig, seed: int) -> Endless:
     if data.mode == "resampled":
         return ResampledStream(
             data.path,
-            shape=(model.resolution, model.resolution, model.image_channels),
+            shape=(model.height, model.width, model.image_channels),
             num_classes=model.num_classes,
             seed=seed,
             world=state.world,

@@ -289,7 +289,7 @@ class Loop:
         if any(data.on_bad == "skip" for data in state.config.streams.values()):
             found["train/bad_images"] = progress.bad_images
         if len(state.stages) > 1:
-            found["train/resolution"] = state.stage.resolution
+            found["train/resolution"] = state.config.model.height
             found["train/alpha"] = state.alpha
         if progress.rollbacks:
             found["train/lr_factor"] = progress.lr_factor

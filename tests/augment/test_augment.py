@@ -96,6 +96,24 @@ def setting(text: str) -> augment.AugmentConfig:
     return configs.load(RunConfig, SMOKE, [f"augment={text}"]).augment
 
 
+@pytest.mark.parametrize("channels", [2, 4])
+def test_diffaugment_of_images_that_are_not_square_and_have_alpha(channels: int) -> None:
+    images = torch.rand(64, channels, 24, 16, generator=torch.Generator().manual_seed(0)) + 0.5
+    images[:, -1] = 3.0
+    draws = diffaugment.draws(0, "x", 0, 64)
+    seen = diffaugment.apply(images, draws, ("color",))
+    assert torch.equal(seen[:, -1], images[:, -1])
+    expected = diffaugment.apply(images[:, :-1], draws, ("color",))
+    assert torch.equal(seen[:, :-1], expected)
+    whole = diffaugment.apply(images, draws, ("translation", "cutout"))
+    assert torch.equal((whole == 0).all(1), (whole == 0).any(1))
+    moved = diffaugment.apply(images, draws, ("translation",))[:, -1] != 0
+    lost = 24 - moved.any(2).sum(1).min(), 16 - moved.any(1).sum(1).min()
+    assert lost == (3, 2)  # an eighth of each side
+    cut = diffaugment.apply(images, draws, ("cutout",))[:, -1] == 0
+    assert (cut.any(2).sum(1).max(), cut.any(1).sum(1).max()) == (12, 8)
+
+
 def test_policy_selects_operations_in_a_fixed_order() -> None:
     config = setting("{name: diffaugment, policy: [cutout, color]}")
     assert isinstance(config, diffaugment.Config)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from bigan import config as configs
 from bigan import models
+from bigan.image_size import ImageSize, halved
 from bigan.models import AnyModel
 
 Values = dict[str, object]
@@ -18,7 +19,7 @@ class Family:
     """Configs of one family; all entries but `small` and `full` are changes to `small`."""
 
     small: Values  # few parameters, all optional parts enabled
-    full: Callable[[int], Values]  # resolution -> a config of published widths
+    full: Callable[[int], Values]  # nominal resolution -> a config of published widths
     variants: dict[str, Values] = field(default_factory=dict)  # further configs under test
     shallow: Values = field(default_factory=dict)  # fewer layers, where time depends on them
     narrowest: tuple[Values, ...] = ()  # configs at the limit of what is accepted
@@ -36,7 +37,10 @@ FAMILIES = {
             "num_classes": 1000,
             "z_dim": 20 * {16: 3, 32: 4, 64: 5, 128: 6, 256: 7, 512: 8}[resolution],
         },
-        variants={"flat": {"hierarchical": False, "z_dim": 13, "image_channels": 3}},
+        variants={
+            "flat": {"hierarchical": False, "z_dim": 13, "image_channels": 3},
+            "upright": {"resolution": [24, 16], "image_channels": 4},
+        },
         counts={
             "imagenet-128": (
                 {"resolution": 128, "z_dim": 120, "num_classes": 1000}, (70433988, 87982370),
@@ -66,6 +70,7 @@ FAMILIES = {
             "shared_dim": 6, "attention_resolutions": [8],
         },
         full=lambda resolution: {"num_classes": 1000},
+        variants={"wide": {"resolution": [16, 24], "image_channels": 4}},
         narrowest=tuple(
             {"resolution": resolution, "channels": channels, "attention_resolutions": []}
             for resolution, channels in (
@@ -91,7 +96,10 @@ FAMILIES = {
             "image_channels": 1, "base_channels": 16, "max_channels": 6,
         },
         full=lambda resolution: {"num_classes": 10, "conditional": True, "fading": resolution > 4},
-        variants={"stable": {"fading": False, "conditional": False, "image_channels": 3}},
+        variants={
+            "stable": {"fading": False, "conditional": False, "image_channels": 3},
+            "upright": {"resolution": [12, 8], "image_channels": 4},
+        },
         narrowest=({"resolution": 64, "base_channels": 32},),
         counts={
             # Table 2 of the paper gives 23.1M for both. The authors' code counts 23,079,115 and
@@ -112,7 +120,10 @@ FAMILIES = {
             "image_channels": 1, "channel_base": 64, "max_channels": 6, "mapping_layers": 2,
         },
         full=lambda resolution: {"num_classes": 10, "conditional": True},
-        variants={"unconditional": {"conditional": False, "image_channels": 3}},
+        variants={
+            "unconditional": {"conditional": False, "image_channels": 3},
+            "wide": {"resolution": [8, 12], "image_channels": 4},
+        },
         shallow={"resolution": 8, "mapping_layers": 1},
         narrowest=({"channel_base": 16},),
         counts={
@@ -135,7 +146,10 @@ FAMILIES = {
             "widths": [16, 16, 8], "group_size": 4, "embedding_dim": 4, "conditional": True,
         },
         full=lambda resolution: {"num_classes": 7, "conditional": True},
-        variants={"unconditional": {"conditional": False, "image_channels": 3}},
+        variants={
+            "unconditional": {"conditional": False, "image_channels": 3},
+            "upright": {"resolution": [12, 8], "widths": [16, 8], "image_channels": 4},
+        },
         shallow={"resolution": 8, "widths": [16, 8], "blocks_per_stage": 1},
         narrowest=({"widths": [2, 2, 2]},),
         counts={
@@ -177,13 +191,16 @@ FAMILIES = {
             "conditional": True,
         },
         full=lambda resolution: {"num_classes": 10, "conditional": True},
-        variants={"unconditional": {"conditional": False, "image_channels": 3}},
+        variants={
+            "unconditional": {"conditional": False, "image_channels": 3},
+            "wide": {"resolution": [8, 12], "image_channels": 2},
+        },
         shallow={"resolution": 8},
         narrowest=({"channels": 1},),
         errors=(
             ({"num_classes": 1}, "conditional: .*num_classes = 1; use conditional=false"),
             ({"channels": 0}, "channels = 0"),
-            ({"resolution": 4}, "resolution = 4"),
+            ({"resolution": 4}, "resolution = 4.*8"),
         ),
     ),
 }  # fmt: skip
@@ -197,8 +214,20 @@ def members() -> dict[str, type[AnyModel]]:
 
 
 def resolutions(name: str) -> tuple[int, ...]:
-    """Every resolution that the family has networks for."""
-    return typing.get_args(members()[name].model_fields["resolution"].annotation)
+    """Every resolution that the family has published networks, or ours of their kind, for."""
+    least, most = members()[name].doublings
+    return tuple(4 * 2**num for num in range(least, most + 1))
+
+
+OTHER_SIZES: tuple[ImageSize, ...] = (
+    24, 28, 96, 192, 224, (24, 16), (32, 48), (192, 320), (384, 512), (480, 640),
+)  # fmt: skip
+
+
+def sizes(name: str) -> list[tuple[ImageSize, int]]:
+    """(size, nominal resolution) of `resolutions`, and of other sizes."""
+    others = [(size, 4 * 2 ** halved(size)[1]) for size in OTHER_SIZES]
+    return [(r, r) for r in resolutions(name)] + others
 
 
 def make(name: str, values: Values) -> AnyModel:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from commands import ROOT, TEN_CLASSES
@@ -15,7 +16,7 @@ from phase_inputs import network
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from bigan import checkpoint
+from bigan import checkpoint, models
 from bigan import config as configs
 from bigan.checkpoint import snapshots
 from bigan.config import ConfigError
@@ -24,6 +25,7 @@ from bigan.data.streaming.stream import ShardStream
 from bigan.distributed.world import World
 from bigan.engine import Engine
 from bigan.evaluation.watcher import evaluate
+from bigan.image_size import ImageSize
 from bigan.objectives import growth
 from bigan.run import collapse
 from bigan.run.folder import check
@@ -81,6 +83,35 @@ def test_stages_are_those_of_the_schedule(grown: Grown) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("resolution", "start", "levels", "expected"),
+    [
+        ("96", "4", "[{resolution: 12, batch: 8}]", [6, 12, 24, 48, 96]),
+        ("96", "24", "[{resolution: 48, batch: 8}]", [24, 48, 96]),
+        ("[24, 40]", "4", "[{resolution: [12, 20], batch: 8}]", [(6, 10), (12, 20), (24, 40)]),
+        ("[24, 40]", "[12, 20]", "[{resolution: [24, 40], batch: 8}]", [(12, 20), (24, 40)]),
+    ],
+)
+def test_stages_of_other_sizes(
+    grown: Grown, resolution: str, start: str, levels: str, expected: list[ImageSize]
+) -> None:
+    config = grown(
+        f"model.resolution={resolution}", f"growth.start_resolution={start}",
+        f"growth.levels={levels}",
+    )  # fmt: skip
+    found = stages(config)
+    assert list(dict.fromkeys(stage.resolution for stage in found)) == expected
+    changed = {stage.resolution for stage in found if stage.config.train.batch == 8}
+    assert changed == {config.growth.levels[0].resolution}
+    shapes = [
+        {key: t.shape for key, t in network.state_dict().items() if "image" not in key}
+        for stage in found
+        for network in [models.build(stage.config.model, "meta")["discriminator"]]
+    ]
+    for former, later in itertools.pairwise(shapes):  # what a stage inherits
+        assert former.items() <= later.items()
+
+
 def test_the_last_stage_does_not_grow(grown: Grown) -> None:
     config = final_config(grown())
     assert (config.model.resolution, config.model.is_fading, config.growth) == (16, False, None)
@@ -114,9 +145,9 @@ def test_alpha_goes_from_0_to_1_over_the_fade(grown: Grown) -> None:
 @pytest.mark.parametrize(
     ("override", "facts"),
     [
-        ("growth.start_resolution=16", "growth.start_resolution = 16.* 4 to 8"),
-        ("growth.start_resolution=6", "growth.start_resolution = 6.* 4 to 8"),
-        ("growth.levels=[{resolution: 32}]", "growth.levels.*32 px"),
+        ("growth.start_resolution=16", "growth.start_resolution = 16.* 4, 8"),
+        ("growth.start_resolution=6", "growth.start_resolution = 6.* 4, 8"),
+        ("growth.levels=[{resolution: 32}]", "growth.levels.*32.* 4, 8, 16"),
         ("growth.levels=[{resolution: 8}, {resolution: 8}]", "growth.levels.*once"),
         ("model.fading=true", "leave model.fading out"),
         ("model.conditional=true", ""),
@@ -237,6 +268,20 @@ def test_shrunk_images_are_those_of_a_pyramid(digits: Path, pyramid: Path) -> No
                 ours, theirs = next(shrunk), next(packed)
                 assert torch.equal(ours.pixels, theirs.pixels)
                 assert torch.equal(ours.labels, theirs.labels)
+
+
+def test_shrunk_images_with_alpha_are_those_of_a_pyramid(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 40, 4), np.uint8)
+    pixels[:, :5, :5] = 0  # transparent where a pixel of level 2 is
+    images = [(image, 0) for image in pixels]
+    options = {"resolution": (24, 40), "channels": 4, "test_fraction": 0.0}
+    levels = pack(images, tmp_path / "d", pyramid=6, **options).manifests
+    for factor, level in ((4, levels[0]), (2, levels[1])):
+        with (
+            ShardStream(levels[-1], seed=0, world=World(), batch=24) as top,
+            ShardStream(level, seed=0, world=World(), batch=24) as packed,
+        ):
+            assert torch.equal(next(Shrunk(top, factor)).pixels, next(packed).pixels)
 
 
 def test_missing_levels_are_named_before_training_begins(grown: Grown, pyramid: Path) -> None:
