@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bigan.cli.arguments import count, fraction, part, size
-from bigan.image_size import shown
 
 
 def pack_command(arguments: argparse.Namespace) -> int:
     """Pack a source; prints the splits of each manifest. Returns the exit code."""
     from bigan.data.packing.options import PackOptions
-    from bigan.data.packing.pack import BAD, pack
+    from bigan.data.packing.pack import pack
+    from bigan.data.packing.summary import summary
 
     destination = arguments.destination
     given = {n: v for n, v in vars(arguments).items() if n in PackOptions.__dataclass_fields__}
@@ -26,14 +26,8 @@ def pack_command(arguments: argparse.Namespace) -> int:
         packed = pack(arguments.source, destination, PackOptions(**given), progress=progress)
     if not packed.complete:
         print(f"{destination}: this part is finished; the last part to finish writes the manifest")
-    for manifest in packed.manifests:
-        counts = ", ".join(f"{manifest.num_samples(s):,} {s}" for s in manifest.splits)
-        print(
-            f"{manifest.folder}: {counts} images, {shown(manifest.resolution)} px, "
-            f"{manifest.channels} channel(s), {manifest.num_classes} classes"
-        )
-    if packed.bad:
-        print(f"{len(packed.bad):,} unusable images were left out; see {destination / BAD}")
+    if packed.manifests:
+        print(summary(packed))
     return 0
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from data_helpers import one_line
 from image_folders import classes_of, every_kind, tarred, write, zipped
+from layout_fuzz import main as fuzz
 
 from bigan.data import DataError
+from bigan.data.packing.pack import pack
 from bigan.data.packing.sources import open_source
 
 PETS = "cat/1.png cat/2.png dog/1.png"
@@ -317,3 +319,23 @@ def test_class_folders_in_several_tars(tmp_path: Path) -> None:
         tarred(build(tmp_path / name, files), tmp_path / "tars" / f"{name}.tar")
     source = open_source(tmp_path / "tars", resolution=8)
     assert classes_of(source) == {"cat/1.png": "cat", "dog/2.png": "dog", "dog/3.png": "dog"}
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_random_trees_are_alike_in_folder_zip_and_tar(part: int) -> None:
+    """2,000 seeded trees: equal results, or one line; layout_fuzz.py runs more of them."""
+    counts = fuzz(250, first=250 * part)
+    assert min(counts.values()) > 50
+
+
+def test_a_compressed_tar_is_packed_and_leaves_no_copy(tmp_path: Path) -> None:
+    root = build(tmp_path / "data", below("train", "test"))
+    file = tarred(root, tmp_path / "data.tar.gz")
+    packed = pack(file, tmp_path / "packed", resolution=8)
+    assert packed.manifests[0].classes == ("cat", "dog")
+    assert not list((tmp_path / "packed").rglob("*spool*"))
+    assert pack(file, tmp_path / "packed", resolution=8).complete  # the same source again
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(DataError, match="damaged"):
+        pack(file, tmp_path / "other", resolution=8)
+    assert not (tmp_path / "other").exists()

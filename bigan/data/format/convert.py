@@ -180,6 +180,23 @@ def to_square(
     return pixels
 
 
+def changes(size: tuple[int, int], resolution: ImageSize, fit: Fit) -> tuple[str, ...]:
+    """What `to_square` does to an image of this (width, height), besides shrinking it.
+
+    Of "cropped", "padded", "stretched" and "enlarged".
+    """
+    width, height = size
+    to_height, to_width = sides(resolution)
+    done = []
+    if width * to_height != height * to_width:
+        done.append({"crop": "cropped", "pad": "padded", "stretch": "stretched"}[fit])
+    elif fit == "pad" and width < to_width:
+        done.append("padded")
+    if fit != "pad" and (width < to_width or height < to_height):
+        done.append("enlarged")
+    return tuple(done)
+
+
 def _crop_box(width: int, height: int, to_width: int, to_height: int) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of the largest centred part of the shape to_width:to_height."""
     if width * to_height > height * to_width:

@@ -56,7 +56,7 @@ def claim_destination(destination: Path, plan: Plan) -> tuple[Manifest, ...]:
         existing = {**existing, "software": wanted["software"]}
     changed = [key for key in wanted if existing.get(key) != wanted[key]]
     if changed:
-        raise DataError(_difference(destination, existing, wanted, changed, bool(manifests)))
+        raise DataError(_difference(destination, existing, plan, changed, manifests))
     if manifests:
         remove_stamp(destination)  # the process that completed it may have been killed before this
     else:
@@ -67,22 +67,30 @@ def claim_destination(destination: Path, plan: Plan) -> tuple[Manifest, ...]:
 def _difference(
     destination: Path,
     existing: dict[str, Any],
-    wanted: dict[str, Any],
+    plan: Plan,
     changed: list[str],
-    complete: bool,
+    manifests: tuple[Manifest, ...],
 ) -> str:
     """The error message for a plan in `destination` that differs in the keys `changed`."""
     # The shard size depends on the number of images unless it is given.
-    if not complete and "identity" in changed and set(changed) <= FROM_FILES:
+    if "identity" in changed and set(changed) <= FROM_FILES:
+        if not manifests:
+            return (
+                f"{destination}: the source files changed after this pack was started; delete "
+                f"{destination} and run the same command again"
+            )
+        complete = manifests[0]
+        before = sum(map(complete.num_samples, complete.splits)) + complete.num_bad
         return (
-            f"{destination}: the source files changed after this pack was started; delete "
-            f"{destination} and run the same command again"
+            f"{destination}: holds the source as it was before its files changed ({before:,} "
+            f"images then, {len(plan.source.keys) + len(plan.source.bad):,} now); pack into a new "
+            f"folder, or delete {destination} and run the same command again"
         )
     key = changed[0]
     if key == "listing":
         what = "the same images in other splits or classes"
     else:
-        what = f"{key} is {existing.get(key)!r} there, {wanted[key]!r} here"
+        what = f"{key} is {existing.get(key)!r} there, {plan.description[key]!r} here"
     return f"{destination}: already holds another pack ({what}); choose another folder or delete it"
 
 

@@ -39,7 +39,7 @@ def tree_listing(
             raise DataError(f"{where}: folder {error.folder!r} has an unprintable name; "
                             "rename it") from None  # fmt: skip
         clear = DataError(f"{place}: {error.problem}")
-        clear.add_note(f"{drawing(where, tree)}\n{layout.LAYOUTS}")
+        clear.add_note(f"{drawing(where, tree, error.folder)}\n{layout.LAYOUTS}")
         raise clear from None
 
 
@@ -70,6 +70,7 @@ def _listing(tree: Tree, paths: list[str], where: str, name: str, labels: Labels
         bad=tuple((p.removeprefix(root), why) for p, why in (*tree.bad, *labelled.bad, *bad)),
         stamp=listing_hash(sorted(tree.times)),
         skipped=tuple(sorted(tree.skipped.items())),
+        of_files=True,
     )
 
 

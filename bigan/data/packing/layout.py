@@ -93,8 +93,14 @@ def _with_split_folders(
     index: _Index, paths: Sequence[str], root: str, splits: dict[str, Split], need_classes: bool
 ) -> Layout:
     tops = {f"{root}{name}/": split for name, split in splits.items()}
-    starts = dict(zip(tops, _inside_splits(index, list(tops)), strict=True))
-    _check_stray(index, {*tops, *(folder for start in starts.values() for folder in _above(start))})
+    starts = dict(zip(tops, _inside_splits(index, tops), strict=True))
+    known = {
+        folder
+        for top, start in starts.items()
+        for folder in _above(start)
+        if split_of(folder.split("/")[-2]) in (None, tops[top])
+    }
+    _check_stray(index, known)
     if need_classes:
         _check_splits(index, {start: tops[top] for top, start in starts.items()})
     top_of = [f"{root}{path.removeprefix(root).split('/')[0]}/" for path in paths]
@@ -246,16 +252,18 @@ def _splits_of_classes(index: _Index, root: str) -> dict[str, Split]:
     return {} if others else found
 
 
-def _inside_splits(index: _Index, folders: list[str]) -> list[str]:
-    """For every split folder the folder that holds its classes or images.
+def _inside_splits(index: _Index, splits: dict[str, Split]) -> list[str]:
+    """For every split folder of {folder: split} the folder that holds its classes or images.
 
-    A folder without siblings in every split is passed if it holds folders or has the name of a
-    split ("train/train"); otherwise it is a class.
+    A folder without siblings in every split is passed if it holds folders or has the name of the
+    split again ("train/train"); otherwise it is a class.
     """
+    folders = list(splits)
     while all(f not in index.loose and len(index.inside(f)) == 1 for f in folders):
-        below = [f"{folder}{index.inside(folder)[0]}/" for folder in folders]
-        are_splits = all(split_of(folder.split("/")[-2]) for folder in below)
-        if not are_splits and not any(index.has_folders(folder) for folder in below):
+        names = [index.inside(folder)[0] for folder in folders]
+        below = [f"{folder}{name}/" for folder, name in zip(folders, names, strict=True)]
+        repeated = list(map(split_of, names)) == list(splits.values())
+        if not repeated and not any(index.has_folders(folder) for folder in below):
             break
         folders = below
     return folders

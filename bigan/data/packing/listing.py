@@ -43,7 +43,8 @@ class Source:
     `splits` are "train", "val" or "test"; `bad` holds (name, reason) of originals that were found
     unusable while listing and are not among the images. `stamp` is a hash of the modification times
     of the originals' files ("": unknown, or `identity` covers their content), `skipped` the numbers
-    of files that are not images, as (suffix, number).
+    of files that are not images, as (suffix, number). `read_with_changes(i)` also returns
+    `convert.changes` of the image (None: they are unknown).
     """
 
     name: str
@@ -59,6 +60,7 @@ class Source:
     bad: Bad = ()
     stamp: str = ""
     skipped: Skipped = ()
+    read_with_changes: Callable[[int], tuple[Pixels, tuple[str, ...]]] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -77,7 +79,7 @@ class Listing:
     `BadImageError` or `OSError`. `official` holds the split of each image if the source defines
     splits; with `has_all_splits` no further split is taken from "train". `resolution` is the
     default one (None: the user must set it), `transform` the conversion that the originals have
-    already had ("": none).
+    already had ("": none). `of_files`: the originals are image files in folders or archives.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Listing:
     has_all_splits: bool = False
     stamp: str = ""
     skipped: Skipped = ()
+    of_files: bool = False
 
 
 def unit_hash(key: str) -> float:

@@ -16,9 +16,9 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,15 @@ class Packed:
     bad: (name, reason) of originals that were left out; of this call's shards if not complete.
     complete: False while shards of other parts are missing.
     skipped: (suffix, number) of files in the source that are not images.
+    changes: number of images that were cropped, padded, stretched or enlarged; empty if the pack
+        was complete before this call.
     """
 
     manifests: tuple[Manifest, ...]
     bad: tuple[Bad, ...]
     complete: bool
     skipped: Skipped = ()
+    changes: Mapping[str, int] = field(default_factory=dict)
 
 
 def pack(
@@ -94,6 +97,7 @@ def pack(
         refuse_inside_source(Path(source), destination)
     refuse_file(destination)
     scratch = atomic_files.temporary_name(destination / "spool")
+    existed = destination.exists()
     try:
         if not isinstance(source, str | Path):  # spooled there: it may be readable only once
             destination.mkdir(parents=True, exist_ok=True)
@@ -106,6 +110,9 @@ def pack(
         shutil.rmtree(scratch, ignore_errors=True)
         with contextlib.suppress(OSError):
             scratch.unlink()
+        if not existed:
+            with contextlib.suppress(OSError):  # it is not empty
+                destination.rmdir()
 
 
 def pack_source(
@@ -202,7 +209,9 @@ def _finished_shards(
     return bad, missing
 
 
-def _write_shard(destination: Path, plan: Plan, number: int, encoded: Sequence[Encoded]) -> None:
+def _write_shard(
+    destination: Path, plan: Plan, number: int, encoded: Sequence[Encoded | str]
+) -> None:
     """Write the tar of a shard and then its record, for every level."""
     name = plan.names[number]
     for n, level in enumerate(plan.levels):
@@ -215,10 +224,10 @@ def _write_shard(destination: Path, plan: Plan, number: int, encoded: Sequence[E
 
 def _encode_ahead(
     executor: ThreadPoolExecutor, plan: Plan, numbers: Sequence[int]
-) -> Iterator[Encoded]:
+) -> Iterator[Encoded | str]:
     """The encoded images of these shards in order; as many as one shard holds are in progress."""
     members = itertools.chain.from_iterable(plan.members[number] for number in numbers)
-    waiting: collections.deque[Future[Encoded]] = collections.deque()
+    waiting: collections.deque[Future[Encoded | str]] = collections.deque()
     for i in itertools.islice(members, plan.shard_size):
         waiting.append(executor.submit(encoded_image, plan, i))
     while waiting:
@@ -273,7 +282,7 @@ def _complete(destination: Path, plan: Plan, bad: list[Bad], max_bad: int) -> Pa
         }
         atomic_files.write_atomic(destination / PYRAMID, json.dumps(content, indent=1) + "\n")
     remove_stamp(destination)
-    return Packed(manifests, tuple(bad), True, plan.source.skipped)
+    return Packed(manifests, tuple(bad), True, plan.source.skipped, levels[0].changes)
 
 
 # --- unusable originals -------------------------------------------------------------------------

@@ -22,17 +22,19 @@ class Contents:
     shards: list[Shard]
     columns: dict[tuple[str, str], list[np.ndarray]]  # (split, column): shard by shard
     bad: list[Bad]
+    changes: collections.Counter[str]
 
 
 def collect(folder: Path, plan: Plan) -> Contents | None:
     """Read the records of a level; None if a shard is not finished."""
-    contents = Contents([], collections.defaultdict(list), [])
+    contents = Contents([], collections.defaultdict(list), [], collections.Counter())
     numbers: collections.Counter[str] = collections.Counter()
     for name in plan.names:
         record = finished(folder, name, plan.id)
         if record is None:
             return None
         contents.bad.extend(record.bad)
+        contents.changes.update(record.changes)
         if not record.nsamples:
             continue
         split = name.rpartition("-")[0]

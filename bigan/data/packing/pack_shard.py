@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from bigan.config import Frozen
 from bigan.data import DataError
@@ -19,7 +22,14 @@ from bigan.image_size import sides
 from bigan.transparency import has_alpha
 
 Bad = tuple[str, str]  # (name of the original, reason)
-Encoded = tuple[bytes, ...] | str  # an image at each level, or the reason it is unusable
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A usable image: its bytes at each level, and `convert.changes`."""
+
+    levels: tuple[bytes, ...]
+    changes: tuple[str, ...] = ()
 
 
 def halvings(image: Pixels, num: int) -> list[Pixels]:
@@ -61,6 +71,9 @@ class Record(Frozen):
     sizes: tuple[int, ...]
     labels: tuple[int, ...]
     keys: tuple[str, ...]  # `printable` names of the originals
+    changes: Mapping[str, int] = Field(
+        default_factory=dict
+    )  # number of images that were cropped, enlarged, ...
 
 
 def printable(name: str) -> str:
@@ -68,7 +81,7 @@ def printable(name: str) -> str:
     return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
-def encoded_image(plan: Plan, i: int) -> Encoded:
+def encoded_image(plan: Plan, i: int) -> Encoded | str:
     """Image i of the source, encoded for each level, or the reason it is unusable.
 
     A read error of the disk raises `DataError`: it is not a property of the image, and a shard
@@ -76,7 +89,8 @@ def encoded_image(plan: Plan, i: int) -> Encoded:
     """
     source = plan.source
     try:
-        pixels = source.read(i)
+        read = source.read_with_changes or (lambda i: (source.read(i), ()))
+        pixels, changes = read(i)
         shape = (*sides(source.resolution), source.channels)
         if pixels.dtype != np.uint8 or pixels.shape != shape:
             found = f"{pixels.dtype} {list(pixels.shape)}"
@@ -90,19 +104,20 @@ def encoded_image(plan: Plan, i: int) -> Encoded:
             name = printable(source.keys[i])
             raise DataError(f"{source.name}: {name} cannot be read: {error.strerror}") from error
         return f"{type(error).__name__}: {printable(first_line(error))}"
-    return tuple(
-        encode(level_pixels, level.encoder, plan.quality)
-        for level_pixels, level in zip(halvings(pixels, len(plan.levels)), plan.levels, strict=True)
-    )
+    levels = zip(halvings(pixels, len(plan.levels)), plan.levels, strict=True)
+    encoded = (encode(shrunk, level.encoder, plan.quality) for shrunk, level in levels)
+    return Encoded(tuple(encoded), changes)
 
 
-def shard(plan: Plan, number: int, level: int, encoded: Sequence[Encoded]) -> tuple[bytes, Record]:
+def shard(
+    plan: Plan, number: int, level: int, encoded: Sequence[Encoded | str]
+) -> tuple[bytes, Record]:
     """(tar, record) of shard `number` at `level`; `encoded` are its members by `encoded_image`."""
     source, encoder = plan.source, plan.levels[level].encoder
     rows = list(zip(plan.members[number], encoded, strict=True))
     good = [i for i, image in rows if not isinstance(image, str)]
     samples = (
-        (f"{key:09d}", image[level], source.labels[i])
+        (f"{key:09d}", image.levels[level], source.labels[i])
         for key, (i, image) in enumerate(rows, start=plan.first_key[number])
         if not isinstance(image, str)
     )
@@ -120,6 +135,9 @@ def shard(plan: Plan, number: int, level: int, encoded: Sequence[Encoded]) -> tu
         sizes=tuple(sizes),
         labels=tuple(labels),
         keys=tuple(printable(source.keys[i]) for i in good),
+        changes=collections.Counter(
+            change for image in encoded if isinstance(image, Encoded) for change in image.changes
+        ),
     )
 
 

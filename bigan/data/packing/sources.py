@@ -13,14 +13,13 @@ The split of an image depends on its key alone, not on seed or resolution.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, Pixels
-from bigan.data.format.convert import TRANSFORMS, square, to_square
+from bigan.data.format.convert import TRANSFORMS, changes, decode_any, plain, to_square
 from bigan.data.packing import archives, tar_trees, webdatasets
 from bigan.data.packing.digits import digits
 from bigan.data.packing.folders import folder_tree, has_images
@@ -31,6 +30,7 @@ from bigan.data.packing.options import PackOptions, with_changes
 from bigan.data.packing.trees import Tree
 from bigan.data.packing.zips import zip_tree
 from bigan.image_size import ImageSize
+from bigan.transparency import has_alpha
 
 __all__ = ["Source", "digits", "open_source"]
 
@@ -59,6 +59,7 @@ def open_source(
     if not listing.keys:
         first = f"; the first problem is {': '.join(listing.bad[0])}" if listing.bad else ""
         raise DataError(f"{where}: holds no usable image{first}")
+    listing = _with_labels(listing, options, where)
     _check_classes(listing, where)
     size = options.resolution or listing.resolution
     if size is None:
@@ -71,7 +72,7 @@ def open_source(
     original, convert = listing.original, _converter(options)
     test_fraction = 0.0 if listing.has_all_splits else options.test_fraction
 
-    def read(i: int) -> Pixels:
+    def read(i: int) -> tuple[Pixels, tuple[str, ...]]:
         try:
             return convert(original(i), size, channels=depth)
         except OSError as error:
@@ -87,17 +88,33 @@ def open_source(
         keys=listing.keys,
         labels=listing.labels,
         splits=assign_splits(listing.keys, listing.official, options.val_fraction, test_fraction),
-        read=read,
+        read=lambda i: read(i)[0],
+        read_with_changes=read,
         bad=listing.bad,
         stamp=listing.stamp,
         skipped=listing.skipped,
     )
 
 
+def _with_labels(listing: Listing, options: PackOptions, where: str) -> Listing:
+    """`listing` with one class for `labels="none"`; refuses options that are for files only."""
+    for name in ("exclude", "labels"):
+        value = getattr(options, name)
+        if not listing.of_files and value and value not in ("auto", "none"):
+            raise DataError(
+                f"{where}: --{name} is for folders, zips and tars of images; this source has none"
+            )
+    if options.labels != "none":
+        return listing
+    return dataclasses.replace(listing, classes=("all",), labels=(0,) * len(listing.keys))
+
+
 def _digits(options: PackOptions) -> Source:
     if options.channels not in (None, 1):
         raise DataError("digits: are grey; omit the number of channels, or give 1")
     source = digits(16 if options.resolution is None else options.resolution)
+    if options.labels == "none":
+        source = dataclasses.replace(source, classes=("all",), labels=(0,) * len(source))
     splits = assign_splits(source.keys, source.splits, options.val_fraction, options.test_fraction)
     return dataclasses.replace(source, splits=splits)
 
@@ -119,18 +136,26 @@ def _list(
     if scratch is None:
         raise DataError(f"{where}: needs a scratch file for the pixels of the iterable")
     channels = options.channels or 3
-    shrink = functools.partial(_converter(options), channels=channels)
+    convert = _converter(options)
+
+    def shrink(image: Any, resolution: ImageSize) -> Pixels:
+        return convert(image, resolution, channels=channels)[0]
+
     return iterable(source, options.resolution, channels, shrink, scratch), where
 
 
 def _converter(options: PackOptions) -> Any:
-    """(original, resolution, channels=...) -> pixels, by the conversion of these options."""
+    """(original, resolution, channels=...) -> (pixels, `changes`), as these options want it."""
 
-    def convert(original: Any, resolution: ImageSize, *, channels: int) -> Pixels:
-        make = square if isinstance(original, bytes) else to_square
-        return make(
-            original, resolution, channels, options.resize, options.allow_upscale, options.fit
+    def convert(
+        original: Any, resolution: ImageSize, *, channels: int
+    ) -> tuple[Pixels, tuple[str, ...]]:
+        make = decode_any if isinstance(original, bytes) else plain
+        image = make(original, keep_alpha=has_alpha(channels))
+        pixels = to_square(
+            image, resolution, channels, options.resize, options.allow_upscale, options.fit
         )
+        return pixels, changes(image.size, resolution, options.fit)
 
     return convert
 

@@ -99,8 +99,8 @@ def without(tree: Tree, patterns: Sequence[str]) -> Tree:
     )
 
 
-def drawing(where: str, tree: Tree) -> str:
-    """The upper folders of a tree with their numbers of images, as lines of text."""
+def drawing(where: str, tree: Tree, focus: str = "") -> str:
+    """The upper folders of a tree with their numbers of images, as lines; with the path `focus`."""
     counts: Counter[str] = Counter()
     for path in tree.images:
         parts = path.split("/")
@@ -116,12 +116,14 @@ def drawing(where: str, tree: Tree) -> str:
         files = sorted(path for path in loose if path.rpartition("/")[0] == parent)
         indent = "  " * (depth + 1)
         lines.extend(f"{indent}{_printable(file)}" for file in files)
-        for folder in inside[:_MAX_SHOWN]:
+        shown = inside[:_MAX_SHOWN]
+        shown += [folder for folder in inside[_MAX_SHOWN:] if f"{focus}/".startswith(f"{folder}/")]
+        for folder in shown:
             lines.append(f"{indent}{_printable(folder)}/  {_images(counts[folder])}")
             if depth + 1 < _MAX_DEPTH:
                 draw(folder, depth + 1)
-        if len(inside) > _MAX_SHOWN:
-            lines.append(f"{indent}... and {len(inside) - _MAX_SHOWN} more folders")
+        if len(inside) > len(shown):
+            lines.append(f"{indent}... and {len(inside) - len(shown):,} more folders")
 
     draw("", 0)
     return "\n".join(lines)

@@ -1,0 +1,67 @@
+"""The text that `bigan pack` ends with: what it understood of the source."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigan.data.format.manifest import Manifest
+from bigan.data.packing.pack import BAD, Packed
+from bigan.image_size import shown
+
+NUM_ENDS = 5  # classes at the start and the end of a long list
+NUM_NAMES = 8  # of classes without training images
+
+
+def summary(packed: Packed) -> str:
+    """Splits, classes with their numbers of images, changed, skipped and unusable images."""
+    lines = [_size(manifest) for manifest in packed.manifests]
+    if packed.manifests:
+        lines += _classes(packed.manifests[-1])
+    if packed.changes:
+        counts = (f"{change} {count:,}" for change, count in sorted(packed.changes.items()))
+        lines.append(f"  images: {', '.join(counts)}")
+    if packed.skipped:
+        total = sum(number for _, number in packed.skipped)
+        kinds = ", ".join(f"{number:,} {suffix}" for suffix, number in packed.skipped)
+        lines.append(f"  skipped {total:,} files that are not images: {kinds}")
+    if packed.bad and packed.manifests:
+        folder = packed.manifests[0].folder
+        bad = (folder if (folder / BAD).is_file() else folder.parent) / BAD
+        lines.append(f"  left out {len(packed.bad):,} unusable images: see {bad}")
+    return "\n".join(lines)
+
+
+def _size(manifest: Manifest) -> str:
+    splits = ", ".join(f"{manifest.num_samples(split):,} {split}" for split in manifest.splits)
+    return (
+        f"{manifest.folder}: {splits} images, {shown(manifest.resolution)} px, "
+        f"{manifest.channels} channel(s), {manifest.num_classes} classes"
+    )
+
+
+def _classes(manifest: Manifest) -> list[str]:
+    """A table of classes and splits; for many classes its ends only."""
+    if manifest.classes == ("all",):
+        return ["  no labels: all images are of one class"]
+    counts = {split: _histogram(manifest, split) for split in manifest.splits}
+    names = [name if len(name) <= 40 else f"{name[:37]}..." for name in manifest.classes]
+    width = max(len("class"), *(len(name) for name in names))
+    header = "".join(f"{split:>10}" for split in counts)
+    rows = [
+        f"  {n:>6}  {name:<{width}}{''.join(f'{column[n]:>10,}' for column in counts.values())}"
+        for n, name in enumerate(names)
+    ]
+    if len(rows) > 2 * NUM_ENDS + 1:
+        rows[NUM_ENDS:-NUM_ENDS] = [f"     ...  {len(rows) - 2 * NUM_ENDS:,} more classes"]
+    lines = [f"  number  {'class':<{width}}{header}", *rows]
+    empty = [names[n] for n in np.flatnonzero(counts["train"] == 0)]
+    if empty:
+        more = f", ... ({len(empty)} classes)" if len(empty) > NUM_NAMES else ""
+        lines.append(f"  without a training image: {', '.join(empty[:NUM_NAMES])}{more}")
+    return lines
+
+
+def _histogram(manifest: Manifest, split: str) -> NDArray[np.int64]:
+    """Images of each class in a split, [K]."""
+    return np.sum([s.class_histogram for s in manifest.shards(split)], axis=0, dtype=np.int64)
