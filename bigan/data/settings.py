@@ -13,7 +13,7 @@ SMALL_RESOLUTION = 64  # pixels
 
 
 class Fetch(Frozen):
-    """How samples are read and decoded. Nothing here changes the samples or their order."""
+    """How samples are read and decoded. Nothing here changes the images or their order."""
 
     # auto: random_access for a local folder or with a cache, stream for a URL
     # random_access: index + pread on local shards or on a verified cache on a disk of the node
@@ -21,6 +21,8 @@ class Fetch(Frozen):
     # stream: shards are read sequentially without a copy on disk; for URLs and slow disks
     # resampled: shards without a manifest, sampled with replacement; no guarantees
     mode: Literal["auto", "random_access", "resident", "stream", "resampled"] = "auto"
+    # none: labels are ignored; the images are of one class, for unconditional training
+    labels: Literal["given", "none"] = "given"
     # Decoding threads of each process. None: 2, or 1 for images of up to 64 px, whose decoding
     # takes so little time that several threads mostly compete for Python's lock.
     threads: Positive | None = None

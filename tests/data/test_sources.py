@@ -100,13 +100,14 @@ def test_labels_become_class_numbers() -> None:
     assert number_labels(["2", " 0".strip(), 2]) == (("0", "1", "2"), [2, 0, 2])
     assert number_labels([np.int64(1), torch.tensor(0)], ["x", "y"]) == (("x", "y"), [1, 0])
     assert number_labels([0, 3], ["x", "y"])[0] == ("0", "1", "2", "3")  # too few names
-    assert number_labels(["10", "b", 2])[0] == ("10", "2", "b")
+    assert number_labels(["10", "b", 2])[0] == ("2", "10", "b")
+    assert number_labels([3, "1", 2]) == (("1", "2", "3"), [2, 0, 1])  # no empty class 0
     for bad, reason in [
         (None, "no label"), ("", "no label"), (-1, "negative"), (10**12, "too large"),
         (1.0, "neither"), (True, "neither"), ([0, 1], "neither"),
     ]:  # fmt: skip
-        classes, (good, problem) = number_labels([1, bad])
-        assert (classes, good) == (("0", "1"), 1)
+        classes, (zero, good, problem) = number_labels([0, 1, bad])
+        assert (classes, zero, good) == (("0", "1"), 0, 1)
         assert isinstance(problem, str)
         assert reason in problem
 

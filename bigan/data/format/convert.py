@@ -185,16 +185,21 @@ def _check_size(width: int, height: int) -> None:
         raise BadImageError(f"is {width}x{height}, more than {MAX_PIXELS} pixels")
 
 
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF or XMP orientation of an image, 1 (upright) to 8; 1 if it is damaged."""
+    try:
+        orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a damaged EXIF block is ignored
+        return 1
+    return orientation if orientation in _TURNS else 1
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF or XMP orientation and remove both, so that it is not applied twice.
 
     `ImageOps.exif_transpose` also rewrites the EXIF block, which fails for damaged ones.
     """
-    try:
-        orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # a damaged EXIF block is ignored
-        return image
-    if orientation not in range(2, 9):
+    if (orientation := orientation_of(image)) == 1:
         return image
     turned = image.transpose(_TURNS[orientation])
     turned.info = {key: value for key, value in image.info.items() if key == "transparency"}

@@ -139,22 +139,32 @@ def number_labels(
 ) -> tuple[tuple[str, ...], list[int | str]]:
     """(class names, for every label its class number or, as text, the reason it is unusable).
 
-    Labels are class names (numbered in sorted order) or integers 0, ..., K-1, also as text (class
-    names "0" to "K-1", or `names` if it has that many; unused numbers remain classes). None means
-    unlabelled; if all labels are None, all images are of the class "all".
+    Labels are class names (numbered in `class_order`) or integers 0, ..., K-1, also as text (class
+    names "0" to "K-1", or `names` if it has that many; unused numbers remain classes). Integers
+    1, ..., K are the classes 0, ..., K-1 with the names "1" to "K". None means unlabelled; if all
+    labels are None, all images are of the class "all".
     """
     if all(label is None for label in labels):
         return ("all",), [0] * len(labels)
     values = [_label(label) for label in labels]
     texts = [value[0] for value in values if isinstance(value, tuple)]
     if not all(_WHOLE_NUMBER.fullmatch(text) for text in texts):
-        classes = tuple(sorted(set(texts)))
+        classes = tuple(sorted(set(texts), key=class_order))
         number = {name: n for n, name in enumerate(classes)}
         return classes, [v if isinstance(v, str) else number[v[0]] for v in values]
     numbers = [value if isinstance(value, str) else _class_number(value[0]) for value in values]
-    largest = max((n for n in numbers if isinstance(n, int)), default=-1)
-    plain = tuple(str(n) for n in range(largest + 1))
-    return (tuple(names) if len(names) > largest else plain), numbers
+    used = [n for n in numbers if isinstance(n, int)]
+    first, largest = int(min(used, default=0) == 1), max(used, default=-1)
+    if len(names) > largest:
+        return tuple(names), numbers
+    plain = tuple(str(n) for n in range(first, largest + 1))
+    return plain, [n - first if isinstance(n, int) else n for n in numbers]
+
+
+def class_order(name: str) -> tuple[int, int, str]:
+    """The sorting key of class names: integers by value, then the other names."""
+    whole = _WHOLE_NUMBER.fullmatch(name)
+    return (0, int(name), name) if whole else (1, 0, name)
 
 
 def _label(label: Any) -> tuple[str] | str:

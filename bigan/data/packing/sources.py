@@ -21,7 +21,7 @@ from typing import Any
 from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, Pixels
 from bigan.data.format.convert import TRANSFORMS, Resize, square, to_square
-from bigan.data.packing import archives, folders, webdatasets
+from bigan.data.packing import archives, folders, shard_files, webdatasets
 from bigan.data.packing.digits import digits
 from bigan.data.packing.iterables import iterable
 from bigan.data.packing.listing import Listing, Source, assign_splits, has_too_many_classes
@@ -148,7 +148,7 @@ def _find(where: str) -> Listing:
             f"{where}: is not a .zip, .tar or CIFAR's .tar.gz; for single images give their folder"
         )
     if "{" in where or "://" in where or where.startswith("pipe:"):
-        return webdatasets.tars(webdatasets.expand(where), path.parent.name or "shards")
+        return webdatasets.tars(shard_files.expand(where), path.parent.name or "shards")
     raise DataError(
         f"{where}: no such file or folder; give a folder, zip or tar of images, or `digits`"
     )
@@ -161,9 +161,8 @@ def _find_in_folder(path: Path) -> Listing:
         return archives.cifar_folder(*cifar)
     if archives.is_mnist(path):
         return archives.mnist(path)
-    shards = webdatasets.tar_files(path)
-    if shards and not folders.has_images(path):
-        return webdatasets.tars(shards, path.resolve().name)
+    if not folders.has_images(path) and (shards := shard_files.in_folder(path)):
+        return webdatasets.tars(shards, path.resolve().name, path)
     return folders.folder(path)
 
 
@@ -173,10 +172,10 @@ def _check_classes(listing: Listing, where: str) -> None:
         if not name.isprintable():  # control characters, or bytes that are not UTF-8
             raise DataError(f"{where}: class {name!r} has an unprintable name; rename it")
     # Named classes are intended, used or not; numbered ones follow from the largest label.
-    numbered = classes[largest] == str(largest)
+    numbered = classes[largest].isdecimal()
     if numbered and has_too_many_classes(len(classes), len(listing.keys)):
         key = listing.keys[listing.labels.index(largest)]
         raise DataError(
-            f"{where}: {key} has label {largest}, which makes {len(classes)} classes of "
+            f"{where}: {key} has label {classes[largest]}, which makes {len(classes)} classes of "
             f"{len(listing.keys)} images; number the classes 0, 1, 2, ..."
         )

@@ -25,7 +25,7 @@ from bigan import rng
 from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, Pixels
 from bigan.data.format.convert import square
-from bigan.data.packing.webdatasets import IMAGES, JSON_LABELS
+from bigan.data.packing.tar_samples import IMAGES, JSON_LABELS
 from bigan.data.settings import Fetch
 from bigan.data.streaming import remote
 from bigan.data.streaming.device import HostBatch, Reading, Transfer, transfer_to
