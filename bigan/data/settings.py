@@ -42,7 +42,8 @@ class Fetch(Frozen):
 class DataConfig(Fetch):
     """The data set: a folder written by `bigan pack`, or its URL."""
 
-    path: str  # a folder, or https://..., s3://... of one; resampled: a {000..099} pattern of URLs
+    # A folder, or https://..., s3://... of one; resampled: also a {000..099} pattern of URLs.
+    path: str
     split: str = "train"
     mirror: bool = False  # random horizontal flips; unsuitable for digits and text
     block: Positive = 65_536  # images that are shuffled together; the order depends on it

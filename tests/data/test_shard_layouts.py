@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +21,7 @@ from bigan.data.format.manifest import MANIFEST
 from bigan.data.packing.sources import open_source
 from bigan.data.settings import Fetch
 from bigan.data.streaming.dataset import open_manifest
+from bigan.data.streaming.resampled import ResampledStream, expand
 from bigan.data.streaming.stream import sequential
 from bigan.distributed.world import World
 
@@ -270,3 +274,93 @@ def test_single_samples_without_a_class(
     with pytest.raises(DataError, match="cannot be used unchanged: 0") as error:
         direct(root)
     assert reason[1] in str(error.value)
+
+
+def resampled(path: Path | str, num_classes: int = 4, split: str = "train", **fetch: object) -> set:
+    """(grey level, label) of 40 images in mode "resampled"."""
+    settings: dict = {"shape": (SIZE, SIZE, 3), "num_classes": num_classes, "seed": 0}
+    with ResampledStream(
+        str(path),
+        split,
+        world=World(),
+        batch=20,
+        fetch=Fetch(**fetch),
+        **settings,  # type: ignore[arg-type]
+    ) as stream:
+        batches = [next(stream) for _ in range(2)]
+    return {
+        (int(image[0, 0, 0]), label)
+        for batch in batches
+        for image, label in zip(batch.pixels.numpy(), batch.labels.tolist(), strict=True)
+    }
+
+
+def test_resampled_shards_are_those_of_the_split(tmp_path: Path) -> None:
+    tars = {
+        "a-train-0.tar": numbered(1), "a-test-0.tar": numbered(2, first=2),
+        "valid/0.tar": numbered(3, first=3), "x/trainer.tar": numbered(0, first=4),
+    }  # fmt: skip
+    root = write(tmp_path / "shards", tars)
+    for path in (root, f"{root}/{{a-train-0,a-test-0,valid/0,x/trainer}}.tar"):
+        assert resampled(path) == {(1, 1), (4, 0)}
+        assert resampled(path, split="test") == {(2, 2)}
+        assert resampled(path, split="val") == {(3, 3)}
+    names = "pipe:cat /test/{train,test}-0.tar", "file://h/test/{train-0,test-0}.tar?val=x/test"
+    for pattern in names:  # "test" above all shards declares nothing
+        (shard,) = expand(pattern, allow_pipe=True)
+        assert "train-0" in shard
+    with pytest.raises(DataError, match=r"data\.split = train; their splits: test"):
+        resampled(root / "a-test-0.tar")
+
+
+@pytest.mark.parametrize("on_bad", ["stop", "skip"])
+@pytest.mark.parametrize(
+    ("members", "parts"),
+    [
+        (["1.png", "2.png", "1.cls=0", "2.cls=1"], ("1.png and 1.cls are not adj", "--sort=name")),
+        (numbered("cat", "dog"), ("class name 'cat'", "class numbers")),
+        (numbered(*range(1, 5)), ("label 4, which is not below model.num_classes = 4",)),
+        (numbered("[1, 0]"), ("its label is [1, 0]", "data.labels=none")),
+        (["1.png", "1.npy=x"], ("an array, npy",)),
+    ],
+)
+def test_resampled_labels_that_are_no_class_numbers(
+    tmp_path: Path, members: list[str], parts: tuple[str, ...], on_bad: str
+) -> None:
+    root = write(tmp_path / "shards", {"0.tar": members})
+    with pytest.raises(DataError) as error:
+        resampled(root, on_bad=on_bad)
+    assert all(part in str(error.value) for part in parts), str(error.value)
+    if "adj" not in parts[0]:
+        assert {label for _, label in resampled(root, 1, labels="none")} == {0}
+
+
+def test_resampled_captions_and_missing_labels(tmp_path: Path) -> None:
+    root = write(tmp_path / "shards", {"0.tar": numbered("x", "x", suffix="txt")})
+    assert {label for _, label in resampled(root, 1)} == {0}
+    with pytest.raises(DataError, match=r"has no label \(png txt\).*--sort=name"):
+        resampled(root)
+
+
+COMPRESSORS = {".tar.gz": gzip, ".tgz": gzip, ".tar.bz2": bz2, ".tar.xz": lzma, ".tar.zst": None}
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_compressed_shards(tmp_path: Path, suffix: str) -> None:
+    """Mode "resampled" reads what Python can; otherwise one line with the program to use."""
+    root, compressor = tmp_path / "shards", COMPRESSORS[suffix]
+    plain = write(tmp_path / "plain", {"0.tar": numbered(0, 1)}) / "0.tar"
+    root.mkdir()
+    content = compressor.compress(plain.read_bytes()) if compressor else b"\x28\xb5\x2f\xfd..."
+    (root / f"0{suffix}").write_bytes(content)
+    refused(root, f"0{suffix}: is compressed", "decompress")
+    with pytest.raises(DataError, match="is compressed"):
+        packed(f"{root}/{{0..0}}{suffix}")  # type: ignore[arg-type]
+    (root / f"0{suffix}").rename(root / "0.tar")
+    refused(root, "0.tar: is compressed", "decompress")
+    (root / "0.tar").rename(root / f"0{suffix}")
+    if compressor:
+        assert resampled(root) == resampled(f"{root}/0{suffix}") == {(1, 0), (2, 1)}
+    else:
+        with pytest.raises(DataError, match="is compressed"):
+            resampled(root)

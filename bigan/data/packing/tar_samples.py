@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import mmap
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,21 +130,21 @@ def _sample(
     data: _Buffer, key: str, group: list[tuple[str, Member]], where: str, with_labels: bool
 ) -> Sample | str:
     """The sample of these (suffix, member) pairs, or the reason it is unusable."""
-    images = [(suffix, member) for suffix, member in group if suffix in IMAGES]
-    if not images:
+    members = dict(reversed(group))  # of two with one suffix, the first
+    suffix = image_suffix([suffix for suffix, _ in group])
+    if suffix is None:
         return f"{NO_IMAGE} ({' '.join(suffix for suffix, _ in group)})"
-    suffix, image = next((each for each in images if each[0] != "npy"), images[0])
+    image = members.pop(suffix)
     if image.size > MAX_BYTES:
         return f"is larger than {MAX_BYTES} bytes"
     label: int | str | None = None
     place = ""
     if with_labels:
-        others = {name: member for name, member in reversed(group) if member is not image}
         contents = {
             name: bytes(data[member.offset : member.offset + min(member.size, 2**20)])
-            if is_text(name)
+            if _is_text(name)
             else b""
-            for name, member in others.items()
+            for name, member in members.items()
         }
         try:
             label, place = read_label(contents, f"{where}/{key}")
@@ -153,7 +153,13 @@ def _sample(
     return Sample(key, suffix, image.offset, image.size, label, place)
 
 
-def is_text(suffix: str) -> bool:
+def image_suffix(suffixes: Sequence[str]) -> str | None:
+    """The suffix of the image: the first one in `IMAGES`, an array only if there is no other."""
+    images = [suffix for suffix in suffixes if suffix in IMAGES]
+    return next((suffix for suffix in images if suffix != "npy"), images[0] if images else None)
+
+
+def _is_text(suffix: str) -> bool:
     """Whether `read_label` reads members with this suffix."""
     return suffix in ("json", "txt") or suffix.removesuffix(".txt") in LABELS
 
