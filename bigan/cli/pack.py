@@ -106,6 +106,9 @@ def _add_image_options(images: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="enlarge smaller images (default: they count as unusable)",
     )
+    images.add_argument(
+        "--max-pixels", type=count, help="largest originals that are used (default 134,217,728)"
+    )
     images.add_argument("--channels", type=int, choices=(1, 3), help="1: gray, 3: RGB")
     images.add_argument(
         "--pyramid",

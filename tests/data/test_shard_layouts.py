@@ -183,6 +183,9 @@ IMAGES: dict[str, list[tuple[str, bytes]]] = {
     "several formats": [("jpg", coded("JPEG")), ("png", coded("PNG")), ("bmp", coded("BMP"))],
     "gif": [("gif", coded("GIF", "P"))],
     "tiff": [("tif", coded("TIFF"))],
+    "avif": [("avif", coded("AVIF", orientation=6))],
+    "jpeg 2000": [("jp2", coded("JPEG2000")), ("j2k", coded("JPEG2000", "L", no_jp2=True))],
+    "tga": [("tga", coded("TGA", "RGBA"))],
     "a png named jpg": [("jpg", coded("PNG")), ("jpeg", coded("PNG"))],
 }
 

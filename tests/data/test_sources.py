@@ -260,3 +260,15 @@ def test_options_reach_the_pixels(tmp_path: Path) -> None:
     with pytest.raises(BadImageError, match="smaller than 16"):
         open_source(tmp_path, resolution=16).read(0)
     assert open_source(tmp_path, resolution=16, allow_upscale=True).read(0).shape == (16, 16, 3)
+
+
+def test_the_limit_of_pixels_is_an_option(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "1.png")
+    assert open_source(tmp_path, resolution=8, max_pixels=400).read(0).shape == (8, 8, 3)
+    with pytest.raises(BadImageError, match=r"20x20, more than 399 pixels; use --max-pixels"):
+        open_source(tmp_path, resolution=8, max_pixels=399).read(0)
+    with pytest.raises(DataError, match=r"resolution 20: is more than 399 pixels"):
+        open_source(tmp_path, resolution=20, max_pixels=399)
+    image = [np.zeros((20, 20, 3), np.uint8)]
+    with pytest.raises(DataError, match=r"20x20, more than 399 pixels"):
+        open_source(image, resolution=8, max_pixels=399, scratch=tmp_path / "raw")

@@ -19,6 +19,7 @@ class PackOptions:
         packed folder or square Python images; other sources need a value.
     channels: 1 (grey) or 3 (RGB). None: 1 for digits and MNIST, that of a packed folder, else 3.
     resize: filter that shrinks the square centre crop.
+    max_pixels: larger originals are unusable (decompression bombs).
     allow_upscale: enlarge images below `resolution` instead of treating them as unusable.
     val_fraction, test_fraction: shares of the images in these splits, by the hash of their keys.
         Splits that the source defines are kept.
@@ -38,6 +39,7 @@ class PackOptions:
     channels: Literal[1, 3] | None = None
     resize: Resize = "lanczos"
     allow_upscale: bool = False
+    max_pixels: int = MAX_PIXELS
     val_fraction: float = 0.0
     test_fraction: float = 0.1
     encoding: Encoding | None = None
@@ -57,10 +59,12 @@ class PackOptions:
     def _check_images(self) -> None:
         if self.resolution is not None and self.resolution <= 0:
             raise DataError(f"resolution {self.resolution}: must be a positive number of pixels")
-        if self.resolution is not None and self.resolution**2 > MAX_PIXELS:
+        if self.max_pixels <= 0:
+            raise DataError(f"max_pixels {self.max_pixels}: must be a positive number of pixels")
+        if self.resolution is not None and self.resolution**2 > self.max_pixels:
             raise DataError(
-                f"resolution {self.resolution}: is more than {MAX_PIXELS} pixels per image; "
-                "use a smaller one"
+                f"resolution {self.resolution}: is more than {self.max_pixels:,} pixels per image; "
+                "use a smaller one, or --max-pixels"
             )
         if self.channels not in (None, 1, 3):
             raise DataError(f"channels {self.channels}: must be 1 (grey) or 3 (RGB)")

@@ -20,7 +20,7 @@ from typing import Any
 
 from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, Pixels
-from bigan.data.format.convert import TRANSFORMS, Resize, square, to_square
+from bigan.data.format.convert import TRANSFORMS, Resize, allow_pixels, square, to_square
 from bigan.data.packing import archives, folders, shard_files, webdatasets
 from bigan.data.packing.digits import digits
 from bigan.data.packing.iterables import iterable
@@ -48,6 +48,7 @@ def open_source(
     `Source.bad` or raise `BadImageError` when read.
     """
     options = with_changes(options, changes)
+    allow_pixels(options.max_pixels)
     if isinstance(source, str) and source == "digits":
         return _digits(options)
     listing, where = _list(source, options, scratch)
@@ -115,19 +116,33 @@ def _list(
         raise DataError(f"{where}: needs a scratch file for the pixels of the iterable")
     channels = options.channels or 3
     shrink = functools.partial(_converter(options), channels=channels)
-    return iterable(source, options.resolution, channels, shrink, scratch), where
+    found = iterable(
+        source, options.resolution, channels, shrink, scratch, max_pixels=options.max_pixels
+    )
+    return found, where
 
 
 def _converter(options: PackOptions) -> Any:
     """`_convert` with the filter of these options."""
-    return functools.partial(_convert, resize=options.resize, allow_upscale=options.allow_upscale)
+    return functools.partial(
+        _convert,
+        resize=options.resize,
+        allow_upscale=options.allow_upscale,
+        max_pixels=options.max_pixels,
+    )
 
 
 def _convert(
-    original: Any, resolution: int, *, channels: int, resize: Resize, allow_upscale: bool
+    original: Any,
+    resolution: int,
+    *,
+    channels: int,
+    resize: Resize,
+    allow_upscale: bool,
+    max_pixels: int,
 ) -> Pixels:
     make = square if isinstance(original, bytes) else to_square
-    return make(original, resolution, channels, resize, allow_upscale)
+    return make(original, resolution, channels, resize, allow_upscale, max_pixels=max_pixels)
 
 
 def _find(where: str) -> Listing:

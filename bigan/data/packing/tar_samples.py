@@ -17,12 +17,11 @@ from typing import Any
 
 from bigan.data import DataError
 from bigan.data.format.codec import first_line
+from bigan.data.format.convert import SUFFIXES
 from bigan.data.format.tar import Member, group_samples, walk_tar
 from bigan.data.packing.listing import MAX_BYTES, MAX_CLASSES, unsafe
 
-IMAGES = (
-    "jpg", "jpeg", "jpe", "jfif", "png", "webp", "npy", "ppm", "pgm", "bmp", "gif", "tif", "tiff",
-)  # fmt: skip
+IMAGES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 LABELS = ("cls", "label", "class", "target", "category")  # suffixes of texts
 JSON_LABELS = (
     "label", "cls", "class", "target", "category", "class_id", "class_name", "label_id",
