@@ -223,8 +223,11 @@ def _with_data_defaults(content: dict[str, Any], where: str) -> dict[str, Any]:
     lacking = [key for key in FROM_DATA if key not in model]
     stream = data.get(IMAGES, data) if _stream_kind(data) == "several" else data
     path = stream.get("path") if isinstance(stream, dict) else None
-    if not lacking or not isinstance(path, str) or stream.get("mode") == "resampled":
+    if not lacking or not isinstance(path, str):
         return content
+    if stream.get("mode") == "resampled":  # no manifest
+        unlabelled = stream.get("labels") == "none"
+        return {**content, "model": {"num_classes": 1, **model}} if unlabelled else content
     try:
         section = configs.validate(DataConfig, stream, where)
         manifest = open_level(section.path, model.get("resolution"), section)

@@ -121,6 +121,9 @@ def _add_image_options(images: argparse._ArgumentGroup) -> None:
         "transparency on white)",
     )
     images.add_argument(
+        "--max-pixels", type=count, help="largest originals that are used (default 134,217,728)"
+    )
+    images.add_argument(
         "--pyramid",
         type=count,
         nargs="?",

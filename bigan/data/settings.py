@@ -14,7 +14,7 @@ SMALL_PIXELS = 64 * 64
 
 
 class Fetch(Frozen):
-    """How samples are read and decoded. Nothing here changes the samples or their order."""
+    """How samples are read and decoded. Nothing here changes the images or their order."""
 
     # auto: random_access for a local folder or with a cache, stream for a URL
     # random_access: index + pread on local shards or on a verified cache on a disk of the node
@@ -22,6 +22,8 @@ class Fetch(Frozen):
     # stream: shards are read sequentially without a copy on disk; for URLs and slow disks
     # resampled: shards without a manifest, sampled with replacement; no guarantees
     mode: Literal["auto", "random_access", "resident", "stream", "resampled"] = "auto"
+    # none: labels are ignored; the images are of one class, for unconditional training
+    labels: Literal["given", "none"] = "given"
     # Decoding threads of each process. None: 2, or 1 for images of up to 64 px, whose decoding
     # takes so little time that several threads mostly compete for Python's lock.
     threads: Positive | None = None
@@ -41,7 +43,8 @@ class Fetch(Frozen):
 class DataConfig(Fetch):
     """The data set: a folder written by `bigan pack`, or its URL."""
 
-    path: str  # a folder, or https://..., s3://... of one; resampled: a {000..099} pattern of URLs
+    # A folder, or https://..., s3://... of one; resampled: also a {000..099} pattern of URLs.
+    path: str
     split: str = "train"
     mirror: bool = False  # random horizontal flips; unsuitable for digits and text
     block: Positive = 65_536  # images that are shuffled together; the order depends on it

@@ -51,8 +51,11 @@ def _check_stream(config: RunConfig, name: str, data: DataConfig) -> Images:
     if data.mode == "resampled":  # no manifest: only the URLs are known
         if config.growth:
             raise UserError("growth needs packed images at every resolution: data.mode=resampled")
-        resampled.expand(data.path, data.allow_pipe)
-        classes = {str(label): 1 for label in range(config.model.num_classes)}
+        resampled.expand(data.path, data.allow_pipe, data.split)
+        num_classes = config.model.num_classes
+        if data.labels == "none" and num_classes > 1:
+            raise UserError(f"data.labels = none needs model.num_classes = 1, not {num_classes}")
+        classes = {str(label): 1 for label in range(num_classes)}
         return Images(classes, f"resampled/{data.path}")
     if config.growth is None:
         return _images(config, data, open_manifest(data.path, data))
@@ -153,6 +156,7 @@ def _open_stream(state: TrainState, data: DataConfig, seed: int) -> Endless:
     if data.mode == "resampled":
         return ResampledStream(
             data.path,
+            data.split,
             shape=(model.height, model.width, model.image_channels),
             num_classes=model.num_classes,
             seed=seed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def test_one_channel_is_luma() -> None:
     assert np.array_equal(square(data, 48, 1)[..., 0], want)
 
 
-@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"])
+@pytest.mark.parametrize("kind", convert.FORMATS)
 def test_format_is_detected_from_the_content(kind: str) -> None:
     data = coded(smooth(16, 16), kind)
     want = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
@@ -209,11 +210,21 @@ def test_damaged_structure_of_a_jpeg_is_refused() -> None:
 @pytest.mark.parametrize(
     ("kind", "options"),
     [("JPEG", {}), ("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("PPM", {}),
-     ("TIFF", {}), ("GIF", {})],
+     ("TIFF", {}), ("GIF", {}), ("AVIF", {}), ("JPEG2000", {}), ("JPEG2000", {"no_jp2": True})],
 )  # fmt: skip
 def test_truncated_images_are_refused(kind: str, options: dict[str, object]) -> None:
     data = coded(NOISE, kind, **options)
     for length in (1, 20, len(data) // 2, len(data) - 20):
+        with pytest.raises(BadImageError):
+            square(data[:length], 8)
+
+
+@pytest.mark.parametrize("compression", [None, "tga_rle"])
+def test_truncated_targa_files(compression: str | None) -> None:
+    """All pixels are needed, the footer behind them is not."""
+    data = coded(NOISE, "TGA", compression=compression)
+    assert np.array_equal(square(data[:-26], 48), NOISE)
+    for length in (1, 17, 20, len(data) // 2, len(data) - 28):
         with pytest.raises(BadImageError):
             square(data[:length], 8)
 
@@ -229,6 +240,8 @@ def test_unknown_formats() -> None:
     for data in (
         b"<html>not found</html>",
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n",
+        coded(Image.new("RGB", (16, 16)), "ICO"),
+        b"\0\0\x01\xba" + b"\x08\0" * 100,  # MPEG, with the size of a TGA
     ):  # PostScript is not recognised, therefore not executed
         with pytest.raises(BadImageError, match=r"^has an unknown image format$"):
             square(data, 8)
@@ -251,6 +264,19 @@ def test_bombs_are_refused_before_decoding(kind: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Image.Image, "load", None)
     with pytest.raises(BadImageError, match="is 400x400, more than"):
         square(data, 8)
+
+
+def test_larger_images_by_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also above PIL's limits, the one of its warning and twice as many."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
+    data = coded(Image.new("L", (400, 400)))
+    with pytest.raises(BadImageError, match=r"more than 100,000 pixels; use --max-pixels"):
+        square(data, 8, max_pixels=100_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert.allow_pixels(160_000)
+        assert square(data, 8, max_pixels=160_000).shape == (8, 8, 3)
+        assert square(npy(np.zeros((400, 400), np.uint8)), 8, max_pixels=160_000).shape == (8, 8, 3)
 
 
 def test_bomb_of_real_size() -> None:

@@ -79,12 +79,12 @@ def add(tars: Path, name: str, members: dict[str, bytes]) -> None:
 @pytest.mark.parametrize(
     ("members", "part"),
     [
-        ({"a.jpg": jpeg(1)}, "some samples have a label and some have none"),
-        ({"a.jpg": jpeg(1, (20, 20)), "a.cls": b"1"}, "image sizes differ: .*20x20x3"),
+        ({"a.jpg": jpeg(1)}, r"x\.tar/a has no label"),
+        ({"a.jpg": jpeg(1, (20, 20)), "a.cls": b"1"}, "image sizes differ: .*20x20"),
         ({"a.jpg": jpeg(1)[:30], "a.cls": b"1"}, "x.tar/a is damaged"),
-        ({"a.png": b"", "a.cls": b"1"}, "unsupported formats: jpg, png"),
+        ({"a.png": b"", "a.cls": b"1"}, "x.tar/a is damaged"),
         ({"a.cls": b"1"}, "no image"),
-        ({"a.jpg": jpeg(1), "a.cls": b"cat"}, "not a class number"),
+        ({"a.jpg": jpeg(1), "a.cls": b"-1"}, "not a class number"),
         ({"../a.jpg": jpeg(1), "../a.cls": b"1"}, "points outside of the tar"),
     ],
 )
@@ -106,19 +106,6 @@ def test_other_unsuitable_folders(tars: Path) -> None:
         ShardStream(tars, seed=0, world=World(), batch=10)
     with pytest.raises(DataError, match="give the folder of the shards"):
         ShardStream(str(tars / "set-{0000..0001}.tar"), seed=0, world=World(), batch=10)
-
-
-def test_folders_without_a_supported_format(tmp_path: Path) -> None:
-    for kind, mode, part in [
-        ("gif", "L", "unsupported formats: gif"),
-        ("png", "P", "neither 8-bit grey nor RGB"),
-    ]:
-        folder, file = tmp_path / kind, io.BytesIO()
-        folder.mkdir()
-        Image.new(mode, (SIZE, SIZE)).save(file, kind)
-        add(folder, "x.tar", {f"a.{kind}": file.getvalue(), "a.cls": b"0"})
-        with pytest.raises(DataError, match=part):
-            ShardStream(folder, seed=0, world=World(), batch=1)
 
 
 def test_packed_folders_are_never_indexed_in_place(tmp_path: Path) -> None:
@@ -208,7 +195,7 @@ def test_resampled_bad_samples(tars: Path) -> None:
     assert sum(len(b.bad) for b in batches) > 0
     assert {bad.member for b in batches for bad in b.bad} == {"a"}
     add(tars, "y.tar", {"a.jpg": jpeg(1), "a.cls": b"5"})
-    with pytest.raises(DataError, match="below 5"):
+    with pytest.raises(DataError, match=r"label 5, which is not below .* 5"):
         resample(str(tars / "y.tar"), 1)
 
 

@@ -103,13 +103,13 @@ def test_labels_become_class_numbers() -> None:
     assert number_labels(["3", 1, 2]) == (("1", "2", "3"), [2, 0, 1])  # 1..K: no class 0
     assert number_labels([10, 7]) == (("7", "10"), [1, 0])
     assert number_labels(["10.5", "9.0"])[0] == ("9.0", "10.5")
-    assert number_labels(["10", "b", 2])[0] == ("10", "2", "b")
+    assert number_labels(["10", "b", 2])[0] == ("2", "10", "b")
     for bad, reason in [
         (None, "no label"), ("", "no label"), (-1, "negative"), (10**12, "too large"),
         (1.0, "neither"), (True, "neither"), ([0, 1], "neither"),
     ]:  # fmt: skip
-        classes, (good, problem) = number_labels([1, bad])
-        assert (classes, good) == (("1",), 0)
+        classes, (zero, good, problem) = number_labels([0, 1, bad])
+        assert (classes, zero, good) == (("0", "1"), 0, 1)
         assert isinstance(problem, str)
         assert reason in problem
 
@@ -262,3 +262,15 @@ def test_options_reach_the_pixels(tmp_path: Path) -> None:
     with pytest.raises(BadImageError, match="smaller than 16"):
         open_source(tmp_path, resolution=16).read(0)
     assert open_source(tmp_path, resolution=16, allow_upscale=True).read(0).shape == (16, 16, 3)
+
+
+def test_the_limit_of_pixels_is_an_option(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "1.png")
+    assert open_source(tmp_path, resolution=8, max_pixels=400).read(0).shape == (8, 8, 3)
+    with pytest.raises(BadImageError, match=r"20x20, more than 399 pixels; use --max-pixels"):
+        open_source(tmp_path, resolution=8, max_pixels=399).read(0)
+    with pytest.raises(DataError, match=r"resolution 20: is more than 399 pixels"):
+        open_source(tmp_path, resolution=20, max_pixels=399)
+    image = [np.zeros((20, 20, 3), np.uint8)]
+    with pytest.raises(DataError, match=r"20x20, more than 399 pixels"):
+        open_source(image, resolution=8, max_pixels=399, scratch=tmp_path / "raw")

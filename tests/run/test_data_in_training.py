@@ -177,11 +177,10 @@ def test_streams_are_opened_with_the_settings_of_the_config(
         "seed": 5, "world": World(), "batch": 40, "accumulation": 2, "images_seen": 80,
         "fetch": config.data,
     }  # fmt: skip
+    assert args == (config.data.path, "val")
     if mode == "resampled":
-        assert args == (config.data.path,)
         assert settings == {**want, "shape": (16, 16, 1), "num_classes": 10}
     else:
-        assert args == (config.data.path, "val")
         assert settings == {**want, "block": 77}
 
 

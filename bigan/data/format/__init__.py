@@ -1,6 +1,7 @@
 """Data sets on disk.
 
 manifest.py  manifest.json and the index columns of a data folder, or of each level of a pyramid
+data_set.py  writing index and manifest
 tar.py       writing tar shards, and reading them strictly
 codec.py     one encoded image to pixels and back: npy, png, jpg, webp
 convert.py   any image file to a square uint8 array

@@ -5,6 +5,7 @@
     jpg   4:4:4, decoded by simplejpeg directly into the batch: the fastest strict decoder,
           bit-identical to PIL, which ignores some structural damage
     webp  lossless, or lossy with a quality
+    any   image files of others in any format, for shards that are indexed in place; slower
 
 Decoding is strict: a packed image has exactly the resolution and channels of its manifest; anything
 else is damage and raises `BadImageError`. No decoder can detect single flipped bits in compressed
@@ -23,11 +24,13 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from bigan.image_size import image_size
 from bigan.transparency import has_alpha
 
 Pixels = NDArray[np.uint8]
 
 Encoding = Literal["npy", "png", "jpg", "webp"]  # suffix of the member
+StoredEncoding = Encoding | Literal["any"]  # any: shards of others, decoded by `convert`
 ENCODINGS: tuple[Encoding, ...] = ("npy", "png", "jpg", "webp")
 JPEG_QUALITY = 95  # default
 
@@ -77,7 +80,7 @@ def encode(image: Pixels, encoding: Encoding, quality: int | None = None) -> byt
     return file.getvalue()
 
 
-def decode_into(out: Pixels, data: bytes, encoding: Encoding) -> None:
+def decode_into(out: Pixels, data: bytes, encoding: StoredEncoding) -> None:
     """Decode `data` into `out`, a C-contiguous uint8 [H, W, C] array of the expected shape.
 
     Raises `BadImageError` if the bytes are damaged or hold another shape or type; `out` may then
@@ -156,4 +159,15 @@ def _decode_with_pil(out: Pixels, data: bytes, kind: str, modes: tuple[str, ...]
         raise BadImageError(f"does not decode: {first_line(error)}") from error
 
 
-_DECODERS = {"npy": _decode_npy, "png": _decode_png, "jpg": _decode_jpg, "webp": _decode_webp}
+def _decode_any(out: Pixels, data: bytes) -> None:
+    from bigan.data.format import convert  # which imports this module
+
+    image = convert.decode_any(data)
+    if (image.height, image.width) != out.shape[:2]:
+        expected = f"expected {out.shape[1]}x{out.shape[0]}"
+        raise BadImageError(f"is {image.width}x{image.height}, {expected}")
+    out[...] = convert.to_square(image, image_size(*out.shape[:2]), out.shape[2])
+
+
+_DECODERS = {"npy": _decode_npy, "png": _decode_png, "jpg": _decode_jpg, "webp": _decode_webp,
+             "any": _decode_any}  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from bigan.data.format.codec import BadImageError, Pixels, first_line
 from bigan.image_size import ImageSize, shown, sides
@@ -25,10 +25,15 @@ Resize = Literal["lanczos", "area"]
 Fit = Literal["crop", "pad", "stretch"]
 
 SUFFIXES = (
-    ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".npy", ".pgm", ".png", ".ppm", ".tif",
-    ".tiff", ".webp",
+    ".avif", ".bmp", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx", ".npy",
+    ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp",
 )  # fmt: skip
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # EPS would execute a program
+FORMATS = (  # EPS would execute a program
+    "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP",
+    *(["AVIF"] if "avif" in features.modules and features.check("avif") else []),
+    *(["JPEG2000"] if features.check("jpg_2000") else []),
+    "TGA",  # the last one: it has no signature
+)  # fmt: skip
 MAX_PIXELS = 2**27  # larger images are refused as decompression bombs
 TRANSFORMS: dict[tuple[Fit, Resize], str] = {
     ("crop", "lanczos"): "center-lanczos-v1",
@@ -60,50 +65,60 @@ def square(
     resize: Resize = "lanczos",
     allow_upscale: bool = False,
     fit: Fit = "crop",
+    *,
+    max_pixels: int | None = None,
 ) -> Pixels:
     """The image file `data` as uint8 [height, width, channels], channels 1 to 4.
 
     Conversion: see `decode_any` and `to_square`. Raises `BadImageError` for a damaged file and
     like `to_square`.
     """
-    image = decode_any(data, keep_alpha=has_alpha(channels))
-    return to_square(image, resolution, channels, resize, allow_upscale, fit)
+    image = decode_any(data, has_alpha(channels), max_pixels)
+    return to_square(image, resolution, channels, resize, allow_upscale, fit, max_pixels=max_pixels)
 
 
-def decode_any(data: bytes, keep_alpha: bool = False) -> Image.Image:
-    """Decode BMP, GIF, JPEG, PNG, PPM, TIFF, WebP or .npy bytes; the mode is one of `plain`.
+def decode_any(data: bytes, keep_alpha: bool = False, max_pixels: int | None = None) -> Image.Image:
+    """Decode the bytes of an image of `FORMATS` or .npy; the mode is one of `plain`.
 
     JPEG is decoded by simplejpeg in strict mode, which gives the pixels of PIL but raises for
     structural damage that PIL accepts; CMYK and YCCK, which simplejpeg lacks, are decoded by PIL.
     Animations give their first frame. Raises `BadImageError` for truncated or damaged files, other
-    formats, and more than `MAX_PIXELS` (before decoding). A flipped bit in a format without
-    checksums (JPEG, BMP) often decodes to another image and cannot be detected.
+    formats, and more than `max_pixels` (None: `MAX_PIXELS`), before decoding. A flipped bit in a
+    format without checksums (JPEG, BMP) often decodes to another image and cannot be detected.
     """
     if not data:
         raise BadImageError("is empty (0 bytes)")
     if data.startswith(np.lib.format.MAGIC_PREFIX):
-        return plain(read_npy(data), keep_alpha)
+        return plain(read_npy(data, max_pixels), keep_alpha, max_pixels)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header only
-            _check_size(image.width, image.height)
+            _check_size(image.width, image.height, max_pixels)
+            if image.format == "TGA" and data[2] & 7 == 1 and not data[1]:  # no palette: not a TGA
+                raise BadImageError("has an unknown image format")
             if data.startswith(b"\xff\xd8") and image.mode in ("L", "RGB"):
                 decoded = simplejpeg.decode_jpeg(data, "GRAY" if image.mode == "L" else "RGB")
                 strict = Image.fromarray(decoded[..., 0] if image.mode == "L" else decoded)
                 strict.info = image.info  # its EXIF
-                return plain(strict, keep_alpha)
+                return plain(strict, keep_alpha, max_pixels)
             if image.format == "PNG" and _PNG_END not in data:
                 raise BadImageError("is truncated")
             image.load()
-            return plain(image, keep_alpha)
+            return plain(image, keep_alpha, max_pixels)
     except BadImageError:
         raise
+    except Image.DecompressionBombError as error:  # PIL's own limit, which is larger
+        raise BadImageError(_too_large("has", max_pixels)) from error
     except UnidentifiedImageError as error:
         raise BadImageError("has an unknown image format") from error
     except Exception as error:  # PIL raises many kinds for damaged files
         raise BadImageError(f"cannot be read as an image ({first_line(error)})") from error
 
 
-def plain(image: Image.Image | np.ndarray[Any, Any], keep_alpha: bool = False) -> Image.Image:
+def plain(
+    image: Image.Image | np.ndarray[Any, Any],
+    keep_alpha: bool = False,
+    max_pixels: int | None = None,
+) -> Image.Image:
     """A PIL image, or an array uint8 [H, W] or [H, W, 1 to 4], as an upright "L" or "RGB" image.
 
     EXIF orientation is applied. Alpha and transparent palettes are composited on white, or kept in
@@ -113,8 +128,8 @@ def plain(image: Image.Image | np.ndarray[Any, Any], keep_alpha: bool = False) -
     arrays.
     """
     if isinstance(image, np.ndarray):
-        image = _from_array(image)
-    _check_size(image.width, image.height)
+        image = _from_array(image, max_pixels)
+    _check_size(image.width, image.height, max_pixels)
     deep = image.mode == "I" and image.format != "PPM"  # PIL reads a 16-bit PGM as "I", too
     image = _upright(image)
     if image.mode == "F" or deep:
@@ -139,6 +154,8 @@ def to_square(
     resize: Resize = "lanczos",
     allow_upscale: bool = False,
     fit: Fit = "crop",
+    *,
+    max_pixels: int | None = None,
 ) -> Pixels:
     """An image at the size `resolution`: uint8 [height, width, channels].
 
@@ -154,7 +171,7 @@ def to_square(
     as their products with alpha (8 bits, by PIL), so that colors of transparent pixels do not
     appear in their neighbours, and are 0 where alpha is 0.
     """
-    full = plain(image, has_alpha(channels))
+    full = plain(image, has_alpha(channels), max_pixels)
     height, width = sides(resolution)
     whole = full.size
     if fit == "crop":
@@ -218,7 +235,7 @@ def _size_within(
     return max(1, round(width * to_height / height)), to_height
 
 
-def read_npy(data: bytes) -> Pixels:
+def read_npy(data: bytes, max_pixels: int | None = None) -> Pixels:
     """The uint8 [H, W] or [H, W, 1 to 4] array of a .npy file; `BadImageError` otherwise.
 
     The size in the header is checked before allocation.
@@ -234,30 +251,52 @@ def read_npy(data: bytes) -> Pixels:
         raise BadImageError(f"is not an .npy image ({first_line(error)})") from error
     if dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in MODES)):
         raise BadImageError(f"holds {dtype} {list(shape)}, not uint8 [H, W] or [H, W, 1 to 4]")
-    _check_size(shape[1], shape[0])
+    _check_size(shape[1], shape[0], max_pixels)
     pixels = np.frombuffer(data, np.uint8, offset=file.tell())
     if pixels.size != np.prod(shape):
         raise BadImageError(f"holds {pixels.size} bytes of pixels, expected {np.prod(shape)}")
     return pixels.reshape(shape, order="F" if fortran else "C")
 
 
-def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
+def _from_array(array: np.ndarray[Any, Any], max_pixels: int | None) -> Image.Image:
     grey = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 1)
     if array.dtype != np.uint8 or not (grey or (array.ndim == 3 and array.shape[2] in MODES)):
         raise BadImageError(
             f"holds {array.dtype} {list(array.shape)}, not uint8 [H, W] or [H, W, 1 to 4]"
         )
-    _check_size(array.shape[1], array.shape[0])
+    _check_size(array.shape[1], array.shape[0], max_pixels)
     return Image.fromarray(
         np.ascontiguousarray(array[..., 0] if grey and array.ndim == 3 else array)
     )
 
 
-def _check_size(width: int, height: int) -> None:
+def allow_pixels(max_pixels: int) -> None:
+    """Raise PIL's limit to `max_pixels`: above it PIL warns, and refuses images of twice as many.
+
+    PIL's limit is one for the process.
+    """
+    if Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
+
+
+def _check_size(width: int, height: int, max_pixels: int | None) -> None:
     if width <= 0 or height <= 0:
         raise BadImageError(f"is {width}x{height}, without pixels")
-    if width * height > MAX_PIXELS:
-        raise BadImageError(f"is {width}x{height}, more than {MAX_PIXELS} pixels")
+    if width * height > (max_pixels or MAX_PIXELS):
+        raise BadImageError(_too_large(f"is {width}x{height},", max_pixels))
+
+
+def _too_large(size: str, max_pixels: int | None) -> str:
+    return f"{size} more than {max_pixels or MAX_PIXELS:,} pixels; use --max-pixels to accept it"
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF or XMP orientation of an image, 1 (upright) to 8; 1 if it is damaged."""
+    try:
+        orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a damaged EXIF block is ignored
+        return 1
+    return orientation if orientation in _TURNS else 1
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -265,11 +304,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
     `ImageOps.exif_transpose` also rewrites the EXIF block, which fails for damaged ones.
     """
-    try:
-        orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # a damaged EXIF block is ignored
-        return image
-    if orientation not in range(2, 9):
+    if (orientation := orientation_of(image)) == 1:
         return image
     turned = image.transpose(_TURNS[orientation])
     turned.info = {key: value for key, value in image.info.items() if key == "transparency"}

@@ -17,9 +17,8 @@ copy of manifest and index, and `remote` is the URL of the folder with the shard
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,18 +27,20 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from bigan import atomic_files
 from bigan import config as configs
 from bigan.config import ConfigError, Frozen
 from bigan.data import DataError
-from bigan.data.format.codec import Encoding
-from bigan.data.format.tar import tar_files
-from bigan.hashes import fingerprint, sha256, sha256_of_file
+from bigan.data.format.codec import StoredEncoding
+from bigan.data.format.tar import nested_tar_files, tar_files
+from bigan.hashes import fingerprint, sha256_of_file
 from bigan.image_size import ImageSize, Resolution, sides
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 PYRAMID = "pyramid.json"  # lists the folders of a set packed at several resolutions
+UNLABELLED = ("all",)  # the classes of images without labels
+INDEXED_PLAN = "indexed-in-place"  # `plan` of a manifest for shards that bigan did not write
+UNLABELLED_PLAN = "indexed-in-place, labels: none"  # the same, and their labels were not read
 SCHEMA = 1
 COLUMNS: dict[str, type[np.generic]] = {
     "offset": np.uint64,
@@ -75,6 +76,7 @@ class Manifest(Frozen):
 
     folder: Path = Field(exclude=True)
     remote: str | None = Field(default=None, exclude=True)  # URL of the folder with the shards
+    labelled: bool = Field(default=True, exclude=True)  # False: `without_labels`
     kind: Literal["wids-shard-index-v1"] = Field(
         default="wids-shard-index-v1",
         validation_alias="__kind__",
@@ -86,7 +88,7 @@ class Manifest(Frozen):
     resolution: Resolution  # pixels; of images that are not square (height, width)
     channels: int  # 1: grey, 2: grey and alpha, 3: RGB, 4: RGBA
     classes: tuple[str, ...]  # class names; label i is classes[i]
-    encoder: Encoding
+    encoder: StoredEncoding
     quality: int | None = None  # of a lossy encoder
     transform: str  # conversion from the originals to these pixels
     software: dict[str, str] = Field(
@@ -202,6 +204,8 @@ class Manifest(Frozen):
                     f"{np.dtype(dtype)} [{self.num_samples(split)}]; pack the data again"
                 )
             columns[name] = np.asarray(column)  # faster to index than a memmap
+        if not self.labelled:
+            columns["label"] = np.zeros(self.num_samples(split), np.int32)
         index = Index(**columns)
         expected = np.repeat(np.arange(len(shards)), [shard.nsamples for shard in shards])
         ends = index.offset + index.size
@@ -256,12 +260,44 @@ class Manifest(Frozen):
         manifest = self.model_copy(update={"fingerprint": content_fingerprint(self)})
         return manifest.model_copy(update={"checksum": _checksum(manifest)})
 
+    @property
+    def is_indexed(self) -> bool:
+        """Whether bigan did not write the shards but indexed them in place."""
+        return self.plan in (INDEXED_PLAN, UNLABELLED_PLAN)
+
+    def without_labels(self) -> Manifest:
+        """The same images as one class, with a fingerprint that does not depend on the labels."""
+        shards = tuple(
+            shard.model_copy(update={"class_histogram": (shard.nsamples,)})
+            for shard in self.shardlist
+        )
+        content = self.model_dump(mode="json", include={"resolution", "channels", "encoder"})
+        images = [(shard.url, shard.split, shard.nsamples, shard.sha256) for shard in shards]
+        changes = {
+            "labelled": False,
+            "classes": UNLABELLED,
+            "shardlist": shards,
+            "fingerprint": fingerprint({**content, "labels": "none", "shards": images}),
+        }
+        return self.model_copy(update=changes)
+
+    def may_contain(self, name: str) -> bool:
+        """Whether `name` can be a shard: a tar in the folder or, indexed in place, below it."""
+        parts = name.split("/")
+        safe = name.endswith(".tar") and not {"", ".", ".."} & set(parts) and "\0" not in name
+        return safe and (self.is_indexed or len(parts) == 1)
+
+    def tar_files(self) -> dict[str, Path]:
+        """The tars that are present in the folder, by their names in a manifest."""
+        found = nested_tar_files(self.folder) if self.is_indexed else tar_files(self.folder)
+        return {path.relative_to(self.folder).as_posix(): path for path in found}
+
     def _check_names(self) -> None:
         """Check that no path points outside of the folder and all numbers are consistent."""
         file = self.folder / MANIFEST
         names = [shard.url for shard in self.shardlist]
         for name in names:
-            if Path(name).name != name or not name.endswith(".tar"):
+            if not self.may_contain(name):
                 raise DataError(f"{file}: shard {name!r} is not a plain .tar file name")
         if len(set(names)) != len(names):
             raise DataError(f"{file}: a shard is listed twice; pack the data again")
@@ -284,7 +320,7 @@ class Manifest(Frozen):
 
     def _check_files(self) -> None:
         listed = {shard.url: shard for shard in self.shardlist}
-        present = {path.name: path for path in tar_files(self.folder)}
+        present = self.tar_files()
         for name, shard in listed.items():
             if name not in present:
                 raise DataError(f"{self.folder / name}: shard is missing; pack the data again")
@@ -328,32 +364,6 @@ def _levels(folder: Path) -> list[str]:
 def index_name(split: str, column: str) -> str:
     """Path of an index column, relative to the data folder."""
     return f"index/{split}.{column}.npy"
-
-
-def write_data_set(
-    folder: Path,
-    shards: Sequence[Shard],
-    columns: Mapping[tuple[str, str], Sequence[NDArray[Any]]],
-    **fields: Any,
-) -> Manifest:
-    """Write the index files and then the manifest of existing shards; returns the loaded manifest.
-
-    `columns[split, column]` has one array per shard of that split, in the order of `shards`;
-    `fields` are the other fields of the manifest.
-    """
-    (folder / "index").mkdir(exist_ok=True)
-    index: dict[str, str] = {}
-    for (split, column), arrays in columns.items():
-        buffer = io.BytesIO()
-        np.save(buffer, np.concatenate(arrays).astype(COLUMNS[column]), allow_pickle=False)
-        name = index_name(split, column)
-        atomic_files.write_atomic(folder / name, buffer.getvalue())
-        index[name] = sha256(buffer.getvalue())
-    manifest = Manifest(
-        folder=folder, fingerprint="", index=index, shardlist=tuple(shards), **fields
-    )
-    atomic_files.write_atomic(folder / MANIFEST, manifest.sealed().dump())
-    return Manifest.load(folder)
 
 
 def content_fingerprint(manifest: Manifest) -> str:

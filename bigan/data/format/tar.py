@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import mmap
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from bigan.data import DataError
 
 Buffer = bytes | memoryview | mmap.mmap
 
+DATA_SET_FILES = frozenset({"manifest.json", "plan.json", "pyramid.json"})
 BLOCK = 512  # bytes, the unit of the tar format (POSIX 1003.1-1988, ustar)
 
 
@@ -35,6 +37,25 @@ def shard_bytes(samples: Iterable[tuple[str, bytes, int]], encoder: str) -> byte
 def tar_files(folder: Path) -> list[Path]:
     """The tars directly in `folder`, sorted by name, without hidden (temporary) ones."""
     return sorted(p for p in folder.glob("*.tar") if not p.name.startswith("."))
+
+
+def nested_tar_files(folder: Path, suffixes: tuple[str, ...] = (".tar",)) -> list[Path]:
+    """The tars in `folder` and in the folders below it, sorted by path, without hidden ones.
+
+    Symbolic links are followed. Below `folder`, folders with a data set of their own are left out.
+    """
+    found: list[Path] = []
+    visited: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in visited or (Path(place) != folder and not DATA_SET_FILES.isdisjoint(files)):
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        named = (name for name in files if name.endswith(suffixes) and not name.startswith("."))
+        found += [Path(place, name) for name in named]
+    return sorted(found)
 
 
 @dataclass(frozen=True)

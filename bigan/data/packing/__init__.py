@@ -4,7 +4,10 @@ Sources of images
     sources.py      finds the kind of a source; listing.py: what every source returns
     folders.py      folders and zip files of images; labels.py: labels.csv and dataset.json
     archives.py     CIFAR and MNIST as published; digits.py: the digits of scikit-learn
-    webdatasets.py  existing WebDataset shards; iterables.py: Python objects
+    webdatasets.py  existing WebDataset shards and packed folders
+    tar_samples.py  the samples of a tar; shard_labels.py: classes and splits of all shards
+    shard_files.py  finding shards; split_names.py: names that declare a split
+    iterables.py    Python objects
 
 Packing
     options.py      `PackOptions`, for the command, `pack` and the plan

@@ -3,111 +3,154 @@
 Reads each tar once, strictly, and writes manifest.json and index/ beside the shards; afterwards the
 folder is used like a packed one. All images must have the resolution to train at. For other sizes,
 samples to leave out and a global shuffle use `bigan pack` with the same folder as its source.
+
+The pixels are those that `bigan pack` would store. Where the decoder of one format does not give
+them (EXIF orientation, transparency, palettes, CMYK, 16 bits, several formats), the manifest has
+the encoder "any", and each image is converted when it is read.
 """
 
 from __future__ import annotations
 
 import io
 import mmap
-import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
 from bigan.data import DataError
-from bigan.data.format.codec import ENCODINGS, first_line
-from bigan.data.format.convert import MODES, read_npy
-from bigan.data.format.manifest import COLUMNS, Manifest, Shard, write_data_set
-from bigan.data.format.tar import tar_files
+from bigan.data.format.codec import StoredEncoding, first_line
+from bigan.data.format.convert import FORMATS, orientation_of, read_npy
+from bigan.data.format.data_set import write_data_set
+from bigan.data.format.manifest import (
+    COLUMNS,
+    INDEXED_PLAN,
+    UNLABELLED_PLAN,
+    Manifest,
+    Shard,
+)
 from bigan.data.packing.listing import has_too_many_classes
-from bigan.data.packing.webdatasets import INDEXED_PLAN, Sample, list_samples
+from bigan.data.packing.shard_files import below, in_folder
+from bigan.data.packing.shard_labels import Labelled, label_samples
+from bigan.data.packing.tar_samples import NO_IMAGE, Sample, UnsuitableError, list_samples
 from bigan.hashes import sha256
-from bigan.image_size import ImageSize, image_size
+from bigan.image_size import image_size
 
-_SUFFIXES = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg"} | {
-    encoding: encoding for encoding in ENCODINGS
-}
+# Where PIL finds an orientation in a PNG; looking for it would decode the pixels.
+_PNG_METADATA = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 
 
-def index_in_place(folder: Path) -> Manifest:
-    """Index the tars of `folder`; raises `DataError` if they are unsuitable as they are.
+class _Tar(NamedTuple):
+    """A shard: its name relative to the folder without .tar, hash, size in bytes and samples."""
 
-    The split of a shard is the prefix "train-", "val-" or "test-" of its name, otherwise "train".
-    Labels are integers (`.cls`, or "label" in `.json`); without any, there is one class. The
-    manifest is a function of the tars, so several processes may do this at once.
+    name: str
+    sha256: str
+    size: int
+    samples: list[Sample]
+    bad: list[tuple[str, str]]
+
+
+class _Look(NamedTuple):
+    """An image by its header: its decoder, and its size once it is upright and without alpha."""
+
+    encoder: StoredEncoding
+    height: int
+    width: int
+    channels: int
+
+
+def index_in_place(folder: Path, with_labels: bool = True) -> Manifest:
+    """Index the tars in and below `folder`; raises `DataError` if they are unsuitable as they are.
+
+    Classes and splits are those of `label_samples`, which `bigan pack` has, too; without
+    `with_labels` there is one class. The manifest is a function of the tars, so several processes
+    may do this at once.
     """
     try:
-        return _index(folder, tar_files(folder))
+        return _index(folder, in_folder(folder), with_labels)
     except OSError as error:
         place = error.filename if isinstance(error.filename, str) else folder
         raise DataError(f"{place}: cannot be read: {error.strerror or first_line(error)}") from None
 
 
-def _index(folder: Path, files: list[Path]) -> Manifest:
-    found = [_read(file, folder) for file in files]
-    labelled = {sample.label is not None for _, samples in found for sample in samples}
-    if labelled == {True, False}:
-        raise _unsuitable(folder, "some samples have a label and some have none")
-    suffixes = {_SUFFIXES.get(s.suffix, s.suffix) for _, samples in found for s in samples}
-    if len(suffixes) != 1 or not suffixes <= set(ENCODINGS):
-        raise _unsuitable(
-            folder, f"images have several or unsupported formats: {', '.join(sorted(suffixes))}"
-        )
-    (encoder,) = suffixes
-    shapes: dict[tuple[int, int, int], str] = {}
-    for file, samples in zip(files, (s for _, s in found), strict=True):
-        for shape, sample in _shapes(file, samples, encoder, folder):
-            shapes.setdefault(shape, f"{file.name}/{sample.key}")
-    if len(shapes) != 1:
-        (first, a), (second, b) = list(shapes.items())[:2]
-        raise _unsuitable(
-            folder, f"image sizes differ: {a} is {_size(first)}, {b} is {_size(second)}"
-        )
-    ((height, width, channels),) = shapes
-    if not channels:
-        raise _unsuitable(folder, "images are neither 8-bit grey nor RGB, with or without alpha")
-    num_classes = 1 + max((s.label or 0 for _, samples in found for s in samples), default=0)
-    num_images = sum(len(samples) for _, samples in found)
-    if has_too_many_classes(num_classes, num_images):
-        raise _unsuitable(folder, f"label {num_classes - 1} implies too many classes")
-    size = image_size(height, width)
-    return _write(folder, files, found, num_classes, size, channels, encoder)
+def _index(folder: Path, files: list[Path], with_labels: bool) -> Manifest:
+    found = [
+        _read(file, name.removesuffix(".tar"), folder, with_labels)
+        for file, name in zip(files, below(files, folder), strict=True)
+    ]
+    keyed = [(tar.name, sample) for tar in found for sample in tar.samples]
+    bad = [each for tar in found for each in tar.bad]
+    bad.sort(key=lambda each: each[1].startswith(NO_IMAGE))  # damage is a better explanation
+    if bad and not bad[0][1].startswith(NO_IMAGE):
+        raise _unsuitable(folder, ": ".join(bad[0]))
+    labelled = label_samples(keyed, str(folder), bad, with_labels)
+    for tar in found:
+        if tar.bad or not tar.samples:
+            why = ": ".join(tar.bad[0]) if tar.bad else f"{tar.name}.tar contains no image"
+            raise _unsuitable(folder, why)
+    for (name, sample), number in zip(keyed, labelled.numbers, strict=True):
+        if isinstance(number, str):
+            raise _unsuitable(folder, f"{name}.tar/{sample.key} {number} but others have one")
+    if has_too_many_classes(len(labelled.classes), len(keyed)):
+        largest = labelled.classes[-1]
+        raise _unsuitable(folder, f"label {largest} implies too many classes")
+    for name in labelled.classes:
+        if not name.isprintable():
+            raise _unsuitable(folder, f"class {name!r} has an unprintable name")
+    looks: dict[_Look, str] = {}
+    for file, tar in zip(files, found, strict=True):
+        for look, sample in _looks(file, tar.samples, folder):
+            looks.setdefault(look, f"{tar.name}.tar/{sample.key}")
+    return _write(folder, found, labelled, _common(looks, folder), with_labels)
+
+
+def _common(looks: dict[_Look, str], folder: Path) -> _Look:
+    """The decoder and the size for all images; raises `DataError` if their sizes differ."""
+    sizes = {(look.height, look.width): where for look, where in reversed(looks.items())}
+    if len(sizes) > 1:
+        ((h, w), a), ((height, width), b) = list(sizes.items())[-1:-3:-1]
+        raise _unsuitable(folder, f"image sizes differ: {a} is {w}x{h}, {b} is {width}x{height}")
+    ((height, width),) = sizes
+    first = next(iter(looks))
+    uniform = len({(look.encoder, look.channels) for look in looks}) == 1
+    channels = max(look.channels for look in looks)
+    return _Look(first.encoder if uniform else "any", height, width, channels)
 
 
 def _write(
-    folder: Path,
-    files: list[Path],
-    found: list[tuple[str, list[Sample]]],
-    num_classes: int,
-    resolution: ImageSize,
-    channels: int,
-    encoder: str,
+    folder: Path, found: Sequence[_Tar], labelled: Labelled, look: _Look, with_labels: bool
 ) -> Manifest:
     entries: list[Shard] = []
     columns: dict[tuple[str, str], list[np.ndarray]] = {}
-    for file, (digest, samples) in zip(files, found, strict=True):
-        match = re.fullmatch(r"(train|val|test)-.*\.tar", file.name)
-        split = match[1] if match else "train"
-        labels = [sample.label or 0 for sample in samples]
+    start = 0
+    for tar in found:
+        rows = slice(start, start + len(tar.samples))
+        start = rows.stop
+        within = set(labelled.splits[rows]) if labelled.splits else {"train"}
+        if len(within) > 1:
+            splits = " and ".join(sorted(within))
+            raise _unsuitable(folder, f"{tar.name}.tar holds images of several splits ({splits})")
+        (split,) = within
+        labels = [number for number in labelled.numbers[rows] if isinstance(number, int)]
         number = sum(entry.split == split for entry in entries)
-        histogram = np.bincount(labels, minlength=num_classes).tolist()
+        histogram = np.bincount(labels, minlength=len(labelled.classes)).tolist()
         entries.append(
             Shard(
-                url=file.name,
-                nsamples=len(samples),
-                filesize=file.stat().st_size,
-                sha256=digest,
+                url=f"{tar.name}.tar",
+                nsamples=len(tar.samples),
+                filesize=tar.size,
+                sha256=tar.sha256,
                 split=split,
                 class_histogram=tuple(histogram),
             )
         )
         values = {
-            "offset": [sample.offset for sample in samples],
-            "size": [sample.size for sample in samples],
+            "offset": [sample.offset for sample in tar.samples],
+            "size": [sample.size for sample in tar.samples],
             "label": labels,
-            "shard": [number] * len(samples),
+            "shard": [number] * len(tar.samples),
         }
         for name, dtype in COLUMNS.items():
             columns.setdefault((split, name), []).append(np.asarray(values[name], dtype))
@@ -117,12 +160,12 @@ def _write(
             entries,
             columns,
             name=folder.resolve().name,
-            resolution=resolution,
-            channels=channels,
-            classes=tuple(str(label) for label in range(num_classes)),
-            encoder=encoder,
+            resolution=image_size(look.height, look.width),
+            channels=look.channels,
+            classes=labelled.classes,
+            encoder=look.encoder,
             transform="as-found-v1",
-            plan=INDEXED_PLAN,
+            plan=INDEXED_PLAN if with_labels else UNLABELLED_PLAN,
         )
     except OSError as error:
         raise DataError(
@@ -132,58 +175,56 @@ def _write(
         ) from None
 
 
-def _read(file: Path, folder: Path) -> tuple[str, list[Sample]]:
-    """(sha256, samples) of a tar; raises `DataError`."""
+def _read(file: Path, name: str, folder: Path, with_labels: bool) -> _Tar:
+    """Read a tar strictly; raises `DataError`."""
     try:
         with (
             file.open("rb") as stream,
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
-            samples, bad = list_samples(data, file.name)
-            digest = sha256(data)
+            samples, bad = list_samples(data, f"{name}.tar", with_labels)
+            return _Tar(name, sha256(data), len(data), samples, bad)
+    except UnsuitableError as error:
+        raise UnsuitableError(f"{folder}/{error}") from None
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        raise _unsuitable(folder, f"{file.name} cannot be read ({_reason(error)})") from None
-    if bad:
-        raise _unsuitable(folder, f"{bad[0][0]}: {bad[0][1]}")
-    if not samples:
-        raise _unsuitable(folder, f"{file.name} contains no image")
-    return digest, samples
+        raise _unsuitable(folder, f"{name}.tar cannot be read ({_reason(error)})") from None
 
 
-def _shapes(
-    file: Path, samples: list[Sample], encoder: str, folder: Path
-) -> list[tuple[tuple[int, int, int], Sample]]:
-    """(height, width, channels) of each image, from its header."""
-    shapes = []
+def _looks(file: Path, samples: list[Sample], folder: Path) -> Iterator[tuple[_Look, Sample]]:
+    """The header of each image."""
     with file.open("rb") as stream:
         for sample in samples:
             stream.seek(sample.offset)
             try:
-                shapes.append((_shape(stream.read(sample.size), encoder), sample))
+                yield _look(stream.read(sample.size)), sample
             except Exception as error:  # decoders raise many kinds for damaged files
                 reason = f"{file.name}/{sample.key} is damaged ({_reason(error)})"
                 raise _unsuitable(folder, reason) from None
-    return shapes
 
 
-def _shape(data: bytes, encoder: str) -> tuple[int, int, int]:
-    if encoder == "jpg":
-        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-        return height, width, 3  # the decoder converts grey to RGB
-    if encoder == "npy":
+def _look(data: bytes) -> _Look:
+    if data.startswith(np.lib.format.MAGIC_PREFIX):
         shape = read_npy(data).shape
-        return shape if len(shape) == 3 else (0, 0, 0)
-    with Image.open(io.BytesIO(data), formats=[encoder.upper()]) as image:
-        channels = {mode: num for num, mode in MODES.items()}
-        return image.height, image.width, channels.get(image.mode, 0)
+        return _Look("npy" if len(shape) == 3 else "any", *(*shape, 1)[:3])
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        kind = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}.get(image.format or "")
+        upright = kind == "png" and not any(mark in data for mark in _PNG_METADATA)
+        turn = 1 if upright else orientation_of(image)
+        height, width = image.size if turn >= 5 else image.size[::-1]
+        grey = image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16")
+        clear = "transparency" in image.info
+        if turn == 1 and not clear:
+            if kind == "jpg" and image.mode in ("L", "RGB"):  # its decoder converts grey to RGB
+                return _Look("jpg", height, width, 3)
+            if kind == "png" and image.mode in ("L", "RGB"):
+                return _Look("png", height, width, 1 if grey else 3)
+            if kind == "webp" and image.mode == "RGB":
+                return _Look("webp", height, width, 3)
+        return _Look("any", height, width, 1 if grey and not clear and kind != "jpg" else 3)
 
 
 def _reason(error: Exception) -> str:
     return (isinstance(error, OSError) and error.strerror) or first_line(error)
-
-
-def _size(shape: tuple[int, int, int]) -> str:
-    return f"{shape[1]}x{shape[0]}x{shape[2]}"
 
 
 def _unsuitable(folder: Path, reason: str) -> DataError:

@@ -30,6 +30,7 @@ def iterable(
     channels: int,
     shrink: Shrink,
     scratch: Path,
+    max_pixels: int | None = None,
 ) -> Listing:
     """Spool the images of `items` to the file `scratch`, or to a file in the folder `scratch`.
 
@@ -44,7 +45,7 @@ def iterable(
     """
     file = scratch / "pixels.raw" if scratch.is_dir() else scratch
     file.parent.mkdir(parents=True, exist_ok=True)
-    spooled = _spool(items, resolution, shrink, file)
+    spooled = _spool(items, resolution, shrink, file, max_pixels)
     classes, numbers = number_labels(spooled.labels, _names(items))
     kept = [i for i, label in enumerate(numbers) if isinstance(label, int)]
     unlabelled = [
@@ -83,7 +84,11 @@ class _Spooled:
 
 
 def _spool(
-    items: Iterable[Any], resolution: ImageSize | None, shrink: Shrink, file: Path
+    items: Iterable[Any],
+    resolution: ImageSize | None,
+    shrink: Shrink,
+    file: Path,
+    max_pixels: int | None,
 ) -> _Spooled:
     """Convert every item and append its pixels to `file`."""
     spooled = _Spooled(resolution)
@@ -97,7 +102,7 @@ def _spool(
                 given, label, key = _parts(item, key)
                 if key in seen:
                     raise BadImageError("appears twice")
-                image = _to_image(given)
+                image = _to_image(given, max_pixels)
                 if spooled.resolution is None:
                     spooled.resolution = _square_size(image)
                 pixels = shrink(image, spooled.resolution)
@@ -164,11 +169,11 @@ def _parts(item: Any, key: str) -> tuple[Any, Any, str]:
     return item, None, key
 
 
-def _to_image(value: Any) -> Image.Image:
+def _to_image(value: Any, max_pixels: int | None) -> Image.Image:
     if isinstance(value, str | Path):
         value = Path(value).read_bytes()
     if isinstance(value, bytes | bytearray | memoryview):
-        return decode_any(bytes(value), keep_alpha=True)
+        return decode_any(bytes(value), True, max_pixels)
     if hasattr(value, "detach"):  # a torch tensor
         value = value.detach().cpu().numpy()
         if value.ndim == 3 and value.shape[0] in MODES and value.shape[2] not in MODES:
@@ -176,7 +181,7 @@ def _to_image(value: Any) -> Image.Image:
     if not isinstance(value, np.ndarray | Image.Image):
         raise BadImageError(f"is of type {type(value).__name__}, not an image")
     try:
-        return plain(value, keep_alpha=True)
+        return plain(value, True, max_pixels)
     except BadImageError:
         raise
     except Exception as error:  # a PIL image decodes its file here

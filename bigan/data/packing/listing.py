@@ -14,7 +14,7 @@ import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,9 @@ class Source:
     bad: Bad = ()
     stamp: str = ""
     skipped: Skipped = ()
-    read_with_changes: Callable[[int], tuple[Pixels, tuple[str, ...]]] | None = None
+    read_with_changes: Callable[[int], tuple[Pixels, tuple[str, ...]]] | None = field(
+        default=None, repr=False
+    )
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -138,11 +140,12 @@ def assign_splits(
 
 
 def class_order(names: Iterable[str]) -> tuple[str, ...]:
-    """The distinct names, as numbers if all of them are ("2" before "10"), else as text."""
-    distinct = set(names)
-    if all(_NUMBER.fullmatch(name) for name in distinct):
-        return tuple(sorted(distinct, key=lambda name: (float(name), name)))
-    return tuple(sorted(distinct))
+    """The distinct names: numbers by value ("2" before "10"), then the other names."""
+
+    def order(name: str) -> tuple[int, float, str]:
+        return (0, float(name), name) if _NUMBER.fullmatch(name) else (1, 0.0, name)
+
+    return tuple(sorted(set(names), key=order))
 
 
 def number_labels(

@@ -27,6 +27,7 @@ class PackOptions:
     resize: filter that resizes what `fit` keeps.
     allow_upscale: enlarge images below `resolution` instead of treating them as unusable (crop,
         stretch) or of adding a wider border (pad).
+    max_pixels: larger originals are unusable (decompression bombs).
     labels: "auto": label files if there are any, else class folders; "folders": no label files;
         "none": one class. For sources other than files of images, "none" or the labels they have.
     exclude: shell patterns of files and folders that are left out ("masks", "*_small.png").
@@ -52,6 +53,7 @@ class PackOptions:
     allow_upscale: bool = False
     labels: Labels = "auto"
     exclude: tuple[str, ...] = ()
+    max_pixels: int = MAX_PIXELS
     val_fraction: float = 0.0
     test_fraction: float = 0.1
     encoding: Encoding | None = None
@@ -73,11 +75,13 @@ class PackOptions:
             size = shown(self.resolution)
             if min(sides(self.resolution)) <= 0:
                 raise DataError(f"resolution {size}: must be a positive number of pixels")
-            if num_pixels(self.resolution) > MAX_PIXELS:
+            if num_pixels(self.resolution) > self.max_pixels:
                 raise DataError(
-                    f"resolution {size}: is more than {MAX_PIXELS} pixels per image; use a smaller "
-                    "one"
+                    f"resolution {size}: is more than {self.max_pixels:,} pixels per image; use a "
+                    "smaller one, or --max-pixels"
                 )
+        if self.max_pixels <= 0:
+            raise DataError(f"max_pixels {self.max_pixels}: must be a positive number of pixels")
         if self.channels is not None and self.channels not in MODES:
             raise DataError(
                 f"channels {self.channels}: must be 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 "

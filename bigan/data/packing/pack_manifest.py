@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bigan.data.format.manifest import COLUMNS, PLAN, Manifest, Shard, write_data_set
+from bigan.data.format.data_set import write_data_set
+from bigan.data.format.manifest import COLUMNS, PLAN, Manifest, Shard
 from bigan.data.packing.pack_plan import Level, Plan
 from bigan.data.packing.pack_shard import Bad, finished, record_file
 from bigan.hashes import sha256_of_file

@@ -21,9 +21,16 @@ from numpy.typing import NDArray
 from bigan import hashes
 from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, Pixels, decode_into
-from bigan.data.format.manifest import MANIFEST, PLAN, Manifest, Shard
+from bigan.data.format.manifest import (
+    MANIFEST,
+    PLAN,
+    UNLABELLED,
+    UNLABELLED_PLAN,
+    Manifest,
+    Shard,
+)
 from bigan.data.format.tar import Buffer, Member, group_samples, walk_tar
-from bigan.data.packing.webdatasets import INDEXED_PLAN, list_samples
+from bigan.data.packing.tar_samples import TEXT, list_samples
 
 MAX_PROBLEMS = 100  # reported per shard; further ones are counted
 CHANGED = f"sha256 differs from the one in {MANIFEST}: the file was changed"
@@ -88,7 +95,7 @@ def is_indexed_in_place(manifest: Manifest) -> bool:
     One of two marks is sufficient, since one may be lost in a damaged manifest.
     """
     packed = (manifest.folder / PLAN).is_file()
-    return manifest.plan == INDEXED_PLAN or (manifest.transform == "as-found-v1" and not packed)
+    return manifest.is_indexed or (manifest.transform == "as-found-v1" and not packed)
 
 
 @contextlib.contextmanager
@@ -131,8 +138,10 @@ def _scan(
 ) -> None:
     shard = scan.shard
     problems: list[Problem] = []
-    listing = _indexed_samples if is_indexed_in_place(manifest) else _samples
-    samples, intact = listing(data, manifest, shard, problems)
+    if is_indexed_in_place(manifest):
+        samples, intact = _indexed_samples(data, manifest, shard, index, problems)
+    else:
+        samples, intact = _samples(data, manifest, shard, problems)
     if intact:
         _check_counts([sample.label for sample in samples], shard, problems)
     if index is not None:
@@ -207,26 +216,39 @@ def _samples(
 
 
 def _indexed_samples(
-    data: Buffer, manifest: Manifest, shard: Shard, problems: list[Problem]
+    data: Buffer, manifest: Manifest, shard: Shard, index: Columns | None, problems: list[Problem]
 ) -> tuple[list[_Sample], bool]:
-    """`_samples` for a shard that was indexed in place, read in the same way as then."""
-    listed, bad = list_samples(data, shard.url)
+    """`_samples` for a shard that was indexed in place, read in the same way as then.
+
+    Labels from folders, or from the names of all shards, are taken from the index.
+    """
+    try:
+        listed, bad = list_samples(data, shard.url, manifest.plan != UNLABELLED_PLAN)
+    except DataError as error:
+        problems.append(Problem(shard.url, str(error).removeprefix(f"{shard.url}: ")))
+        return [], False
     intact = not (bad and bad[-1][0] == shard.url)
     for name, what in bad:
         key = name.removeprefix(shard.url).removeprefix("/")
         problems.append(_at(shard, key, what) if key else Problem(shard.url, what))
+    classes = {name: number for number, name in enumerate(manifest.classes)}
+    known: dict[int, int] = {}
+    if index is not None:
+        known = dict(zip(index["offset"].tolist(), index["label"].tolist(), strict=True))
+    written = any(sample.label is not None and sample.place != TEXT for sample in listed)
     samples = []
     for sample in listed:
         name = f"{sample.key}.{sample.suffix}"
-        label = 0 if manifest.num_classes == 1 and sample.label is None else sample.label
-        if label is None:
-            label = -1
-            if intact or sample is not listed[-1]:  # otherwise the damage behind it is the cause
-                problems.append(_at(shard, name, "has no label"))
-        elif label >= manifest.num_classes:
-            what = f"has label {label}, but there are {manifest.num_classes} classes"
-            problems.append(_at(shard, name, what))
-            label = -1
+        label = 0
+        if written and manifest.classes != UNLABELLED:
+            label = classes.get(str(sample.label), -1)
+            if sample.label is not None and label < 0:
+                what = f"has label {sample.label}, but there are {manifest.num_classes} classes"
+                problems.append(_at(shard, name, what))
+            elif label < 0 and (intact or sample is not listed[-1]):
+                problems.append(_at(shard, name, "has no label"))  # not cut off by the damage
+        elif manifest.classes != UNLABELLED:
+            label = known.get(sample.offset, -1)
         samples.append(_Sample(name, sample.offset, sample.size, label))
     return samples, intact
 

@@ -13,14 +13,22 @@ The split of an image depends on its key alone, not on seed or resolution.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, Pixels
-from bigan.data.format.convert import TRANSFORMS, changes, decode_any, plain, to_square
-from bigan.data.packing import archives, tar_trees, webdatasets
+from bigan.data.format.convert import (
+    TRANSFORMS,
+    allow_pixels,
+    changes,
+    decode_any,
+    plain,
+    to_square,
+)
+from bigan.data.packing import archives, shard_files, tar_trees, webdatasets
 from bigan.data.packing.digits import digits
 from bigan.data.packing.folders import folder_tree, has_images
 from bigan.data.packing.image_trees import tree_listing
@@ -53,6 +61,7 @@ def open_source(
     `Source.bad` or raise `BadImageError` when read.
     """
     options = with_changes(options, changes)
+    allow_pixels(options.max_pixels)
     if isinstance(source, str) and source == "digits":
         return _digits(options)
     listing, where = _list(source, options, scratch)
@@ -141,7 +150,10 @@ def _list(
     def shrink(image: Any, resolution: ImageSize) -> Pixels:
         return convert(image, resolution, channels=channels)[0]
 
-    return iterable(source, options.resolution, channels, shrink, scratch), where
+    found = iterable(
+        source, options.resolution, channels, shrink, scratch, max_pixels=options.max_pixels
+    )
+    return found, where
 
 
 def _converter(options: PackOptions) -> Any:
@@ -151,9 +163,15 @@ def _converter(options: PackOptions) -> Any:
         original: Any, resolution: ImageSize, *, channels: int
     ) -> tuple[Pixels, tuple[str, ...]]:
         make = decode_any if isinstance(original, bytes) else plain
-        image = make(original, keep_alpha=has_alpha(channels))
+        image = make(original, has_alpha(channels), options.max_pixels)
         pixels = to_square(
-            image, resolution, channels, options.resize, options.allow_upscale, options.fit
+            image,
+            resolution,
+            channels,
+            options.resize,
+            options.allow_upscale,
+            options.fit,
+            max_pixels=options.max_pixels,
         )
         return pixels, changes(image.size, resolution, options.fit)
 
@@ -168,7 +186,9 @@ def _find(where: str, options: PackOptions, scratch: Path | None) -> Listing:
     if path.is_file():
         return _find_in_file(path, options, scratch)
     if "{" in where or "://" in where or where.startswith("pipe:"):
-        return webdatasets.tars(webdatasets.expand(where), path.parent.name or "shards")
+        files = shard_files.expand(where)
+        name = path.parent.name or "shards"
+        return webdatasets.tars(files, name, with_labels=options.labels != "none")
     raise DataError(
         f"{where}: no such file or folder; give a folder, zip or tar of images, or `digits`"
     )
@@ -176,26 +196,25 @@ def _find(where: str, options: PackOptions, scratch: Path | None) -> Listing:
 
 def _find_in_folder(path: Path, options: PackOptions, scratch: Path | None) -> Listing:
     if webdatasets.is_packed(path):
-        return webdatasets.packed(path)
+        return webdatasets.packed(path, options.labels != "none")
     if cifar := archives.find_cifar(path):
         return archives.cifar_folder(*cifar)
     if archives.is_mnist(path):
         return archives.mnist(path)
     name = path.resolve().name
     if not has_images(path):
-        shards = webdatasets.tar_files(path)
-        if shards:
-            return _find_in_tars(shards, name, options, path)
         files = [file for file in sorted(path.iterdir()) if _is_archive(file)]
         if len(files) == 1:
             return _find_in_file(files[0], options, scratch)
+        if shards := shard_files.in_folder(path):
+            return webdatasets.tars(shards, name, path, options.labels != "none")
         if files:
             raise DataError(f"{path}: holds several archives and no images; give one of them")
     return _of_tree(folder_tree(path), path, name, options)
 
 
 def _is_archive(path: Path) -> bool:
-    return path.is_file() and (path.suffix.lower() == ".zip" or ".tar." in path.name.lower())
+    return path.is_file() and bool(re.search(r"\.(zip|tar|tgz|tar\.[a-z0-9]+)$", path.name.lower()))
 
 
 def _find_in_file(path: Path, options: PackOptions, scratch: Path | None) -> Listing:
@@ -209,20 +228,20 @@ def _find_in_file(path: Path, options: PackOptions, scratch: Path | None) -> Lis
             return archives.cifar_tar(path)
         if scratch is None:
             raise DataError(f"{path}: needs a scratch file for the decompressed archive")
-        return _find_in_tars([tar_trees.decompressed(path, scratch)], name, options, path)
+        return _find_in_tar(tar_trees.decompressed(path, scratch), name, options, path)
     for magic, command in tar_trees.UNREADABLE.items():
         if head.startswith(magic):
             raise DataError(f"{path}: is compressed in an unknown way; decompress it: `{command}`")
     if tar_trees.is_tar(path) or path.suffix.lower() == ".tar":
-        return _find_in_tars([path], name, options, path)
+        return _find_in_tar(path, name, options, path)
     raise DataError(f"{path}: is not a .zip, .tar or .tar.gz; for single images give their folder")
 
 
-def _find_in_tars(files: list[Path], name: str, options: PackOptions, where: Path) -> Listing:
-    """A WebDataset, or images in the class folders of tars without labels of their own."""
-    if tar_trees.has_labels(files) or not (len(files) == 1 or tar_trees.has_folders(files)):
-        return webdatasets.tars(files, name)
-    return _of_tree(tar_trees.tar_tree(files), where, name, options)
+def _find_in_tar(file: Path, name: str, options: PackOptions, where: Path) -> Listing:
+    """A shard of a WebDataset, or a tar of images without labels beside them."""
+    if tar_trees.is_webdataset(file):
+        return webdatasets.tars([file], name, with_labels=options.labels != "none")
+    return _of_tree(tar_trees.tar_tree(file), where, name, options)
 
 
 def _of_tree(tree: Tree, where: Path, name: str, options: PackOptions) -> Listing:
@@ -235,10 +254,10 @@ def _check_classes(listing: Listing, where: str) -> None:
         if not name.isprintable():  # control characters, or bytes that are not UTF-8
             raise DataError(f"{where}: class {name!r} has an unprintable name; rename it")
     # Named classes are intended, used or not; numbered ones follow from the largest label.
-    numbered = classes[largest] == str(largest)
+    numbered = classes[largest].isdecimal()
     if numbered and has_too_many_classes(len(classes), len(listing.keys)):
         key = listing.keys[listing.labels.index(largest)]
         raise DataError(
-            f"{where}: {key} has label {largest}, which makes {len(classes)} classes of "
+            f"{where}: {key} has label {classes[largest]}, which makes {len(classes)} classes of "
             f"{len(listing.keys)} images; number the classes 0, 1, 2, ..."
         )

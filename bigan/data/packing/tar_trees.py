@@ -1,4 +1,4 @@
-"""Tar archives of image files as a `Tree`: class folders in one archive, or divided among several.
+"""A tar archive of image files as a `Tree`.
 
 Tars of a WebDataset, whose images have their labels beside them, are for `webdatasets`.
 """
@@ -14,7 +14,7 @@ import mmap
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from bigan.data import DataError
 from bigan.data.format.codec import first_line
 from bigan.data.format.tar import BLOCK, Buffer, Member, group_samples, walk_tar
 from bigan.data.packing.listing import MAX_BYTES, read_at, unsafe
+from bigan.data.packing.tar_samples import ARRAYS, JSON_LABELS, LABELS
 from bigan.data.packing.trees import TOO_LARGE, Tree, is_image, is_label_file, is_skipped
 
-JSON_LABELS = ("label", "cls", "class")
 COMPRESSED: dict[bytes, Callable[[Path], Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
@@ -34,28 +34,25 @@ UNREADABLE = {b"\x28\xb5\x2f\xfd": "zstd -d", b"\x04\x22\x4d\x18": "lz4 -d"}
 _JSON_BYTES = 2**20  # larger files are no labels of one image
 
 
-def tar_tree(files: Sequence[Path]) -> Tree:
-    """The content of one tar, or of several as if they were extracted into one folder.
+def tar_tree(file: Path) -> Tree:
+    """The content of a tar.
 
     Raises `DataError` for a damaged tar. Reads are safe in any thread or process.
     """
-    places: dict[str, tuple[Path, int, int]] = {}
-    tree = Tree(read=lambda path: read_at(*places[path]))
-    for file in files:
-        status = file.stat()
-        tree.times.append((file.name, status.st_mtime_ns))
-        if not status.st_size:
-            raise DataError(f"{file}: is empty (0 bytes); copy it again")
-        with file.open("rb") as stream, _mapped(stream) as data:
-            for member in walk_tar(data, str(file), with_folders=True):
-                _add(tree, places, file, data, member)
+    places: dict[str, Member] = {}
+    tree = Tree(read=lambda path: read_at(file, places[path].offset, places[path].size))
+    status = file.stat()
+    tree.times.append((file.name, status.st_mtime_ns))
+    if not status.st_size:
+        raise DataError(f"{file}: is empty (0 bytes); copy it again")
+    with file.open("rb") as stream, _mapped(stream) as data:
+        for member in walk_tar(data, str(file), with_folders=True):
+            _add(tree, places, data, member)
     tree.bad.sort()
     return tree
 
 
-def _add(
-    tree: Tree, places: dict[str, tuple[Path, int, int]], file: Path, data: Buffer, member: Member
-) -> None:
+def _add(tree: Tree, places: dict[str, Member], data: Buffer, member: Member) -> None:
     path = "/".join(part for part in member.name.split("/") if part != ".")
     if not path.strip("/") and not member.name.startswith("/"):  # the root, "./"
         return
@@ -78,7 +75,7 @@ def _add(
         tree.bad.append((path, TOO_LARGE))
     else:
         tree.images[path] = (member.size,)
-        places[path] = (file, member.offset, member.size)
+        places[path] = member
 
 
 def _mapped(stream: Any) -> mmap.mmap:
@@ -91,32 +88,41 @@ def is_tar(file: Path) -> bool:
         return stream.read(BLOCK)[257:262] == b"ustar"
 
 
-def has_labels(files: Iterable[Path]) -> bool:
-    """Whether the samples of a tar have labels: `.cls` members, or `.json` with a label.
+def is_webdataset(file: Path) -> bool:
+    """Whether the images of a tar have labels beside them: `1.jpg`, `1.cls`.
 
-    Reads headers only, and one .json of each tar. A damaged tar counts up to the damage.
+    Labels are members with a suffix of `tar_samples.LABELS`, arrays, a `.json` with a label (the
+    first one is read) and, if no image is in a folder, `.txt`. Headers after a damaged one do not
+    count.
     """
-    return any(_has_labels(file) for file in files)
+    keys: set[str] = set()  # of images
+    json_members: list[tuple[str, Member]] = []
+    texts: set[str] = set()
+    arrays: set[str] = set()
+    for key, group in group_samples(_members(file)):
+        for suffix, member in group:
+            kind = suffix.rpartition(".")[2]
+            if suffix.removesuffix(".txt") in LABELS:
+                return True
+            if kind in ARRAYS:
+                arrays.add(key)
+            elif is_image(member.name):
+                keys.add(key)
+            elif kind == "json" and not is_label_file(member.name):
+                json_members.append((key, member))
+            elif kind == "txt":
+                texts.add(key)
+    if arrays & keys or (texts & keys and not any("/" in key for key in keys)):
+        return True
+    return any(_has_label(file, m) for m in [m for key, m in json_members if key in keys][:1])
 
 
-def has_folders(files: Iterable[Path]) -> bool:
-    """Whether images of the tars are in folders; damaged tars count up to the damage."""
-    names = (member.name for file in files for member in _members(file))
-    return any("/" in name.removeprefix("./") for name in names if is_image(name))
-
-
-def _has_labels(file: Path) -> bool:
-    json_member: Member | None = None
-    for _, group in group_samples(_members(file)):
-        suffixes = dict(group)
-        if "cls" in suffixes:
-            return True
-        if json_member is None and "json" in suffixes and len(group) > 1:
-            json_member = suffixes["json"]
-    if json_member is None or json_member.size > _JSON_BYTES:
+def _has_label(file: Path, member: Member) -> bool:
+    """Whether a .json has a label."""
+    if member.size > _JSON_BYTES:
         return False
     try:
-        content = json.loads(read_at(file, json_member.offset, json_member.size))
+        content = json.loads(read_at(file, member.offset, member.size))
     except (ValueError, RecursionError):
         return False
     return isinstance(content, dict) and any(name in content for name in JSON_LABELS)

@@ -245,7 +245,8 @@ def _open_level(name: str, folder: Path) -> tuple[_Level, list[Problem]]:
             raise
         problems.append(Problem(MANIFEST, str(error).removeprefix(f"{folder / MANIFEST}: ")))
         manifest = _read_leniently(folder)
-    listed = {} if manifest is None else {s.url: s for s in manifest.shardlist if _is_safe(s)}
+    shards = () if manifest is None else manifest.shardlist
+    listed = {shard.url: shard for shard in shards if manifest and _is_safe(manifest, shard)}
     return _Level(name, folder, manifest, tuple(listed.values())), problems
 
 
@@ -260,9 +261,9 @@ def _read_leniently(folder: Path) -> Manifest | None:
     return manifest if possible else None
 
 
-def _is_safe(shard: Shard) -> bool:
+def _is_safe(manifest: Manifest, shard: Shard) -> bool:
     """Whether no path of this manifest entry points outside of the folder."""
-    plain = Path(shard.url).name == shard.url and Path(shard.split).name == shard.split
+    plain = manifest.may_contain(shard.url) and Path(shard.split).name == shard.split
     return plain and shard.nsamples >= 0
 
 
@@ -277,7 +278,7 @@ def _check_listing(level: _Level) -> list[Problem]:
         if level.is_indexed_in_place
         else "remove it from the folder"
     )
-    return [Problem(file.name, what) for file in tar_files(level.folder) if file.name not in listed]
+    return [Problem(name, what) for name in level.manifest.tar_files() if name not in listed]
 
 
 def _walk_all(folder: Path) -> list[Problem]:

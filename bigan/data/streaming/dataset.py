@@ -7,7 +7,16 @@ from pathlib import Path
 
 from bigan import atomic_files, hashes
 from bigan.data import DataError
-from bigan.data.format.manifest import MANIFEST, PLAN, PYRAMID, Manifest, level_folder
+from bigan.data.format.manifest import (
+    MANIFEST,
+    PLAN,
+    PYRAMID,
+    UNLABELLED_PLAN,
+    Manifest,
+    level_folder,
+)
+from bigan.data.packing.index_in_place import index_in_place
+from bigan.data.packing.shard_files import in_folder
 from bigan.data.settings import Fetch
 from bigan.data.streaming import remote
 from bigan.image_size import ImageSize
@@ -16,27 +25,38 @@ from bigan.image_size import ImageSize
 def open_manifest(data: str | Path | Manifest, fetch: Fetch | None = None) -> Manifest:
     """The manifest of a data set, after checks that do not read the shards.
 
-    A folder of tars that `bigan pack` did not write is indexed at its first use. The manifest and
+    A folder of tars that `bigan pack` did not write is indexed at its first use. With
+    `fetch.labels` "none" the images are of one class. The manifest and
     the index of a remote data set are copied to the node (into `fetch.cache`, or the user's cache
     folder), its shards are not. Raises `DataError`, one line.
     """
     if isinstance(data, Manifest):
         return data
+    fetch = fetch or Fetch()
     path = str(data)
-    if remote.is_remote(path):
-        return _remote(path, fetch or Fetch())
+    manifest = _remote(path, fetch) if remote.is_remote(path) else _local(path, fetch)
+    if fetch.labels == "none":
+        return manifest.without_labels()
+    if manifest.plan == UNLABELLED_PLAN:
+        raise DataError(f"{path}: was indexed without its labels; set data.labels=none")
+    return manifest
+
+
+def _local(path: str, fetch: Fetch) -> Manifest:
+    """The manifest of a folder, which is written for tars without one."""
     folder = Path(path)
     known = any((folder / name).exists() for name in (MANIFEST, PLAN, PYRAMID))
-    if folder.is_dir() and not known and any(folder.glob("*.tar")):
-        from bigan.data.packing.index_in_place import index_in_place
-
-        return index_in_place(folder)
+    if folder.is_dir() and not known and in_folder(folder):
+        return index_in_place(folder, fetch.labels == "given")
     if any(character in path for character in "{}") or folder.is_file():
         raise DataError(
             f"{path}: is not a folder; give the folder of the shards, which are indexed at first "
             "use (only data.mode=resampled takes a pattern of shards)"
         )
-    return Manifest.load(folder)
+    manifest = Manifest.load(folder)
+    if manifest.plan == UNLABELLED_PLAN and fetch.labels == "given":
+        return index_in_place(folder)
+    return manifest
 
 
 def open_level(path: str, resolution: ImageSize | None, fetch: Fetch) -> Manifest:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections
 import os
+import resource
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 Indices = NDArray[np.int64]
 
-MAX_OPEN_SHARDS = 256  # file descriptors per process
+MAX_OPEN_SHARDS = 256  # file descriptors of each stream, at most
 
 
 class _OpenFile:
@@ -47,8 +49,11 @@ class LocalShards:
     """The encoded samples of a split; thread-safe.
 
     With a `cache` the shards are those of a remote data set; `ahead` downloads the shards of the
-    next block while the current one is read.
+    next block while the current one is read. The instances of a process share a quarter of the
+    descriptors that the process may have (`ulimit -n`).
     """
+
+    _instances: ClassVar[weakref.WeakSet[LocalShards]] = weakref.WeakSet()
 
     def __init__(
         self,
@@ -69,6 +74,7 @@ class LocalShards:
             # An evicted shard occupies space while it is open here.
             largest = max(shard.filesize for shard in self.shards)
             self._max_open = max(1, min(MAX_OPEN_SHARDS, cache.limit_bytes // largest // 2))
+        self._instances.add(self)
 
     def images(self, positions: Indices, samples: Indices) -> Iterator[bytes]:
         """The encoded bytes of each of `samples`, which are read at `positions` of the order."""
@@ -148,10 +154,17 @@ class LocalShards:
     def _file(self, shard: int) -> _OpenFile:
         with self._lock:
             if shard not in self._open:
-                self._open[shard] = _OpenFile(self._descriptor(shard))
-                if len(self._open) > self._max_open:
+                while len(self._open) >= max(1, min(self._max_open, self._share())):
                     self._open.popitem(last=False)
+                self._open[shard] = _OpenFile(self._descriptor(shard))
             return self._open[shard]
+
+    def _share(self) -> int:
+        """The descriptors that this instance may keep open."""
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if limit == resource.RLIM_INFINITY:
+            return MAX_OPEN_SHARDS
+        return limit // 4 // len(self._instances)
 
     def _descriptor(self, shard: int) -> int:
         if self._cache is not None:

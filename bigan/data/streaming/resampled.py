@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import itertools
-import json
 import random
 import threading
 from collections.abc import Iterator
@@ -25,7 +24,15 @@ from bigan import rng
 from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, Pixels
 from bigan.data.format.convert import square
-from bigan.data.packing.webdatasets import IMAGES, JSON_LABELS
+from bigan.data.format.tar import nested_tar_files
+from bigan.data.packing.shard_files import COMPRESSED, below, refuse_compressed, splits
+from bigan.data.packing.tar_samples import (
+    TEXT,
+    UnsuitableError,
+    image_suffix,
+    not_adjacent,
+    read_label,
+)
 from bigan.data.settings import Fetch
 from bigan.data.streaming import remote
 from bigan.data.streaming.device import HostBatch, Reading, Transfer, transfer_to
@@ -39,40 +46,64 @@ from bigan.image_size import image_size
 SHUFFLE = 1_000  # samples in the shuffle buffer
 MAX_EMPTY = 20  # consecutive shards without a sample, at least, that are accepted
 
+ADJACENT = "the members of a sample must be adjacent, as `tar --sort=name` writes them"
 NOTE = (
     "data.mode=resampled: shards are sampled with replacement; an epoch contains each image once "
     "only on average, and a resumed run reads other images (data from `bigan pack` is exact)"
 )
 
 
-def expand(pattern: str, allow_pipe: bool) -> tuple[str, ...]:
-    """The shards of a pattern of URLs or local paths such as "https://host/cc-{000..124}.tar".
+def expand(pattern: str, allow_pipe: bool, split: str = "train") -> tuple[str, ...]:
+    """The shards of `split` in a folder, or of a pattern such as "https://host/cc-{000..124}.tar".
 
-    Raises `DataError` for a missing local file and an unsupported or disallowed URL.
+    The split of a shard is the one that its name or a folder declares (`shard_files.splits`), else
+    "train". Raises `DataError` for a missing local file, an unsupported or disallowed URL, and if
+    no shard is left.
     """
     import webdataset  # slow to import
 
-    urls = tuple(webdataset.shardlists.expand_urls(pattern))
+    folder = Path(pattern)
+    if not remote.is_remote(pattern) and folder.is_dir():
+        found = nested_tar_files(folder, (".tar", *COMPRESSED))
+        urls, root = [str(file) for file in found], str(folder)
+    else:
+        urls, root = list(webdataset.shardlists.expand_urls(pattern)), None
     for url in urls:
+        if _place(url).endswith(".tar.zst"):
+            refuse_compressed(_place(url))
         if remote.is_remote(url):
             remote.check_url(url, allow_pipe)
         elif not Path(url).is_file():
             raise DataError(f"{url}: no such shard; set data.path to a pattern of .tar files")
-    return urls
+    declared = splits(below([_place(url) for url in urls], root), pattern)
+    chosen = [url for url, of in zip(urls, declared, strict=True) if (of or "train") == split]
+    if not chosen:
+        others = ", ".join(sorted({of or "train" for of in declared})) or "none"
+        raise DataError(f"{pattern}: no shard is of data.split = {split}; their splits: {others}")
+    return tuple(chosen)
+
+
+def _place(url: str) -> str:
+    """The path of a shard in a URL, without query, or in a command."""
+    words = url.split() if url.startswith("pipe:") else [url]
+    return next((word for word in words if ".tar" in word), url).partition("?")[0]
 
 
 class ResampledStream(Endless):
     """A training stream like `ShardStream` for shards without a manifest, without its guarantees.
 
     Images are centre-cropped and resized to `shape` [H, W, C]. A sample needs an image and, with
-    more than one class, an integer label below `num_classes`. Raises `DataError` on construction
-    for shards that cannot be read; during iteration for an unusable sample or shard
-    (`on_bad=stop`) or too many consecutive ones.
+    more than one class, an integer label below `num_classes` (with `fetch.labels` "none" all are of
+    class 0): without a list of all samples, class names cannot be numbered. Raises `DataError` on
+    construction for shards that cannot be read; during iteration for such a label, for samples
+    whose members are not adjacent, for another unusable sample or shard (`on_bad=stop`) or too many
+    consecutive ones.
     """
 
     def __init__(
         self,
         pattern: str,
+        split: str = "train",
         *,
         shape: tuple[int, int, int],
         num_classes: int,
@@ -84,8 +115,8 @@ class ResampledStream(Endless):
         fetch: Fetch | None = None,
     ) -> None:
         self._fetch = fetch or Fetch()
-        self._urls = expand(pattern, self._fetch.allow_pipe)
         self._size, self._channels = image_size(*shape[:2]), shape[2]
+        self._urls = expand(pattern, self._fetch.allow_pipe, split)
         self._num_classes = num_classes
         self._draws = rng.numpy_generator(seed, f"resampled/{world.rank}", images_seen)
         self._stop = threading.Event()
@@ -156,18 +187,43 @@ class ResampledStream(Endless):
         """(pixels, label), or the reason the sample is unusable."""
         if "__damaged__" in sample:
             return str(sample["__damaged__"])
-        image = next((sample[suffix] for suffix in IMAGES if suffix in sample), None)
-        if image is None:
-            return "has no image"
-        label = label_of(sample)
-        if label is None and self._num_classes == 1:
-            label = 0
-        if not isinstance(label, int) or not 0 <= label < self._num_classes:
-            return f"has no label below {self._num_classes}"
+        suffixes = _suffixes(sample)
+        suffix = image_suffix(suffixes)
+        if suffix is None:
+            return f"has no image ({' '.join(suffixes)}); {ADJACENT}"
+        image = sample.pop(suffix)
+        label = 0
+        if self._fetch.labels == "given":
+            try:
+                found = self._label(sample)
+            except ValueError as error:  # not `UnsuitableError`: it concerns the whole data set
+                return str(error)
+            if found is None and self._num_classes > 1:
+                return f"has no label ({' '.join(suffixes)}); {ADJACENT}"
+            label = found or 0
         try:
             return square(image, self._size, self._channels, "lanczos", False), label
         except BadImageError as error:
             return str(error)
+
+    def _label(self, sample: dict[str, Any]) -> int | None:
+        """The class number of a sample; raises ValueError for an unreadable one."""
+        where = f"{sample['__url__']}: {sample['__key__']}"
+        members = {suffix: sample[suffix] for suffix in _suffixes(sample)}
+        label, place = read_label(members, where)
+        if place == TEXT:  # a caption
+            return None
+        if isinstance(label, str):
+            raise DataError(
+                f"{where} has the class name {label!r} as its label, but data.mode=resampled knows "
+                "only class numbers; use the folder of the shards without this mode, or pack it"
+            )
+        if label is not None and label >= self._num_classes:
+            raise DataError(
+                f"{where} has label {label}, which is not below model.num_classes = "
+                f"{self._num_classes}; classes are numbered from 0; data.labels=none ignores labels"
+            )
+        return label
 
     def _samples(self) -> Iterator[dict[str, Any]]:
         """An endless sequence of encoded samples from a shuffle buffer over sampled shards."""
@@ -188,11 +244,17 @@ class ResampledStream(Endless):
             try:
                 with _opened(url, self._fetch.allow_pipe) as stream:
                     members = tar_file_expander([{"url": url, "stream": stream}])
+                    seen: dict[str, tuple[str, ...]] = {}  # the suffixes of each key
                     for sample in group_by_keys(members):
                         empty = 0
+                        key, suffixes = sample["__key__"], _suffixes(sample)
+                        if not set(suffixes) & set(seen.setdefault(key, suffixes)):
+                            raise not_adjacent(url, key, seen[key][0], suffixes[0])
                         yield sample
                         if self._stop.is_set():
                             return
+            except UnsuitableError:
+                raise
             except Exception as error:  # tarfile and gopen raise many kinds
                 reason = f"the tar cannot be read to its end ({type(error).__name__})"
                 if self._fetch.on_bad == "stop":
@@ -202,15 +264,8 @@ class ResampledStream(Endless):
                     yield {"__url__": url, "__key__": "(the tar)", "__damaged__": reason}
 
 
-def label_of(sample: dict[str, Any]) -> int | None:
-    """The integer in a sample's `.cls`, or under one of `JSON_LABELS` in its `.json`."""
-    try:
-        if "cls" in sample:
-            return int(sample["cls"])
-        found = json.loads(sample.get("json", b"{}"))
-        return next((int(found[name]) for name in JSON_LABELS if name in found), None)
-    except (ValueError, TypeError, RecursionError):
-        return None
+def _suffixes(sample: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(name for name in sample if not name.startswith("__"))
 
 
 def _opened(url: str, allow_pipe: bool) -> Any:

@@ -1,0 +1,41 @@
+"""Writing the index files and the manifest of shards."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigan import atomic_files
+from bigan.data.format.manifest import COLUMNS, MANIFEST, Manifest, Shard, index_name
+from bigan.hashes import sha256
+
+
+def write_data_set(
+    folder: Path,
+    shards: Sequence[Shard],
+    columns: Mapping[tuple[str, str], Sequence[NDArray[Any]]],
+    **fields: Any,
+) -> Manifest:
+    """Write the index files and then the manifest of existing shards; returns the loaded manifest.
+
+    `columns[split, column]` has one array per shard of that split, in the order of `shards`;
+    `fields` are the other fields of the manifest.
+    """
+    (folder / "index").mkdir(exist_ok=True)
+    index: dict[str, str] = {}
+    for (split, column), arrays in columns.items():
+        buffer = io.BytesIO()
+        np.save(buffer, np.concatenate(arrays).astype(COLUMNS[column]), allow_pickle=False)
+        name = index_name(split, column)
+        atomic_files.write_atomic(folder / name, buffer.getvalue())
+        index[name] = sha256(buffer.getvalue())
+    manifest = Manifest(
+        folder=folder, fingerprint="", index=index, shardlist=tuple(shards), **fields
+    )
+    atomic_files.write_atomic(folder / MANIFEST, manifest.sealed().dump())
+    return Manifest.load(folder)

@@ -1,0 +1,162 @@
+"""Classes and splits of the samples of several shards, from names and labels as written. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bigan.data.format.manifest import UNLABELLED
+from bigan.data.packing.listing import number_labels
+from bigan.data.packing.shard_files import common, splits
+from bigan.data.packing.split_names import split_of
+from bigan.data.packing.tar_samples import (
+    NO_IMAGE,
+    TEXT,
+    WITHOUT_LABELS,
+    Sample,
+    UnsuitableError,
+)
+
+Keyed = tuple[str, Sample]  # (path of the shard without .tar, sample)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Class names; of every sample its class number, or the reason it has none, and its split.
+
+    splits: None if no name declares one.
+    """
+
+    classes: tuple[str, ...]
+    numbers: list[int | str]
+    splits: list[str] | None
+
+
+def label_samples(
+    samples: Sequence[Keyed],
+    where: str,
+    bad: Sequence[tuple[str, str]] = (),
+    with_labels: bool = True,
+) -> Labelled:
+    """The classes and splits of all `samples` of a data set; `bad` are its unusable members.
+
+    Splits are those in the paths of the shards, or of the folders in the tars if all of those are
+    splits; other samples are training images.
+
+    Labels are class numbers or class names (`listing.number_labels`) at one place. A `.txt` is a
+    label if every sample has one that could be a class name and each text occurs twice on average;
+    else it is a caption. Without labels, the class is the folder of the image or shard. With
+    neither, and without `with_labels`, there is one class.
+
+    Raises `UnsuitableError` for labels at several places, images without a label beside labels
+    without an image, and tars that may be one class each; `DataError` for contradictory splits.
+    """
+    folders = [tuple(sample.key.split("/")[:-1]) for _, sample in samples]
+    folders, in_tars = _split_folders(folders)
+    names = [*dict.fromkeys(name for name, _ in samples)]
+    declared = dict(zip(names, splits(names, where), strict=True))
+    found = [declared[name] or inner for (name, _), inner in zip(samples, in_tars, strict=True)]
+    official = [split or "train" for split in found] if any(found) else None
+    labels = _written(samples, where, bad) if with_labels else None
+    if labels is None and with_labels:
+        labels = _by_folder(samples, folders, where)
+    if labels is None:
+        return Labelled(UNLABELLED, [0] * len(samples), official)
+    return Labelled(*number_labels(labels), official)
+
+
+def _split_folders(
+    folders: list[tuple[str, ...]],
+) -> tuple[list[tuple[str, ...]], list[str | None]]:
+    """(folders without the level of the splits, splits) if all top folders are splits."""
+    start = common(folders)
+    tops = {folder[start : start + 1] for folder in folders}
+    declared = {top: split_of(top[0]) if top else None for top in tops}
+    if None in declared.values() or len(set(declared.values())) < 2:
+        return folders, [None] * len(folders)
+    return (
+        [folder[:start] + folder[start + 1 :] for folder in folders],
+        [declared[folder[start : start + 1]] for folder in folders],
+    )
+
+
+def _written(
+    samples: Sequence[Keyed], where: str, bad: Sequence[tuple[str, str]]
+) -> list[int | str | None] | None:
+    """The label of every sample as it is written, None if no sample has one."""
+    example: dict[str, str] = {}
+    for name, sample in samples:
+        example.setdefault(sample.place, f"{name}/{sample.key}")
+    texts = [sample.label for _, sample in samples]
+    if not (example.keys() == {TEXT} and _are_names(texts)):
+        example.pop(TEXT, None)
+    places = [place for place in example if place]
+    if len(places) > 1:
+        a, b = places[:2]
+        raise UnsuitableError(
+            f"{where}: {example[a]} has its label in {a} but {example[b]} in {b}; write all labels "
+            f"in one place; {WITHOUT_LABELS}"
+        )
+    if places:
+        return [s.label if s.place == places[0] else None for _, s in samples]
+    alone = next((each for each in bad if each[1].startswith(NO_IMAGE)), None)
+    if alone and samples:
+        raise UnsuitableError(
+            f"{where}: {samples[0][0]}/{samples[0][1].key} has no label, and {' '.join(alone)}; "
+            "image and label of a sample need the same name up to the first dot, one after the "
+            f"other in one tar, as `tar --sort=name` writes them; {WITHOUT_LABELS}"
+        )
+    return None
+
+
+def _are_names(texts: Sequence[int | str | None]) -> bool:
+    return None not in texts and 2 * len(set(texts)) <= len(texts)
+
+
+def _by_folder(
+    samples: Sequence[Keyed], folders: Sequence[tuple[str, ...]], where: str
+) -> list[int | str | None] | None:
+    """The folder of each sample in its tar, the first one in which they differ; None without."""
+    start = common(folders)
+    tops = [folder[start] if len(folder) > start else "" for folder in folders]
+    if all(tops) and tops:
+        return [*tops]
+    if any(tops):
+        names = [f"{name}/{sample.key}" for name, sample in samples]
+        loose, other = tops.index(""), next(n for n, top in enumerate(tops) if top)
+        raise UnsuitableError(
+            f"{where}: {names[loose]} has no label and {names[other]} is in a folder; move all "
+            f"images into class folders, or none; {WITHOUT_LABELS}"
+        )
+    return _by_tar(samples, where)
+
+
+def _by_tar(samples: Sequence[Keyed], where: str) -> list[int | str | None] | None:
+    """The name of the tar if images are named after it, as in ImageNet's n01440764.tar.
+
+    Raises `UnsuitableError` for tars whose names differ in more than numbers and splits: they may
+    be classes.
+    """
+    shards = [*dict.fromkeys(name for name, _ in samples)]
+    tars = {name: name.rpartition("/")[2] for name in shards}
+    named = all(
+        sample.key.rpartition("/")[2].startswith(tars[name]) and re.search(r"[^\W\d_]", tars[name])
+        for name, sample in samples
+    )
+    if named and len(set(tars.values())) > 1:
+        return [tars[name] for name, _ in samples]
+    kinds = {_without_number(name): name for name in reversed(shards)}
+    if len(kinds) > 1:
+        a, b, *_ = reversed(kinds.values())
+        raise UnsuitableError(
+            f"{where}: the images have no labels, and {a}.tar and {b}.tar may be two classes; "
+            f"extract each tar into a folder of its name and pack these folders; {WITHOUT_LABELS}"
+        )
+    return None
+
+
+def _without_number(name: str) -> tuple[str, ...]:
+    """The words in the path of a shard that are neither numbers nor splits."""
+    words = re.findall(r"[^\W\d_]+", name)
+    return tuple(word for word in words if split_of(word) is None and word != "of")

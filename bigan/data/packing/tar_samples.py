@@ -1,0 +1,244 @@
+"""The samples of one WebDataset tar: the image, and the label as it is written.
+
+Consecutive members with one key are a sample: `<key>.jpg`, `<key>.cls`, `<key>.json`. The label is
+a class number or name in `.cls` or another suffix of `LABELS`, under one of `JSON_LABELS` in
+`.json`, or in `.txt`, which may as well be a caption: `shard_labels.py` decides that for all
+shards together.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bigan.data import DataError
+from bigan.data.format.codec import first_line
+from bigan.data.format.convert import SUFFIXES
+from bigan.data.format.tar import Member, group_samples, walk_tar
+from bigan.data.packing.listing import MAX_BYTES, MAX_CLASSES, unsafe
+
+IMAGES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
+LABELS = ("cls", "label", "class", "target", "category")  # suffixes of texts
+JSON_LABELS = (
+    "label", "cls", "class", "target", "category", "class_id", "class_name", "label_id",
+    "labels", "classes", "targets", "categories",
+)  # fmt: skip
+TEXT = ".txt"  # the place of a label that may be a caption
+NO_IMAGE = "has no image"
+WITHOUT_LABELS = "data.labels=none, or `bigan pack --labels none`, uses the images without labels"
+SORT = (
+    "extract them and write them again with `tar --sort=name`, which puts the members of a sample "
+    "one after the other"
+)
+
+_Buffer = bytes | memoryview | mmap.mmap
+ARRAYS = {"npy", "npz", "pyd", "pickle", "pkl", "pth", "pt"}
+_ARRAY_LABELS = {*LABELS, "labels", "targets", "onehot", "one_hot", "y"}  # before such a suffix
+_VECTOR = re.compile(r"\[.*\]|[(]?[-+.\d]+(?:[\s,;]+[-+.\d]+)+[)]?", re.DOTALL)
+_NUMBER = re.compile(r"[-+]?\d{1,18}(?:\.\d*)?|[-+]?\.\d+")
+_MAX_NAME = 200  # characters
+_COMPRESSED = {
+    b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a tar: key, suffix, offset and size in bytes, and its label as it is written.
+
+    label: class number or class name, None without one. place: where the label is, such as ".cls"
+    or ".json label", "" without one; for a `.txt` that is no class name, label is None.
+    """
+
+    key: str
+    suffix: str
+    offset: int
+    size: int
+    label: int | str | None
+    place: str = ""
+
+
+class UnsuitableError(DataError):
+    """Intact tars that are no WebDataset of images with one class each."""
+
+
+def list_samples(
+    data: _Buffer, where: str, with_labels: bool = True
+) -> tuple[list[Sample], list[tuple[str, str]]]:
+    """The samples of a WebDataset tar in order, and (name, reason) of its unusable members.
+
+    The image of a sample (`tar.group_samples`) is its first member with a suffix in `IMAGES`, an
+    array only if there is no other. For a damaged tar the samples before the damage are returned
+    and (where, reason) is the last entry of the second list.
+
+    Raises `UnsuitableError` for a compressed tar, samples whose members are not adjacent, and
+    labels of several values.
+    """
+    samples: list[Sample] = []
+    bad: list[tuple[str, str]] = []
+    seen: dict[str, tuple[str, ...]] = {}  # the suffixes of each key
+
+    def safe_members() -> Iterator[Member]:
+        for member in walk_tar(data, where):
+            if unsafe(member.name):
+                bad.append((f"{where}/{member.name}", "points outside of the tar"))
+            else:
+                yield member
+
+    check_compression(bytes(data[:6]), where)
+    try:
+        for key, group in group_samples(safe_members()):
+            suffixes = tuple(suffix for suffix, _ in group)
+            if key not in seen:
+                found = _sample(data, key, group, where, with_labels)
+                if isinstance(found, str):
+                    bad.append((f"{where}/{key}", found))
+                else:
+                    samples.append(found)
+            elif set(suffixes).isdisjoint(seen[key]):
+                raise not_adjacent(where, key, seen[key][0], suffixes[0])
+            else:
+                bad.append((f"{where}/{key}", "appears twice"))
+            seen[key] = (*seen.get(key, ()), *suffixes)
+    except UnsuitableError:
+        raise
+    except DataError as error:
+        bad.append((where, str(error).removeprefix(f"{where}: ")))
+    return samples, bad
+
+
+def check_compression(start: bytes, where: str) -> None:
+    """Raise `UnsuitableError` if `start`, the first bytes of a tar, are those of a packed file."""
+    for magic, program in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise UnsuitableError(f"{where}: is compressed; decompress it with `{program}`")
+
+
+def not_adjacent(where: str, key: str, first: str, second: str) -> UnsuitableError:
+    """The error for a sample whose members with these suffixes are apart."""
+    return UnsuitableError(
+        f"{where}: {key}.{first} and {key}.{second} are not adjacent in the tar; {SORT}"
+    )
+
+
+def _sample(
+    data: _Buffer, key: str, group: list[tuple[str, Member]], where: str, with_labels: bool
+) -> Sample | str:
+    """The sample of these (suffix, member) pairs, or the reason it is unusable."""
+    members = dict(reversed(group))  # of two with one suffix, the first
+    suffix = image_suffix([suffix for suffix, _ in group])
+    if suffix is None:
+        return f"{NO_IMAGE} ({' '.join(suffix for suffix, _ in group)})"
+    image = members.pop(suffix)
+    if image.size > MAX_BYTES:
+        return f"is larger than {MAX_BYTES} bytes"
+    label: int | str | None = None
+    place = ""
+    if with_labels:
+        contents = {
+            name: bytes(data[member.offset : member.offset + min(member.size, 2**20)])
+            if _is_text(name)
+            else b""
+            for name, member in members.items()
+        }
+        try:
+            label, place = read_label(contents, f"{where}/{key}")
+        except ValueError as error:
+            return str(error)
+    return Sample(key, suffix, image.offset, image.size, label, place)
+
+
+def image_suffix(suffixes: Sequence[str]) -> str | None:
+    """The suffix of the image: the first one in `IMAGES`, an array only if there is no other."""
+    images = [suffix for suffix in suffixes if suffix in IMAGES]
+    return next((suffix for suffix in images if suffix != "npy"), images[0] if images else None)
+
+
+def _is_text(suffix: str) -> bool:
+    """Whether `read_label` reads members with this suffix."""
+    return suffix in ("json", "txt") or suffix.removesuffix(".txt") in LABELS
+
+
+def read_label(members: Mapping[str, bytes], where: str) -> tuple[int | str | None, str]:
+    """(label, its place) of a sample from its members besides the image, by suffix.
+
+    A class number, or a class name without surrounding space. Raises ValueError with the reason for
+    an impossible label, `UnsuitableError` for several values.
+    """
+    found: list[tuple[int | str, str]] = []
+    for suffix in members:
+        if suffix.removesuffix(".txt") in LABELS:
+            found += _label(_decoded(members[suffix]), f".{suffix}", where)
+    if "json" in members:
+        value, key = _in_json(members["json"])
+        found += _label(value, f".json {key}".strip(), where)
+    if found:
+        numbers = {label: place for label, place in found if isinstance(label, int)}
+        if len(numbers) > 1:
+            (a, first), (b, second) = list(numbers.items())[:2]
+            raise ValueError(f"has label {a} in {first} and {b} in {second}")
+        return found[0]
+    for suffix in members:
+        parts = suffix.split(".")
+        if parts[-1] in ARRAYS and (len(parts) == 1 or parts[0] in _ARRAY_LABELS):
+            raise _several(f"an array, {suffix}", where)
+    if "txt" in members:
+        try:
+            found = _label(_decoded(members["txt"]), TEXT, where)
+        except (ValueError, UnsuitableError):  # a caption
+            found = []
+        return found[0] if found else (None, TEXT)
+    return None, ""
+
+
+def _in_json(content: bytes) -> tuple[Any, str]:
+    """(label, its key) in a JSON text."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        raise ValueError("its .json cannot be read") from None
+    if not isinstance(found, dict):
+        return found, ""
+    keys = {key.lower(): key for key in reversed(found) if found[key] is not None}
+    key = next((keys[name] for name in JSON_LABELS if name in keys), "")
+    return (found[key], key) if key else (None, "")
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise ValueError(f"label {content[:20]!r} is not text") from None
+
+
+def _label(value: Any, place: str, where: str) -> list[tuple[int | str, str]]:
+    """[(class number or name, place)] of a label as it is written; [] for an empty one."""
+    if value is None or value == "":
+        return []
+    if isinstance(value, list | dict):
+        raise _several(f"{value!r:.40} in {place}", where)
+    if isinstance(value, str):
+        text = value.strip()
+        if _VECTOR.fullmatch(text):
+            raise _several(f"{text:.40} in {place}", where)
+        if not _NUMBER.fullmatch(text):
+            if len(text) > _MAX_NAME or not text.isprintable():
+                raise ValueError(f"label {first_line(repr(text)):.40} is not a class name")
+            return [(text, place)]
+        value = float(text) if "." in text else int(text)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MAX_CLASSES:
+        raise ValueError(f"label {value!s:.40} is not a class number")
+    return [(value, place)]
+
+
+def _several(what: str, where: str) -> UnsuitableError:
+    return UnsuitableError(
+        f"{where}: its label is {what}; one class number or class name for each image is "
+        f"supported; {WITHOUT_LABELS}"
+    )
