@@ -250,6 +250,7 @@ REFUSED = {
     "fractions": (
         "1.png", {"dataset.json": '{"labels": {"1.png": 0.5}}'}, "dataset.json", "one class",
     ),
+    "an extracted WebDataset": ("a/1.png", {"a/1.cls": "0"}, "", "tar --sort=name"),
     "an unknown split": (
         "1.png", {"labels.csv": "file,label,split\n1.png,a,fold1"}, "1.png", "'fold1'",
     ),

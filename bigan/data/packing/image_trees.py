@@ -45,6 +45,12 @@ def tree_listing(
 
 def _listing(tree: Tree, paths: list[str], where: str, name: str, labels: Labels) -> Listing:
     label_files = tree.label_files if labels == "auto" else {}
+    if tree.skipped[".cls"] and labels == "auto":
+        raise layout.LayoutError(
+            "",
+            "holds .cls files, as an extracted WebDataset does; pack its tars, write one with "
+            "`tar --sort=name`, or ignore them with --labels folders or --labels none",
+        )
     if label_files:
         labelled = by_label_files(paths, label_files, where)
         root, splits = _splits_beside_label_files(tree, paths, labelled, where)
