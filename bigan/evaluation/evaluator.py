@@ -24,6 +24,7 @@ from bigan.objectives.base import Objective
 from bigan.objectives.samplers import Sampler, truncation_problem
 from bigan.run_config import EvaluationConfig, RunConfig, misfits, setup_of
 from bigan.run_folder import RunFolder
+from bigan.transparency import has_alpha
 
 FEW_SAMPLES = 10_000  # fewer images bias a 2048-dimensional FID visibly upwards
 
@@ -136,6 +137,8 @@ class Evaluator:
             content["inputs_fingerprint"] = self.inputs.fingerprint
         if self.has_batchnorm:
             content["batch_statistics"] = "standing"
+        if has_alpha(self.manifest.channels):
+            content["transparency"] = "composited on white"
         if self.config.growth:
             content["upsampling"] = "lower resolutions by repeating pixels"
         if truncation is not None:

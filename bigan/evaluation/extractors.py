@@ -29,6 +29,7 @@ from torch_fidelity.utils import create_feature_extractor
 
 from bigan.errors import UserError
 from bigan.hashes import sha256_of_file
+from bigan.transparency import has_alpha
 
 DIGITS8 = "digits8-cnn-v1"
 DIGITS8_WEIGHTS = Path(__file__).with_name("digits8_cnn_v1.safetensors")
@@ -46,9 +47,9 @@ INCEPTION_URL = (
 class Extractor:
     """A feature extractor and the facts about it that are part of the protocol.
 
-    A call maps uint8 images [B, C, H, W] (C = 1 or 3) to float32 (features [B, dim],
-    logits [B, num_classes]), computed in full float32: no autocast, no TF32. Raises ValueError for
-    images of another type or shape.
+    A call maps uint8 images [B, C, H, W] (C = 1 to 4) to float32 (features [B, dim],
+    logits [B, num_classes]), computed in full float32: no autocast, no TF32. Images with alpha (C =
+    2 or 4) are composited on white first. Raises ValueError for images of another type or shape.
     """
 
     name: str
@@ -61,15 +62,26 @@ class Extractor:
     module: nn.Module
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in range(1, 5):
             shape = tuple(images.shape)
-            raise ValueError(f"expected uint8 images [B, 1 or 3, H, W], got {images.dtype} {shape}")
-        images = images.to(self.device)
+            raise ValueError(f"expected uint8 images [B, 1 to 4, H, W], got {images.dtype} {shape}")
+        images = on_white(images.to(self.device))
         if self.is_published:
             images = images.expand(-1, 3, -1, -1)
         with torch.no_grad(), full_float32(self.device):
             features, logits = self.module(images)
         return features, logits
+
+
+def on_white(images: Tensor) -> Tensor:
+    """uint8 images [B, 2 or 4, H, W] -> [B, 1 or 3, H, W] on white; those without alpha unchanged.
+
+    (color * alpha + 255 * (255 - alpha)) / 255, rounded half up in integers.
+    """
+    if not has_alpha(images.shape[1]):
+        return images
+    colors, alpha = images[:, :-1].int(), images[:, -1:].int()
+    return ((colors * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
 
 
 class Digits8Network(nn.Module):

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from bigan import atomic_files
+from bigan.transparency import on_checkerboard
 
 CELL_PIXELS = 64  # smaller images are enlarged to at least this
 MAX_SNAPSHOTS = 12  # columns of a contact sheet
@@ -60,8 +61,9 @@ class Geometry:
 def grid(images: Tensor, columns: int, row_labels: Sequence[str] = ()) -> Image.Image:
     """A grid of images in row-major order with `columns` columns.
 
-    images: uint8 [N, C, H, W] or [N, H, W, C] with C = 1 or 3. Images below 64 pixels are enlarged
-    by an integer factor with a Lanczos filter, which keeps 16 x 16 digits readable.
+    images: uint8 [N, C, H, W] or [N, H, W, C] with C = 1 to 4; those with alpha (C = 2 or 4) are on
+    a checkerboard. Images whose longer side is below 64 pixels are enlarged by an integer factor
+    with a Lanczos filter, which keeps 16 x 16 digits readable.
     row_labels: text at the left of each row, the name of its class.
     Raises ValueError for other shapes, dtypes or column counts.
     """
@@ -103,21 +105,22 @@ def _grid(images: Tensor, columns: int, row_labels: Sequence[str]) -> tuple[Imag
     for index in range(num):
         box = geometry.box(index // columns, index % columns)
         cell = Image.fromarray(pixels[index])
-        page.paste(_resized(cell, geometry.width, geometry.height), box[:2])
+        page.paste(on_checkerboard(_resized(cell, geometry.width, geometry.height)), box[:2])
     _write_row_labels(page, geometry, font)
     return page, geometry
 
 
 def _channels_last(images: Tensor) -> np.ndarray:
-    """uint8 [N, H, W, 3] of images in either layout."""
+    """uint8 [N, H, W, 2, 3 or 4] of images in either layout."""
     if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape:
         found = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
         raise ValueError(f"expected uint8 images [N, C, H, W] or [N, H, W, C], got {found}")
-    if images.shape[1] in (1, 3):
+    if images.shape[1] <= 4:
         images = images.permute(0, 2, 3, 1)
-    elif images.shape[3] not in (1, 3):
-        raise ValueError(f"expected 1 or 3 channels, got shape {list(images.shape)}")
-    return images.cpu().expand(-1, -1, -1, 3).contiguous().numpy()
+    elif images.shape[3] > 4:
+        raise ValueError(f"expected 1 to 4 channels, got shape {list(images.shape)}")
+    num_channels = 3 if images.shape[3] == 1 else images.shape[3]
+    return images.cpu().expand(-1, -1, -1, num_channels).contiguous().numpy()
 
 
 # --- contact sheets ---------------------------------------------------------------------------

@@ -74,6 +74,27 @@ def test_both_layouts_and_colour() -> None:
     np.testing.assert_array_equal(pixels[68:132, 84:164], images[3].permute(1, 2, 0).numpy())
 
 
+@pytest.mark.parametrize(("channels", "color"), [(2, (90, 90, 90)), (4, (90, 60, 30))])
+def test_transparency_is_shown_over_a_checkerboard(
+    tmp_path: Path, channels: int, color: tuple[int, int, int]
+) -> None:
+    images = torch.zeros(2, channels, 24, 16, dtype=torch.uint8)
+    images[0] = torch.tensor([*color[: channels - 1], 255])[:, None, None]
+    for layout in (images, images.permute(0, 2, 3, 1)):
+        image_grids.save_grid(tmp_path / "0.png", layout, columns=2)
+        with Image.open(tmp_path / "0.png") as picture:
+            geometry = image_grids.read_geometry(picture)
+            assert geometry is not None
+            assert (geometry.width, geometry.height) == (48, 72)
+            opaque, clear = (
+                np.asarray(picture.convert("RGB").crop(geometry.box(0, i))) for i in range(2)
+            )
+        assert (opaque == color).all()
+        assert np.unique(clear).tolist() == [204, 255]
+        assert (clear[:8, :8] != clear[:8, 8:16]).all()
+        assert (clear[:8, :8] != clear[8:16, :8]).all()
+
+
 @pytest.mark.parametrize("num", [4, 5, 6])
 def test_geometry_is_that_of_torchvision(num: int) -> None:
     images = torch.randint(0, 256, (num, 3, 64, 80), dtype=torch.uint8)
@@ -95,7 +116,7 @@ def test_grey_pictures_are_stored_in_grey_and_coloured_ones_in_colour(tmp_path: 
     [
         (torch.zeros(2, 1, 8, 8), 1, "uint8"),
         (torch.zeros(1, 8, 8, dtype=torch.uint8), 1, "N, C, H, W"),
-        (torch.zeros(2, 4, 8, 8, dtype=torch.uint8), 1, "1 or 3 channels"),
+        (torch.zeros(2, 5, 8, 8, dtype=torch.uint8), 1, "1 to 4 channels"),
         (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), 1, "uint8 images"),
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), 0, "columns"),
     ],
