@@ -49,6 +49,9 @@ class Config(ModelConfig):
     base_channels: Positive = 8192  # layers at R px have base_channels / (R/2) channels,
     max_channels: Positive = 512  # up to this maximum
     minibatch_group: Annotated[int, Field(ge=2)] = 4  # of the minibatch standard deviation
+    # Discriminator blocks pool before the bias and the activation of their second convolution, as
+    # the authors' TensorFlow code does by default; their Theano code pools after them.
+    fused_scale: bool = False
 
     @property
     def is_fading(self) -> bool:
@@ -181,16 +184,31 @@ class Generator(nn.Module):
         return images
 
 
+class PooledConv2d(EqualisedConv2d):
+    """[B, in, H, W], H and W even -> [B, out, H/2, W/2]: 3 x 3 convolution, 2 x 2 mean, then bias.
+
+    Computed as one convolution of stride 2, whose 4 x 4 kernel is the mean of the 3 x 3 kernel at
+    the four positions that are pooled.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.avg_pool2d(self.effective_weight(), 2, stride=1, padding=1)
+        return F.conv2d(x, weight, self.effective_bias(), stride=2, padding=1)
+
+
 class DiscriminatorBlock(nn.Module):
     """[B, in, H, W] -> [B, out, H/2, W/2]."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, fused_scale: bool) -> None:
         super().__init__()
+        self.fused_scale = fused_scale
         self.conv1 = EqualisedConv2d(in_channels, in_channels, 3, gain=GAIN)
-        self.conv2 = EqualisedConv2d(in_channels, out_channels, 3, gain=GAIN)
+        last = PooledConv2d if fused_scale else EqualisedConv2d
+        self.conv2 = last(in_channels, out_channels, 3, gain=GAIN)
 
     def forward(self, x: Tensor) -> Tensor:
-        return shrink(_activated(self.conv2(_activated(self.conv1(x)))))
+        h = _activated(self.conv2(_activated(self.conv1(x))))
+        return h if self.fused_scale else shrink(h)
 
 
 class LastBlock(nn.Module):
@@ -229,7 +247,7 @@ class Discriminator(nn.Module):
         self.blocks = nn.ModuleDict()
         for resolution in reversed(config.resolutions[1:]):
             before, after = config.channels_at(resolution), config.channels_at(resolution // 2)
-            self.blocks[str(resolution)] = DiscriminatorBlock(before, after)
+            self.blocks[str(resolution)] = DiscriminatorBlock(before, after, config.fused_scale)
         features = config.channels_at(2)
         self.blocks["4"] = LastBlock(config.channels_at(4), features, config.minibatch_group)
         self.linear = EqualisedLinear(features, 1)

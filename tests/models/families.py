@@ -91,7 +91,11 @@ FAMILIES = {
             "image_channels": 1, "base_channels": 16, "max_channels": 6,
         },
         full=lambda resolution: {"num_classes": 10, "conditional": True, "fading": resolution > 4},
-        variants={"stable": {"fading": False, "conditional": False, "image_channels": 3}},
+        variants={
+            "stable": {
+                "fading": False, "conditional": False, "image_channels": 3, "fused_scale": True,
+            },
+        },
         narrowest=({"resolution": 64, "base_channels": 32},),
         counts={
             # Table 2 of the paper gives 23.1M for both. The authors' code counts 23,079,115 and
