@@ -50,6 +50,9 @@ class Config(ModelConfig):
     channel_base: Positive = 32768  # layers at R px have channel_base / R channels,
     max_channels: Positive = 512  # up to this maximum
     mapping_layers: Positive = 8
+    # Of a conditional discriminator; none: `mapping_layers`. The authors' code has 8 whatever the
+    # generator has.
+    discriminator_mapping_layers: Positive | None = None
     mapping_lr_multiplier: PositiveFloat = 0.01
     w_average_beta: Fraction = 0.995  # decay per step of the mean latent, used by truncation
     style_mixing: Fraction = 0.9  # probability that a training image has two latents
@@ -273,7 +276,7 @@ class Discriminator(nn.Module):
             Mapping(
                 0,
                 last,
-                config.mapping_layers,
+                config.discriminator_mapping_layers or config.mapping_layers,
                 config.mapping_lr_multiplier,
                 config.embedded_classes,
             )

@@ -124,12 +124,21 @@ FAMILIES = {
             "ffhq-256": (
                 {"resolution": 256, "channel_base": 16384, "num_classes": 1}, (24767458, 24001089),
             ),
+            # The authors' default configuration with --cond=1: two mapping layers in G, eight in D.
+            "auto-256-conditional": (
+                {
+                    "resolution": 256, "channel_base": 16384, "num_classes": 10,
+                    "conditional": True, "mapping_layers": 2, "discriminator_mapping_layers": 8,
+                },
+                (23459298, 26370112),
+            ),
         },
         errors=(
             ({"num_classes": 1}, "conditional: .*num_classes = 1; use conditional=false"),
             ({"channel_base": 8}, "channel_base = 8 .* at 16 px; use channel_base=16"),
             ({"style_mixing": 1.5}, "style_mixing = 1.5"),
             ({"mapping_layers": 0}, "mapping_layers = 0"),
+            ({"discriminator_mapping_layers": 0}, "discriminator_mapping_layers = 0"),
             ({"activation_clamp": 0.0}, "activation_clamp = 0.0"),
         ),
     ),

@@ -49,6 +49,7 @@ def test_layers_and_widths_of_every_resolution(resolution: int) -> None:
 VARIANTS = {
     "plain": {},
     "conditional": {"conditional": True, "mapping_lr_multiplier": 0.1, "image_channels": 3},
+    "deeper mapping of D": {"conditional": True, "discriminator_mapping_layers": 3},
     "widening": {"channel_base": 64, "max_channels": 9, "minibatch_group": 2},
     "4px": {"resolution": 4},
     "clamped": {"activation_clamp": 0.5},
