@@ -37,6 +37,9 @@ class TrainConfig(Frozen):
     batch: Positive  # images per optimizer step over all processes: the hyperparameter
     # Images per process and forward; bounds memory. BatchNorm sees micro_batch * processes images.
     micro_batch: Positive | None = None
+    # Of spectral normalization, before each optimizer step. Published code has one per forward:
+    # as many as there are micro-batches.
+    power_iterations: Positive = 1
     seed: Annotated[int, Field(ge=0)] = 0
     tick_images: Positive = 1_000  # metrics are read from the device, progress is shown
     checkpoint_images: Positive = 10_000  # complete state, for resuming

@@ -119,15 +119,16 @@ def spectral_layers(network: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
             yield name, module
 
 
-def power_iteration(network: nn.Module, eps: float | None = None) -> None:
-    """One power iteration, in place, of every spectrally normalised layer in `network`.
+def power_iteration(network: nn.Module, eps: float | None = None, num: int = 1) -> None:
+    """`num` power iterations, in place, of every spectrally normalised layer in `network`.
 
-    Call it once before each training step of the network (published code iterates in every training
-    forward). `eps` overrides that of the layers. Weights and vectors that are equal on all ranks
-    stay equal.
+    Call it once before each training step of the network. (Published code iterates in every
+    training forward, so `num` forwards of gradient accumulation iterate `num` times.) `eps`
+    overrides that of the layers. Weights and vectors that are equal on all ranks stay equal.
     """
     for _, layer in spectral_layers(network):
-        layer.iterate(eps)
+        for _ in range(num):
+            layer.iterate(eps)
 
 
 @torch.no_grad()

@@ -19,9 +19,7 @@ from bigan.data.streaming.stream import Batch
 from bigan.distributed.world import on_all_ranks
 from bigan.engine import Engine, Prepared
 from bigan.engine.loss_scale import LossScale
-from bigan.layers.batchnorm import (
-    set_process_group,
-)
+from bigan.layers.batchnorm import set_process_group
 from bigan.layers.spectral import power_iteration
 from bigan.objectives import ema, growth
 from bigan.objectives.base import (
@@ -370,11 +368,12 @@ class TrainState:
             yield
 
     def _iterate_singular_vectors(self, phase: str) -> None:
-        """One power iteration of every spectral norm in the networks of the step."""
+        """Power iterations of every spectral norm in the networks of the step."""
+        num = self.config.train.power_iterations
         for network in self.objective.phases[phase].children():
-            power_iteration(network)
+            power_iteration(network, num=num)
         for name in set(self.objective.phases[phase].reads) & set(self.networks):
-            power_iteration(self.networks[name])
+            power_iteration(self.networks[name], num=num)
 
     def _set_hyperparameters(self, step: Step) -> None:
         """Learning rate and betas that the schedules set for a step."""
