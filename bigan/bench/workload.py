@@ -122,7 +122,11 @@ def workload(
             name: PhaseWork(
                 seconds_per_image=seconds_per_image[name] / times[name],
                 parameter_bytes=num_bytes[name],
-                batchnorm_collectives=batchnorm_collectives(objective, phase),
+                batchnorm_collectives=(
+                    batchnorm_collectives(objective, phase)
+                    if config.train.batchnorm == "global"
+                    else 0
+                ),
                 times=times[name],
                 read_bytes=sum(num_bytes[o] for o in {owners.get(n) for n in phase.reads} if o),
                 gathers=2 if phase.after_step_uses_networks else 1,

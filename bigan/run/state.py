@@ -34,7 +34,7 @@ from bigan.objectives.samplers import Sampler
 from bigan.run.stages import Stage, stages
 from bigan.run.statistics import Statistics
 from bigan.run.trainable import check_trainable, is_trainable
-from bigan.run_config import RunConfig, accumulation_steps, check_groups
+from bigan.run_config import RunConfig, accumulation_steps, batchnorm_images, check_groups
 
 Streams = Mapping[str, Iterator[Batch]]
 OnStep = Callable[[Step], None]
@@ -100,13 +100,13 @@ class TrainState:
             name: ema.ema_copy(self.networks[name]) for name in self.objective.averaged
         }
         for network in [*self.networks.values(), *self.averages.values()]:
-            set_process_group(network, self.engine.process_group)
+            set_process_group(network, self.engine.batchnorm_group)
         self.optimizers = {
             name: config.optimizer[name].corrected(self.objective.separate_steps.get(name))
             for name in self.objective.phases
         }
         self.accumulation = accumulation_steps(config.train, self.world.size)
-        self.progress.forward_images = config.train.batch // self.accumulation
+        self.progress.forward_images = batchnorm_images(config.train, self.world.size)
         self.progress.stage = stage.index
 
     @property

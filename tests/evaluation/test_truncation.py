@@ -351,6 +351,8 @@ def test_micro_batches_are_remarked_on(tmp_path: Path, digits: Path) -> None:
     remark = "evaluation.standing_batch"
     assert any(remark in line for line in measure(config, 0.5, overrides=micro))
     assert not any(remark in line for line in measure(config, None, overrides=micro))
+    local = [*micro, "train.batchnorm=local"]  # the same number in training
+    assert not any(remark in line for line in measure(config, 0.5, overrides=local))
     chosen = [*micro, "evaluation.standing_batch=10"]
     assert not any(remark in line for line in measure(config, 0.5, overrides=chosen))
     assert "3 x 10" in table(config, 100)[0.5]["protocol"]["batch_statistics"]
