@@ -1,6 +1,6 @@
 """ProGAN (Karras et al. 2018, arXiv:1710.10196): progressive growing of both networks.
 
-Equalised learning rate in all layers; pixelwise normalisation in the generator, minibatch standard
+Equalized learning rate in all layers; pixelwise normalisation in the generator, minibatch standard
 deviation in the discriminator. Widths and structure are those of the paper's table 2.
 
 Growth is done by the caller. The networks of a stage are those of `Config(resolution=R,
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from bigan.config import Positive
 from bigan.layers import init
-from bigan.layers.equalised import Equalised, EqualisedConv2d, EqualisedLinear
+from bigan.layers.equalized import Equalized, EqualizedConv2d, EqualizedLinear
 from bigan.layers.minibatch_stddev import MinibatchStdDev
 from bigan.layers.pixelnorm import pixel_norm
 from bigan.layers.resampling import enlarge, fade, shrink
@@ -110,9 +110,9 @@ class FirstBlock(init.Layer):
         super().__init__()
         # In the paper this is a 4 x 4 convolution of z as a 1 x 1 map, whose fan-in includes 15
         # positions of padding: a quarter of the usual gain.
-        self.linear = EqualisedLinear(in_features, 16 * out_channels, bias=False, gain=GAIN / 4)
+        self.linear = EqualizedLinear(in_features, 16 * out_channels, bias=False, gain=GAIN / 4)
         self.bias = nn.Parameter(torch.zeros(out_channels))
-        self.conv = EqualisedConv2d(out_channels, out_channels, 3, gain=GAIN)
+        self.conv = EqualizedConv2d(out_channels, out_channels, 3, gain=GAIN)
 
     @torch.no_grad()
     def reset_parameters(
@@ -132,8 +132,8 @@ class GeneratorBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv1 = EqualisedConv2d(in_channels, out_channels, 3, gain=GAIN)
-        self.conv2 = EqualisedConv2d(out_channels, out_channels, 3, gain=GAIN)
+        self.conv1 = EqualizedConv2d(in_channels, out_channels, 3, gain=GAIN)
+        self.conv2 = EqualizedConv2d(out_channels, out_channels, 3, gain=GAIN)
 
     def forward(self, x: Tensor) -> Tensor:
         h = pixel_norm(_activated(self.conv1(enlarge(x))))
@@ -162,7 +162,7 @@ class Generator(nn.Module):
         self.to_image = nn.ModuleDict()
         for resolution in config.image_resolutions:
             channels = config.channels_at(resolution)
-            self.to_image[str(resolution)] = EqualisedConv2d(channels, config.image_channels, 1)
+            self.to_image[str(resolution)] = EqualizedConv2d(channels, config.image_channels, 1)
         self.register_buffer("alpha", torch.zeros(()))
 
     def init_weights(self, generator: torch.Generator) -> None:
@@ -184,7 +184,7 @@ class Generator(nn.Module):
         return images
 
 
-class PooledConv2d(EqualisedConv2d):
+class PooledConv2d(EqualizedConv2d):
     """[B, in, H, W], H and W even -> [B, out, H/2, W/2]: 3 x 3 convolution, 2 x 2 mean, then bias.
 
     Computed as one convolution of stride 2, whose 4 x 4 kernel is the mean of the 3 x 3 kernel at
@@ -202,8 +202,8 @@ class DiscriminatorBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, fused_scale: bool) -> None:
         super().__init__()
         self.fused_scale = fused_scale
-        self.conv1 = EqualisedConv2d(in_channels, in_channels, 3, gain=GAIN)
-        last = PooledConv2d if fused_scale else EqualisedConv2d
+        self.conv1 = EqualizedConv2d(in_channels, in_channels, 3, gain=GAIN)
+        last = PooledConv2d if fused_scale else EqualizedConv2d
         self.conv2 = last(in_channels, out_channels, 3, gain=GAIN)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -217,8 +217,8 @@ class LastBlock(nn.Module):
     def __init__(self, in_channels: int, out_features: int, minibatch_group: int) -> None:
         super().__init__()
         self.minibatch_stddev = MinibatchStdDev(minibatch_group)
-        self.conv = EqualisedConv2d(in_channels + 1, in_channels, 3, gain=GAIN)
-        self.linear = EqualisedLinear(16 * in_channels, out_features, gain=GAIN)
+        self.conv = EqualizedConv2d(in_channels + 1, in_channels, 3, gain=GAIN)
+        self.linear = EqualizedLinear(16 * in_channels, out_features, gain=GAIN)
 
     def forward(self, x: Tensor) -> Tensor:
         h = _activated(self.conv(self.minibatch_stddev(x)))
@@ -241,7 +241,7 @@ class Discriminator(nn.Module):
         self.from_image = nn.ModuleDict()
         for resolution in config.image_resolutions:
             channels = config.channels_at(resolution)
-            self.from_image[str(resolution)] = EqualisedConv2d(
+            self.from_image[str(resolution)] = EqualizedConv2d(
                 config.image_channels, channels, 1, gain=GAIN
             )
         self.blocks = nn.ModuleDict()
@@ -250,9 +250,9 @@ class Discriminator(nn.Module):
             self.blocks[str(resolution)] = DiscriminatorBlock(before, after, config.fused_scale)
         features = config.channels_at(2)
         self.blocks["4"] = LastBlock(config.channels_at(4), features, config.minibatch_group)
-        self.linear = EqualisedLinear(features, 1)
+        self.linear = EqualizedLinear(features, 1)
         self.embedding = (
-            Equalised((config.num_classes, features), bias=False) if config.conditional else None
+            Equalized((config.num_classes, features), bias=False) if config.conditional else None
         )
         self.register_buffer("alpha", torch.zeros(()))
 

@@ -24,7 +24,7 @@ from bigan.config import Fraction, Positive, PositiveFloat
 from bigan.layers import hashing, init
 from bigan.layers.binomial import downsample, upsample
 from bigan.layers.blur import blur
-from bigan.layers.equalised import EqualisedConv2d, EqualisedLinear
+from bigan.layers.equalized import EqualizedConv2d, EqualizedLinear
 from bigan.layers.mapping import AveragedMapping, Mapping, leaky_relu
 from bigan.layers.minibatch_stddev import MinibatchStdDev
 from bigan.layers.modulated import ModulatedConv2d
@@ -226,7 +226,7 @@ class Generator(nn.Module):
         return torch.where(is_other[..., None], self.mapping(other, labels, truncation_psi), ws)
 
 
-class BlurredConv2d(EqualisedConv2d):
+class BlurredConv2d(EqualizedConv2d):
     """[B, in, H, W], H and W even -> [B, out, H / 2, W / 2]: blur, convolution of stride 2."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -240,9 +240,9 @@ class DiscriminatorBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, clamp: float | None) -> None:
         super().__init__()
         self.clamp = clamp
-        self.conv1 = EqualisedConv2d(in_channels, in_channels, 3)
+        self.conv1 = EqualizedConv2d(in_channels, in_channels, 3)
         self.conv2 = BlurredConv2d(in_channels, out_channels, 3)
-        self.shortcut = EqualisedConv2d(in_channels, out_channels, 1, bias=False)
+        self.shortcut = EqualizedConv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         h = leaky_relu(self.conv1(x), self.clamp)
@@ -262,16 +262,16 @@ class Discriminator(nn.Module):
         super().__init__()
         self.config = config
         channels = [config.channels_at(resolution) for resolution in config.resolutions[::-1]]
-        self.from_image = EqualisedConv2d(config.image_channels, channels[0], 1)
+        self.from_image = EqualizedConv2d(config.image_channels, channels[0], 1)
         self.blocks = nn.ModuleList(
             DiscriminatorBlock(before, after, config.activation_clamp)
             for before, after in pairwise(channels)
         )
         last = channels[-1]
         self.minibatch_stddev = MinibatchStdDev(config.minibatch_group)
-        self.conv = EqualisedConv2d(last + 1, last, 3)
-        self.linear = EqualisedLinear(16 * last, last)
-        self.output = EqualisedLinear(last, last if config.conditional else 1)
+        self.conv = EqualizedConv2d(last + 1, last, 3)
+        self.linear = EqualizedLinear(16 * last, last)
+        self.output = EqualizedLinear(last, last if config.conditional else 1)
         self.mapping = (
             Mapping(
                 0,

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bigan.config import ConfigError, Frozen, NonNegative, Positive
-from bigan.layers.batchnorm import normalisation_layers
+from bigan.layers.batchnorm import normalization_layers
 
 Discriminator = Callable[[Tensor, Tensor], Tensor]
 
@@ -68,7 +68,7 @@ def refuse_batchnorm(key: str, network: nn.Module) -> None:
     be silently wrong (Gulrajani et al. 2017, section 4). Minibatch standard deviation also couples
     images, in groups; the published methods penalize through it.
     """
-    if normalisation_layers(network):
+    if normalization_layers(network):
         raise ConfigError(
             f"{key}: a gradient penalty needs outputs that depend on one image each, and the "
             f"BatchNorm in {type(network).__name__} makes them depend on the batch; use spectral "

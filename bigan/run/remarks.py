@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bigan.data.streaming import resampled
-from bigan.layers.batchnorm import normalisation_layers
+from bigan.layers.batchnorm import normalization_layers
 from bigan.run.state import TrainState
 
 
@@ -32,7 +32,7 @@ def _unused_streams(state: TrainState) -> list[str]:
 
 def _batchnorm(state: TrainState) -> list[str]:
     """Number of images in the statistics of BatchNorm, and whether a resume changes it."""
-    if not any(normalisation_layers(network) for network in state.networks.values()):
+    if not any(normalization_layers(network) for network in state.networks.values()):
         return []
     train, lines = state.config.train, []
     joined, former = state.progress.forward_images, state.former_forward_images

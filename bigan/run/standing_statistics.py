@@ -7,7 +7,7 @@ from functools import partial
 from torch import nn
 
 from bigan.distributed.world import sum_over_ranks
-from bigan.layers.batchnorm import collecting_statistics, normalisation_layers
+from bigan.layers.batchnorm import collecting_statistics, normalization_layers
 from bigan.run.state import TrainState
 from bigan.run_config import batchnorm_images
 
@@ -28,7 +28,7 @@ def collect_standing_statistics(state: TrainState) -> None:
         share = world.share(num)
     for sampler in state.objective.samplers.values():
         networks = state.sampling_networks(sampler)
-        normalizing = nn.ModuleList(n for n in networks.values() if normalisation_layers(n))
+        normalizing = nn.ModuleList(n for n in networks.values() if normalization_layers(n))
         if sampler.inputs is not None or not len(normalizing):
             continue
         with collecting_statistics(normalizing, partial(sum_over_ranks, world)):

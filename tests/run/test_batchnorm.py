@@ -11,7 +11,7 @@ from short_runs import advance, differing, resume, save, tensors
 from torch import Tensor
 
 from bigan.distributed.world import World
-from bigan.layers.batchnorm import normalisation_layers
+from bigan.layers.batchnorm import normalization_layers
 from bigan.run import standing_statistics
 from bigan.run.remarks import remarks
 from bigan.run.standing_statistics import collect_standing_statistics
@@ -53,7 +53,7 @@ def standing(state: TrainState, size: int, patch: pytest.MonkeyPatch) -> list[Te
     for rank in range(size):
         collect(rank, lambda _, values: sums.append(values.clone()))
     collect(0, lambda _, values: values.copy_(torch.stack(sums).sum(0)))
-    layers = normalisation_layers(state.averages["generator"])
+    layers = normalization_layers(state.averages["generator"])
     return [t.clone() for layer in layers for t in (layer.standing_mean, layer.standing_var)]
 
 
