@@ -36,8 +36,13 @@ IMAGES = "images"  # name of the data stream where `data` is a single one
 class TrainConfig(Frozen):
     total_images: Positive
     batch: Positive  # images per optimizer step over all processes: the hyperparameter
-    # Images per process and forward; bounds memory. BatchNorm sees micro_batch * processes images.
-    micro_batch: Positive | None = None
+    micro_batch: Positive | None = None  # images per process and forward; bounds memory
+    # Images that share BatchNorm statistics in training: the micro-batches of all processes
+    # (global), or one micro-batch (local), which needs `micro_batch`: the same at any world size.
+    batchnorm: Literal["global", "local"] = "global"
+    # Of spectral normalization, before each optimizer step. Published code has one per forward:
+    # as many as there are micro-batches.
+    power_iterations: Positive = 1
     seed: Annotated[int, Field(ge=0)] = 0
     tick_images: Positive = 1_000  # metrics are read from the device, progress is shown
     checkpoint_images: Positive = 10_000  # complete state, for resuming
@@ -49,6 +54,15 @@ class TrainConfig(Frozen):
     replica_check_images: Positive = 50_000  # interval of comparing the weights of all ranks
     lost_after_seconds: Positive = 60  # without a heartbeat: the rank is lost, the run stops
     collective_timeout_seconds: Positive = 600  # of one collective, while all ranks are alive
+
+    @model_validator(mode="after")
+    def _local_statistics(self) -> TrainConfig:
+        if self.batchnorm == "local" and self.micro_batch is None:
+            raise ValueError(
+                "batchnorm = local needs micro_batch, the number of images that share statistics; "
+                "without it they would depend on the number of processes"
+            )
+        return self
 
 
 class CollapseConfig(Frozen):
@@ -298,6 +312,12 @@ def accumulation_steps(train: TrainConfig, world_size: int) -> int:
             f"train.micro_batch={nearest}"
         )
     return share // micro
+
+
+def batchnorm_images(train: TrainConfig, world_size: int) -> int:
+    """Images that share BatchNorm statistics in training; raises as `accumulation_steps` does."""
+    joined = train.batch // accumulation_steps(train, world_size)
+    return joined if train.batchnorm == "global" else joined // world_size
 
 
 def check_groups(config: RunConfig, world_size: int) -> None:

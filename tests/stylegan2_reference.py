@@ -90,7 +90,8 @@ def mapped(state: State, name: str, z: Tensor | None, labels: Tensor, config: Co
         y = linear(state, f"{name}.embedding", one_hot)
         parts.append(y / (y.square().mean(1, keepdim=True) + 1e-8).sqrt())
     x = torch.cat(parts, 1)
-    for i in range(config.mapping_layers):
+    num = config.mapping_layers if z is not None else config.discriminator_mapping_layers
+    for i in range(num or config.mapping_layers):
         x = lrelu(linear(state, f"{name}.layers.{i}", x, config.mapping_lr_multiplier))
     return x
 

@@ -76,7 +76,7 @@ def without_exchange(state: TrainState) -> Iterator[None]:
     finally:
         engine.reduces_gradients = True
         for network in state.networks.values():
-            set_process_group(network, engine.process_group)
+            set_process_group(network, engine.batchnorm_group)
 
 
 class Rank:

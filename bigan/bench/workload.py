@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from bigan.bench.prediction import Network, PhaseWork, Workload
-from bigan.layers.batchnorm import normalisation_layers
+from bigan.layers.batchnorm import normalization_layers
 from bigan.objectives.base import Objective, Phase
 from bigan.run.trainable import is_trainable
 from bigan.run_config import RunConfig, setup_of
@@ -122,7 +122,11 @@ def workload(
             name: PhaseWork(
                 seconds_per_image=seconds_per_image[name] / times[name],
                 parameter_bytes=num_bytes[name],
-                batchnorm_collectives=batchnorm_collectives(objective, phase),
+                batchnorm_collectives=(
+                    batchnorm_collectives(objective, phase)
+                    if config.train.batchnorm == "global"
+                    else 0
+                ),
                 times=times[name],
                 read_bytes=sum(num_bytes[o] for o in {owners.get(n) for n in phase.reads} if o),
                 gathers=2 if phase.after_step_uses_networks else 1,
@@ -153,7 +157,7 @@ def batchnorm_collectives(objective: Objective, phase: Phase) -> int:
 
 
 def _num_layers(network: nn.Module) -> int:
-    return len(normalisation_layers(network))
+    return len(normalization_layers(network))
 
 
 def _trained_bytes(config: RunConfig, phase: Phase) -> int:

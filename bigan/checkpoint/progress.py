@@ -22,7 +22,7 @@ class Progress:
     attempt: int = 1  # 1 + number of resumes
     data_fingerprint: str = ""  # of the images trained on
     bad_images: int = 0  # not decodable, replaced by the next sample (data.on_bad=skip)
-    forward_images: int = 0  # images of one forward over all ranks, for BatchNorm; 0: unknown
+    forward_images: int = 0  # images that share BatchNorm statistics; 0: unknown
     stage: int = 0  # growth stage of the networks
     collapse_began: int = -1  # images_seen at which a collapse was detected; -1: no collapse
     rollbacks: int = 0  # number of rollbacks to the checkpoint before a collapse

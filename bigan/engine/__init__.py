@@ -108,7 +108,8 @@ class Engine:
         check_same_program(self.world, program(config.model_dump(mode="json"), self.name))
         for remark in launch_remarks(environment, config.precision, config.compile):
             self.echo(remark)
-        self.process_group = dist.group.WORLD if size > 1 else None
+        shares = size > 1 and config.train.batchnorm == "global"
+        self.batchnorm_group = dist.group.WORLD if shares else None
         # The sharding engines flatten weights, so they need row-major ones.
         replicated = self.name in {"single", "ddp"}
         self.memory_format = torch.channels_last if replicated else torch.contiguous_format

@@ -240,7 +240,8 @@ class Evaluator:
         smallest = min(self.settings.num_samples, self.reference.num)
         if self.extractor.is_published and smallest < FEW_SAMPLES:
             lines.append(f"FID of {smallest} images is biased upwards; papers use 50000")
-        micro = self.config.train.micro_batch
+        train = self.config.train
+        micro = train.micro_batch if train.batchnorm == "global" else None
         if self.has_batchnorm and any(truncations) and micro and not self.settings.standing_batch:
             lines.append(
                 f"BatchNorm statistics of truncated latents are from forwards of {micro} images, "

@@ -19,7 +19,7 @@ from bigan.data.settings import Fetch
 from bigan.data.streaming.stream import sequential
 from bigan.distributed.world import World, on_all_ranks, sum_over_ranks
 from bigan.errors import RunError
-from bigan.layers.batchnorm import collecting_statistics, normalisation_layers
+from bigan.layers.batchnorm import collecting_statistics, normalization_layers
 from bigan.objectives.samplers import Sampler, Tensors
 from bigan.run_config import EvaluationConfig, RunConfig, TrainConfig
 
@@ -34,7 +34,7 @@ def standing_batch(config: RunConfig) -> int:
 
 def has_batchnorm(networks: Networks) -> bool:
     """Whether any of the networks has BatchNorm layers."""
-    return any(normalisation_layers(network) for network in networks.values())
+    return any(normalization_layers(network) for network in networks.values())
 
 
 def accumulate_statistics(
@@ -54,7 +54,7 @@ def accumulate_statistics(
     batch is computed by one rank, so the result does not depend on the number of ranks. All ranks
     call it. Networks without BatchNorm are left as they are.
     """
-    normalizing = [n for n in networks.values() if normalisation_layers(n)]
+    normalizing = [n for n in networks.values() if normalization_layers(n)]
     if not normalizing:
         return
 

@@ -40,7 +40,7 @@ class SelfAttention(Layer):
         theta = self.theta(x).flatten(2)  # [B, C/8, HW]
         phi = F.max_pool2d(self.phi(x), 2).flatten(2)  # [B, C/8, HW/4]
         g = F.max_pool2d(self.g(x), 2).flatten(2)  # [B, C/2, HW/4]
-        # Without the 1 / sqrt(d) of transformers: spectral normalisation bounds the products.
+        # Without the 1 / sqrt(d) of transformers: spectral normalization bounds the products.
         attention = torch.softmax(torch.bmm(theta.transpose(1, 2), phi), dim=-1)  # [B, HW, HW/4]
         values = torch.bmm(g, attention.transpose(1, 2))  # [B, C/2, HW]
         return x + self.gamma * self.output(values.unflatten(2, (height, width)))

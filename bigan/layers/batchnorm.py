@@ -1,4 +1,4 @@
-"""Batch normalisation without running buffers, over one process or all of them.
+"""Batch normalization without running buffers, over one process or all of them.
 
 In training mode a forward uses the statistics of its batch and writes nothing. In evaluation mode
 it uses BigGAN's "standing statistics" (Brock et al. 2019, section 4.1), which
@@ -51,7 +51,7 @@ def average_over_ranks(x: Tensor, group_name: str, group_size: int) -> Tensor:
     return _AverageOverRanks.apply(x, group_name, group_size)
 
 
-class _Normalise(Layer):
+class _Normalize(Layer):
     """x [B, C, H, W] -> gain * (x - mean) / sqrt(var + eps) + bias."""
 
     standing_mean: Tensor
@@ -67,7 +67,7 @@ class _Normalise(Layer):
         self.register_buffer("standing_mean", torch.zeros(num_features))
         self.register_buffer("standing_var", torch.ones(num_features))
 
-    def normalise(self, x: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
+    def normalize(self, x: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
         """`gain` and `bias`: [C], or [B, C] if they differ between images, or None."""
         dtype = x.dtype
         x = at_least_float32(x)
@@ -112,8 +112,8 @@ class _Normalise(Layer):
         self.reset_statistics()
 
 
-class BatchNorm2d(_Normalise):
-    """Batch normalisation of [B, C, H, W] with a learned gain and bias, if `affine`."""
+class BatchNorm2d(_Normalize):
+    """Batch normalization of [B, C, H, W] with a learned gain and bias, if `affine`."""
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -134,11 +134,11 @@ class BatchNorm2d(_Normalise):
             self.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.normalise(x, self.weight, self.bias)
+        return self.normalize(x, self.weight, self.bias)
 
 
-class ConditionalBatchNorm2d(_Normalise):
-    """Batch normalisation whose gain and bias are linear in a condition (BigGAN appendix B.1).
+class ConditionalBatchNorm2d(_Normalize):
+    """Batch normalization whose gain and bias are linear in a condition (BigGAN appendix B.1).
 
     x [B, C, H, W], cond [B, cond_dim] -> [B, C, H, W], with gain = 1 + W_g cond, bias = W_b cond.
     Without the 1 the output of a layer with small weights would be close to 0.
@@ -153,16 +153,16 @@ class ConditionalBatchNorm2d(_Normalise):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         gain, bias = at_least_float32(self.gain(cond)), at_least_float32(self.bias(cond))
-        return self.normalise(x, 1 + gain, bias)
+        return self.normalize(x, 1 + gain, bias)
 
 
 def _over_map(x: Tensor) -> Tensor:
     return x[..., None, None]
 
 
-def normalisation_layers(network: nn.Module) -> list[_Normalise]:
-    """Every batch normalisation layer of `network`, in registration order."""
-    return [module for module in network.modules() if isinstance(module, _Normalise)]
+def normalization_layers(network: nn.Module) -> list[_Normalize]:
+    """Every batch normalization layer of `network`, in registration order."""
+    return [module for module in network.modules() if isinstance(module, _Normalize)]
 
 
 def set_process_group(network: nn.Module, group: dist.ProcessGroup | None) -> None:
@@ -171,7 +171,7 @@ def set_process_group(network: nn.Module, group: dist.ProcessGroup | None) -> No
     Layers store the name of the group instead of the group, so that networks can be deep-copied.
     """
     size = 1 if group is None else dist.get_world_size(group)
-    for layer in normalisation_layers(network):
+    for layer in normalization_layers(network):
         layer.group_name = group.group_name if group is not None and size > 1 else None
         layer.group_size = size
 
@@ -188,7 +188,7 @@ def collecting_statistics(
     eager, because forward hooks do not run in compiled graphs. Raises RuntimeError if there was no
     forward. After an exception inside, the former statistics are kept.
     """
-    layers = normalisation_layers(network)
+    layers = normalization_layers(network)
     # Per layer: sum of x, sum of x^2, number of values per channel; pooled in float64.
     sums = [
         torch.zeros(2 * n.num_features + 1, dtype=torch.float64, device=n.standing_mean.device)

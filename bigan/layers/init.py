@@ -21,7 +21,7 @@ class Layer(nn.Module):
 
         Random values come from `generator`, a CPU generator, and are drawn on the CPU, so that they
         do not depend on the device of the layer. `scheme` applies to layers that have no
-        initialisation of their own.
+        initialization of their own.
         """
         raise NotImplementedError
 

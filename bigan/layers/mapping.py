@@ -1,6 +1,6 @@
 """StyleGAN's mapping network (Karras et al. 2019, arXiv:1812.04948) and its mean output.
 
-    w = f(z, label): both normalised to a root mean square of 1, concatenated, then linear layers
+    w = f(z, label): both normalized to a root mean square of 1, concatenated, then linear layers
 
 The mean of w, towards which samples are truncated, is a buffer that no forward writes: the trainer
 calls `mean_latent` and `follow_latents` between two steps.
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigan.layers.equalised import EqualisedLinear
+from bigan.layers.equalized import EqualizedLinear
 from bigan.layers.init import Layer, Scheme
 from bigan.layers.pixelnorm import pixel_norm
 from bigan.layers.precision import at_least_float32, without_autocast
@@ -29,10 +29,10 @@ def leaky_relu(x: Tensor, clamp: float | None = None) -> Tensor:
     return x if clamp is None else x.clamp(-clamp, clamp)
 
 
-class LabelEmbedding(EqualisedLinear):
+class LabelEmbedding(EqualizedLinear):
     """Labels int64 [B] -> [B, dim]: a linear layer of one-hot labels.
 
-    As published, rows are scaled by 1 / sqrt(num_classes); the caller normalises them.
+    As published, rows are scaled by 1 / sqrt(num_classes); the caller normalizes them.
     """
 
     def __init__(self, num_classes: int, dim: int) -> None:
@@ -63,7 +63,7 @@ class Mapping(nn.Module):
         self.embedding = LabelEmbedding(num_classes, w_dim) if num_classes else None
         width = z_dim + (w_dim if num_classes else 0)
         self.layers = nn.ModuleList(
-            EqualisedLinear(w_dim if i else width, w_dim, lr_multiplier=lr_multiplier)
+            EqualizedLinear(w_dim if i else width, w_dim, lr_multiplier=lr_multiplier)
             for i in range(num_layers)
         )
 

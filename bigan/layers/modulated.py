@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigan.layers.blur import blur
-from bigan.layers.equalised import Equalised, EqualisedLinear
+from bigan.layers.equalized import Equalized, EqualizedLinear
 from bigan.layers.precision import at_least_float32, without_autocast
 
 
@@ -45,7 +45,7 @@ def modulated_conv2d(
     return blur(x, padding=1) if up else x
 
 
-class ModulatedConv2d(Equalised):
+class ModulatedConv2d(Equalized):
     """x [B, in, H, W], w [B, w_dim] -> [B, out, H, W], or [B, out, 2H, 2W] with `up`.
 
     styles = A w + b, with initial value 1 of b. A bias is added after the convolution.
@@ -63,7 +63,7 @@ class ModulatedConv2d(Equalised):
         super().__init__((out_channels, in_channels, kernel_size, kernel_size))
         self.demodulate = demodulate
         self.up = up
-        self.style = EqualisedLinear(w_dim, in_channels, initial_bias=1.0)
+        self.style = EqualizedLinear(w_dim, in_channels, initial_bias=1.0)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         with without_autocast(w):

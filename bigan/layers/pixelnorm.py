@@ -1,4 +1,4 @@
-"""Pixelwise feature normalisation (Karras et al. 2018, arXiv:1710.10196, section 4.2)."""
+"""Pixelwise feature normalization (Karras et al. 2018, arXiv:1710.10196, section 4.2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spectral normalisation (Miyato et al. 2018, arXiv:1802.05957) with an explicit power iteration.
+"""Spectral normalization (Miyato et al. 2018, arXiv:1802.05957) with an explicit power iteration.
 
 The forward of a layer uses `weight / sigma` with sigma = u^T W v, where W is the weight as a matrix
 with one row per output. The unit vectors u and v are constants: the gradient flows through W alone
@@ -57,7 +57,7 @@ class SpectralNorm(Layer):
         with without_autocast(self.weight):
             return torch.dot(self.u, torch.mv(self.weight.flatten(1), self.v))
 
-    def normalised_weight(self) -> Tensor:
+    def normalized_weight(self) -> Tensor:
         """`weight / sigma`, of the weight's shape; its largest singular value is about 1."""
         return self.weight / self.singular_value()
 
@@ -72,7 +72,7 @@ class SpectralNorm(Layer):
 
 
 class SNLinear(SpectralNorm):
-    """Spectrally normalised linear map [..., in] -> [..., out]."""
+    """Spectrally normalized linear map [..., in] -> [..., out]."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, eps: float = 1e-4
@@ -80,11 +80,11 @@ class SNLinear(SpectralNorm):
         super().__init__((out_features, in_features), bias, eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.normalised_weight(), self.bias)
+        return F.linear(x, self.normalized_weight(), self.bias)
 
 
 class SNConv2d(SpectralNorm):
-    """Spectrally normalised convolution: odd kernel, stride 1, zero padding that keeps the size."""
+    """Spectrally normalized convolution: odd kernel, stride 1, zero padding that keeps the size."""
 
     def __init__(
         self,
@@ -98,11 +98,11 @@ class SNConv2d(SpectralNorm):
         self.padding = kernel_size // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.normalised_weight(), self.bias, padding=self.padding)
+        return F.conv2d(x, self.normalized_weight(), self.bias, padding=self.padding)
 
 
 class SNEmbedding(SpectralNorm):
-    """Spectrally normalised embedding: labels int64 [...] -> [..., dim]."""
+    """Spectrally normalized embedding: labels int64 [...] -> [..., dim]."""
 
     def __init__(self, num_embeddings: int, dim: int, eps: float = 1e-4) -> None:
         super().__init__((num_embeddings, dim), bias=False, eps=eps)
@@ -113,21 +113,22 @@ class SNEmbedding(SpectralNorm):
 
 
 def spectral_layers(network: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
-    """(name, layer) of every spectrally normalised layer in `network`, in registration order."""
+    """(name, layer) of every spectrally normalized layer in `network`, in registration order."""
     for name, module in network.named_modules():
         if isinstance(module, SpectralNorm):
             yield name, module
 
 
-def power_iteration(network: nn.Module, eps: float | None = None) -> None:
-    """One power iteration, in place, of every spectrally normalised layer in `network`.
+def power_iteration(network: nn.Module, eps: float | None = None, num: int = 1) -> None:
+    """`num` power iterations, in place, of every spectrally normalized layer in `network`.
 
-    Call it once before each training step of the network (published code iterates in every training
-    forward). `eps` overrides that of the layers. Weights and vectors that are equal on all ranks
-    stay equal.
+    Call it once before each training step of the network. (Published code iterates in every
+    training forward, so `num` forwards of gradient accumulation iterate `num` times.) `eps`
+    overrides that of the layers. Weights and vectors that are equal on all ranks stay equal.
     """
     for _, layer in spectral_layers(network):
-        layer.iterate(eps)
+        for _ in range(num):
+            layer.iterate(eps)
 
 
 @torch.no_grad()

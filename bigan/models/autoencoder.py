@@ -61,7 +61,7 @@ class Config(ModelConfig):
 
 
 class Block(nn.Module):
-    """[B, in, H, W] -> [B, out, H', W']: 3 x 3 convolution, normalisation by image, SiLU.
+    """[B, in, H, W] -> [B, out, H', W']: 3 x 3 convolution, normalization by image, SiLU.
 
     H' = H, or H / 2 by a stride of 2 with `resize="down"`, or 2H from nearest neighbours with "up".
     """

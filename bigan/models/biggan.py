@@ -1,6 +1,6 @@
 """BigGAN (Brock, Donahue & Simonyan 2019, arXiv:1809.11096): generator and discriminator.
 
-Residual networks with spectral normalisation everywhere, a class-conditional BatchNorm generator
+Residual networks with spectral normalization everywhere, a class-conditional BatchNorm generator
 whose latent is split over the blocks (hierarchical z), one self-attention layer and a projection
 discriminator. Widths and parameter counts are exactly those of the published implementations.
 """

@@ -33,7 +33,8 @@ class Config(SharedConfig):
     """The shape and the initial values of both networks.
 
     No network is published for 16 px, and no definite one for 32 px: those two are ours, with a
-    constant width like BigGAN's for CIFAR.
+    constant width like BigGAN's for CIFAR. So is the discriminator at 64 px, which mirrors the
+    generator: public implementations differ, and the paper begins at 128 px.
     """
 
     name: Literal["biggan_deep"]

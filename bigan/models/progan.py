@@ -1,6 +1,6 @@
 """ProGAN (Karras et al. 2018, arXiv:1710.10196): progressive growing of both networks.
 
-Equalised learning rate in all layers; pixelwise normalisation in the generator, minibatch standard
+Equalized learning rate in all layers; pixelwise normalization in the generator, minibatch standard
 deviation in the discriminator. Widths and structure are those of the paper's table 2.
 
 Growth is done by the caller. The networks of a stage are those of `Config(resolution=R,
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from bigan.config import Positive
 from bigan.image_size import plain, scaled, shown
 from bigan.layers import init
-from bigan.layers.equalised import Equalised, EqualisedConv2d, EqualisedLinear
+from bigan.layers.equalized import Equalized, EqualizedConv2d, EqualizedLinear
 from bigan.layers.minibatch_stddev import MinibatchStdDev
 from bigan.layers.pixelnorm import pixel_norm
 from bigan.layers.resampling import enlarge, fade, shrink
@@ -52,6 +52,9 @@ class Config(ModelConfig):
     base_channels: Positive = 8192
     max_channels: Positive = 512  # up to this maximum
     minibatch_group: Annotated[int, Field(ge=2)] = 4  # of the minibatch standard deviation
+    # Discriminator blocks pool before the bias and the activation of their second convolution, as
+    # the authors' TensorFlow code does by default; their Theano code pools after them.
+    fused_scale: bool = False
 
     @property
     def is_fading(self) -> bool:
@@ -114,11 +117,11 @@ class FirstBlock(init.Layer):
         # In the paper this is a 4 x 4 convolution of z as a 1 x 1 map, whose fan-in includes 15
         # positions of padding: a quarter of the usual gain.
         area = math.prod(base)
-        self.linear = EqualisedLinear(
+        self.linear = EqualizedLinear(
             in_features, area * out_channels, bias=False, gain=GAIN / math.sqrt(area)
         )
         self.bias = nn.Parameter(torch.zeros(out_channels))
-        self.conv = EqualisedConv2d(out_channels, out_channels, 3, gain=GAIN)
+        self.conv = EqualizedConv2d(out_channels, out_channels, 3, gain=GAIN)
 
     @torch.no_grad()
     def reset_parameters(
@@ -138,8 +141,8 @@ class GeneratorBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv1 = EqualisedConv2d(in_channels, out_channels, 3, gain=GAIN)
-        self.conv2 = EqualisedConv2d(out_channels, out_channels, 3, gain=GAIN)
+        self.conv1 = EqualizedConv2d(in_channels, out_channels, 3, gain=GAIN)
+        self.conv2 = EqualizedConv2d(out_channels, out_channels, 3, gain=GAIN)
 
     def forward(self, x: Tensor) -> Tensor:
         h = pixel_norm(_activated(self.conv1(enlarge(x))))
@@ -170,7 +173,7 @@ class Generator(nn.Module):
         self.to_image = nn.ModuleDict()
         for resolution in config.image_resolutions:
             channels = config.channels_at(resolution)
-            self.to_image[str(resolution)] = EqualisedConv2d(channels, config.image_channels, 1)
+            self.to_image[str(resolution)] = EqualizedConv2d(channels, config.image_channels, 1)
         self.register_buffer("alpha", torch.zeros(()))
 
     def init_weights(self, generator: torch.Generator) -> None:
@@ -192,16 +195,31 @@ class Generator(nn.Module):
         return images
 
 
+class PooledConv2d(EqualizedConv2d):
+    """[B, in, H, W], H and W even -> [B, out, H/2, W/2]: 3 x 3 convolution, 2 x 2 mean, then bias.
+
+    Computed as one convolution of stride 2, whose 4 x 4 kernel is the mean of the 3 x 3 kernel at
+    the four positions that are pooled.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.avg_pool2d(self.effective_weight(), 2, stride=1, padding=1)
+        return F.conv2d(x, weight, self.effective_bias(), stride=2, padding=1)
+
+
 class DiscriminatorBlock(nn.Module):
     """[B, in, H, W] -> [B, out, H/2, W/2]."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, fused_scale: bool) -> None:
         super().__init__()
-        self.conv1 = EqualisedConv2d(in_channels, in_channels, 3, gain=GAIN)
-        self.conv2 = EqualisedConv2d(in_channels, out_channels, 3, gain=GAIN)
+        self.fused_scale = fused_scale
+        self.conv1 = EqualizedConv2d(in_channels, in_channels, 3, gain=GAIN)
+        last = PooledConv2d if fused_scale else EqualizedConv2d
+        self.conv2 = last(in_channels, out_channels, 3, gain=GAIN)
 
     def forward(self, x: Tensor) -> Tensor:
-        return shrink(_activated(self.conv2(_activated(self.conv1(x)))))
+        h = _activated(self.conv2(_activated(self.conv1(x))))
+        return h if self.fused_scale else shrink(h)
 
 
 class LastBlock(nn.Module):
@@ -212,8 +230,8 @@ class LastBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.minibatch_stddev = MinibatchStdDev(minibatch_group)
-        self.conv = EqualisedConv2d(in_channels + 1, in_channels, 3, gain=GAIN)
-        self.linear = EqualisedLinear(math.prod(base) * in_channels, out_features, gain=GAIN)
+        self.conv = EqualizedConv2d(in_channels + 1, in_channels, 3, gain=GAIN)
+        self.linear = EqualizedLinear(math.prod(base) * in_channels, out_features, gain=GAIN)
 
     def forward(self, x: Tensor) -> Tensor:
         h = _activated(self.conv(self.minibatch_stddev(x)))
@@ -224,7 +242,7 @@ class Discriminator(nn.Module):
     """images [B, C, H, W], labels int64 [B] -> logits [B].
 
     With `conditional` the logit is w . h + b + embedding(label) . h with h the last features. This
-    projection (Miyato & Koyama 2018, arXiv:1802.05637) with an equalised embedding is ours; in the
+    projection (Miyato & Koyama 2018, arXiv:1802.05637) with an equalized embedding is ours; in the
     published code the discriminator predicts the class instead (AC-GAN).
     """
 
@@ -236,20 +254,20 @@ class Discriminator(nn.Module):
         self.from_image = nn.ModuleDict()
         for resolution in config.image_resolutions:
             channels = config.channels_at(resolution)
-            self.from_image[str(resolution)] = EqualisedConv2d(
+            self.from_image[str(resolution)] = EqualizedConv2d(
                 config.image_channels, channels, 1, gain=GAIN
             )
         self.blocks = nn.ModuleDict()
         for resolution in reversed(config.resolutions[1:]):
             before, after = config.channels_at(resolution), config.channels_at(resolution // 2)
-            self.blocks[str(resolution)] = DiscriminatorBlock(before, after)
+            self.blocks[str(resolution)] = DiscriminatorBlock(before, after, config.fused_scale)
         features = config.channels_at(2)
         self.blocks["4"] = LastBlock(
             config.channels_at(4), features, config.base, config.minibatch_group
         )
-        self.linear = EqualisedLinear(features, 1)
+        self.linear = EqualizedLinear(features, 1)
         self.embedding = (
-            Equalised((config.num_classes, features), bias=False) if config.conditional else None
+            Equalized((config.num_classes, features), bias=False) if config.conditional else None
         )
         self.register_buffer("alpha", torch.zeros(()))
 

@@ -1,7 +1,7 @@
 """R3GAN (Huang et al. 2024, "The GAN is dead; long live the GAN!", arXiv:2501.05441).
 
 Two residual networks that mirror each other, of inverted bottlenecks with grouped convolutions.
-They have no normalisation, attention, style modulation, minibatch statistics or tanh. Stable
+They have no normalization, attention, style modulation, minibatch statistics or tanh. Stable
 training depends on the initial values (Fixup, Zhang et al. 2019, arXiv:1901.09321) and on the
 relativistic loss with R1 and R2 penalties at every step.
 """

@@ -1,7 +1,7 @@
 """StyleGAN2 (Karras et al. 2020, arXiv:1912.04958): style-based generator, residual discriminator.
 
 A mapping network turns z into w, which modulates every convolution of a synthesis network. The
-image is the sum of contributions of all resolutions (skip generator). All layers have an equalised
+image is the sum of contributions of all resolutions (skip generator). All layers have an equalized
 learning rate. Widths and parameter counts are exactly those of the published PyTorch code and of
 its conditional form (arXiv:2006.06676).
 
@@ -25,7 +25,7 @@ from bigan.image_size import shown, sides, sizes_up_to
 from bigan.layers import hashing, init
 from bigan.layers.binomial import downsample, upsample
 from bigan.layers.blur import blur
-from bigan.layers.equalised import EqualisedConv2d, EqualisedLinear
+from bigan.layers.equalized import EqualizedConv2d, EqualizedLinear
 from bigan.layers.mapping import AveragedMapping, Mapping, leaky_relu
 from bigan.layers.minibatch_stddev import MinibatchStdDev
 from bigan.layers.modulated import ModulatedConv2d
@@ -53,6 +53,9 @@ class Config(ModelConfig):
     channel_base: Positive = 32768
     max_channels: Positive = 512  # up to this maximum
     mapping_layers: Positive = 8
+    # Of a conditional discriminator; none: `mapping_layers`. The authors' code has 8 whatever the
+    # generator has.
+    discriminator_mapping_layers: Positive | None = None
     mapping_lr_multiplier: PositiveFloat = 0.01
     w_average_beta: Fraction = 0.995  # decay per step of the mean latent, used by truncation
     style_mixing: Fraction = 0.9  # probability that a training image has two latents
@@ -227,7 +230,7 @@ class Generator(nn.Module):
         return torch.where(is_other[..., None], self.mapping(other, labels, truncation_psi), ws)
 
 
-class BlurredConv2d(EqualisedConv2d):
+class BlurredConv2d(EqualizedConv2d):
     """[B, in, H, W], H and W even -> [B, out, H / 2, W / 2]: blur, convolution of stride 2."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -241,9 +244,9 @@ class DiscriminatorBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, clamp: float | None) -> None:
         super().__init__()
         self.clamp = clamp
-        self.conv1 = EqualisedConv2d(in_channels, in_channels, 3)
+        self.conv1 = EqualizedConv2d(in_channels, in_channels, 3)
         self.conv2 = BlurredConv2d(in_channels, out_channels, 3)
-        self.shortcut = EqualisedConv2d(in_channels, out_channels, 1, bias=False)
+        self.shortcut = EqualizedConv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         h = leaky_relu(self.conv1(x), self.clamp)
@@ -263,21 +266,21 @@ class Discriminator(nn.Module):
         super().__init__()
         self.config = config
         channels = [config.channels_at(resolution) for resolution in config.resolutions[::-1]]
-        self.from_image = EqualisedConv2d(config.image_channels, channels[0], 1)
+        self.from_image = EqualizedConv2d(config.image_channels, channels[0], 1)
         self.blocks = nn.ModuleList(
             DiscriminatorBlock(before, after, config.activation_clamp)
             for before, after in pairwise(channels)
         )
         last = channels[-1]
         self.minibatch_stddev = MinibatchStdDev(config.minibatch_group)
-        self.conv = EqualisedConv2d(last + 1, last, 3)
-        self.linear = EqualisedLinear(math.prod(config.base) * last, last)
-        self.output = EqualisedLinear(last, last if config.conditional else 1)
+        self.conv = EqualizedConv2d(last + 1, last, 3)
+        self.linear = EqualizedLinear(math.prod(config.base) * last, last)
+        self.output = EqualizedLinear(last, last if config.conditional else 1)
         self.mapping = (
             Mapping(
                 0,
                 last,
-                config.mapping_layers,
+                config.discriminator_mapping_layers or config.mapping_layers,
                 config.mapping_lr_multiplier,
                 config.embedded_classes,
             )

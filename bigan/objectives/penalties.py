@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bigan.config import ConfigError, Frozen, NonNegative, Positive
 from bigan.image_size import ImageSize, num_pixels
-from bigan.layers.batchnorm import normalisation_layers
+from bigan.layers.batchnorm import normalization_layers
 
 Discriminator = Callable[[Tensor, Tensor], Tensor]
 
@@ -69,11 +69,11 @@ def refuse_batchnorm(key: str, network: nn.Module) -> None:
     be silently wrong (Gulrajani et al. 2017, section 4). Minibatch standard deviation also couples
     images, in groups; the published methods penalize through it.
     """
-    if normalisation_layers(network):
+    if normalization_layers(network):
         raise ConfigError(
             f"{key}: a gradient penalty needs outputs that depend on one image each, and the "
             f"BatchNorm in {type(network).__name__} makes them depend on the batch; use spectral "
-            "normalisation (layers/spectral.py) or none there, or leave the penalty out"
+            "normalization (layers/spectral.py) or none there, or leave the penalty out"
         )
 
 

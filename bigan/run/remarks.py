@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bigan.data.streaming import resampled
-from bigan.layers.batchnorm import normalisation_layers
+from bigan.layers.batchnorm import normalization_layers
 from bigan.run.state import TrainState
 
 
@@ -32,16 +32,16 @@ def _unused_streams(state: TrainState) -> list[str]:
 
 def _batchnorm(state: TrainState) -> list[str]:
     """Number of images in the statistics of BatchNorm, and whether a resume changes it."""
-    if not any(normalisation_layers(network) for network in state.networks.values()):
+    if not any(normalization_layers(network) for network in state.networks.values()):
         return []
     train, lines = state.config.train, []
-    joined, former = train.batch // state.accumulation, state.former_forward_images
+    joined, former = state.progress.forward_images, state.former_forward_images
+    is_local = train.batchnorm == "local"
     if joined != train.batch:
-        lines.append(
-            f"BatchNorm sees {joined} images at a time (micro_batch x processes), not train.batch"
-        )
+        how = "train.batchnorm=local: micro_batch" if is_local else "micro_batch x processes"
+        lines.append(f"BatchNorm sees {joined} images at a time ({how}), not train.batch")
     if former not in (0, joined):
-        share, rest = divmod(former, state.world.size)
+        share, rest = divmod(former, 1 if is_local else state.world.size)
         keep = f"train.micro_batch={share} keeps it" if not rest else "use fewer processes"
         lines.append(
             f"BatchNorm saw {former} images at a time before, now {joined}: this changes the "

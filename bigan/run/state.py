@@ -19,9 +19,7 @@ from bigan.data.streaming.stream import Batch
 from bigan.distributed.world import on_all_ranks
 from bigan.engine import Engine, Prepared
 from bigan.engine.loss_scale import LossScale
-from bigan.layers.batchnorm import (
-    set_process_group,
-)
+from bigan.layers.batchnorm import set_process_group
 from bigan.layers.spectral import power_iteration
 from bigan.objectives import ema, growth
 from bigan.objectives.base import (
@@ -36,7 +34,7 @@ from bigan.objectives.samplers import Sampler
 from bigan.run.stages import Stage, stages
 from bigan.run.statistics import Statistics
 from bigan.run.trainable import check_trainable, is_trainable
-from bigan.run_config import RunConfig, accumulation_steps, check_groups
+from bigan.run_config import RunConfig, accumulation_steps, batchnorm_images, check_groups
 
 Streams = Mapping[str, Iterator[Batch]]
 OnStep = Callable[[Step], None]
@@ -102,13 +100,13 @@ class TrainState:
             name: ema.ema_copy(self.networks[name]) for name in self.objective.averaged
         }
         for network in [*self.networks.values(), *self.averages.values()]:
-            set_process_group(network, self.engine.process_group)
+            set_process_group(network, self.engine.batchnorm_group)
         self.optimizers = {
             name: config.optimizer[name].corrected(self.objective.separate_steps.get(name))
             for name in self.objective.phases
         }
         self.accumulation = accumulation_steps(config.train, self.world.size)
-        self.progress.forward_images = config.train.batch // self.accumulation
+        self.progress.forward_images = batchnorm_images(config.train, self.world.size)
         self.progress.stage = stage.index
 
     @property
@@ -370,11 +368,12 @@ class TrainState:
             yield
 
     def _iterate_singular_vectors(self, phase: str) -> None:
-        """One power iteration of every spectral norm in the networks of the step."""
+        """Power iterations of every spectral norm in the networks of the step."""
+        num = self.config.train.power_iterations
         for network in self.objective.phases[phase].children():
-            power_iteration(network)
+            power_iteration(network, num=num)
         for name in set(self.objective.phases[phase].reads) & set(self.networks):
-            power_iteration(self.networks[name])
+            power_iteration(self.networks[name], num=num)
 
     def _set_hyperparameters(self, step: Step) -> None:
         """Learning rate and betas that the schedules set for a step."""

@@ -36,7 +36,7 @@ def test_the_exchange_is_left_out_and_restored(
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
     layer, group = BatchNorm2d(3), SimpleNamespace(group_name="all")
     state = SimpleNamespace(
-        engine=SimpleNamespace(name=engine, reduces_gradients=True, process_group=group),
+        engine=SimpleNamespace(name=engine, reduces_gradients=True, batchnorm_group=group),
         networks={"generator": layer},
     )
     with without_exchange(state):

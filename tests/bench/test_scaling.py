@@ -186,6 +186,9 @@ def test_workload_of_a_config() -> None:
     assert (found.engine, found.overlap) == ("ddp", 0.4)
     assert found.batches == 2
     assert workload(load("compile=auto"), seconds, 0, 0, Assumed()).overlap == 0
+    local = load("train.micro_batch=10", "train.batchnorm=local")
+    shares = workload(local, seconds, 0.001, 0.02, Assumed()).phases.values()
+    assert [phase.batchnorm_collectives for phase in shares] == [0, 0]
 
 
 def test_workload_counts_trained_parameters_and_separate_steps() -> None:

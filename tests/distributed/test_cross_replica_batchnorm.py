@@ -24,7 +24,7 @@ from bigan.layers.batchnorm import (
     ConditionalBatchNorm2d,
     average_over_ranks,
     collecting_statistics,
-    normalisation_layers,
+    normalization_layers,
     set_process_group,
 )
 from bigan.models.biggan import Config, Generator
@@ -227,7 +227,7 @@ def test_a_group_of_one_process_is_local() -> None:
     try:
         network = nn.ModuleList([BatchNorm2d(3), ConditionalBatchNorm2d(3, 2)])
         set_process_group(network, dist.group.WORLD)
-        assert [layer.group_name for layer in normalisation_layers(network)] == [None, None]
+        assert [layer.group_name for layer in normalization_layers(network)] == [None, None]
     finally:
         dist.destroy_process_group()
 

@@ -94,6 +94,23 @@ def test_a_growing_run_is_the_same_on_two_processes(digits: Path, tmp_path: Path
 
 
 @pytest.mark.full
+def test_local_batchnorm_is_the_same_when_resumed_at_another_world_size(
+    digits: Path, tmp_path: Path
+) -> None:
+    """Begun by one process and continued by two with the same micro-batch, without a remark."""
+    common = [SMOKE, f"data.path={digits}", "train.micro_batch=10", "train.batchnorm=local"]
+    alone(tmp_path / "one", *common)
+    alone(tmp_path / "two", *common, "train.total_images=200")
+    together = launch(*common, f"run_dir={tmp_path / 'two'}", options=["--config_file", LAUNCH])
+    assert together.returncode == 0, together.stderr[-2000:]
+    assert "resuming" in together.stderr
+    assert "BatchNorm saw" not in together.stderr
+    a, b = (load_file(tmp_path / name / WEIGHTS.format(400)) for name in ("one", "two"))
+    assert any("standing_var" in key for key in a)
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-4
+
+
+@pytest.mark.full
 @pytest.mark.slow  # tests/launch/test_chaos.py resumes after kills
 def test_resume_is_bitwise_on_two_processes(digits: Path, tmp_path: Path) -> None:
     """Stopped after a checkpoint and started again by the same command: the same bytes."""

@@ -23,7 +23,7 @@ from bigan.evaluation.evaluator import Evaluator
 from bigan.evaluation.records import Record, Task
 from bigan.evaluation.truncation import sweep
 from bigan.evaluation.watcher import evaluate
-from bigan.layers.batchnorm import normalisation_layers
+from bigan.layers.batchnorm import normalization_layers
 from bigan.objectives.samplers import LatentSampler, truncated_normal
 from bigan.run.standing_statistics import collect_standing_statistics
 from bigan.run_config import RunConfig
@@ -114,7 +114,7 @@ def test_without_a_bound_they_are_those_that_training_stored(
     average = state.averages["generator"]
     assert not any(module.training for module in average.modules())
     again = copy.deepcopy(average)
-    for layer in normalisation_layers(again):
+    for layer in normalization_layers(again):
         layer.reset_statistics()
     accumulate(again, config, None, tuple(TEN_CLASSES.values()), 200)
     expected = average.state_dict()
@@ -137,7 +137,7 @@ def test_they_are_of_latents_truncated_alike(tmp_path: Path) -> None:
         def look(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             ratios.append(args[0].var(dim=(0, 2, 3)).mean() / layer.standing_var.mean())
 
-        layers = normalisation_layers(generator)
+        layers = normalization_layers(generator)
         handles = [layer.register_forward_pre_hook(look) for layer in layers]
         z = truncated_normal(5, "test/z", 0, (400, 12), truncation)
         generator(z, torch.arange(400) % 10)
@@ -351,6 +351,8 @@ def test_micro_batches_are_remarked_on(tmp_path: Path, digits: Path) -> None:
     remark = "evaluation.standing_batch"
     assert any(remark in line for line in measure(config, 0.5, overrides=micro))
     assert not any(remark in line for line in measure(config, None, overrides=micro))
+    local = [*micro, "train.batchnorm=local"]  # the same number in training
+    assert not any(remark in line for line in measure(config, 0.5, overrides=local))
     chosen = [*micro, "evaluation.standing_batch=10"]
     assert not any(remark in line for line in measure(config, 0.5, overrides=chosen))
     assert "3 x 10" in table(config, 100)[0.5]["protocol"]["batch_statistics"]

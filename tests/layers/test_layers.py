@@ -31,7 +31,7 @@ def initialised(layer: nn.Module, scheme: str = "orthogonal", seed: int = 0) -> 
     return layer
 
 
-# --- spectral normalisation ----------------------------------------------------------------------
+# --- spectral normalization ----------------------------------------------------------------------
 
 PAIRS = {
     "linear": (lambda: SNLinear(7, 5), lambda: nn.Linear(7, 5), draw(4, 7)),
@@ -103,12 +103,12 @@ def test_spectral_norm_is_not_rounded_by_autocast(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(torch, "mv", watched)
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer.normalised_weight().dtype == torch.float32
+        assert layer.normalized_weight().dtype == torch.float32
         layer.iterate()
     assert seen == [False] * 3
 
 
-# --- batch normalisation -------------------------------------------------------------------------
+# --- batch normalization -------------------------------------------------------------------------
 
 
 def test_conditional_gain_is_one_plus_linear_of_the_condition() -> None:
@@ -116,8 +116,8 @@ def test_conditional_gain_is_one_plus_linear_of_the_condition() -> None:
     x, cond = 3 * draw(5, 6, 4, 4) + 1, draw(5, 4, seed=1)
     y = F.batch_norm(x, None, None, training=True, eps=1e-4)
     torch.testing.assert_close(layer(x, torch.zeros(5, 4)), y)  # gain 1, bias 0
-    gain = 1 + cond @ layer.gain.normalised_weight().t()
-    bias = cond @ layer.bias.normalised_weight().t()
+    gain = 1 + cond @ layer.gain.normalized_weight().t()
+    bias = cond @ layer.bias.normalized_weight().t()
     expected = y * gain[:, :, None, None] + bias[:, :, None, None]
     torch.testing.assert_close(layer(x, cond), expected)
     assert layer.gain.bias is None
@@ -205,7 +205,7 @@ def test_attention_equals_the_formula_position_by_position() -> None:
         layer.gamma.fill_(0.7)
     x = draw(1, 16, 4, 6)
     theta, phi, g, output = (
-        part.normalised_weight()[:, :, 0, 0]
+        part.normalized_weight()[:, :, 0, 0]
         for part in (layer.theta, layer.phi, layer.g, layer.output)
     )
     assert [tuple(w.shape) for w in (theta, phi, g, output)] == [(2, 16), (2, 16), (8, 16), (16, 8)]

@@ -1,6 +1,6 @@
 """What growing networks are made of, against loops, torch and finite differences.
 
-Doubling, halving and blending of images; minibatch standard deviation; pixelwise normalisation.
+Doubling, halving and blending of images; minibatch standard deviation; pixelwise normalization.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def test_minibatch_stddev_refuses_sizes_that_it_cannot_split(
         MinibatchStdDev(4, num_channels)(torch.zeros(size))
 
 
-def test_normalisations_in_half_precision_and_their_dtypes() -> None:
+def test_normalizations_in_half_precision_and_their_dtypes() -> None:
     """300^2 overflows in float16; both are computed in float32."""
     x = 300 * draw(4, 6, 2, 2)
     stddev = MinibatchStdDev(4)
@@ -175,7 +175,7 @@ def test_pixel_norm_gives_every_position_a_unit_rms() -> None:
     torch.testing.assert_close(pixel_norm(torch.full((1, 5), 1e-4)), torch.full((1, 5), 0.5**0.5))
 
 
-def test_normalisations_twice_differentiated() -> None:
+def test_normalizations_twice_differentiated() -> None:
     x = draw(4, 4, 1, 2).double().requires_grad_()
     for layer in (pixel_norm, MinibatchStdDev(2, 2)):
         assert torch.autograd.gradcheck(layer, (x,))

@@ -97,8 +97,10 @@ FAMILIES = {
         },
         full=lambda resolution: {"num_classes": 10, "conditional": True, "fading": resolution > 4},
         variants={
-            "stable": {"fading": False, "conditional": False, "image_channels": 3},
             "upright": {"resolution": [12, 8], "image_channels": 4},
+            "stable": {
+                "fading": False, "conditional": False, "image_channels": 3, "fused_scale": True,
+            },
         },
         narrowest=({"resolution": 64, "base_channels": 32},),
         counts={
@@ -131,12 +133,21 @@ FAMILIES = {
             "ffhq-256": (
                 {"resolution": 256, "channel_base": 16384, "num_classes": 1}, (24767458, 24001089),
             ),
+            # The authors' default configuration with --cond=1: two mapping layers in G, eight in D.
+            "auto-256-conditional": (
+                {
+                    "resolution": 256, "channel_base": 16384, "num_classes": 10,
+                    "conditional": True, "mapping_layers": 2, "discriminator_mapping_layers": 8,
+                },
+                (23459298, 26370112),
+            ),
         },
         errors=(
             ({"num_classes": 1}, "conditional: .*num_classes = 1; use conditional=false"),
             ({"channel_base": 8}, "channel_base = 8 .* at 16 px; use channel_base=16"),
             ({"style_mixing": 1.5}, "style_mixing = 1.5"),
             ({"mapping_layers": 0}, "mapping_layers = 0"),
+            ({"discriminator_mapping_layers": 0}, "discriminator_mapping_layers = 0"),
             ({"activation_clamp": 0.0}, "activation_clamp = 0.0"),
         ),
     ),

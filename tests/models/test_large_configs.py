@@ -111,13 +111,15 @@ def test_progan_has_the_batches_and_learning_rates_of_eight_gpus() -> None:
     assert described["schedule"]["accumulation_steps"] == 1
 
 
-def test_stylegan2_leaves_gamma_to_the_heuristic() -> None:
-    objective = built_objective(load("stylegan2-256"))
-    (line,) = [line for line in objective.remarks() if "r1" in line]
+def test_stylegan2_has_the_published_gamma_and_without_it_the_heuristic() -> None:
+    for name, gamma in (("stylegan2-256", 1), ("stylegan2-1024", 10)):
+        config = load(name)
+        (r1,) = config.objective.penalties
+        assert r1.weight == gamma
+        assert built_objective(config).separate_steps == {"discriminator": 16, "generator": 4}
+    config = load("stylegan2-256", "objective.penalties=[{name: r1}]")
+    (line,) = [line for line in built_objective(config).remarks() if "r1" in line]
     assert "0.2048" in line
-    assert objective.separate_steps == {"discriminator": 16, "generator": 4}
-    (r1,) = load("stylegan2-1024").objective.penalties
-    assert r1.weight == 10
 
 
 # --- one real step -------------------------------------------------------------------------------

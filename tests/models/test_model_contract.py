@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bigan import models
 from bigan.config import ConfigError
 from bigan.image_size import check_doublings, plain, shown, sides
-from bigan.layers.batchnorm import collecting_statistics, normalisation_layers
+from bigan.layers.batchnorm import collecting_statistics, normalization_layers
 from bigan.layers.mapping import has_latent_average
 from bigan.models import AnyModel
 
@@ -34,7 +34,7 @@ NETWORKS = [
 ]
 DISCRIMINATORS = [param for param in NETWORKS if param.values[2] == "discriminator"]
 SMALL_NETWORKS = [(name, kind) for name in FAMILIES for kind in members()[name].networks]
-NORMALISED = [name for name in FAMILIES if normalisation_layers(built(small(name), "meta")[0])]
+NORMALISED = [name for name in FAMILIES if normalization_layers(built(small(name), "meta")[0])]
 
 
 def initialised(config: AnyModel, kind: str) -> Any:
@@ -242,7 +242,7 @@ def test_images_do_not_depend_on_the_rest_of_the_batch(
     group = config.group if kind == "discriminator" else 1
     for training in (False, True):
         network.train(training)
-        if training and normalisation_layers(network):
+        if training and normalization_layers(network):
             continue
         together = outputs(network(x, labels))
         apart = outputs(network(x[:group], labels[:group]))
@@ -258,7 +258,7 @@ def test_standing_statistics_reproduce_their_batch(name: str) -> None:
     z, labels, _ = batch(config, 64)
     with collecting_statistics(network):
         expected = network(z, labels)
-    assert all((layer.standing_var != 1).all() for layer in normalisation_layers(network))
+    assert all((layer.standing_var != 1).all() for layer in normalization_layers(network))
     network.eval()
     torch.testing.assert_close(network(z, labels), expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(network(z[:3], labels[:3]), expected[:3], rtol=1e-3, atol=1e-4)

@@ -13,7 +13,7 @@ from families import make, resolutions, small
 from network_parts import batch, built
 from torch import Tensor, nn
 
-from bigan.models.progan import Config, Generator
+from bigan.models.progan import GAIN, Config, Generator, PooledConv2d
 
 RESOLUTIONS = resolutions("progan")
 # Table 2 of the paper, at resolutions 4 to 1024.
@@ -158,15 +158,18 @@ def test_generator_equals_its_formula(fading: bool) -> None:
     torch.testing.assert_close(generator(z, labels), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("fading", [False, True])
-def test_discriminator_equals_its_formula(fading: bool) -> None:
-    config = tiny(fading=fading)
+def test_discriminator_equals_its_formula(fading: bool, fused: bool) -> None:
+    config = tiny(fading=fading, fused_scale=fused)
     _, discriminator = networks(config)
     discriminator.alpha.fill_(0.3)
     _, labels, images = batch(config)
     h = lrelu(conv(discriminator, "from_image.8", images))
     h = lrelu(conv(discriminator, "blocks.8.conv1", h))
-    h = down(lrelu(conv(discriminator, "blocks.8.conv2", h)))
+    # The mean of the bias is the bias: only the activation sees whether it is before the pooling.
+    h = conv(discriminator, "blocks.8.conv2", h)
+    h = lrelu(down(h)) if fused else down(lrelu(h))
     if fading:
         h = 0.7 * lrelu(conv(discriminator, "from_image.4", down(images))) + 0.3 * h
     extra = torch.cat(
@@ -178,6 +181,42 @@ def test_discriminator_equals_its_formula(fading: bool) -> None:
     expected = h @ (discriminator.linear.weight[0] / 6**0.5) + discriminator.linear.bias
     expected = expected + (discriminator.embedding.weight[labels] / 6**0.5 * h).sum(1)
     torch.testing.assert_close(discriminator(images, labels), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fused_scale_is_a_strided_convolution_with_the_mean_of_shifted_kernels() -> None:
+    """Output and gradients in float64, with a non-square map; and the order that it implies."""
+    draw = torch.Generator().manual_seed(5)
+    layer = PooledConv2d(3, 4, 3, gain=GAIN).double()
+    x = torch.randn(2, 3, 6, 10, generator=draw, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(generator=draw)
+    weight = layer.weight * math.sqrt(2 / (9 * 3))
+    kernel = torch.zeros(4, 3, 4, 4, dtype=torch.float64)
+    for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        kernel = kernel + F.pad(weight, (j, 1 - j, i, 1 - i)) / 4
+    pooled = down(F.conv2d(x, weight, padding=1)) + layer.bias[:, None, None]
+    leaves = [x, layer.weight, layer.bias]
+    for expected in (F.conv2d(x, kernel, layer.bias, stride=2, padding=1), pooled):
+        results = []
+        for y in (layer(x), expected):
+            gradients = torch.autograd.grad(y.pow(3).sum(), leaves, create_graph=True)
+            penalty = gradients[0].square().sum()
+            again = torch.autograd.grad(penalty, leaves, retain_graph=True)
+            results.append([y, *gradients, *again])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_fused_scale_keeps_names_and_shapes_of_all_parameters() -> None:
+    """And the generator as it is: bias and activation follow its enlarged convolutions anyway."""
+    plain, fused = (networks(tiny(fused_scale=value)) for value in (False, True))
+    for one, other in zip(plain, fused, strict=True):
+        shapes, others = ({n: p.shape for n, p in x.named_parameters()} for x in (one, other))
+        assert list(shapes.items()) == list(others.items())
+    z, labels, images = batch(tiny())
+    assert torch.equal(plain[0](z, labels), fused[0](z, labels))
+    assert not torch.allclose(plain[1](images, labels), fused[1](images, labels))
 
 
 def test_without_conditional_labels_have_no_effect() -> None:

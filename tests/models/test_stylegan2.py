@@ -12,7 +12,7 @@ from stylegan2_reference import discriminate, mapped, networks, synthesised, tin
 from torch import Tensor
 
 from bigan.layers import hashing
-from bigan.layers.equalised import Equalised
+from bigan.layers.equalized import Equalized
 from bigan.models.stylegan2 import Config
 
 # --- parameter counts and shapes -----------------------------------------------------------------
@@ -49,6 +49,7 @@ def test_layers_and_widths_of_every_resolution(resolution: int) -> None:
 VARIANTS = {
     "plain": {},
     "conditional": {"conditional": True, "mapping_lr_multiplier": 0.1, "image_channels": 3},
+    "deeper mapping of D": {"conditional": True, "discriminator_mapping_layers": 3},
     "widening": {"channel_base": 64, "max_channels": 9, "minibatch_group": 2},
     "4px": {"resolution": 4},
     "clamped": {"activation_clamp": 0.5},
@@ -103,10 +104,10 @@ def test_initial_weights_are_the_published_ones() -> None:
 
 
 def test_every_scale_is_he_s() -> None:
-    """Equalised learning rate: weights are used with unit gain over the root of their fan-in."""
+    """Equalized learning rate: weights are used with unit gain over the root of their fan-in."""
     for network in networks(tiny(conditional=True)):
         for name, layer in network.named_modules():
-            if isinstance(layer, Equalised):
+            if isinstance(layer, Equalized):
                 multiplier = 0.01 if "mapping" in name and "embedding" not in name else 1
                 fan_in = layer.weight[0].numel()
                 assert layer.scale == pytest.approx(multiplier / fan_in**0.5), name

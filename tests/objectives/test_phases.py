@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from bigan import augment, checkpoint
 from bigan.augment import discriminator_inputs
 from bigan.layers.init import orthogonal_penalty
-from bigan.layers.spectral import spectral_layers
+from bigan.layers.spectral import power_iteration, spectral_layers
 from bigan.objectives.losses import LOSSES
 from bigan.objectives.penalties import PENALTIES, PenaltyBatch
 from bigan.reporting import image_grids
@@ -83,6 +84,25 @@ def test_singular_vectors_are_iterated_once_for_each_phase(make_config: MakeConf
             exact = torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)
             estimate = layer.singular_value().detach()
             assert 0.8 < (estimate / exact).item() < 1.001, name
+
+
+@pytest.mark.parametrize(("settings", "num"), [([], 1), (["train.power_iterations=3"], 3)])
+def test_power_iterations_of_an_optimizer_step(
+    make_config: MakeConfig, settings: list[str], num: int
+) -> None:
+    """Of the trained network and of the one that the phase reads, before the step."""
+    state, streams = make(make_config(*settings, "train.micro_batch=10"))
+    expected = copy.deepcopy(state.networks)
+    for copied in expected.values():
+        for _ in range(num):
+            power_iteration(copied)
+    with streams:
+        state.advance(streams, steps=state.objective.steps(0)[:1])
+    for name, copied in expected.items():
+        found = dict(spectral_layers(state.networks[name]))
+        for key, layer in spectral_layers(copied):
+            assert found[key].u.equal(layer.u), (name, key)
+            assert found[key].v.equal(layer.v), (name, key)
 
 
 def test_orthogonal_regularization_is_added_to_the_loss_of_the_generator(

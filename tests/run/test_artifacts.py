@@ -7,7 +7,7 @@ from collections.abc import Callable
 from parts import make
 from torch import nn
 
-from bigan.layers.batchnorm import normalisation_layers
+from bigan.layers.batchnorm import normalization_layers
 from bigan.run.artifacts import Artifacts
 from bigan.run.standing_statistics import collect_standing_statistics
 from bigan.run_config import RunConfig
@@ -22,7 +22,7 @@ def test_sampling_networks_stay_in_evaluation_mode(make_config: Callable[..., Ru
     state, streams = make(make_config())
     artifacts = Artifacts(state, None)
     average = state.averages["generator"]
-    assert normalisation_layers(average)
+    assert normalization_layers(average)
     with streams:
         collect_standing_statistics(state)
         assert in_training(average) == {False}

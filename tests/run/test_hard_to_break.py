@@ -139,6 +139,9 @@ def test_run_dir_that_cannot_be_one(
         ("evaluation.num_samples=1", "evaluation.num_samples = 1"),
         ("evaluation.truncation=1e-9", "evaluation.truncation = 1e-09"),
         ("train.total_images=-5", "train.total_images = -5"),
+        ("train.batchnorm=local", "batchnorm = local needs micro_batch"),
+        ("train.batchnorm=per_rank", "train.batchnorm = 'per_rank'"),
+        ("train.power_iterations=0", "train.power_iterations = 0"),
     ],
 )
 def test_unusable_values_are_one_line(

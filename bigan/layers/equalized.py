@@ -1,7 +1,7 @@
-"""Equalised learning rate (Karras et al. 2018, arXiv:1710.10196, section 4.1).
+"""Equalized learning rate (Karras et al. 2018, arXiv:1710.10196, section 4.1).
 
 Weights are drawn from N(0, 1) and multiplied by He's constant in every forward instead of once at
-initialisation. The size of Adam's steps does not depend on the scale of the gradient, so every
+initialization. The size of Adam's steps does not depend on the scale of the gradient, so every
 weight then changes by the same relative amount, whatever the fan-in of its layer.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bigan.layers.init import Layer, Scheme
 
 
-class Equalised(Layer):
+class Equalized(Layer):
     """Parameters whose effective values are `weight * scale` and `bias * lr_multiplier`.
 
     scale = gain * lr_multiplier / sqrt(fan-in); the fan-in is the product of all dimensions but the
@@ -60,7 +60,7 @@ class Equalised(Layer):
         return self.bias * self.lr_multiplier
 
 
-class EqualisedLinear(Equalised):
+class EqualizedLinear(Equalized):
     """[..., in] -> [..., out]."""
 
     def __init__(
@@ -78,7 +78,7 @@ class EqualisedLinear(Equalised):
         return F.linear(x, self.effective_weight(), self.effective_bias())
 
 
-class EqualisedConv2d(Equalised):
+class EqualizedConv2d(Equalized):
     """[B, in, H, W] -> [B, out, H, W]: odd kernel, stride 1, zero padding that keeps the size."""
 
     def __init__(
