@@ -340,3 +340,17 @@ def test_a_compressed_tar_is_packed_and_leaves_no_copy(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="damaged"):
         pack(file, tmp_path / "other", resolution=8)
     assert not (tmp_path / "other").exists()
+
+
+def test_one_archive_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "download").mkdir()
+    zipped(build(tmp_path / "data", PETS), tmp_path / "download" / "images.zip")
+    (tmp_path / "download" / "README.txt").write_text("x")
+    assert open_source(tmp_path / "download", resolution=8).classes == ("cat", "dog")
+    (tmp_path / "download" / "labels.csv").write_text("1.png,a")
+    with pytest.raises(DataError) as error:
+        open_source(tmp_path / "download", resolution=8)
+    one_line(error, "labels.csv beside images.zip", "extract")
+    zipped(tmp_path / "data", tmp_path / "download" / "test.zip")
+    with pytest.raises(DataError, match="several archives"):
+        open_source(tmp_path / "download", resolution=8)

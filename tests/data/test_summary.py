@@ -70,5 +70,8 @@ def test_summary_names_classes_without_training_images(tmp_path: Path) -> None:
     (tmp_path / "src/labels.csv").write_text("\n".join(["file,label,split", *rows]))
     text = summary(pack(tmp_path / "src", tmp_path / "out", resolution=8))
     assert "  without a training image: 1" in text.splitlines()
+    (tmp_path / "src/train.csv").write_text("1.png,0")
     text = summary(pack(tmp_path / "src", tmp_path / "none", resolution=8, labels="none"))
     assert "no labels" in text
+    assert "skipped 1 files that are not images: 1 .csv" in text
+    assert "labels are read from labels.csv" in text

@@ -35,7 +35,7 @@ from bigan.data.packing.image_trees import tree_listing
 from bigan.data.packing.iterables import iterable
 from bigan.data.packing.listing import Listing, Source, assign_splits, has_too_many_classes
 from bigan.data.packing.options import PackOptions, with_changes
-from bigan.data.packing.trees import Tree
+from bigan.data.packing.trees import LABEL_FILES, Tree
 from bigan.data.packing.zips import zip_tree
 from bigan.image_size import ImageSize
 from bigan.transparency import has_alpha
@@ -205,6 +205,11 @@ def _find_in_folder(path: Path, options: PackOptions, scratch: Path | None) -> L
     if not has_images(path):
         files = [file for file in sorted(path.iterdir()) if _is_archive(file)]
         if len(files) == 1:
+            if labels := [name for name in LABEL_FILES if (path / name).exists()]:
+                raise DataError(
+                    f"{path}: holds {labels[0]} beside {files[0].name}, whose images it may label; "
+                    f"extract the archive there, or give {files[0]} to pack it without {labels[0]}"
+                )
             return _find_in_file(files[0], options, scratch)
         if shards := shard_files.in_folder(path):
             return webdatasets.tars(shards, name, path, options.labels != "none")

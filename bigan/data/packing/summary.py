@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from bigan.data.format.manifest import Manifest
+from bigan.data.format.manifest import UNLABELLED, Manifest
 from bigan.data.packing.pack import BAD, Packed
+from bigan.data.packing.trees import LABEL_FILES
 from bigan.image_size import shown
 
+TABLES = {".csv", ".tsv", ".json", ".jsonl", ".parquet"}  # suffixes of files with labels
 NUM_ENDS = 5  # classes at the start and the end of a long list
 NUM_NAMES = 8  # of classes without training images
 
@@ -25,6 +27,11 @@ def summary(packed: Packed) -> str:
         total = sum(number for _, number in packed.skipped)
         kinds = ", ".join(f"{number:,} {suffix}" for suffix, number in packed.skipped)
         lines.append(f"  skipped {total:,} files that are not images: {kinds}")
+        unlabelled = any(manifest.classes == UNLABELLED for manifest in packed.manifests)
+        if unlabelled and not TABLES.isdisjoint(dict(packed.skipped)):
+            lines.append(
+                f"  labels are read from {', '.join(LABEL_FILES)} only: rename a file of them"
+            )
     if packed.bad and packed.manifests:
         folder = packed.manifests[0].folder
         bad = (folder if (folder / BAD).is_file() else folder.parent) / BAD
@@ -42,7 +49,7 @@ def _size(manifest: Manifest) -> str:
 
 def _classes(manifest: Manifest) -> list[str]:
     """A table of classes and splits; for many classes its ends only."""
-    if manifest.classes == ("all",):
+    if manifest.classes == UNLABELLED:
         return ["  no labels: all images are of one class"]
     counts = {split: _histogram(manifest, split) for split in manifest.splits}
     names = [name if len(name) <= 40 else f"{name[:37]}..." for name in manifest.classes]
