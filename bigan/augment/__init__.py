@@ -73,7 +73,7 @@ def draws(
 def apply(
     config: AugmentConfig, images: Tensor, draws: Tensor | None, strength: Tensor | None
 ) -> Tensor:
-    """float32 images [m, C, R, R], nominally in [-1, 1] -> augmented images of the same shape.
+    """float32 images [m, C, H, W], nominally in [-1, 1] -> augmented images of the same shape.
 
     `draws` [m, K] come from `draws` with the same config; `strength` is ADA's p, a 0-d tensor in
     [0, 1].

@@ -164,7 +164,7 @@ class GAN:
         for penalty in self._config.penalties:
             if penalty.weight is None:
                 weight = self._discriminator.weights[penalty.name]
-                why = "" if penalty.name == "wgan_gp" else " = 0.0002 * resolution^2 / batch"
+                why = "" if penalty.name == "wgan_gp" else " = 0.0002 * height * width / batch"
                 lines.append(f"weight of {penalty.name}: {weight:.6g}{why}")
         return lines
 

@@ -118,7 +118,7 @@ def path_lengths(synthesis: Callable[[Tensor], Tensor], ws: Tensor, noise: Tenso
 
     ||J_w^T y||, the root of the mean over layers of the squared lengths (Karras et al. 2020,
     arXiv:1912.04958, section 3.2): `ws` [B, layers, w_dim], `synthesis` maps it to images
-    [B, C, R, R], `noise` y of that shape is standard normal over the root of the number of pixels.
+    [B, C, H, W], `noise` y of that shape is standard normal over the root of the number of pixels.
     """
     gradient = torch.func.grad(lambda w: (synthesis(w) * noise).sum())(ws)
     return (gradient.square().sum(2).mean(1) + 1e-12).sqrt()

@@ -56,7 +56,7 @@ def _row_labels(state: TrainState) -> list[int]:
 
 
 def _from_latents(state: TrainState, sampler: Sampler, labels: list[int]) -> Tensor:
-    """uint8 [rows * columns, C, R, R]: one row per class."""
+    """uint8 [rows * columns, C, H, W]: one row per class."""
     draws = sampler.draws(state.config.train.seed, "grid", 0, len(labels) * COLUMNS, None)
     draws["labels"] = torch.tensor(labels).repeat_interleave(COLUMNS)
     return _sample(state, sampler, draws)
@@ -72,7 +72,7 @@ def _first_images(state: TrainState, stream: str) -> Batch:
 def _from_images(
     state: TrainState, sampler: Sampler, stream: str, batch: Batch, columns: int
 ) -> Tensor:
-    """uint8 [2 * rows * columns, C, R, R]: each row of inputs above the row of their outputs."""
+    """uint8 [2 * rows * columns, C, H, W]: each row of inputs above the row of their outputs."""
     rows = len(batch.labels) // columns
     num = rows * columns
     draws = sampler.draws(state.config.train.seed, "grid", 0, num, None)

@@ -155,7 +155,8 @@ def test_alpha_is_kept_added_or_composited(
         found = square(data, (6, 4), channels)
         assert found.shape == (6, 4, channels)
         assert (found == expected).all()
-    assert (to_square(image, (6, 4), channels) == expected).all()
+    for size in ((6, 4), (12, 8)):  # resized and not
+        assert (to_square(image, size, channels) == expected).all()
 
 
 @pytest.mark.parametrize("channels", [2, 4])

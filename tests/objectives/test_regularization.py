@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,10 +124,12 @@ def test_gamma_has_a_default_and_is_printed(style: MakeConfig) -> None:
     config = style()
     weight = config.objective.penalties[0].initial_weight(16, 32)
     assert weight == pytest.approx(0.0002 * 16**2 / 32)
+    other = config.objective.penalties[0].initial_weight((24, 16), 32)
+    assert other == pytest.approx(0.0002 * 24 * 16 / 32)
     state, _ = make(config)
     printed = remarks(state)
     (line,) = (line for line in printed if "of r1" in line)
-    assert "0.0016 = 0.0002 * resolution^2 / batch" in line
+    assert "0.0016 = 0.0002 * height * width / batch" in line
     (line,) = (line for line in printed if "optimizer.discriminator" in line)
     assert "after every 4" in line
     assert "lr 0.002," in line
@@ -169,9 +172,13 @@ def test_impossible_settings_are_config_errors(
 # --- path lengths --------------------------------------------------------------------------------
 
 
-def test_path_length_and_its_gradient_are_those_of_finite_differences(style: MakeConfig) -> None:
+@pytest.mark.parametrize("shape", [(16, 16), (12, 8)])
+def test_path_length_and_its_gradient_are_those_of_finite_differences(
+    style: MakeConfig, shape: tuple[int, int]
+) -> None:
     """In float64: the length by differencing images, the gradient by differencing the penalty."""
-    state, _ = make(style("objective.path_length={weight: 2, every: 4}", "model.style_mixing=0"))
+    settings = "objective.path_length={weight: 2, every: 4}", "model.style_mixing=0"
+    state, _ = make(style(*settings, f"model.resolution={list(shape)}"))
     parameters = parameters_of(state, "generator")
     phase = state.objective.phases["generator"].double()
     draw = torch.Generator().manual_seed(3)
@@ -186,7 +193,7 @@ def test_path_length_and_its_gradient_are_those_of_finite_differences(style: Mak
         """sqrt(mean over layers of |d<images, y>/dw|^2), one entry of w after the other."""
         one = z[index : index + 1]
         ws = generator.mapping(one, labels[:1]).detach().clone()
-        noise = normal_field(keys(one), PATH_NOISE_STREAM, (1, 16, 16)) / 16
+        noise = normal_field(keys(one), PATH_NOISE_STREAM, (1, *shape)) / math.prod(shape) ** 0.5
         total = 0.0
         for entry in range(ws.numel()):
             moved = []

@@ -4,5 +4,5 @@ manifest.py  manifest.json and the index columns of a data folder, or of each le
 data_set.py  writing index and manifest
 tar.py       writing tar shards, and reading them strictly
 codec.py     one encoded image to pixels and back: npy, png, jpg, webp
-convert.py   any image file to a square uint8 array
+convert.py   any image file to a uint8 array of one size
 """
