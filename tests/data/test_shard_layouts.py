@@ -367,3 +367,19 @@ def test_compressed_shards(tmp_path: Path, suffix: str) -> None:
     else:
         with pytest.raises(DataError, match="is compressed"):
             resampled(root)
+
+
+def test_changed_shards_are_indexed_again_on_request(tmp_path: Path) -> None:
+    """The advice never is to delete a shard."""
+    root = write(tmp_path / "shards", {"0.tar": numbered(0), "1.tar": numbered(1, first=2)})
+    direct(root)
+    for change in (
+        lambda: write(root, {"test/2.tar": numbered(1, first=3)}),
+        lambda: write(root, {"1.tar": numbered(1, 0, 0, first=4)}),
+        (root / "0.tar").unlink,
+    ):
+        change()
+        with pytest.raises(DataError, match=rf"tar: shard .*; delete {MANIFEST} and index/"):
+            direct(root)
+    (root / MANIFEST).unlink()
+    assert direct(root) == {3: ("test", "1"), **{n: ("train", str(int(n == 4))) for n in (4, 5, 6)}}
