@@ -81,8 +81,8 @@ def understood(manifest: Manifest) -> str:
     names = manifest.classes
     shown = ", ".join(names if len(names) <= 6 else (*names[:3], "...", names[-1]))
     classes = "no labels" if names == UNLABELLED else f"{len(names)} classes ({shown})"
-    if all(name.isdecimal() for name in names) and names[0] == "1":
-        classes += f"; labels 1 to {len(names)} are the classes 0 to {len(names) - 1}"
+    if all(name.isdecimal() for name in names) and names[0] != "0":
+        classes += f"; label {names[0]} is class 0, label {names[-1]} class {len(names) - 1}"
     slow = "; images are converted when they are read, `bigan pack` is faster"
     return (
         f"{manifest.folder}: existing shards with {counts} images, {classes}"
