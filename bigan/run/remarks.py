@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from bigan.data.format.manifest import MANIFEST
+from bigan.data.packing.index_in_place import understood
 from bigan.data.streaming import resampled
+from bigan.data.streaming.dataset import open_manifest
 from bigan.layers.batchnorm import normalization_layers
 from bigan.run.state import TrainState
 
@@ -11,6 +16,7 @@ def remarks(state: TrainState) -> list[str]:
     """One line each."""
     return [
         *([resampled.NOTE] if _is_resampled(state) else []),
+        *_existing_shards(state),
         *_unused_streams(state),
         *_batchnorm(state),
         *state.objective.remarks(),
@@ -21,6 +27,17 @@ def remarks(state: TrainState) -> list[str]:
 
 def _is_resampled(state: TrainState) -> bool:
     return any(data.mode == "resampled" for data in state.config.streams.values())
+
+
+def _existing_shards(state: TrainState) -> list[str]:
+    """What was understood of shards that bigan did not write."""
+    lines = []
+    for data in state.config.streams.values():
+        folder = Path(data.path)
+        if data.mode != "resampled" and (folder / MANIFEST).is_file():
+            manifest = open_manifest(folder, data)
+            lines += [understood(manifest)] if manifest.is_indexed else []
+    return lines
 
 
 def _unused_streams(state: TrainState) -> list[str]:

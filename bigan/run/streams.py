@@ -80,9 +80,10 @@ def _images(config: RunConfig, data: DataConfig, manifest: Manifest) -> Images:
         for what, key, wanted, found in misfits(config.model, manifest)
     ]
     if wrong:
+        one = " (one class because of data.labels=none)" if data.labels == "none" else ""
         raise UserError(
-            f"{manifest.folder}: the images have {'; '.join(wrong)}; change the config or pack "
-            "the images again (`bigan pack --help`)"
+            f"{manifest.folder}: the images have {'; '.join(wrong)}{one}; change the config or "
+            "pack the images again (`bigan pack --help`)"
         )
     return Images(dict(zip(manifest.classes, counts, strict=True)), manifest.fingerprint)
 

@@ -129,6 +129,14 @@ LAYOUTS: dict[str, tuple[Tars, dict[int, tuple[str, str]]]] = {
         {"train/000.tar": numbered(1, 0), "val/000.tar": numbered(1, first=3)},
         {1: ("train", "1"), 2: ("train", "0"), 3: ("val", "1")},
     ),
+    "folders in a tar": (
+        {"0.tar": ["x/train/cat/1.png", "x/train/dog/2.png"],
+         "1.tar": ["x/test/cat/3.png", "x/test/train/4.png"]},
+        {1: ("train", "cat"), 2: ("train", "dog"), 3: ("test", "cat"), 4: ("test", "train")},
+    ),
+    "classes that are words for splits": (
+        {"0.tar": ["train/1.png", "bus/2.png", "valid/3.png"]}, classes("train", "bus", "valid"),
+    ),
     "more words": (
         {"Training/a/0.tar": ["1.png"], "Testing/a/0.tar": ["2.png"], "valid/a/0.tar": ["3.png"]},
         {1: ("train", "all"), 2: ("test", "all"), 3: ("val", "all")},
@@ -250,10 +258,18 @@ def refused(root: Path, *parts: str, ways: tuple[Any, ...] = (packed, direct)) -
         ({"cat.tar": ["1.png"], "dog.tar": ["2.png"]}, ("cat.tar and dog.tar may be two classes",)),
         ({"cat/0.tar": ["1.png"], "dog/0.tar": ["2.png"]}, ("may be two classes",)),
         ({"test/train-0.tar": numbered(0)}, ("names two splits, test and train",)),
+        ({"0.tar": ["1.1.png", "1.2.png"]}, ("0", "1: has no image (1.png 2.png)", "first dot")),
     ],
 )
 def test_tars_that_are_not_understood(tmp_path: Path, tars: Tars, parts: tuple[str, ...]) -> None:
     refused(write(tmp_path / "shards", tars), *parts)
+
+
+def test_packing_needs_training_shards(tmp_path: Path) -> None:
+    root = write(tmp_path, {"val-0.tar": numbered(0), "test-0.tar": numbered(0, first=2)})
+    with pytest.raises(DataError, match=r"all images are of split test and val by the names"):
+        packed(root)
+    assert direct(root) == {1: ("val", "0"), 2: ("test", "0")}
 
 
 @pytest.mark.parametrize(
@@ -327,6 +343,7 @@ def test_resampled_shards_are_those_of_the_split(tmp_path: Path) -> None:
         (numbered(*range(1, 5)), ("label 4, which is not below model.num_classes = 4",)),
         (numbered("[1, 0]"), ("its label is [1, 0]", "data.labels=none")),
         (["1.png", "1.npy=x"], ("an array, npy",)),
+        (["train/1.png", "test/2.png"], ("test/2 is not of data.split = train",)),
     ],
 )
 def test_resampled_labels_that_are_no_class_numbers(
@@ -336,7 +353,7 @@ def test_resampled_labels_that_are_no_class_numbers(
     with pytest.raises(DataError) as error:
         resampled(root, on_bad=on_bad)
     assert all(part in str(error.value) for part in parts), str(error.value)
-    if "adj" not in parts[0]:
+    if "label" in parts[0] or "array" in parts[0]:
         assert {label for _, label in resampled(root, 1, labels="none")} == {0}
 
 
@@ -376,3 +393,19 @@ def test_compressed_shards(tmp_path: Path, suffix: str) -> None:
     else:
         with pytest.raises(DataError, match="is compressed"):
             resampled(root)
+
+
+def test_changed_shards_are_indexed_again_on_request(tmp_path: Path) -> None:
+    """The advice never is to delete a shard."""
+    root = write(tmp_path / "shards", {"0.tar": numbered(0), "1.tar": numbered(1, first=2)})
+    direct(root)
+    for change in (
+        lambda: write(root, {"test/2.tar": numbered(1, first=3)}),
+        lambda: write(root, {"1.tar": numbered(1, 0, 0, first=4)}),
+        (root / "0.tar").unlink,
+    ):
+        change()
+        with pytest.raises(DataError, match=rf"tar: shard .*; delete {MANIFEST} and index/"):
+            direct(root)
+    (root / MANIFEST).unlink()
+    assert direct(root) == {3: ("test", "1"), **{n: ("train", str(int(n == 4))) for n in (4, 5, 6)}}

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import webdataset
+import yaml
 from commands import SMOKE
 from web import serving
 
@@ -18,7 +20,9 @@ from bigan import checkpoint
 from bigan.checkpoint import snapshots
 from bigan.cli.main import main
 from bigan.data import DataError
+from bigan.data.format.codec import encode
 from bigan.data.format.manifest import Manifest
+from bigan.data.packing.sources import open_source
 from bigan.data.settings import Fetch
 from bigan.data.streaming import fetchers as fetching
 from bigan.data.streaming.order import Order
@@ -27,7 +31,7 @@ from bigan.distributed.world import World
 from bigan.errors import UserError
 from bigan.run import streams
 from bigan.run.trainer import train
-from bigan.run_config import RunConfig
+from bigan.run_config import RunConfig, load_config
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -102,6 +106,47 @@ def test_resampled_training_prints_its_limits(make_config: MakeConfig, digits: P
     pattern = str(digits / "train-{000000..000003}.tar")
     config = make_config(f"data.path={pattern}", "data.mode=resampled", "train.total_images=80")
     assert any("data.mode=resampled" in line for line in run(config))
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """Shards of digits by plain WebDataset, with the labels 1 to 10."""
+    source = open_source("digits", resolution=16)
+    folder = tmp_path / "foreign"
+    for split, first in (("train", 0), ("val", 200)):
+        (folder / split).mkdir(parents=True)
+        with webdataset.TarWriter(str(folder / split / "000.tar")) as writer:
+            for n in range(first, first + 200):
+                image = encode(source.read(n), "png")
+                writer.write({"__key__": f"{n}", "png": image, "cls": source.labels[n] + 1})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("mode", "labels", "num_classes"),
+    [
+        ("auto", "none", 1),
+        pytest.param("auto", "given", 10, marks=pytest.mark.full),
+        pytest.param("resampled", "none", 1, marks=pytest.mark.full),
+    ],
+)
+def test_existing_shards_with_and_without_their_labels(
+    foreign: Path, tmp_path: Path, mode: str, labels: str, num_classes: int
+) -> None:
+    content = yaml.safe_load(SMOKE.read_text())
+    del content["model"]["num_classes"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    overrides = [f"data.path={foreign}", f"data.mode={mode}", f"data.labels={labels}",
+                 f"run_dir={tmp_path / 'run'}", "train.total_images=80"]  # fmt: skip
+    config = load_config(tmp_path / "config.yaml", overrides)
+    assert config.model.num_classes == num_classes
+    (line,) = [line for line in run(config) if line.startswith((str(foreign), "data.mode"))]
+    if mode == "auto":
+        assert "200 train, 200 val images" in line
+        assert ("label 1 is class 0, label 10 class 9" in line) == (labels == "given")
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    wrong = ["train", str(tmp_path / "config.yaml"), *overrides, "model.num_classes=3"]
+    assert main([*wrong, f"run_dir={tmp_path / 'other'}"]) == 2
 
 
 def test_unusable_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

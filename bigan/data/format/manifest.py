@@ -321,9 +321,12 @@ class Manifest(Frozen):
     def _check_files(self) -> None:
         listed = {shard.url: shard for shard in self.shardlist}
         present = self.tar_files()
+        again = f"delete {MANIFEST} and index/ to index the shards again"
+        if not self.is_indexed:
+            again = "pack the data again"
         for name, shard in listed.items():
             if name not in present:
-                raise DataError(f"{self.folder / name}: shard is missing; pack the data again")
+                raise DataError(f"{self.folder / name}: shard is missing; {again}")
             try:
                 size = present[name].stat().st_size
             except OSError as error:  # e.g. a link to an unmounted disk
@@ -333,17 +336,17 @@ class Manifest(Frozen):
             if size != shard.filesize:
                 raise DataError(
                     f"{self.folder / name}: shard has {size} bytes, expected {shard.filesize}; "
-                    "delete it and pack the data again"
+                    f"{again if self.is_indexed else f'delete it and {again}'}"
                 )
         extra = sorted(present.keys() - listed.keys())
         if extra:
             raise DataError(
                 f"{self.folder / extra[0]}: shard is not listed in {MANIFEST}; "
-                "remove it from the folder"
+                f"{again if self.is_indexed else 'remove it from the folder'}"
             )
         for name in self.index:
             if not (self.folder / name).is_file():
-                raise DataError(f"{self.folder / name}: index file is missing; pack the data again")
+                raise DataError(f"{self.folder / name}: index file is missing; {again}")
 
 
 def level_name(resolution: ImageSize) -> str:

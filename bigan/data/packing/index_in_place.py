@@ -27,6 +27,7 @@ from bigan.data.format.data_set import write_data_set
 from bigan.data.format.manifest import (
     COLUMNS,
     INDEXED_PLAN,
+    UNLABELLED,
     UNLABELLED_PLAN,
     Manifest,
     Shard,
@@ -73,6 +74,21 @@ def index_in_place(folder: Path, with_labels: bool = True) -> Manifest:
     except OSError as error:
         place = error.filename if isinstance(error.filename, str) else folder
         raise DataError(f"{place}: cannot be read: {error.strerror or first_line(error)}") from None
+
+
+def understood(manifest: Manifest) -> str:
+    """One line: the splits and classes of shards that were indexed in place."""
+    counts = ", ".join(f"{manifest.num_samples(split):,} {split}" for split in manifest.splits)
+    names = manifest.classes
+    shown = ", ".join(names if len(names) <= 6 else (*names[:3], "...", names[-1]))
+    classes = "no labels" if names == UNLABELLED else f"{len(names)} classes ({shown})"
+    if all(name.isdecimal() for name in names) and names[0] != "0":
+        classes += f"; label {names[0]} is class 0, label {names[-1]} class {len(names) - 1}"
+    slow = "; images are converted when they are read, `bigan pack` is faster"
+    return (
+        f"{manifest.folder}: existing shards with {counts} images, {classes}"
+        f"{slow if manifest.encoder == 'any' else ''}"
+    )
 
 
 def _index(folder: Path, files: list[Path], with_labels: bool) -> Manifest:

@@ -1,12 +1,14 @@
 """Any Python iterable as a source: a list, a generator, a torch Dataset.
 
-The iterable is read once. Every image is converted at once and appended to a file of raw pixels,
-from which it is read later; only keys and labels are kept in memory.
+The iterable is read once, in this process. Every image is converted at once and appended to a file
+of raw pixels, from which it is read later; only keys and labels are kept in memory.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,6 +133,7 @@ def _items(items: Iterable[Any]) -> Iterator[Any]:
     """The items in order; where `items[i]` fails, its exception."""
     if isinstance(items, Mapping):
         raise DataError("a dict is not a list of images; give its values()")
+    items = _in_this_process(items)
     if hasattr(items, "__len__") and hasattr(items, "__getitem__"):
         indexed: Any = items
         for i in range(len(indexed)):  # a torch Dataset need not end with IndexError
@@ -151,6 +154,26 @@ def _items(items: Iterable[Any]) -> Iterator[Any]:
             f"{type(items).__name__}: fails after {number} images "
             f"({type(error).__name__}: {first_line(error)}); correct the iterable"
         ) from error
+
+
+def _in_this_process(items: Any) -> Any:
+    """A torch DataLoader or WebDataset WebLoader without worker processes; other objects as is.
+
+    Workers send images through /dev/shm. If that is full (64 MiB in Docker), or a worker is killed,
+    the loader prints tracebacks and waits forever. Raises `DataError` for a loader of batches.
+    """
+    torch_data = sys.modules.get("torch.utils.data")  # not imported: no loader
+    if torch_data is not None and isinstance(items, torch_data.DataLoader):
+        if items.batch_size is not None or items.batch_sampler is not None:
+            raise DataError("DataLoader: gives batches, not images; set batch_size=None")
+        items = copy.copy(items)
+        items.num_workers = items.timeout = 0
+    elif isinstance(stages := getattr(items, "pipeline", None), list):
+        changed = [_in_this_process(stage) for stage in stages]
+        if any(new is not old for new, old in zip(changed, stages, strict=True)):
+            items = copy.copy(items)
+            items.pipeline = changed
+    return items
 
 
 def _parts(item: Any, key: str) -> tuple[Any, Any, str]:

@@ -132,7 +132,9 @@ def _sample(
     members = dict(reversed(group))  # of two with one suffix, the first
     suffix = image_suffix([suffix for suffix, _ in group])
     if suffix is None:
-        return f"{NO_IMAGE} ({' '.join(suffix for suffix, _ in group)})"
+        dotted = any(name.rpartition(".")[2] in IMAGES for name, _ in group)
+        hint = "; WebDataset divides names at the first dot: use names without" if dotted else ""
+        return f"{NO_IMAGE} ({' '.join(suffix for suffix, _ in group)}){hint}"
     image = members.pop(suffix)
     if image.size > MAX_BYTES:
         return f"is larger than {MAX_BYTES} bytes"

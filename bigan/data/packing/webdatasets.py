@@ -33,25 +33,15 @@ def tars(
     if len(set(shards)) < len(shards):
         twice = next(shard for n, shard in enumerate(shards) if shard in shards[:n])
         raise DataError(f"{name}: {twice}.tar is given twice; give it once")
-    found: list[tuple[int, str, Sample]] = []  # (number and name of the shard, sample)
-    bad: list[tuple[str, str]] = []
-    times: list[tuple[str, int]] = []
-    for number, (file, shard) in enumerate(zip(files, shards, strict=True)):
-        with file.open("rb") as stream:
-            status = os.fstat(stream.fileno())
-            times.append((shard, status.st_mtime_ns))
-            if not status.st_size:
-                bad.append((shard, "is empty (0 bytes)"))
-                continue
-            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                try:
-                    samples, problems = list_samples(data, shard, with_labels)
-                except UnsuitableError as error:
-                    raise UnsuitableError(f"{file}{str(error).removeprefix(shard)}") from None
-        found += [(number, shard, sample) for sample in samples]
-        bad += problems
+    found, bad, stamp = _read(files, shards, with_labels)
     where = str(root or files[0].parent)
     labelled = label_samples([(shard, s) for _, shard, s in found], where, bad, with_labels)
+    if labelled.splits and "train" not in labelled.splits:
+        declared = " and ".join(sorted(set(labelled.splits)))
+        raise DataError(
+            f"{where}: all images are of split {declared} by the names of shards and folders; add "
+            "the training shards, or rename these"
+        )
     good = [i for i, number in enumerate(labelled.numbers) if isinstance(number, int)]
     keys = [f"{shard}/{sample.key}" for _, shard, sample in found]
     bad += [(keys[i], reason) for i, reason in enumerate(labelled.numbers)
@@ -73,8 +63,32 @@ def tars(
         original=original,
         official=None if labelled.splits is None else tuple(labelled.splits[i] for i in good),
         bad=tuple(bad),
-        stamp=listing_hash(times),
+        stamp=stamp,
     )
+
+
+def _read(
+    files: Sequence[Path], shards: Sequence[str], with_labels: bool
+) -> tuple[list[tuple[int, str, Sample]], list[tuple[str, str]], str]:
+    """(number and name of the shard of each sample, unusable members, stamp)."""
+    found: list[tuple[int, str, Sample]] = []
+    bad: list[tuple[str, str]] = []
+    times: list[tuple[str, int]] = []
+    for number, (file, shard) in enumerate(zip(files, shards, strict=True)):
+        with file.open("rb") as stream:
+            status = os.fstat(stream.fileno())
+            times.append((shard, status.st_mtime_ns))
+            if not status.st_size:
+                bad.append((shard, "is empty (0 bytes)"))
+                continue
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                try:
+                    samples, problems = list_samples(data, shard, with_labels)
+                except UnsuitableError as error:
+                    raise UnsuitableError(f"{file}{str(error).removeprefix(shard)}") from None
+        found += [(number, shard, sample) for sample in samples]
+        bad += problems
+    return found, bad, listing_hash(times)
 
 
 def is_packed(folder: Path) -> bool:

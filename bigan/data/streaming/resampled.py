@@ -26,6 +26,7 @@ from bigan.data.format.codec import BadImageError, Pixels
 from bigan.data.format.convert import square
 from bigan.data.format.tar import nested_tar_files
 from bigan.data.packing.shard_files import COMPRESSED, below, refuse_compressed, splits
+from bigan.data.packing.split_names import split_of
 from bigan.data.packing.tar_samples import (
     TEXT,
     UnsuitableError,
@@ -117,6 +118,7 @@ class ResampledStream(Endless):
         self._fetch = fetch or Fetch()
         self._size, self._channels = image_size(*shape[:2]), shape[2]
         self._urls = expand(pattern, self._fetch.allow_pipe, split)
+        self._split = split
         self._num_classes = num_classes
         self._draws = rng.numpy_generator(seed, f"resampled/{world.rank}", images_seen)
         self._stop = threading.Event()
@@ -225,6 +227,15 @@ class ResampledStream(Endless):
             )
         return label
 
+    def _check_split(self, url: str, key: str) -> None:
+        """Raise `UnsuitableError` for a sample in a folder of another split, such as "test/"."""
+        parts = [part for part in key.split("/")[:-1] if part.isalpha()]
+        if not {split_of(part) for part in parts} <= {None, self._split}:
+            raise UnsuitableError(
+                f"{url}: {key} is not of data.split = {self._split}; data.mode=resampled selects "
+                "whole shards; pack the data"
+            )
+
     def _samples(self) -> Iterator[dict[str, Any]]:
         """An endless sequence of encoded samples from a shuffle buffer over sampled shards."""
         import webdataset
@@ -248,6 +259,7 @@ class ResampledStream(Endless):
                     for sample in group_by_keys(members):
                         empty = 0
                         key, suffixes = sample["__key__"], _suffixes(sample)
+                        self._check_split(url, key)
                         if not set(suffixes) & set(seen.setdefault(key, suffixes)):
                             raise not_adjacent(url, key, seen[key][0], suffixes[0])
                         yield sample
