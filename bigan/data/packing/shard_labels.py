@@ -121,6 +121,13 @@ def _by_folder(
     start = common(folders)
     tops = [folder[start] if len(folder) > start else "" for folder in folders]
     if all(tops) and tops:
+        split = next((top for top in tops if split_of(top)), None)
+        other = next((top for top in tops if not split_of(top)), None)
+        if split and other:
+            raise UnsuitableError(
+                f"{where}: the folder {split} in the tars has the name of a split, but {other} "
+                f"beside it is none; rename one; {WITHOUT_LABELS}"
+            )
         return [*tops]
     if any(tops):
         names = [f"{name}/{sample.key}" for name, sample in samples]
