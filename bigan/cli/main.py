@@ -24,6 +24,7 @@ from bigan.cli.pack import (
     pack_command,
     verify_command,
 )
+from bigan.distributed.signals import launched_as_rank_0
 from bigan.distributed.world import REPORTED_ELSEWHERE
 from bigan.errors import RunError, UserError
 
@@ -53,7 +54,7 @@ def train_command(arguments: argparse.Namespace) -> int:
             code = train(config, bar.echo, bar.tick, stop)
         finally:
             bar.close()
-    if code == 0 and _is_rank_0():
+    if code == 0 and launched_as_rank_0(os.environ):
         print(f"{config.run_dir}: samples/, timeline.png, curves.png, snapshots/", file=sys.stderr)
     return code
 
@@ -65,7 +66,8 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
 
     if arguments.snapshot and not arguments.truncations:
         raise UserError("--snapshot selects the snapshot for --truncations; give both")
-    _, world = connect(timeout_seconds=24 * 3600)  # a watcher's ranks wait for rank 0 to find work
+    # A watcher's ranks wait for rank 0 to find work.
+    _, world = connect(timeout_seconds=24 * 3600, join_seconds=600)
     echo = functools.partial(print, flush=True)
     if arguments.truncations:
         sweep(
@@ -261,15 +263,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _is_rank_0() -> bool:
-    """By the environment of the launcher, or of `srun` without one."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-
-
 def _printed_by_another_rank(error: Exception) -> bool:
     """Whether another process prints the same line, so that one problem is one line."""
     reported = REPORTED_ELSEWHERE in getattr(error, "__notes__", [])
-    everywhere = getattr(error, "everywhere", False) and not _is_rank_0()
+    everywhere = getattr(error, "everywhere", False) and not launched_as_rank_0(os.environ)
     return reported or everywhere
 
 
