@@ -197,8 +197,7 @@ def finish(table: TruncationTable, tracker: Tracker | None, echo: Echo) -> None:
     except OSError as error:
         raise UserError(f"{plot}: cannot be written: {error.strerror or error}") from None
     if tracker is not None:
-        tracker.log_artifact(table.path)
-        tracker.log_artifact(plot)
+        tracker.folder_changed()
     for text in table.lines():
         echo(text)
     echo(f"{table.path}, {plot.name}")

@@ -92,8 +92,6 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag) -
         artifacts = Artifacts(state, tracker)
         status: Status = "FAILED"
         try:
-            if tracker:
-                tracker.log_params(config.model_dump(mode="json"))
             for remark in remarks(state):
                 echo(remark)
             loop = Loop(state, artifacts, tracker, on_tick, stop)
