@@ -66,6 +66,8 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
 
     if arguments.snapshot and not arguments.truncations:
         raise UserError("--snapshot selects the snapshot for --truncations; give both")
+    if arguments.timeout and not arguments.watch:
+        raise UserError("--timeout limits the time that --watch waits; give both")
     # A watcher's ranks wait for rank 0 to find work.
     _, world = connect(timeout_seconds=24 * 3600, join_seconds=600)
     echo = functools.partial(print, flush=True)
@@ -84,6 +86,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
             world,
             overrides=arguments.overrides,
             watch=arguments.watch,
+            timeout_seconds=arguments.timeout,
             poll_seconds=arguments.poll_seconds,
             echo=echo,
         )
@@ -226,6 +229,13 @@ def _add_evaluate(commands: Commands) -> None:
     )
     evaluate.add_argument(
         "--poll-seconds", type=positive, default=1.0, help="interval of --watch (default 1)"
+    )
+    evaluate.add_argument(
+        "--timeout",
+        type=positive,
+        metavar="SECONDS",
+        help="with --watch: exit with code 1 after this time without a change in the run folder "
+        "(default: wait for ever)",
     )
 
 
