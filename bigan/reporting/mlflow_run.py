@@ -68,7 +68,7 @@ def open_run(run_dir: Path, experiment: str, role: Role) -> tuple[Any, Record]:
     """
     record = Record.read(run_dir)
     uri, local = _store(run_dir, record, role)
-    client = _connect(uri, run_dir.resolve().parent if local else None)
+    client = _connect(uri, _local_store(run_dir) if local else None)
     if not _exists(client, record.run_id):
         artifacts = run_dir.resolve().parent / "mlartifacts" if local else None
         tags = {"mlflow.source.name": "bigan", "run_dir": str(run_dir.resolve())}
@@ -102,19 +102,45 @@ def _store(run_dir: Path, record: Record, role: Role) -> tuple[str, bool]:
         return given, False
     if recorded and not record.local:
         return recorded, False
-    return f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}", True
+    return f"sqlite:///{_local_store(run_dir)}", True
 
 
-def _connect(uri: str, lock_dir: Path | None) -> Any:
+def _local_store(run_dir: Path) -> Path:
+    return run_dir.resolve().parent / "mlflow.db"
+
+
+def _connect(uri: str, local: Path | None) -> Any:
+    """A client of the store `uri`, which is the file `local` or on a server."""
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic"):  # an earlier import of mlflow sets INFO
         logging.getLogger(name).setLevel(logging.WARNING)
-    # If two processes create the tables of a new SQLite file at once, one of them fails.
-    with exclusive(lock_dir) if lock_dir else contextlib.nullcontext():
-        client = MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)
+    # Errors of the database: raised as well, and reported by us on one line.
+    logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)
+    if local is not None:
+        # If two processes create the tables of a new SQLite file at once, one of them fails.
+        with exclusive(local.parent):
+            if not local.exists():
+                _create_store(local)
+    client = MlflowClient(tracking_uri=uri)
+    client.search_experiments(max_results=1)
     return client
+
+
+def _create_store(path: Path) -> None:
+    """Create the tables of a new local store: all of them, or no file.
+
+    MLflow cannot use a file whose migrations a full disk or a kill has cut off.
+    """
+    from mlflow import MlflowClient
+
+    atomic_files.remove_leftovers(path.parent, path.name, shared=True)
+    temporary = atomic_files.temporary_name(path)
+    try:
+        MlflowClient(tracking_uri=f"sqlite:///{temporary}").search_experiments(max_results=1)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _exists(client: Any, run_id: str) -> bool:
