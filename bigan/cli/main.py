@@ -7,6 +7,7 @@ written), 128 + n stopped by signal n with a checkpoint.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -26,7 +27,7 @@ from bigan.cli.pack import (
 )
 from bigan.distributed.signals import launched_as_rank_0
 from bigan.distributed.world import REPORTED_ELSEWHERE
-from bigan.errors import RunError, UserError
+from bigan.errors import RunError, UserError, disk_is_full, unusable_file
 
 if TYPE_CHECKING:
     from bigan.run_config import RunConfig
@@ -55,7 +56,7 @@ def train_command(arguments: argparse.Namespace) -> int:
         finally:
             bar.close()
     if code == 0 and launched_as_rank_0(os.environ):
-        print(f"{config.run_dir}: samples/, timeline.png, curves.png, snapshots/", file=sys.stderr)
+        _print_error(f"{config.run_dir}: samples/, timeline.png, curves.png, snapshots/")
     return code
 
 
@@ -243,23 +244,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     arguments = _parse(argv)
     try:
-        return arguments.handler(arguments)
+        code: int = arguments.handler(arguments)
+        sys.stdout.flush()  # here, where an error is reported
+        return code
     except (UserError, RunError) as error:
         if arguments.debug:
             traceback.print_exc()
         elif not _printed_by_another_rank(error):
-            print(f"bigan: {' '.join(str(error).split())}", file=sys.stderr)
+            _print_error(f"bigan: {' '.join(str(error).split())}")
         return 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:  # the reader of the pipe, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
     except OSError as error:  # a file or folder that cannot be used: no bug of ours
-        if arguments.debug or not error.filename:
+        problem = unusable_file(error)
+        if arguments.debug or problem is None:
             raise
-        print(f"bigan: {error.filename}: {error.strerror}", file=sys.stderr)
+        if disk_is_full(error):
+            _discard_output()
+        _print_error(f"bigan: {problem}")
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _print_error(line: str) -> None:
+    """Print a line to stderr; its file may be on a full disk."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _discard_output() -> None:
+    """Write what stdout still buffers to nowhere: its file is full, or its reader has ended."""
+    with contextlib.suppress(OSError, ValueError):  # a stream without a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -20,12 +20,12 @@ import torch
 
 from bigan.checkpoint import snapshots
 from bigan.distributed.world import World, on_rank_0
-from bigan.errors import UserError
+from bigan.errors import UserError, writing
 from bigan.evaluation.evaluator import Evaluator
 from bigan.evaluation.records import Record, Records, Task
 from bigan.evaluation.silence import Silence, suggestion
 from bigan.reporting.plots import curves
-from bigan.reporting.tracker import Tracker
+from bigan.reporting.tracker import Tracker, read_metrics
 from bigan.run_config import RunConfig, load_config
 from bigan.run_folder import RunFolder
 
@@ -96,13 +96,31 @@ def evaluate(
 
 
 def publish(record: Record, records: Records, tracker: Tracker | None, echo: Echo) -> None:
-    """On rank 0: print and log a record, then write it, which marks the snapshot as measured."""
+    """On rank 0: print, log and draw a record, then write it, which marks it as measured.
+
+    Raises `UserError` on a full disk; the snapshot is then measured again.
+    """
     echo(summary(record.as_dict()))
+    run_dir = records.run_dir
     if tracker is not None:
         logged = {f"eval/{key}": value for key, value in record.values.items()}
-        tracker.log(record.images_seen, logged)
+        log_once(tracker, run_dir, record.images_seen, logged)
+    with writing(RunFolder(run_dir).curves):
+        curves(run_dir, RunFolder(run_dir).curves)
     records.write(record)
-    curves(records.run_dir, RunFolder(records.run_dir).curves)
+    if tracker is not None:
+        tracker.folder_changed()
+
+
+def log_once(
+    tracker: Tracker, run_dir: Path, images_seen: int, values: Mapping[str, float]
+) -> None:
+    """Append metrics to the metrics log, unless an evaluation that was cut off has done so."""
+    wanted = {"images_seen": images_seen, **values}
+    if any(wanted.items() <= found.items() for found in read_metrics(run_dir)):
+        return
+    with writing(RunFolder(run_dir).metrics):
+        tracker.append(images_seen, values)
 
 
 def next_task(records: Records, silence: Silence | None) -> tuple[Task | None, bool]:

@@ -38,7 +38,8 @@ class Tracker:
     end. Role "evaluation" logs to the same run (creating it if the trainer has not yet) and sets
     only a status that an ended trainer could not deliver.
 
-    A full disk or an unreachable server raises nowhere, and only `close` waits for the server. Use
+    A full disk (except in `append`) or an unreachable server raises nowhere, and only `close` waits
+    for the server. Use
     one tracker per role, on rank 0, once config.yaml has been written.
     """
 
@@ -49,20 +50,21 @@ class Tracker:
             run_dir.mkdir(parents=True, exist_ok=True)
         self._mlflow = MlflowWriter(run_dir, config.experiment, role) if config.mlflow else None
 
-    def log(self, images_seen: int, metrics: Mapping[str, float]) -> bool:
-        """Append {key: number} at `images_seen` to the metrics log; False if it is not writable."""
-        values = {key: float(value) for key, value in metrics.items()}
-        # MLflow stores milliseconds, and a resent metric must be equal.
-        seconds = round(time.time(), 3)
+    def log(self, images_seen: int, metrics: Mapping[str, float]) -> None:
+        """Append {key: number} at `images_seen` to the metrics log."""
         try:
-            metrics_log.append(self._path, images_seen, seconds, values)
+            self.append(images_seen, metrics)
         except OSError:
             self._num_unwritten += 1
             if self._mlflow:
-                self._mlflow.unwritten(images_seen, seconds, values)
-            return False
+                self._mlflow.unwritten(images_seen, time.time(), metrics)
+
+    def append(self, images_seen: int, metrics: Mapping[str, float]) -> None:
+        """As `log`, but raises OSError if the metrics log cannot be written."""
+        values = {key: float(value) for key, value in metrics.items()}
+        # MLflow stores milliseconds, and a resent metric must be equal.
+        metrics_log.append(self._path, images_seen, round(time.time(), 3), values)
         self.folder_changed()
-        return True
 
     def folder_changed(self) -> None:
         """Copy new pictures of the run folder (`mlflow_writer.PICTURES`) to MLflow."""
