@@ -186,7 +186,7 @@ def _unreachable(place: Place, wait: Wait) -> str:
 def _store(place: Place, timeout_seconds: float) -> dist.Store:
     try:
         return dist.TCPStore(
-            place.address,
+            "localhost" if place.hosts_store else place.address,  # it listens on all addresses
             place.port,
             place.size,
             is_master=place.hosts_store,

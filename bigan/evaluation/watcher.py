@@ -70,21 +70,7 @@ def evaluate(
                 *(summary(found) for _, found in measured),
             ):
                 echo(text)
-        num_measured, waiting = 0, False
-        while True:
-            task, finished = on_rank_0(world, functools.partial(next_task, records, silence))
-            if task is None:
-                if finished or not watch:
-                    break
-                if world.is_rank_0 and not waiting:
-                    echo(f"waiting for snapshots of {run_dir}")
-                waiting = True
-                time.sleep(poll_seconds)
-                continue
-            record = evaluator.measure_unless_replaced(task, truncation)
-            if record is not None:
-                num_measured += 1
-                on_rank_0(world, functools.partial(publish, record, records, tracker, echo))
+        num_measured = measure_all(evaluator, records, tracker, silence, poll_seconds, echo)
         if world.is_rank_0 and not num_measured:
             echo(f"{run_dir}: every snapshot is already evaluated under this protocol")
         measured = on_rank_0(world, records.measured)
@@ -93,6 +79,36 @@ def evaluate(
         if note:
             echo(note)
     return {task.images_seen: dict(found["metrics"]) for task, found in measured}
+
+
+def measure_all(
+    evaluator: Evaluator,
+    records: Records,
+    tracker: Tracker | None,
+    silence: Silence | None,
+    poll_seconds: float,
+    echo: Echo,
+) -> int:
+    """Measure and publish what has no record, with `silence` until the run ends; a collective.
+
+    Returns the number of measurements.
+    """
+    world, truncation = evaluator.world, evaluator.config.evaluation.truncation
+    num_measured, waiting = 0, False
+    while True:
+        task, finished = on_rank_0(world, functools.partial(next_task, records, silence))
+        if task is None:
+            if finished or silence is None:
+                return num_measured
+            if world.is_rank_0 and not waiting:
+                echo(f"waiting for snapshots of {records.run_dir}")
+            waiting = True
+            time.sleep(poll_seconds)
+            continue
+        record = evaluator.measure_unless_replaced(task, truncation)
+        if record is not None:
+            num_measured += 1
+            on_rank_0(world, functools.partial(publish, record, records, tracker, echo))
 
 
 def publish(record: Record, records: Records, tracker: Tracker | None, echo: Echo) -> None:

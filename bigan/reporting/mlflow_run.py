@@ -23,10 +23,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 from bigan import atomic_files
 from bigan.file_lock import locked
+from bigan.run_folder import RunFolder
 
 Role = Literal["train", "evaluation"]
-
-RUN_FILE = "mlflow.json"
 
 
 @dataclass
@@ -43,7 +42,7 @@ class Record:
     def read(cls, run_dir: Path) -> Record:
         """The record of a run folder; an empty one if it is missing or invalid."""
         try:
-            found = json.loads((run_dir / RUN_FILE).read_text())
+            found = json.loads(RunFolder(run_dir).mlflow.read_text())
             return cls(
                 run_id=str(found["run_id"]),
                 uri=str(found["uri"]),
@@ -55,7 +54,8 @@ class Record:
             return cls()
 
     def write(self, run_dir: Path) -> None:
-        atomic_files.write_atomic(run_dir / RUN_FILE, json.dumps(asdict(self), indent=1) + "\n")
+        text = json.dumps(asdict(self), indent=1) + "\n"
+        atomic_files.write_atomic(RunFolder(run_dir).mlflow, text)
 
 
 def open_run(run_dir: Path, experiment: str, role: Role) -> tuple[Any, Record]:

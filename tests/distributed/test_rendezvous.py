@@ -104,6 +104,17 @@ def test_rank_0_that_does_not_come_is_named() -> None:
     assert (first.prints, other.prints, other.lines) == (True, False, [])
 
 
+def test_address_that_is_not_that_of_rank_0_is_reported_by_both_sides() -> None:
+    port = free_port()
+    wrong = "no-such-host.invalid"
+    zero, one = (
+        Rank(Place(rank, 2, rank, wrong, port, has_agent=False, attempt="0")) for rank in (0, 1)
+    )
+    assert "1 of 2 ranks have joined" in zero.ended().lines[0]
+    assert f"rank 0 at {wrong}:{port}: " in one.ended().lines[0]
+    assert isinstance(one.error, LaunchError)
+
+
 def test_another_program_on_the_port_does_not_hang_the_ranks(taken: int) -> None:
     rank = Rank(place(1, 2, taken)).ended()
     assert f"127.0.0.1:{taken}" in str(rank.error)
