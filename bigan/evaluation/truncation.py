@@ -195,7 +195,7 @@ def finish(table: TruncationTable, tracker: Tracker | None, echo: Echo) -> None:
     with writing(plot):
         draw(plot, values, evaluator.titles, symbol, title)
     if tracker is not None:
-        tracker.folder_changed()
+        tracker.pictures_changed()
     for text in table.lines():
         echo(text)
     echo(f"{table.path}, {plot.name}")

@@ -125,7 +125,7 @@ def publish(record: Record, records: Records, tracker: Tracker | None, echo: Ech
         curves(run_dir, RunFolder(run_dir).curves)
     records.write(record)
     if tracker is not None:
-        tracker.folder_changed()
+        tracker.pictures_changed()
 
 
 def log_once(

@@ -68,7 +68,7 @@ class MlflowWriter:
         self._unwritten: list[_Point] = []  # metrics that the full disk did not take
         self._status: Status | None = None
         self._changed = threading.Condition()
-        self._has_news = True
+        self._has_news = self._has_pictures = True
         self._closing = False
         self._refused = ""  # the first thing that MLflow does not accept, and why
         self._problem = ""  # why nothing is delivered at the moment
@@ -78,17 +78,18 @@ class MlflowWriter:
         self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
         self._thread.start()
 
-    def folder_changed(self) -> None:
-        """Copy what was added to the run folder."""
+    def changed(self, *, pictures: bool = False) -> None:
+        """Copy what was added to the metrics log, and with `pictures` new or changed pictures."""
         with self._changed:
             self._has_news = True
+            self._has_pictures |= pictures
             self._changed.notify()
 
     def unwritten(self, images_seen: int, seconds: float, values: Mapping[str, float]) -> None:
         """Send metrics that could not be appended to the metrics log."""
         with self._changed:
             self._unwritten += _points(images_seen, seconds, values)
-        self.folder_changed()
+        self.changed()
 
     def close(self, status: Status | None, timeout_seconds: float) -> str | None:
         """Copy the rest and, for the trainer, set `status`.
@@ -100,7 +101,7 @@ class MlflowWriter:
             with contextlib.suppress(OSError):
                 atomic_files.write_atomic(self._run_dir / STATUS_FILE, status)
         with self._changed:
-            self._has_news = self._closing = True
+            self._has_news = self._has_pictures = self._closing = True
             self._changed.notify()
         self._thread.join(timeout_seconds)
         if not self._thread.is_alive() and not self._has_news:
@@ -170,7 +171,8 @@ class MlflowWriter:
             self._has_params = True
         self._copy_metrics()
         self._copy_status()
-        self._copy_pictures()
+        if self._has_pictures:
+            self._copy_pictures()
 
     def _copy_params(self) -> None:
         """The config; MLflow parameters are immutable: a changed one is the tag `resumed.<key>`."""
@@ -221,6 +223,7 @@ class MlflowWriter:
 
     def _copy_pictures(self) -> None:
         record, sent = self._record, dict(self._record.files)
+        self._has_pictures = False  # before they are listed: more may be written meanwhile
         try:
             for name, path in _pictures(self._run_dir).items():
                 with contextlib.suppress(FileNotFoundError):  # deleted or replaced meanwhile
@@ -229,6 +232,9 @@ class MlflowWriter:
                     if record.files.get(name) != stamp:
                         self._send_file(path, posixpath.dirname(name) or None)
                         record.files[name] = stamp
+        except Exception:
+            self._has_pictures = True
+            raise
         finally:
             if record.files != sent:
                 record.write(self._run_dir)

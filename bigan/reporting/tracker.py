@@ -64,12 +64,13 @@ class Tracker:
         values = {key: float(value) for key, value in metrics.items()}
         # MLflow stores milliseconds, and a resent metric must be equal.
         metrics_log.append(self._path, images_seen, round(time.time(), 3), values)
-        self.folder_changed()
+        if self._mlflow:
+            self._mlflow.changed()
 
-    def folder_changed(self) -> None:
+    def pictures_changed(self) -> None:
         """Copy new pictures of the run folder (`mlflow_writer.PICTURES`) to MLflow."""
         if self._mlflow:
-            self._mlflow.folder_changed()
+            self._mlflow.changed(pictures=True)
 
     def close(self, status: Status | None, timeout_seconds: float = 60.0) -> str | None:
         """Send what is queued, within `timeout_seconds`, and set the final status of the run.

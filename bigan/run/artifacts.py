@@ -76,7 +76,7 @@ class Artifacts:
         numbered = sorted((int(path.stem), path) for path in grids)
         image_grids.contact_sheet(numbered, self._folder.timeline)
         if self._tracker:
-            self._tracker.folder_changed()
+            self._tracker.pictures_changed()
         folder.finish(self._state.config, self._state.progress.images_seen)
 
     def _sample_grids(self) -> None:
@@ -85,7 +85,7 @@ class Artifacts:
             path = self._folder.sample_grid(seen, name if index else None)
             sample_grids.save(path, self._state, sampler, self._grid_inputs)
         if self._tracker:
-            self._tracker.folder_changed()
+            self._tracker.pictures_changed()
 
     def _attempt(self, what: str, write: Callable[[], None]) -> None:
         """Write on rank 0. If the disk is full, report it and continue."""

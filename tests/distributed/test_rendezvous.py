@@ -195,13 +195,14 @@ def refused(
     capsys: pytest.CaptureFixture[str],
     run: Path,
     data: Path,
+    *settings: str,
 ) -> str:
     """The one line of a command that does not start."""
     for name in (*COMPLETE, "LOCAL_WORLD_SIZE", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    train = [str(SMOKE), f"data.path={data}", f"run_dir={run}"]
+    train = [str(SMOKE), f"data.path={data}", f"run_dir={run}", *settings]
     assert main([command, *(train if command == "train" else [str(run)])]) == 2
     captured = capsys.readouterr().err
     assert captured.count("\n") == 1
@@ -260,3 +261,18 @@ def test_port_in_use_is_one_line_of_the_command(
     variables = COMPLETE | {"MASTER_PORT": str(taken)}
     line = refused("train", variables, monkeypatch, capsys, tmp_path / "run", digits)
     assert f"MASTER_PORT = {taken}: address already in use on {os.uname().nodename}" in line
+
+
+def test_configured_timeout_limits_the_wait_for_other_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    digits: Path,
+    tmp_path: Path,
+) -> None:
+    port = str(free_port())
+    began = time.monotonic()
+    settings = ("train.collective_timeout_seconds=1",)
+    variables = COMPLETE | {"MASTER_PORT": port}
+    line = refused("train", variables, monkeypatch, capsys, tmp_path / "run", digits, *settings)
+    assert f"1 of 2 ranks have joined at 127.0.0.1:{port}; missing: rank 1" in line
+    assert 1 <= time.monotonic() - began < 30
