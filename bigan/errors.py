@@ -5,6 +5,17 @@ environment) is a `UserError`: one line with where, what is wrong and what to do
 prints it without a traceback and exits with code 2. Any other exception is a bug.
 """
 
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, the limit of a file's size
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+
 
 class UserError(Exception):
     """Invalid input; the message is one line: where it is, what is wrong, what to do.
@@ -30,3 +41,40 @@ class RunError(Exception):
 
     The last checkpoint is intact.
     """
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Converts an OSError to a `UserError`: `path` cannot be written, why, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _remedy(error)
+        raise UserError(
+            f"{path}: cannot be written: {_reason(error)}"
+            + (f"; {remedy} and run the same command again" if remedy else "")
+        ) from error
+
+
+def disk_is_full(error: OSError) -> bool:
+    """Whether a disk or a quota is full."""
+    return error.errno in _FULL
+
+
+def unusable_file(error: OSError) -> UserError | None:
+    """The `UserError` of a file or a disk that cannot be used; None for another OSError."""
+    if error.filename:
+        return UserError(f"{os.fsdecode(error.filename)}: {_reason(error)}")
+    if disk_is_full(error):
+        return UserError(f"a file or the output: {_reason(error)}; {_remedy(error)}")
+    return None
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _remedy(error: OSError) -> str:
+    if disk_is_full(error):
+        return "free some space or raise the quota"
+    return "make its folder writable" if error.errno in _CLOSED else ""

@@ -53,7 +53,7 @@ class TrainConfig(Frozen):
     standing_batches: Positive = 16  # for the BatchNorm statistics of a snapshot
     replica_check_images: Positive = 50_000  # interval of comparing the weights of all ranks
     lost_after_seconds: Positive = 60  # without a heartbeat: the rank is lost, the run stops
-    collective_timeout_seconds: Positive = 600  # of one collective, while all ranks are alive
+    collective_timeout_seconds: Positive = 600  # of one collective, and for all ranks to start
 
     @model_validator(mode="after")
     def _local_statistics(self) -> TrainConfig:

@@ -59,6 +59,25 @@ def _run(command: list[str], cwd: Path | None, timeout: float) -> subprocess.Com
     )
 
 
+def python(code: str, *arguments: object, **variables: str) -> subprocess.Popen[str]:
+    """A child process that runs `code` with `arguments`; `finish` waits for it."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=environment() | variables,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], text: str = "", timeout: float = 120) -> tuple[str, str]:
+    """(stdout, stderr) of a child process that must succeed; `text` is sent to its stdin."""
+    out, err = process.communicate(text, timeout=timeout)
+    assert process.returncode == 0, err
+    return out, err
+
+
 def free_port() -> int:
     """A TCP port that is unused at the moment."""
     with socket.socket() as listener:

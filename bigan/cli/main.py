@@ -7,6 +7,7 @@ written), 128 + n stopped by signal n with a checkpoint.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -24,8 +25,9 @@ from bigan.cli.pack import (
     pack_command,
     verify_command,
 )
+from bigan.distributed.signals import launched_as_rank_0
 from bigan.distributed.world import REPORTED_ELSEWHERE
-from bigan.errors import RunError, UserError
+from bigan.errors import RunError, UserError, disk_is_full, unusable_file
 
 if TYPE_CHECKING:
     from bigan.run_config import RunConfig
@@ -53,8 +55,8 @@ def train_command(arguments: argparse.Namespace) -> int:
             code = train(config, bar.echo, bar.tick, stop)
         finally:
             bar.close()
-    if code == 0 and _is_rank_0():
-        print(f"{config.run_dir}: samples/, timeline.png, curves.png, snapshots/", file=sys.stderr)
+    if code == 0 and launched_as_rank_0(os.environ):
+        _print_error(f"{config.run_dir}: samples/, timeline.png, curves.png, snapshots/")
     return code
 
 
@@ -65,7 +67,10 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
 
     if arguments.snapshot and not arguments.truncations:
         raise UserError("--snapshot selects the snapshot for --truncations; give both")
-    _, world = connect(timeout_seconds=24 * 3600)  # a watcher's ranks wait for rank 0 to find work
+    if arguments.timeout and not arguments.watch:
+        raise UserError("--timeout limits the time that --watch waits; give both")
+    # A watcher's ranks wait for rank 0 to find work.
+    _, world = connect(timeout_seconds=24 * 3600, join_seconds=600)
     echo = functools.partial(print, flush=True)
     if arguments.truncations:
         sweep(
@@ -82,6 +87,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
             world,
             overrides=arguments.overrides,
             watch=arguments.watch,
+            timeout_seconds=arguments.timeout,
             poll_seconds=arguments.poll_seconds,
             echo=echo,
         )
@@ -225,31 +231,54 @@ def _add_evaluate(commands: Commands) -> None:
     evaluate.add_argument(
         "--poll-seconds", type=positive, default=1.0, help="interval of --watch (default 1)"
     )
+    evaluate.add_argument(
+        "--timeout",
+        type=positive,
+        metavar="SECONDS",
+        help="with --watch: exit with code 1 after this time without a change in the run folder "
+        "(default: wait for ever)",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     arguments = _parse(argv)
     try:
-        return arguments.handler(arguments)
+        code: int = arguments.handler(arguments)
+        sys.stdout.flush()  # here, where an error is reported
+        return code
     except (UserError, RunError) as error:
         if arguments.debug:
             traceback.print_exc()
         elif not _printed_by_another_rank(error):
-            print(f"bigan: {' '.join(str(error).split())}", file=sys.stderr)
-            for note in getattr(error, "__notes__", []):
-                print(note, file=sys.stderr)
+            notes = getattr(error, "__notes__", [])
+            _print_error("\n".join([f"bigan: {' '.join(str(error).split())}", *notes]))
         return 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:  # the reader of the pipe, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
     except OSError as error:  # a file or folder that cannot be used: no bug of ours
-        if arguments.debug or not error.filename:
+        problem = unusable_file(error)
+        if arguments.debug or problem is None:
             raise
-        print(f"bigan: {error.filename}: {error.strerror}", file=sys.stderr)
+        if disk_is_full(error):
+            _discard_output()
+        _print_error(f"bigan: {problem}")
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _print_error(line: str) -> None:
+    """Print a line to stderr; its file may be on a full disk."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _discard_output() -> None:
+    """Write what stdout still buffers to nowhere: its file is full, or its reader has ended."""
+    with contextlib.suppress(OSError, ValueError):  # a stream without a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -263,15 +292,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _is_rank_0() -> bool:
-    """By the environment of the launcher, or of `srun` without one."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-
-
 def _printed_by_another_rank(error: Exception) -> bool:
     """Whether another process prints the same line, so that one problem is one line."""
     reported = REPORTED_ELSEWHERE in getattr(error, "__notes__", [])
-    everywhere = getattr(error, "everywhere", False) and not _is_rank_0()
+    everywhere = getattr(error, "everywhere", False) and not launched_as_rank_0(os.environ)
     return reported or everywhere
 
 

@@ -10,14 +10,14 @@ import gc
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs
 
 from bigan.config import leaves
 from bigan.distributed.launch_env import (
@@ -27,6 +27,7 @@ from bigan.distributed.launch_env import (
     from_slurm,
     launch_remarks,
 )
+from bigan.distributed.rendezvous import Place, meet
 from bigan.distributed.world import World, broadcast, on_all_ranks
 from bigan.errors import LaunchError
 from bigan.versions import version
@@ -59,9 +60,10 @@ MAY_DIFFER = re.compile(r"run_dir|data\.(\w+\.)?(path|cache)")  # data: one stre
 PACKAGES = ("bigan", "torch", "accelerate", "deepspeed", "numpy")
 
 
-def connect(timeout_seconds: int) -> tuple[Accelerator, World]:
+def connect(timeout_seconds: float, join_seconds: float | None = None) -> tuple[Accelerator, World]:
     """Connect the ranks of this launch; raises `LaunchError` if that fails.
 
+    timeout_seconds: of a collective, and unless `join_seconds` is given, for all ranks to start.
     Removes the launcher's variables about the engine from `os.environ`; copy it before the call,
     for `chosen_engine` and `launch_remarks`.
     """
@@ -77,7 +79,17 @@ def connect(timeout_seconds: int) -> tuple[Accelerator, World]:
     for name in [name for name in os.environ if name.startswith(REMOVED_PREFIXES)]:
         del os.environ[name]
     expected = int(os.environ.get("WORLD_SIZE", "1"))
-    accelerator = _joining(expected, lambda: _accelerator(timeout_seconds))
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        _join(Place.of(os.environ), join_seconds or timeout_seconds, timeout_seconds)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",  # autocast is part of the phases, so that penalties stay float32
+        # Forward passes change no buffer, so none has to be broadcast. static_graph must not be
+        # set: it gives silently wrong gradients with penalties.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        ],
+    )
     if accelerator.num_processes != expected:
         raise LaunchError(
             f"launch environment: WORLD_SIZE = {expected}, but {accelerator.num_processes} "
@@ -132,30 +144,24 @@ def check_same_program(world: World, fingerprint: Mapping[str, str]) -> None:
     on_all_ranks(world, compare)
 
 
-def _accelerator(timeout_seconds: int) -> Accelerator:
-    return Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="no",  # autocast is part of the phases, so that penalties stay float32
-        kwargs_handlers=[
-            # Forward passes change no buffer, so none has to be broadcast. static_graph must not be
-            # set: it gives silently wrong gradients with penalties.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds)),
-        ],
-    )
+def _join(place: Place, join_seconds: float, timeout_seconds: float) -> None:
+    """Create the process group, which accelerate then uses.
 
-
-def _joining(expected: int, join: Callable[[], Accelerator]) -> Accelerator:
-    """`join()` with network errors converted to a `LaunchError`."""
+    accelerate would create it itself, but drops a timeout that equals its own default.
+    """
+    store = meet(place, join_seconds)
     try:
-        return join()
-    except (dist.DistError, RuntimeError) as error:
-        if expected == 1:
-            raise
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            store=store,
+            rank=place.rank,
+            world_size=place.size,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+    except RuntimeError as error:
         problem = LaunchError(
-            f"launch environment: rank {os.environ.get('RANK')} of {expected} on "
-            f"{socket.gethostname()} could not connect to the other ranks at {where} "
+            f"launch environment: rank {place.rank} of {place.size} on {socket.gethostname()} "
+            f"reached the store at {place.where} but not the other ranks "
             f"({str(error).strip().splitlines()[0][:200]}); the nodes must resolve and reach each "
             "other's host names; with several networks, export GLOO_SOCKET_IFNAME and "
             "NCCL_SOCKET_IFNAME"

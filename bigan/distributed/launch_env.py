@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,15 @@ REFUSED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+# World size and rank of a process started by MPI: Open MPI, MPICH and Intel MPI, MVAPICH2, jsrun.
+MPI = {
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "PMI_SIZE": "PMI_RANK",
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
+    "JSM_NAMESPACE_SIZE": "JSM_NAMESPACE_RANK",
+}
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our name: Accelerate's
 
 FIRST_PORT, NUM_PORTS = 20_000, 12_000  # below 32768, the first ephemeral port of Linux
@@ -27,15 +36,20 @@ FIRST_PORT, NUM_PORTS = 20_000, 12_000  # below 32768, the first ephemeral port 
 def check_launch(environment: Mapping[str, str]) -> None:
     """Refuse launches that would train several unconnected runs, or one rank instead of several.
 
-    Raises `LaunchError`. `accelerate launch --cpu --num_processes 2` sets MASTER_ADDR and starts
-    one process without a warning; `srun` with several such tasks starts unconnected processes.
+    Raises `LaunchError`, also for an incomplete set of variables. `accelerate launch --cpu
+    --num_processes 2` sets MASTER_ADDR and starts one process without a warning; `srun` with
+    several such tasks, and `mpirun`, start unconnected processes.
     """
     for name, what in REFUSED.items():
         if _is_true(environment, name):
             raise LaunchError(
                 f"launch environment: {what} is not supported; use one of the files in launch/"
             )
-    if "WORLD_SIZE" in environment or "ACCELERATE_MIXED_PRECISION" not in environment:
+    if _check_ranks(environment):
+        return
+    _check_mpi(environment)
+    if "ACCELERATE_MIXED_PRECISION" not in environment:
+        _check_address(environment)
         return
     if "MASTER_ADDR" in environment:
         raise LaunchError(
@@ -48,6 +62,56 @@ def check_launch(environment: Mapping[str, str]) -> None:
             f"launch environment: srun started {_num_tasks(environment)} launchers of one process "
             "each, which are not connected; use srun without `accelerate launch` (one task per "
             "GPU), or one task per node with launch/cluster.yaml"
+        )
+
+
+def _check_ranks(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher has set the ranks; raises `LaunchError` unless they are complete."""
+    given = _given(environment)
+    if not given:
+        return False
+    missing = [name for name in (*RANKS, *ADDRESS) if not environment.get(name)]
+    if missing:
+        here = ", ".join(f"{name} = {environment[name]}" for name in given)
+        raise _incomplete(
+            f"{here}, but {_names(missing)} not set; start the processes with `accelerate launch` "
+            "or `torchrun`, or set all of RANK, WORLD_SIZE, LOCAL_RANK (the rank within the "
+            "machine), MASTER_ADDR and MASTER_PORT; for one process unset them"
+        )
+    size = _number(environment, "WORLD_SIZE", 1)
+    _number(environment, "RANK", 0, size - 1)
+    _number(environment, "LOCAL_RANK", 0, size - 1)
+    _number(environment, "MASTER_PORT", 1, 65_535)
+    if environment.get("LOCAL_WORLD_SIZE"):
+        _number(environment, "LOCAL_WORLD_SIZE", 1, size)
+    return True
+
+
+def _given(environment: Mapping[str, str]) -> list[str]:
+    """The variables of ranks that are set; a world size of 1 alone means no launcher."""
+    given = [name for name in RANKS if environment.get(name)]
+    return [] if given == ["WORLD_SIZE"] and environment["WORLD_SIZE"] == "1" else given
+
+
+def _check_mpi(environment: Mapping[str, str]) -> None:
+    for name, rank in MPI.items():
+        size = _number(environment, name, 1) if environment.get(name) else 1
+        if size > 1 and size != _num_tasks(environment):  # srun sets PMI_SIZE as well
+            raise LaunchError(
+                f"launch environment: {name} = {size}: MPI started {size} processes, which bigan "
+                "does not connect; use `accelerate launch`, `torchrun` or `srun`, or set "
+                f"RANK=${rank}, WORLD_SIZE=${name}, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in "
+                "each process"
+            )
+
+
+def _check_address(environment: Mapping[str, str]) -> None:
+    """Refuse an address without ranks; scripts of SLURM may export it before `srun`."""
+    if environment.get("MASTER_ADDR") and "SLURM_JOB_ID" not in environment:
+        raise _incomplete(
+            f"MASTER_ADDR = {environment['MASTER_ADDR']}, but {_names(RANKS)} not set, so that "
+            "this would be an unconnected process; start it with `accelerate launch` or "
+            "`torchrun`, or unset MASTER_ADDR"
         )
 
 
@@ -68,7 +132,7 @@ def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     job step; an exported MASTER_ADDR or MASTER_PORT is kept. Raises `LaunchError` if a SLURM
     variable is missing.
     """
-    if "WORLD_SIZE" in environment or _num_tasks(environment) == 1:
+    if _given(environment) or _num_tasks(environment) == 1:
         return {}
     try:
         if environment.get("SLURM_STEP_NUM_NODES") == "1":
@@ -76,8 +140,8 @@ def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
         else:
             nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
             first = first_host(nodes)
-        job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
-        return {
+        job, step = (_number(environment, f"SLURM_{name}_ID", 0) for name in ("JOB", "STEP"))
+        joined = {
             "RANK": environment["SLURM_PROCID"],
             "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
             "LOCAL_RANK": environment["SLURM_LOCALID"],
@@ -86,6 +150,8 @@ def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
             "MASTER_PORT": environment.get("MASTER_PORT")
             or str(FIRST_PORT + (31 * job + step) % NUM_PORTS),
         }
+        _check_ranks(joined)
+        return joined
     except KeyError as error:
         raise LaunchError(
             f"launch environment: srun started {_num_tasks(environment)} tasks but {error} is not "
@@ -250,4 +316,36 @@ def _is_true(environment: Mapping[str, str], name: str) -> bool:
 
 
 def _num_tasks(environment: Mapping[str, str]) -> int:
-    return int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    """Tasks of the job step that this process belongs to; 1 outside a step.
+
+    SLURM_NTASKS and SLURM_PROCID = 0 are also set in a batch script, which is one process.
+    """
+    if environment.get("SLURM_STEP_NUM_TASKS"):
+        return _number(environment, "SLURM_STEP_NUM_TASKS", 1)
+    in_step = environment.get("SLURM_PROCID", "0") != "0" or "SLURM_STEP_NODELIST" in environment
+    if in_step and environment.get("SLURM_NTASKS", "1") != "1":
+        raise _incomplete(
+            f"SLURM_NTASKS = {environment['SLURM_NTASKS']}, but SLURM_STEP_NUM_TASKS is not set; "
+            "pass all SLURM_ variables of srun to the processes, or use `accelerate launch`"
+        )
+    return 1
+
+
+def _number(environment: Mapping[str, str], name: str, least: int, most: int | None = None) -> int:
+    text = environment[name]
+    number = int(text) if text.isdecimal() else -1
+    if number < least or (most is not None and number > most):
+        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise _incomplete(f"{name} = {text!r} is not a number {wanted}; correct it")
+    return number
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names) + (" is" if len(names) == 1 else " are")
+
+
+def _incomplete(text: str) -> LaunchError:
+    """An error of the variables of this process, which other processes need not have."""
+    problem = LaunchError(f"launch environment: {text}")
+    problem.everywhere = False
+    return problem

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from bigan.atomic_files import write_atomic
+from bigan.distributed.launch_env import MPI
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 STOP, REQUEUE = "STOP", "REQUEUE"
@@ -39,7 +40,8 @@ def print_line(line: str) -> None:
 
 def launched_as_rank_0(environment: Mapping[str, str]) -> bool:
     """Whether this process is rank 0, which prints messages that are equal on all ranks."""
-    return environment.get("RANK", environment.get("SLURM_PROCID", "0")) == "0"
+    names = ("RANK", "SLURM_PROCID", *MPI.values())
+    return next((environment[name] for name in names if environment.get(name)), "0") == "0"
 
 
 def exit_process(code: int, cleanup: Callable[[], None]) -> None:

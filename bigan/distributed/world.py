@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from bigan.errors import PeerError, RunError, UserError
+from bigan.errors import PeerError, RunError, UserError, unusable_file
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
@@ -107,8 +107,8 @@ def on_all_ranks(world: World, work: Callable[[], T]) -> T:
     """Run `work`, which must call no collective, on all ranks; raise on all ranks if one fails.
 
     Returns this rank's result. If `work` raises on any rank, every rank raises the error of the
-    first such rank (`UserError` or `RunError`, else `PeerError`), so that no rank waits forever in
-    the next collective.
+    first such rank (`UserError` or `RunError`, `UserError` also for a file that cannot be used,
+    else `PeerError`), so that no rank waits forever in the next collective.
     """
     if world.size == 1:
         return work()
@@ -119,7 +119,8 @@ def on_all_ranks(world: World, work: Callable[[], T]) -> T:
     except (UserError, RunError) as error:
         own = error
     except Exception as error:
-        own = PeerError(f"rank {world.rank}: {type(error).__name__}: {error}")
+        unusable = unusable_file(error) if isinstance(error, OSError) else None
+        own = unusable or PeerError(f"rank {world.rank}: {type(error).__name__}: {error}")
     _raise_first(world, gather(world, own))
     return result  # type: ignore[return-value]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from bigan import atomic_files
 from bigan.checkpoint import snapshots
-from bigan.errors import UserError
+from bigan.errors import writing
 from bigan.evaluation.metrics import Estimate
 from bigan.hashes import fingerprint, sha256_of_file
 from bigan.run_folder import RunFolder
@@ -181,8 +181,6 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically, creating its folder; `UserError` if it cannot be written."""
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_files.write_atomic(path, json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -20,7 +20,7 @@ from bigan.data.format.manifest import Manifest
 from bigan.data.settings import Fetch
 from bigan.data.streaming.stream import sequential
 from bigan.distributed.world import World, on_all_ranks, on_rank_0
-from bigan.errors import UserError
+from bigan.errors import UserError, writing
 from bigan.evaluation import moments
 from bigan.evaluation.extractors import Extractor
 from bigan.evaluation.moments import Moments
@@ -54,7 +54,7 @@ def load_or_compute(
 
     Read from the folder `cache` if it has them under the same fingerprint, else computed by all
     ranks in batches of `batch` images and written by rank 0. Raises `UserError` for a damaged data
-    folder and for fewer than two images.
+    folder, for fewer than two images and for a full disk.
     """
     content = describe(extractor, manifest, split)
     if manifest.num_samples(split) < 2:
@@ -74,8 +74,9 @@ def load_or_compute(
             "scatter": total.scatter.cpu().contiguous(),
         }
         metadata = {key: str(value) for key, value in content.items()}
-        cache.mkdir(parents=True, exist_ok=True)
-        atomic_files.write_atomic(path, safetensors.torch.save(tensors, metadata))
+        with writing(path):
+            cache.mkdir(parents=True, exist_ok=True)
+            atomic_files.write_atomic(path, safetensors.torch.save(tensors, metadata))
 
     on_rank_0(world, write)
     return total

@@ -20,12 +20,12 @@ import torch
 
 from bigan.checkpoint import snapshots
 from bigan.distributed.world import World, on_rank_0, reported_by_rank_0
-from bigan.errors import UserError
+from bigan.errors import UserError, writing
 from bigan.evaluation import metrics
 from bigan.evaluation.evaluator import Evaluator
 from bigan.evaluation.records import Record, Records, Task, matches, read_json, write_json
 from bigan.evaluation.truncation_plot import draw
-from bigan.evaluation.watcher import Echo, publish, read_config, summary
+from bigan.evaluation.watcher import Echo, log_once, publish, read_config, summary
 from bigan.reporting.tracker import Tracker
 
 
@@ -49,7 +49,7 @@ def sweep(
     that the sampler does not support.
     """
     run_dir = Path(run_dir)
-    config = read_config(run_dir, overrides, world, watch=False, poll_seconds=0.0, echo=echo)
+    config = read_config(run_dir, overrides, world, silence=None, poll_seconds=0.0, echo=echo)
     evaluator = Evaluator(run_dir, config, world, torch.device(device or world.device))
     for truncation in truncations:
         evaluator.check_truncation(truncation)
@@ -181,7 +181,7 @@ def _publish(
     if tracker is not None:
         prefix = f"truncation/{_label(_truncation_of(record.as_dict()))}"
         logged = {f"{prefix}/{key}": value for key, value in record.values.items()}
-        tracker.log(record.images_seen, logged)
+        log_once(tracker, records.run_dir, record.images_seen, logged)
     table.add(record)
 
 
@@ -192,13 +192,10 @@ def finish(table: TruncationTable, tracker: Tracker | None, echo: Echo) -> None:
     symbol = "psi" if evaluator.truncates_mean else "t"
     values = {t: content["metrics"] for t, content in table.rows().items()}
     title = f"{table.path.resolve().parents[1].name}, images_seen {table.task.images_seen}"
-    try:
+    with writing(plot):
         draw(plot, values, evaluator.titles, symbol, title)
-    except OSError as error:
-        raise UserError(f"{plot}: cannot be written: {error.strerror or error}") from None
     if tracker is not None:
-        tracker.log_artifact(table.path)
-        tracker.log_artifact(plot)
+        tracker.pictures_changed()
     for text in table.lines():
         echo(text)
     echo(f"{table.path}, {plot.name}")

@@ -20,11 +20,12 @@ import torch
 
 from bigan.checkpoint import snapshots
 from bigan.distributed.world import World, on_rank_0
-from bigan.errors import UserError
+from bigan.errors import UserError, writing
 from bigan.evaluation.evaluator import Evaluator
-from bigan.evaluation.records import Record, Records
+from bigan.evaluation.records import Record, Records, Task
+from bigan.evaluation.silence import Silence, suggestion
 from bigan.reporting.plots import curves
-from bigan.reporting.tracker import Tracker
+from bigan.reporting.tracker import Tracker, read_metrics
 from bigan.run_config import RunConfig, load_config
 from bigan.run_folder import RunFolder
 
@@ -37,6 +38,7 @@ def evaluate(
     *,
     overrides: Sequence[str] = (),
     watch: bool,
+    timeout_seconds: float | None = None,
     device: torch.device | str | None = None,
     poll_seconds: float = 2.0,
     echo: Echo,
@@ -44,15 +46,18 @@ def evaluate(
     """Measure every complete snapshot of `run_dir` that is not yet measured, oldest first.
 
     All ranks call it. With `watch` it waits for the run folder and for new snapshots, and returns
-    once `DONE` exists and every snapshot is measured. `echo` prints one line per snapshot, on
-    rank 0. `device` defaults to that of `world`. `overrides` ("a.b=value") change the config of the
-    run for this evaluation. Returns images_seen -> metrics of all snapshots, on every rank.
+    once `DONE` exists and every snapshot is measured. While the run folder does not change, a line
+    reports it at growing intervals. `echo` prints one line per snapshot, on rank 0. `device`
+    defaults to that of `world`. `overrides` ("a.b=value") change the config of the run for this
+    evaluation. Returns images_seen -> metrics of all snapshots, on every rank.
 
     Raises `UserError`: no run folder or no snapshot (without `watch`), missing or wrong extractor
-    weights, data that is missing, damaged or does not match the model.
+    weights, data that is missing, damaged or does not match the model, a full disk. `RunError`:
+    the folder has not changed for `timeout_seconds` of waiting.
     """
     run_dir = Path(run_dir)
-    config = read_config(run_dir, overrides, world, watch, poll_seconds, echo)
+    silence = Silence(run_dir, timeout_seconds, echo) if watch else None
+    config = read_config(run_dir, overrides, world, silence, poll_seconds, echo)
     truncation = config.evaluation.truncation
     evaluator = Evaluator(run_dir, config, world, torch.device(device or world.device))
     records = Records(run_dir, evaluator.folder, evaluator.protocol(truncation))
@@ -65,18 +70,7 @@ def evaluate(
                 *(summary(found) for _, found in measured),
             ):
                 echo(text)
-        num_measured = 0
-        while True:
-            task, finished = on_rank_0(world, records.next_task)
-            if task is None:
-                if finished or not watch:
-                    break
-                time.sleep(poll_seconds)
-                continue
-            record = evaluator.measure_unless_replaced(task, truncation)
-            if record is not None:
-                num_measured += 1
-                on_rank_0(world, functools.partial(publish, record, records, tracker, echo))
+        num_measured = measure_all(evaluator, records, tracker, silence, poll_seconds, echo)
         if world.is_rank_0 and not num_measured:
             echo(f"{run_dir}: every snapshot is already evaluated under this protocol")
         measured = on_rank_0(world, records.measured)
@@ -87,36 +81,96 @@ def evaluate(
     return {task.images_seen: dict(found["metrics"]) for task, found in measured}
 
 
+def measure_all(
+    evaluator: Evaluator,
+    records: Records,
+    tracker: Tracker | None,
+    silence: Silence | None,
+    poll_seconds: float,
+    echo: Echo,
+) -> int:
+    """Measure and publish what has no record, with `silence` until the run ends; a collective.
+
+    Returns the number of measurements.
+    """
+    world, truncation = evaluator.world, evaluator.config.evaluation.truncation
+    num_measured, waiting = 0, False
+    while True:
+        task, finished = on_rank_0(world, functools.partial(next_task, records, silence))
+        if task is None:
+            if finished or silence is None:
+                return num_measured
+            if world.is_rank_0 and not waiting:
+                echo(f"waiting for snapshots of {records.run_dir}")
+            waiting = True
+            time.sleep(poll_seconds)
+            continue
+        record = evaluator.measure_unless_replaced(task, truncation)
+        if record is not None:
+            num_measured += 1
+            on_rank_0(world, functools.partial(publish, record, records, tracker, echo))
+
+
 def publish(record: Record, records: Records, tracker: Tracker | None, echo: Echo) -> None:
-    """On rank 0: print and log a record, then write it, which marks the snapshot as measured."""
+    """On rank 0: print, log and draw a record, then write it, which marks it as measured.
+
+    Raises `UserError` on a full disk; the snapshot is then measured again.
+    """
     echo(summary(record.as_dict()))
+    run_dir = records.run_dir
     if tracker is not None:
         logged = {f"eval/{key}": value for key, value in record.values.items()}
-        tracker.log(record.images_seen, logged)
+        log_once(tracker, run_dir, record.images_seen, logged)
+    with writing(RunFolder(run_dir).curves):
+        curves(run_dir, RunFolder(run_dir).curves)
     records.write(record)
-    curves(records.run_dir, RunFolder(records.run_dir).curves)
+    if tracker is not None:
+        tracker.pictures_changed()
+
+
+def log_once(
+    tracker: Tracker, run_dir: Path, images_seen: int, values: Mapping[str, float]
+) -> None:
+    """Append metrics to the metrics log, unless an evaluation that was cut off has done so."""
+    wanted = {"images_seen": images_seen, **values}
+    if any(wanted.items() <= found.items() for found in read_metrics(run_dir)):
+        return
+    with writing(RunFolder(run_dir).metrics):
+        tracker.append(images_seen, values)
+
+
+def next_task(records: Records, silence: Silence | None) -> tuple[Task | None, bool]:
+    """As `Records.next_task`; raises `RunError` if a watched run has been silent for too long."""
+    task, finished = records.next_task()
+    if silence is not None and task is None and not finished:
+        silence.check()
+    return task, finished
 
 
 def read_config(
     run_dir: Path,
     overrides: Sequence[str],
     world: World,
-    watch: bool,
+    silence: Silence | None,
     poll_seconds: float,
     echo: Echo,
 ) -> RunConfig:
-    """The config of the run, on every rank; with `watch` it waits until there is one."""
+    """The config of the run, on every rank; with `silence` it waits until there is one."""
     path = RunFolder(run_dir).config
 
     def find() -> RunConfig | None:
-        if path.is_file() and (watch or snapshots.find(run_dir)):
+        if path.is_file() and (silence or snapshots.find(run_dir)):
             return load_config(path, overrides)
-        if watch:
+        if silence is not None:
+            silence.check()
             return None
+        hint = suggestion(run_dir)
         if not run_dir.is_dir():
-            raise UserError(f"{run_dir}: no such run folder; give the run_dir of a training run")
+            raise UserError(
+                f"{run_dir}: no such run folder; give the run_dir of a training run{hint}"
+            )
         if not path.is_file():
-            raise UserError(f"{run_dir}: not a run folder (no config.yaml in it)")
+            raise UserError(f"{run_dir}: not a run folder (no config.yaml in it){hint}")
         raise UserError(
             f"{run_dir}: has no complete snapshot yet; train longer (train.snapshot_images is the "
             "interval between snapshots), or wait for one with --watch"
@@ -125,7 +179,7 @@ def read_config(
     waiting = False
     while (config := on_rank_0(world, find)) is None:
         if world.is_rank_0 and not waiting:
-            echo(f"waiting for {path}")
+            echo(f"waiting for {path}: the run has not started{suggestion(run_dir)}")
         waiting = True
         time.sleep(poll_seconds)
     return config

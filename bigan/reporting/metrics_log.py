@@ -9,6 +9,7 @@ has no NaN or infinity: they are written as "NaN", "Infinity" and "-Infinity" an
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -35,8 +36,11 @@ def append(path: Path, images_seen: int, seconds: float, values: Mapping[str, fl
     try:
         with locked(descriptor) as alone:
             data = _mend_tail(descriptor, alone) + line
-            if os.write(descriptor, data) < len(data):
-                raise OSError(f"{path}: incomplete write (disk full?)")
+            num_written = os.write(descriptor, data)
+            if num_written < len(data):
+                if alone:
+                    os.ftruncate(descriptor, os.fstat(descriptor).st_size - num_written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(descriptor)
 

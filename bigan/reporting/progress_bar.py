@@ -11,6 +11,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from bigan.errors import disk_is_full
+
 LINE_SECONDS = 5.0  # between two lines where there is no terminal
 
 
@@ -33,9 +35,13 @@ class ProgressBar:
         self._last_line = -LINE_SECONDS
 
     def echo(self, text: str) -> None:
-        """Print a line above the bar."""
-        tqdm.write(text, file=self._stream)
-        self._stream.flush()
+        """Print a line above the bar. A full disk that takes no log does not end the run."""
+        try:
+            tqdm.write(text, file=self._stream)
+            self._stream.flush()
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
 
     def tick(self, images_seen: int, report: Mapping[str, float]) -> None:
         """Show a tick. `report`: its metrics under flat keys, such as "train/generator/loss"."""

@@ -1,7 +1,7 @@
 """Metrics of a run: always to `metrics.jsonl`, to MLflow if configured; never raises into training.
 
     <run_dir>/metrics.jsonl     the metrics log (metrics_log.py), independent of MLflow
-    <run_dir>/mlflow.json       {"run_id", "uri", "local"}: the MLflow run that a resume continues
+    <run_dir>/mlflow.json       the MLflow run, and what was delivered to it (mlflow_run.py)
     <run_dir>/environment.json  versions and hardware: `environment()`
 
 Without `MLFLOW_TRACKING_URI`, MLflow's store is `mlflow.db` next to the run folder, shared by all
@@ -23,7 +23,8 @@ from typing import Any
 
 from bigan.reporting import metrics_log
 from bigan.reporting.metrics_log import read_metrics, series
-from bigan.reporting.mlflow_writer import MlflowWriter, Role, Status
+from bigan.reporting.mlflow_run import Role
+from bigan.reporting.mlflow_writer import MlflowWriter, Status
 from bigan.run_config import TrackingConfig
 from bigan.versions import hardware, versions
 
@@ -31,14 +32,15 @@ __all__ = ["Role", "Status", "Tracker", "environment", "read_metrics", "series"]
 
 
 class Tracker:
-    """Writes the metrics log of one run and sends it to MLflow in the background.
+    """Writes the metrics log of one run, and copies the run folder to MLflow in the background.
 
     Role "train" sets the status of the MLflow run, RUNNING at the start and that of `close` at the
-    end, and sends the metrics of earlier attempts again. Role "evaluation" logs to the same run
-    (creating it if the trainer has not yet) and never changes its status.
+    end. Role "evaluation" logs to the same run (creating it if the trainer has not yet) and sets
+    only a status that an ended trainer could not deliver.
 
-    A full disk or an unreachable server raises nowhere, and only `close` waits for the server. Use
-    one tracker per role, on rank 0.
+    A full disk (except in `append`) or an unreachable server raises nowhere, and only `close` waits
+    for the server. Use
+    one tracker per role, on rank 0, once config.yaml has been written.
     """
 
     def __init__(self, run_dir: Path, config: TrackingConfig, *, role: Role) -> None:
@@ -49,39 +51,26 @@ class Tracker:
         self._mlflow = MlflowWriter(run_dir, config.experiment, role) if config.mlflow else None
 
     def log(self, images_seen: int, metrics: Mapping[str, float]) -> None:
-        """Append {key: number} at `images_seen` to the metrics log and to the queue for MLflow."""
-        values = {key: float(value) for key, value in metrics.items()}
-        seconds = round(
-            time.time(), 3
-        )  # MLflow stores milliseconds, and a resent metric must be equal
+        """Append {key: number} at `images_seen` to the metrics log."""
         try:
-            metrics_log.append(self._path, images_seen, seconds, values)
+            self.append(images_seen, metrics)
         except OSError:
             self._num_unwritten += 1
+            if self._mlflow:
+                self._mlflow.unwritten(images_seen, time.time(), metrics)
+
+    def append(self, images_seen: int, metrics: Mapping[str, float]) -> None:
+        """As `log`, but raises OSError if the metrics log cannot be written."""
+        values = {key: float(value) for key, value in metrics.items()}
+        # MLflow stores milliseconds, and a resent metric must be equal.
+        metrics_log.append(self._path, images_seen, round(time.time(), 3), values)
         if self._mlflow:
-            self._mlflow.metrics(images_seen, seconds, values)
+            self._mlflow.changed()
 
-    def log_image(self, images_seen: int, key: str, path: Path) -> None:
-        """Send the image file `path` to MLflow's artifact folder `key` ("samples").
-
-        The file is read later, on another thread. A file of the same name replaces the previous
-        one there.
-        """
+    def pictures_changed(self) -> None:
+        """Copy new pictures of the run folder (`mlflow_writer.PICTURES`) to MLflow."""
         if self._mlflow:
-            self._mlflow.artifact(path, key)
-
-    def log_artifact(self, path: Path) -> None:
-        """Send a file of the run to MLflow; it is read later, on another thread."""
-        if self._mlflow:
-            self._mlflow.artifact(path, None)
-
-    def log_params(self, values: Mapping[str, Any]) -> None:
-        """Send the config to MLflow as parameters, nested keys joined by dots.
-
-        MLflow parameters are immutable: what a resume changed becomes the tag `resumed.<key>`.
-        """
-        if self._mlflow:
-            self._mlflow.params(values)
+            self._mlflow.changed(pictures=True)
 
     def close(self, status: Status | None, timeout_seconds: float = 60.0) -> str | None:
         """Send what is queued, within `timeout_seconds`, and set the final status of the run.

@@ -76,17 +76,16 @@ class Artifacts:
         numbered = sorted((int(path.stem), path) for path in grids)
         image_grids.contact_sheet(numbered, self._folder.timeline)
         if self._tracker:
-            self._tracker.log_artifact(self._folder.timeline)
-            self._tracker.log_artifact(self._folder.curves)
+            self._tracker.pictures_changed()
         folder.finish(self._state.config, self._state.progress.images_seen)
 
     def _sample_grids(self) -> None:
         seen = self._state.progress.images_seen
         for index, (name, sampler) in enumerate(self._state.objective.samplers.items()):
             path = self._folder.sample_grid(seen, name if index else None)
-            written = sample_grids.save(path, self._state, sampler, self._grid_inputs)
-            if written and self._tracker:
-                self._tracker.log_image(seen, f"samples/{name}" if index else "samples", path)
+            sample_grids.save(path, self._state, sampler, self._grid_inputs)
+        if self._tracker:
+            self._tracker.pictures_changed()
 
     def _attempt(self, what: str, write: Callable[[], None]) -> None:
         """Write on rank 0. If the disk is full, report it and continue."""

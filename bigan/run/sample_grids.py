@@ -24,11 +24,11 @@ INPUT_ROWS = 4  # of images of the data, each above a row of the sampler's
 Inputs = dict[str, Batch]  # stream -> its first images
 
 
-def save(path: Path, state: TrainState, sampler: Sampler, inputs: Inputs) -> bool:
+def save(path: Path, state: TrainState, sampler: Sampler, inputs: Inputs) -> None:
     """Write the grid of a sampler as PNG; on one rank. Raises OSError.
 
-    `inputs` keeps the images of the data from call to call. Returns False, without a file, for a
-    sampler whose input stream has no first images (data.mode=resampled).
+    `inputs` keeps the images of the data from call to call. Writes no file for a sampler whose
+    input stream has no first images (data.mode=resampled).
     """
     columns = COLUMNS
     if sampler.inputs is None:
@@ -38,7 +38,7 @@ def save(path: Path, state: TrainState, sampler: Sampler, inputs: Inputs) -> boo
     else:
         if sampler.inputs not in inputs:
             if state.config.streams[sampler.inputs].mode == "resampled":
-                return False
+                return
             inputs[sampler.inputs] = _first_images(state, sampler.inputs)
         columns = min(COLUMNS, len(inputs[sampler.inputs].labels))
         images = _from_images(state, sampler, sampler.inputs, inputs[sampler.inputs], columns)
@@ -46,7 +46,6 @@ def save(path: Path, state: TrainState, sampler: Sampler, inputs: Inputs) -> boo
     # Images of a growing model are smaller at first.
     images = repeated(images, state.run_config.model.resolution)
     image_grids.save_grid(path, images, columns=columns, row_labels=names)
-    return True
 
 
 def _row_labels(state: TrainState) -> list[int]:

@@ -17,7 +17,7 @@ from bigan.distributed.signals import GRACE_SECONDS, StopFlag, stop_requested, w
 from bigan.distributed.stragglers import SlowRanks
 from bigan.distributed.world import barrier, max_over_ranks, on_all_ranks, on_rank_0
 from bigan.engine import Echo, Engine
-from bigan.errors import RunError
+from bigan.errors import RunError, writing
 from bigan.reporting.tracker import Status, Tracker
 from bigan.run import folder
 from bigan.run.artifacts import Artifacts
@@ -83,7 +83,7 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag) -
     enter_stage(state)
     with on_all_ranks(world, lambda: open_streams(state)) as streams:
         agree_on_data(world, streams.fingerprint)
-        on_rank_0(world, lambda: folder.prepare(config))
+        on_rank_0(world, writing(config.run_dir)(lambda: folder.prepare(config)))
         if world.is_rank_0:
             stop.before_exit = lambda number: leave_marker(config.run_dir, number)
         tracker = (
@@ -92,8 +92,6 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag) -
         artifacts = Artifacts(state, tracker)
         status: Status = "FAILED"
         try:
-            if tracker:
-                tracker.log_params(config.model_dump(mode="json"))
             for remark in remarks(state):
                 echo(remark)
             loop = Loop(state, artifacts, tracker, on_tick, stop)
@@ -222,9 +220,10 @@ class Loop:
 
     def finish(self) -> None:
         """Complete all files, then write DONE; called when all images have been seen."""
+        run_dir = self.state.config.run_dir
         with self.stop.suspend_grace_time():
             self.artifacts.close()
-            on_rank_0(self.world, self.artifacts.finish)
+            on_rank_0(self.world, writing(run_dir)(self.artifacts.finish))
             barrier(self.world)
 
     def checkpoint(self) -> None:

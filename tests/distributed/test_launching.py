@@ -190,6 +190,7 @@ def test_ranks_of_srun() -> None:
         ({"SLURM_STEP_NUM_NODES": "1"}, "MASTER_ADDR", "127.0.0.1"),
         ({"MASTER_ADDR": "10.0.0.7"}, "MASTER_ADDR", "10.0.0.7"),
         ({"MASTER_PORT": "29500"}, "MASTER_PORT", "29500"),
+        ({"WORLD_SIZE": "1"}, "WORLD_SIZE", "8"),  # of an image, not of a launcher
     ],
 )
 def test_srun_variants(changes: Mapping[str, str], key: str, value: str) -> None:
@@ -213,7 +214,12 @@ def test_ports_of_jobs_and_steps_differ_and_are_not_ephemeral() -> None:
         {},
         {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"},  # a batch script or salloc, without srun
         TASK | {"SLURM_STEP_NUM_TASKS": "1"},
-        TASK | {"WORLD_SIZE": "16", "RANK": "3"},  # accelerate or torchrun inside srun
+        TASK
+        | {
+            "WORLD_SIZE": "16",
+            "RANK": "3",
+            "LOCAL_RANK": "3",
+        },  # accelerate or torchrun inside srun
     ],
 )
 def test_no_ranks_of_srun(environment: Mapping[str, str]) -> None:
@@ -221,6 +227,8 @@ def test_no_ranks_of_srun(environment: Mapping[str, str]) -> None:
 
 
 def test_incomplete_slurm_environment() -> None:
+    with pytest.raises(LaunchError, match="MASTER_PORT = 'http'"):
+        from_slurm(TASK | {"MASTER_PORT": "http"})
     with pytest.raises(LaunchError, match="srun started 8 tasks but 'SLURM_PROCID' is not set"):
         from_slurm({key: value for key, value in TASK.items() if key != "SLURM_PROCID"})
 
@@ -252,7 +260,13 @@ def test_launches_of_unconnected_processes_are_refused() -> None:
     check_launch({})
     check_launch(accelerate)
     check_launch(TASK)  # `connect` connects them
-    check_launch(TASK | accelerate | {"WORLD_SIZE": "8", "MASTER_ADDR": "n1"})
+    launched = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+    check_launch(TASK | accelerate | launched | {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"})
+    check_launch({"WORLD_SIZE": "1"})
+    check_launch({"PMI_SIZE": "8"} | TASK)  # set by srun as well
+    check_launch({"SLURM_JOB_ID": "1", "MASTER_ADDR": "n1"})  # exported before srun
+    with pytest.raises(LaunchError, match="OMPI_COMM_WORLD_SIZE = 16"):
+        check_launch({"OMPI_COMM_WORLD_SIZE": "16"} | TASK)  # mpirun in a step of its daemons
     with pytest.raises(LaunchError, match="started one"):
         check_launch(accelerate | {"MASTER_ADDR": "127.0.0.1"})
     with pytest.raises(LaunchError, match="srun started 8 launchers"):
@@ -286,14 +300,16 @@ def test_program_is_versions_engine_and_config() -> None:
 # Connected as srun starts them, with the variables of a DeepSpeed launch file.
 TASKS = """
 import json, os, sys
+import torch, torch.distributed as dist
 from bigan.errors import LaunchError
 from bigan.distributed.launch_env import chosen_engine
 from bigan.distributed.launch import check_same_program, connect, disconnect
 from bigan.distributed.world import gather
 
 requested = dict(os.environ)
-accelerator, world = connect(60)
+accelerator, world = connect(600)  # a timeout that accelerate drops, because it is its default
 check_same_program(world, {"torch version": "2", "train.seed": "1"})
+kinds = ["cuda"] if torch.cuda.is_available() else ["cpu"]
 said = ""
 try:
     check_same_program(world, {"torch version": "2", "train.seed": str(world.rank)})
@@ -302,6 +318,10 @@ except LaunchError as error:
 result = {
     "engine": chosen_engine("auto", requested, world.size), "said": gather(world, said),
     "ranks": gather(world, (world.rank, world.size, world.local_rank)),
+    "timeouts": gather(world, [
+        backend.options._timeout.total_seconds()
+        for backend in map(dist.group.WORLD._get_backend, map(torch.device, kinds))
+    ]),
     "kind": str(accelerator.distributed_type),
     "imported": [m for m in ("deepspeed", "transformers") if m in sys.modules],
     "left": [n for n in os.environ if n.startswith(("ACCELERATE_", "FSDP_"))],
@@ -340,6 +360,7 @@ def test_srun_tasks_connect_without_accelerates_plugins() -> None:
     result = json.loads(outputs[0][0])
     assert result["ranks"] == [[0, 2, 0], [1, 2, 1]]
     assert result["engine"] == "zero1"
+    assert result["timeouts"] == [[600.0], [600.0]]
     assert result["kind"] in ("DistributedType.MULTI_CPU", "DistributedType.MULTI_GPU")
     assert result["imported"] == [], "accelerate must not create plugins"
     assert result["left"] == []

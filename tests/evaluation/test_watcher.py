@@ -16,11 +16,12 @@ from PIL import Image
 from bigan import config as configs
 from bigan import models
 from bigan.checkpoint import snapshots
+from bigan.cli.main import main
 from bigan.data.packing.pack import pack
 from bigan.data.streaming.stream import sequential
 from bigan.distributed.world import World
-from bigan.errors import UserError
-from bigan.evaluation import extractors, metrics, moments, sampling
+from bigan.errors import RunError, UserError
+from bigan.evaluation import extractors, metrics, moments, sampling, silence
 from bigan.evaluation.evaluator import Evaluator
 from bigan.evaluation.metrics import Estimate, Features, Metric, Name
 from bigan.evaluation.records import Record, Records, Task
@@ -277,6 +278,88 @@ def test_watching_waits_for_the_run_and_ends_with_it(tmp_path: Path, digits: Pat
     assert [line["images_seen"] for line in journal(config.run_dir)] == [100, 200]
     run(config, watch=True)  # a finished run: returns at once, measures nothing
     assert len(journal(config.run_dir)) == 2
+
+
+def test_a_run_whose_trainer_is_gone_is_left_after_the_timeout(
+    tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = evaluated(tmp_path / "run", digits)
+    start_run(config)
+    write_snapshot(config, 100)
+    monkeypatch.setattr(silence, "SILENT_SECONDS", 0.1)
+    lines: list[str] = []
+
+    def watch() -> str:
+        with pytest.raises(RunError) as error:
+            evaluate(
+                config.run_dir,
+                World(),
+                watch=True,
+                timeout_seconds=0.8,
+                poll_seconds=0.02,
+                echo=lines.append,
+            )
+        return str(error.value)
+
+    line = watch()
+    assert str(config.run_dir) in line
+    assert [entry["images_seen"] for entry in journal(config.run_dir)] == [100]
+    reports = [line for line in lines if f"{config.run_dir}: nothing written for" in line]
+    assert 1 <= len(reports) <= 4  # at doubling intervals
+    (config.run_dir / "REQUEUE").write_text("{}")
+    assert "REQUEUE" in watch()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("run", "no run for"), ("digit-a", "digits-a"), ("", "digits-a"), ("no/run", "no folder")],
+)
+def test_a_mistyped_path_is_reported_and_left_after_the_timeout(
+    tmp_path: Path,
+    digits: Path,
+    name: str,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    start_run(evaluated(tmp_path / "runs" / "digits-a", digits))
+    monkeypatch.setattr(silence, "ABSENT_SECONDS", 0.1)
+    path = tmp_path / "runs" / name
+    limits = ["--timeout", "0.5", "--poll-seconds", "0.02"]
+    assert main(["evaluate", str(path), "--watch", *limits]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"waiting for {path / 'config.yaml'}")
+    assert captured.out.count("no run for") >= 1
+    assert captured.err.count("\n") == 1
+    assert expected in captured.err
+    assert main(["evaluate", str(path), *limits]) == 2  # without --watch
+
+
+def test_silence_begins_again_with_each_change(
+    tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = evaluated(tmp_path / "run", digits)
+    now = [100.0]
+    monkeypatch.setattr(silence.time, "monotonic", lambda: now[0])
+    found = silence.Silence(config.run_dir, 30, lambda _: None)
+
+    def after(seconds: float) -> None:
+        now[0] += seconds
+        found.check()
+        time.sleep(0.02)  # the resolution of modification times
+
+    after(0)
+    after(29)
+    start_run(config)
+    after(29)
+    after(29)
+    (config.run_dir / "metrics.jsonl").touch()
+    after(2)
+    (config.run_dir / "checkpoints" / "100").mkdir(parents=True)
+    after(29)
+    after(29)
+    with pytest.raises(RunError, match=r"for 30 s \(last: checkpoints\)"):
+        after(1)
 
 
 def test_a_snapshot_written_just_before_done_is_not_missed(tmp_path: Path, digits: Path) -> None:

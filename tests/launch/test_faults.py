@@ -21,7 +21,8 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, SMOKE, environment, free_port
-from namespaces import NEEDED, Node, machines
+from disks import fill, small_disk
+from namespaces import Node, machines
 
 from bigan import checkpoint
 from bigan.checkpoint import Reader
@@ -76,16 +77,7 @@ def once(what: str, state: TrainState) -> None:
     elif what == "killed" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "full":
-        fill(state.config.run_dir / "other-files")
-
-
-def fill(path: Path) -> None:
-    """Fill a disk."""
-    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        for size in (65_536, 1):
-            with contextlib.suppress(OSError):
-                while file.write(bytes(size)) == size:
-                    pass
+        fill(state.config.run_dir)
 
 
 def main(faults: str, *arguments: str) -> int:
@@ -276,24 +268,17 @@ def test_process_that_waits_for_images_is_named_and_equal_ones_are_not(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 16 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise PermissionError(f"{NEEDED}: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "16m") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_continues_while_the_disk_is_full(
-    num_processes: int, digits: Path, small_disk: Path
+    num_processes: int, digits: Path, disk: Path
 ) -> None:
     """To the end, which names what is missing; with free space the same command completes it."""
-    run, total = small_disk / "run", 600
+    run, total = disk / "run", 600
     arguments = settings(digits, run, total, f"train.snapshot_images={total}")
     code, lines = train(arguments, "0:full@320", num_processes=num_processes)
     assert code == 1

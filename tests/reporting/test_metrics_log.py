@@ -5,37 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import finish, python
 
 from bigan.reporting import metrics_log
 from bigan.reporting.tracker import Tracker, read_metrics, series
 from bigan.run_config import TrackingConfig
 
 OFF = TrackingConfig(mlflow=False)
-
-
-def python(code: str, *arguments: object) -> subprocess.Popen[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
-    environment["OMP_NUM_THREADS"] = "1"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return out, err
 
 
 def test_line_has_flat_keys_and_is_read_back(tmp_path: Path) -> None:
@@ -112,20 +93,16 @@ for i in range(500):
     values = {f"{sys.argv[2]}/{'k' * (i % 300)}": i, "padding" * 50: 0.1}
     metrics_log.append(Path(sys.argv[1]) / "metrics.jsonl", i, 0.0, values)
 """
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path), role],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True,
-        )
-        for role in ("train", "evaluation")
-    ]  # fmt: skip
+    both = [python(code, tmp_path, role) for role in ("train", "evaluation")]
     for process in both:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
+    for process in both:  # both write before one of them is awaited
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
     for process in both:
-        process.communicate("go\n", timeout=60)
-        assert process.returncode == 0
+        finish(process)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     for role in ("train", "evaluation"):
         own = [r["images_seen"] for r in records if any(k.startswith(f"{role}/") for k in r)]

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from commands import finish, python
 
-from bigan.reporting import metrics_log, mlflow_writer
+from bigan.config import leaves
+from bigan.reporting import metrics_log, mlflow_run, mlflow_writer
 from bigan.reporting import tracker as tracking
+from bigan.reporting.mlflow_run import Record
 from bigan.reporting.tracker import Tracker, read_metrics
 from bigan.run_config import TrackingConfig
 
@@ -30,24 +32,6 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-def python(code: str, *arguments: object) -> subprocess.Popen[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
-    environment["OMP_NUM_THREADS"] = "1"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return out, err
-
-
 def test_mlflow_is_not_imported_without_it(tmp_path: Path) -> None:
     code = """
 import sys
@@ -56,7 +40,6 @@ from bigan.run_config import TrackingConfig
 from bigan.reporting.tracker import Tracker
 tracker = Tracker(Path(sys.argv[1]), TrackingConfig(mlflow=False), role="train")
 tracker.log(1, {"a": 1.0})
-tracker.log_params({"a": 1})
 assert tracker.close("FINISHED") is None
 assert not [name for name in sys.modules if name.partition(".")[0] == "mlflow"]
 """
@@ -84,10 +67,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = """
 import sys
 from pathlib import Path
-from bigan.reporting.mlflow_writer import MlflowWriter  # without metrics log and torch
-Path(sys.argv[1]).mkdir(exist_ok=True)
-writer = MlflowWriter(Path(sys.argv[1]), "tests", sys.argv[2])
-writer.metrics(7, 1.5, {f"{sys.argv[2]}/a": 1.0})
+from bigan.reporting import metrics_log
+from bigan.reporting.mlflow_writer import MlflowWriter  # without torch
+run, role = Path(sys.argv[1]), sys.argv[2]
+run.mkdir(exist_ok=True)
+writer = MlflowWriter(run, "tests", role)
+metrics_log.append(run / "metrics.jsonl", 7, 1.5, {f"{role}/a": 1.0})
 note = writer.close(None, 110)
 assert note is None, note
 """
@@ -117,6 +102,11 @@ def status(client: Any, run_dir: Path) -> str:
     return client.get_run(run_id(run_dir)).info.status
 
 
+def write_config(run_dir: Path, values: dict[str, Any]) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(values))
+
+
 def wait_until(true: Any, seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not true():
@@ -139,15 +129,14 @@ def test_metrics_params_and_artifacts_are_delivered(runs: Path, client: Any) -> 
     picture.parent.mkdir(parents=True)
     picture.write_bytes(b"png")
     (run_dir / "curves.png").write_bytes(b"curves")
+    config = {"train": {"batch": 64, "seed": 0, "lr": 1e-5, "end": None}, "loss": "hinge"}
+    write_config(run_dir, config)
     tracker = Tracker(run_dir, ON, role="train")
-    tracker.log_params({"train": {"batch": 64, "seed": 0}, "loss": "hinge"})
     for step in (10, 20):
         tracker.log(
             step, {"train/discriminator/loss": step / 8, "train/a@b": 1.0, "train/nan": math.nan}
         )
     tracker.log(30, {f"many/{i}": float(i) for i in range(2500)})  # 1000 fit into one call
-    tracker.log_image(20, "samples", picture)
-    tracker.log_artifact(run_dir / "curves.png")
     assert tracker.close("FINISHED") is None
 
     records = read_metrics(run_dir)
@@ -157,7 +146,13 @@ def test_metrics_params_and_artifacts_are_delivered(runs: Path, client: Any) -> 
     ]
     assert points(client, run_dir, "train/discriminator/loss") == expected
     run = client.get_run(run_id(run_dir))
-    assert run.data.params == {"train.batch": "64", "train.seed": "0", "loss": "hinge"}
+    params = {key: str(value) for key, value in leaves(config)}
+    assert run.data.params == params
+    assert (params["train.batch"], params["train.lr"], params["train.end"]) == (
+        "64",
+        "1e-05",
+        "None",
+    )
     assert run.data.metrics["train/a_b"] == 1.0
     assert math.isnan(run.data.metrics["train/nan"])
     assert run.data.metrics["many/2499"] == 2499.0
@@ -170,8 +165,8 @@ def test_metrics_params_and_artifacts_are_delivered(runs: Path, client: Any) -> 
 
 def test_resume_continues_the_run_and_delivers_lost_metrics(runs: Path, client: Any) -> None:
     run_dir = runs / "resumed"
+    write_config(run_dir, {"total": 100})
     tracker = Tracker(run_dir, ON, role="train")
-    tracker.log_params({"total": 100})
     tracker.log(10, {"train/a": 1.0})
     assert tracker.close("KILLED") is None
     first, before = run_id(run_dir), points(client, run_dir, "train/a")
@@ -181,9 +176,13 @@ def test_resume_continues_the_run_and_delivers_lost_metrics(runs: Path, client: 
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"images_seen": 3')
 
+    record = Record.read(run_dir)
+    assert record.sent_bytes > 0
+    record.sent_bytes = 0  # killed before the delivery was recorded
+    record.write(run_dir)
+    write_config(run_dir, {"total": 200, "new": 1})
     tracker = Tracker(run_dir, ON, role="train")
     wait_until(lambda: status(client, run_dir) == "RUNNING")
-    tracker.log_params({"total": 200, "new": 1})
     tracker.log(30, {"train/a": 3.0})
     assert tracker.close("FINISHED") is None
     assert run_id(run_dir) == first
@@ -229,18 +228,20 @@ def test_trainer_continues_a_run_created_by_the_evaluator(runs: Path, client: An
     assert status(client, run_dir) == "FINISHED"
 
 
-def test_errors_are_retried_and_missing_files_are_not(
+def test_errors_are_retried_and_reported_once_with_their_remedy(
     runs: Path, client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """MLflow's remedies are behind several sentences."""
     attempts = []
+    remedy = "run 'mlflow db upgrade <database_uri>' to migrate"
 
     def flaky(*arguments: Any) -> Any:
         attempts.append(1)
         if len(attempts) < 3:
-            raise ConnectionError("the server is away")
+            raise ConnectionError("the schema\nis out of date. " + 20 * "It is old. " + remedy)
         return open_run(*arguments)
 
-    open_run = mlflow_writer.open_run
+    open_run = mlflow_run.open_run
     monkeypatch.setattr(mlflow_writer, "open_run", flaky)
     monkeypatch.setattr(mlflow_writer, "_BACKOFF_SECONDS", (0.05, 0.1))
     run_dir = runs / "flaky"
@@ -248,14 +249,39 @@ def test_errors_are_retried_and_missing_files_are_not(
         tracker = Tracker(run_dir, ON, role="train")
         tracker.log(1, {"a": 1.0})
         wait_until(lambda: len(attempts) == 3)
-        tracker.log_artifact(run_dir / "absent.png")
         tracker.log(2, {"a": 2.0})
-        note = tracker.close("FINISHED")
+        assert tracker.close("FINISHED") is None
     assert [p[:2] for p in points(client, run_dir, "a")] == [(1, 1.0), (2, 2.0)]
     assert status(client, run_dir) == "FINISHED"
+    (record,) = caplog.records  # one line however often it fails
+    assert remedy in record.getMessage()
+    assert "\n" not in record.getMessage()
+
+
+def test_values_that_mlflow_does_not_accept_are_reported_and_not_retried(
+    runs: Path, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow_writer, "_name", lambda key: key)
+    run_dir = runs / "refused"
+    tracker = Tracker(run_dir, ON, role="train")
+    tracker.log(1, {"a@b": 1.0})
+    wait_until(lambda: Record.read(run_dir).sent_bytes > 0)
+    tracker.log(2, {"a": 2.0})
+    note = tracker.close("FINISHED")
     assert note is not None
-    assert "absent.png" in note
-    assert len(caplog.records) == 1  # one line however often it fails
+    assert "a@b" in note
+    assert [p[:2] for p in points(client, run_dir, "a")] == [(2, 2.0)]
+
+
+def test_metrics_of_a_full_disk_are_delivered(runs: Path, client: Any) -> None:
+    run_dir = runs / "full"
+    (run_dir / "metrics.jsonl").mkdir(parents=True)
+    tracker = Tracker(run_dir, ON, role="train")
+    tracker.log(1, {"a": 1.0})
+    note = tracker.close("FINISHED")
+    assert note is not None
+    assert "1 line(s)" in note
+    assert [p[:2] for p in points(client, run_dir, "a")] == [(1, 1.0)]
 
 
 def test_run_deleted_from_the_store_is_created_again(runs: Path, client: Any) -> None:
@@ -301,7 +327,7 @@ def test_unreachable_server_does_not_block(
     assert time.monotonic() - began < 10  # connections are refused at once
     assert note is not None
     assert "\n" not in note
-    assert "metrics.jsonl" in note
+    assert str(tmp_path) in note
     written = note + caplog.text + "".join(p.read_text() for p in tmp_path.rglob("*.json*"))
     assert "secret" not in written
     assert len(read_metrics(tmp_path)) > 20
@@ -331,10 +357,10 @@ def test_evaluator_uses_the_store_of_the_trainer(
 ) -> None:
     run_dir = tmp_path / "runs" / "a"
     local = f"sqlite:///{tmp_path.resolve()}/runs/mlflow.db"
-    none = {"run_id": "", "uri": "", "local": False}
-    here = {"run_id": "1", "uri": "sqlite:////moved/since/mlflow.db", "local": True}
-    server = {"run_id": "1", "uri": "http://server:5000", "local": False}
-    store = mlflow_writer._store
+    none = Record()
+    here = Record("1", "sqlite:////moved/since/mlflow.db", local=True)
+    server = Record("1", "http://server:5000", local=False)
+    store = mlflow_run._store
     assert store(run_dir, none, "train") == store(run_dir, none, "evaluation") == (local, True)
     assert store(run_dir, here, "train") == (local, True)  # the whole folder may move
     assert store(run_dir, server, "train") == ("http://server:5000", False)
