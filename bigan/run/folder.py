@@ -47,20 +47,28 @@ MAY_CHANGE = (
 )
 
 
+def require_usable(folder: Path) -> None:
+    """Raises `ConfigError` unless the folder can be that of a run; changes nothing on disk."""
+    _require_writable(folder)
+    if RunFolder(folder).config.exists() or not folder.exists():
+        return
+    # A killed first start leaves at most its lock and a temporary file.
+    lock = RunFolder(folder).lock.name
+    if any(p.name != lock and not p.name.endswith(".tmp") for p in folder.iterdir()):
+        raise ConfigError(
+            f"{folder}: not empty and not a run (no config.yaml in it); use another run_dir"
+        )
+
+
 def check(config: RunConfig) -> Path | None:
     """The checkpoint to resume from, or None for a new run; changes nothing on disk.
 
     Raises `ConfigError` if the folder contains a run of another config, or other files.
     """
     folder = config.run_dir
+    require_usable(folder)
     stored = RunFolder(folder).config
-    _require_writable(folder)
     if not stored.exists():
-        # A killed first start leaves at most a temporary file: config.yaml is written first.
-        if folder.exists() and any(not p.name.endswith(".tmp") for p in folder.iterdir()):
-            raise ConfigError(
-                f"{folder}: not empty and not a run (no config.yaml in it); use another run_dir"
-            )
         return None
     old, new = _fixed(load_config(stored)), _fixed(config)
     changed = [change for change in configs.differences(old, new) if not _may_change(change[0])]

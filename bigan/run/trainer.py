@@ -21,6 +21,7 @@ from bigan.errors import RunError
 from bigan.reporting.tracker import Status, Tracker
 from bigan.run import folder
 from bigan.run.artifacts import Artifacts
+from bigan.run.lock import RunLock, TakenOverError, exclusive
 from bigan.run.remarks import remarks
 from bigan.run.rollback import Rollback, singular_values
 from bigan.run.stages import stage_at
@@ -54,7 +55,9 @@ def train(config: RunConfig, echo: Echo, on_tick: OnTick, stop: StopFlag | None 
         stop = stop or stack.enter_context(StopFlag())
         beat = stack.enter_context(Heartbeat(engine.world, config.train.lost_after_seconds))
         try:
-            code = _train(config, engine, on_tick, stop)
+            on_rank_0(engine.world, lambda: folder.require_usable(config.run_dir))
+            lock = stack.enter_context(exclusive(engine.world, config.run_dir))
+            code = _train(config, engine, on_tick, stop, lock)
         except Exception as error:
             if engine.world.size > 1 and is_communication_error(error):
                 raise beat.lost_rank_error(error) from error
@@ -64,7 +67,9 @@ def train(config: RunConfig, echo: Echo, on_tick: OnTick, stop: StopFlag | None 
     return code
 
 
-def _train(config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag) -> int:
+def _train(
+    config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag, lock: RunLock | None
+) -> int:
     world, echo = engine.world, engine.echo
     accumulation_steps(config.train, world.size)
     images = on_rank_0(world, lambda: check_data(config))
@@ -84,13 +89,15 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag) -
     with on_all_ranks(world, lambda: open_streams(state)) as streams:
         agree_on_data(world, streams.fingerprint)
         on_rank_0(world, lambda: folder.prepare(config))
-        if world.is_rank_0:
-            stop.before_exit = lambda number: leave_marker(config.run_dir, number)
+        if lock:
+            stop.before_exit = partial(leave_at_once, lock, config.run_dir)
+            for line in lock.remarks():
+                echo(line)
         tracker = (
             Tracker(config.run_dir, config.tracking, role="train") if world.is_rank_0 else None
         )
-        artifacts = Artifacts(state, tracker)
-        status: Status = "FAILED"
+        artifacts = Artifacts(state, tracker, lock)
+        status: Status | None = "FAILED"
         try:
             if tracker:
                 tracker.log_params(config.model_dump(mode="json"))
@@ -100,6 +107,9 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag) -
             code = run_stages(state, loop, streams)
             progress = state.progress
             status = "KILLED" if code else "FINISHED"
+        except TakenOverError:
+            status = None  # that of the trainer that continues the run
+            raise
         finally:
             patience = 60.0 if status == "FINISHED" else 10.0  # a stopped run has a grace time
             note = tracker.close(status, timeout_seconds=patience) if tracker else None
@@ -258,7 +268,10 @@ class Loop:
             halted_at=engine.halted_at(),
             saving=saver.poll(),
             step_seconds=seconds / self.num_steps,
+            taken_over=self.artifacts.is_taken_over(),
         )
+        if agreed["taken_over"]:
+            self.artifacts.give_way()
         if agreed["halted_at"] >= 0:
             saver.finish()  # the last sound state is kept
             on_rank_0(self.world, partial(give_up, state, int(agreed["halted_at"]), means))
@@ -331,6 +344,13 @@ def leave_marker(run_dir: Path, number: int) -> None:
     """Write REQUEUE for an attempt that signal `number` ends, with its newest checkpoint."""
     newest = checkpoint.latest(run_dir)
     write_requeue(run_dir, number, int(newest.name) if newest else 0)
+
+
+def leave_at_once(lock: RunLock, run_dir: Path, number: int) -> None:
+    """The marker, unless another trainer has taken the run over; before an exit without saving."""
+    if lock.taken_by() is None:
+        leave_marker(run_dir, number)
+    lock.release()
 
 
 def finish_again(state: TrainState) -> None:
