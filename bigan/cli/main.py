@@ -44,13 +44,15 @@ def train_command(arguments: argparse.Namespace) -> int:
 
     # Signals during the slow imports below are remembered, not lost.
     with StopFlag() as stop:
+        named = [change.partition("=")[0].strip() for change in arguments.allow_change]
+        arguments.overrides = [*arguments.overrides, *arguments.allow_change]
         config = _load(arguments)
         from bigan.reporting.progress_bar import ProgressBar
         from bigan.run.trainer import train
 
         bar = ProgressBar(config.train.total_images)
         try:
-            code = train(config, bar.echo, bar.tick, stop)
+            code = train(config, bar.echo, bar.tick, stop, named)
         finally:
             bar.close()
     if code == 0 and _is_rank_0():
@@ -185,6 +187,14 @@ def _add_run_commands(commands: Commands) -> None:
         "--config_file launch/cpu.yaml -m bigan train CONFIG ...",
     )
     _add_config(train)
+    train.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting of the training method in a run that has begun, for example "
+        "optimizer.discriminator.lr=1e-4, and record the change; may be repeated",
+    )
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:

@@ -128,6 +128,15 @@ class _Params:
 
 
 @dataclass
+class _Tags:
+    values: dict[str, str]
+
+    def send(self, client: Any, run_id: str) -> None:
+        for key, value in self.values.items():
+            client.set_tag(run_id, key, value)
+
+
+@dataclass
 class _Terminate:
     status: Status
 
@@ -135,7 +144,7 @@ class _Terminate:
         client.set_terminated(run_id, self.status)
 
 
-_Item = _Metrics | _Replay | _Artifact | _Params | _Terminate
+_Item = _Metrics | _Replay | _Artifact | _Params | _Tags | _Terminate
 
 
 # --- the queue --------------------------------------------------------------------------------
@@ -178,6 +187,9 @@ class MlflowWriter:
 
     def params(self, values: Mapping[str, Any]) -> None:
         self._put(_Params({key: str(value)[:_CHARACTERS] for key, value in leaves(values)}))
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        self._put(_Tags({_name(key): value[-_CHARACTERS:] for key, value in values.items()}))
 
     def close(self, status: Status | None, timeout_seconds: float) -> str | None:
         """Send what is queued and, for the trainer, set `status`.

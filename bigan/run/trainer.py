@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,13 +16,15 @@ from bigan.distributed.replica_check import check_replicas
 from bigan.distributed.signals import GRACE_SECONDS, StopFlag, stop_requested, write_requeue
 from bigan.distributed.stragglers import SlowRanks
 from bigan.distributed.world import barrier, max_over_ranks, on_all_ranks, on_rank_0
-from bigan.engine import Echo, Engine
+from bigan.engine import Echo, Engine, set_float32
 from bigan.errors import RunError
 from bigan.reporting.tracker import Status, Tracker
-from bigan.run import folder
+from bigan.run import changes, folder
 from bigan.run.artifacts import Artifacts
+from bigan.run.changes import Change
 from bigan.run.lock import RunLock, TakenOverError, exclusive
 from bigan.run.remarks import remarks
+from bigan.run.resume import resume_newest
 from bigan.run.rollback import Rollback, singular_values
 from bigan.run.stages import stage_at
 from bigan.run.standing_statistics import collect_standing_statistics
@@ -42,11 +44,18 @@ STOP_CHECK_SECONDS = 2.0  # at most, between two exchanges of the stop flags of 
 OnTick = Callable[[int, dict[str, float]], None]  # (images_seen, metrics)
 
 
-def train(config: RunConfig, echo: Echo, on_tick: OnTick, stop: StopFlag | None = None) -> int:
+def train(
+    config: RunConfig,
+    echo: Echo,
+    on_tick: OnTick,
+    stop: StopFlag | None = None,
+    allow_change: Sequence[str] = (),
+) -> int:
     """Train the run of `config.run_dir`, or resume it; returns 0, or 128 + the stop signal.
 
     `echo` prints a line and `on_tick` shows progress; both are called on rank 0 only. A `stop` that
-    is passed in is active already, so that signals before this call count. Raises `UserError`
+    is passed in is active already, so that signals before this call count. `allow_change`: key
+    paths of settings that this attempt changes (run/changes.py). Raises `UserError`
     before anything is written if the input is unusable, `RunError` if the run must stop (a
     non-finite loss, a lost process, replicas that differ).
     """
@@ -57,7 +66,7 @@ def train(config: RunConfig, echo: Echo, on_tick: OnTick, stop: StopFlag | None 
         try:
             on_rank_0(engine.world, lambda: folder.require_usable(config.run_dir))
             lock = stack.enter_context(exclusive(engine.world, config.run_dir))
-            code = _train(config, engine, on_tick, stop, lock)
+            code = _train(config, engine, on_tick, stop, lock, allow_change)
         except Exception as error:
             if engine.world.size > 1 and is_communication_error(error):
                 raise beat.lost_rank_error(error) from error
@@ -68,17 +77,23 @@ def train(config: RunConfig, echo: Echo, on_tick: OnTick, stop: StopFlag | None 
 
 
 def _train(
-    config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag, lock: RunLock | None
+    config: RunConfig,
+    engine: Engine,
+    on_tick: OnTick,
+    stop: StopFlag,
+    lock: RunLock | None,
+    allow_change: Sequence[str],
 ) -> int:
     world, echo = engine.world, engine.echo
     accumulation_steps(config.train, world.size)
     images = on_rank_0(world, lambda: check_data(config))
-    resume_from = on_rank_0(world, lambda: folder.check(config))
+    plan = on_rank_0(world, lambda: folder.check(config, allow_change))
+    config = changes.with_values_of(config, plan.settings, plan.superseded)
+    set_float32(config.precision)
     state = TrainState(config, engine, images.classes)
     progress, total = state.progress, config.train.total_images
     state.progress.data_fingerprint = images.fingerprint
-    if resume_from:
-        state.resume(resume_from)
+    if plan.resumes and resume_newest(state, config.run_dir):
         progress = state.progress
         echo(f"resuming {config.run_dir} at images_seen = {progress.images_seen}")
         if progress.images_seen >= total:
@@ -88,7 +103,7 @@ def _train(
     enter_stage(state)
     with on_all_ranks(world, lambda: open_streams(state)) as streams:
         agree_on_data(world, streams.fingerprint)
-        on_rank_0(world, lambda: folder.prepare(config))
+        history = on_rank_0(world, lambda: folder.prepare(config, plan.changes, progress))
         if lock:
             stop.before_exit = partial(leave_at_once, lock, config.run_dir)
             for line in lock.remarks():
@@ -101,6 +116,9 @@ def _train(
         try:
             if tracker:
                 tracker.log_params(config.model_dump(mode="json"))
+                log_changes(tracker, plan.changes, history, progress.images_seen)
+            for line in folder.remarks(plan, history):
+                echo(line)
             for remark in remarks(state):
                 echo(remark)
             loop = Loop(state, artifacts, tracker, on_tick, stop)
@@ -338,6 +356,16 @@ class Loop:
         ):
             return signal.SIGTERM
         return self.stop.signal
+
+
+def log_changes(
+    tracker: Tracker, made: Sequence[Change], history: changes.History, images_seen: int
+) -> None:
+    """Log the changes of this attempt as metrics `config/<key>`, and all of the run as tags."""
+    numbers = {f"config/{c.key}": c.new for c in made if type(c.new) in (int, float)}
+    if numbers:
+        tracker.log(images_seen, numbers)
+    tracker.log_tags({f"changed.{key}": line for key, line in changes.describe(history).items()})
 
 
 def leave_marker(run_dir: Path, number: int) -> None:

@@ -62,19 +62,19 @@ def test_the_setting_that_resumes_can_be_pasted(begun: RunConfig, make_config: M
         with pytest.raises(ConfigError) as refused:
             folder.check(make_config(override))
         advice = re.findall(r", or (\S+=.*) to resume$", str(refused.value))
-        assert folder.check(make_config(override, *advice)) is None, advice
+        assert folder.check(make_config(override, *advice)).changes == (), advice
 
 
 def test_execution_and_length_may_change(make_config: MakeConfig) -> None:
     """Of one stream and of each of several."""
     assert train(make_config("train.total_images=200"), print, lambda *_: None) == 0
     changes = ["train.total_images=400", "train.micro_batch=20", "compile=aot_eager"]
-    assert folder.check(make_config(*changes, "data.threads=2", "data.on_bad=skip")) is not None
+    assert folder.check(make_config(*changes, "data.threads=2", "data.on_bad=skip")).resumes
     config = make_config()
     data = config.streams["images"].model_dump(mode="json")
     two = _changed(config, f"data={{images: {data}, others: {data}}}".replace("None", "null"))
     folder.prepare(two)
-    assert folder.check(_changed(two, "data.others.threads=2")) is not None
+    assert folder.check(_changed(two, "data.others.threads=2")).resumes
     with pytest.raises(ConfigError, match=r"data\.others\.mirror = False, not True"):
         folder.check(_changed(two, "data.others.mirror=true"))
 
