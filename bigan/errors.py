@@ -30,3 +30,12 @@ class RunError(Exception):
 
     The last checkpoint is intact.
     """
+
+
+class NonFiniteError(RunError):
+    """A loss, gradient or weight that is not finite; the first clause states which, and when."""
+
+    @property
+    def finding(self) -> str:
+        """The message without its advice."""
+        return str(self).partition(";")[0]

@@ -7,21 +7,20 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
-from bigan import checkpoint
 from bigan.distributed.heartbeat import Heartbeat, is_communication_error
 from bigan.distributed.launch import disconnect
 from bigan.distributed.replica_check import check_replicas
-from bigan.distributed.signals import GRACE_SECONDS, StopFlag, stop_requested, write_requeue
+from bigan.distributed.signals import GRACE_SECONDS, StopFlag, stop_requested
 from bigan.distributed.stragglers import SlowRanks
 from bigan.distributed.world import barrier, max_over_ranks, on_all_ranks, on_rank_0
 from bigan.engine import Echo, Engine, set_float32
-from bigan.errors import RunError
+from bigan.errors import NonFiniteError, RunError
 from bigan.reporting.tracker import Status, Tracker
 from bigan.run import changes, folder
 from bigan.run.artifacts import Artifacts
 from bigan.run.changes import Change
+from bigan.run.ending import give_up, leave_at_once, leave_marker
 from bigan.run.lock import RunLock, TakenOverError, exclusive
 from bigan.run.remarks import remarks
 from bigan.run.resume import resume_newest
@@ -213,6 +212,13 @@ class Loop:
 
         Also 0 if the run must be rolled back (`Rollback.pending`).
         """
+        try:
+            return self._run(streams)
+        except NonFiniteError as error:
+            self.rollback.recover(error)
+            return 0
+
+    def _run(self, streams: OpenStreams) -> int:
         state, config, progress = self.state, self.config, self.state.progress
         if progress.images_seen == 0:
             collect_standing_statistics(state)
@@ -368,33 +374,8 @@ def log_changes(
     tracker.log_tags({f"changed.{key}": line for key, line in changes.describe(history).items()})
 
 
-def leave_marker(run_dir: Path, number: int) -> None:
-    """Write REQUEUE for an attempt that signal `number` ends, with its newest checkpoint."""
-    newest = checkpoint.latest(run_dir)
-    write_requeue(run_dir, number, int(newest.name) if newest else 0)
-
-
-def leave_at_once(lock: RunLock, run_dir: Path, number: int) -> None:
-    """The marker, unless another trainer has taken the run over; before an exit without saving."""
-    if lock.taken_by() is None:
-        leave_marker(run_dir, number)
-    lock.release()
-
-
 def finish_again(state: TrainState) -> None:
     """Finish a run that was killed after its last checkpoint, and send missing metrics."""
     tracker = Tracker(state.config.run_dir, state.config.tracking, role="train")
     Artifacts(state, tracker).finish()
     tracker.close("FINISHED")
-
-
-def give_up(state: TrainState, images_seen: int, means: dict[str, float]) -> None:
-    """Raise the `RunError` of a non-finite step: what and when, what is kept, what to try."""
-    names = [name for name, value in means.items() if not abs(value) < float("inf")]
-    newest = checkpoint.latest(state.config.run_dir)
-    kept = f"the last checkpoint {newest} is intact" if newest else "there is no checkpoint yet"
-    raise RunError(
-        f"{', '.join(names) or 'a loss'} became non-finite at images_seen = {images_seen}; no "
-        f"update was made from that step on and {kept}; with another "
-        "run_dir, try a lower learning rate, precision=fp32, or a penalty"
-    )

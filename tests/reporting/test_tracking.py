@@ -184,6 +184,7 @@ def test_resume_continues_the_run_and_delivers_lost_metrics(runs: Path, client: 
     tracker = Tracker(run_dir, ON, role="train")
     wait_until(lambda: status(client, run_dir) == "RUNNING")
     tracker.log_params({"total": 200, "new": 1})
+    tracker.log_tags({"changed.total": "100 -> 200 at images_seen = 10"})
     tracker.log(30, {"train/a": 3.0})
     assert tracker.close("FINISHED") is None
     assert run_id(run_dir) == first
@@ -194,6 +195,7 @@ def test_resume_continues_the_run_and_delivers_lost_metrics(runs: Path, client: 
     run = client.get_run(first)
     assert run.data.params == {"total": "100", "new": "1"}
     assert run.data.tags["resumed.total"] == "200"
+    assert run.data.tags["changed.total"] == "100 -> 200 at images_seen = 10"
     assert run.info.status == "FINISHED"
 
 
