@@ -5,6 +5,8 @@ environment) is a `UserError`: one line with where, what is wrong and what to do
 prints it without a traceback and exits with code 2. Any other exception is a bug.
 """
 
+REPORTED_ELSEWHERE = "reported by another rank"  # a note on an error that rank 0 prints
+
 
 class UserError(Exception):
     """Invalid input; the message is one line: where it is, what is wrong, what to do.

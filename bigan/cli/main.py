@@ -24,8 +24,7 @@ from bigan.cli.pack import (
     pack_command,
     verify_command,
 )
-from bigan.distributed.world import REPORTED_ELSEWHERE
-from bigan.errors import RunError, UserError
+from bigan.errors import REPORTED_ELSEWHERE, RunError, UserError
 
 if TYPE_CHECKING:
     from bigan.run_config import RunConfig
@@ -42,8 +41,9 @@ def describe_command(arguments: argparse.Namespace) -> int:
 def train_command(arguments: argparse.Namespace) -> int:
     from bigan.distributed.signals import StopFlag
 
-    # Signals during the slow imports below are remembered, not lost.
-    with StopFlag() as stop:
+    # Signals during the slow imports below are remembered, not lost. After SIGINT before the first
+    # step there is nothing to save.
+    with StopFlag(interruptible=True) as stop:
         named = [change.partition("=")[0].strip() for change in arguments.allow_change]
         arguments.overrides = [*arguments.overrides, *arguments.allow_change]
         config = _load(arguments)
@@ -239,7 +239,10 @@ def _add_evaluate(commands: Commands) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    arguments = _parse(argv)
+    try:
+        arguments = _parse(argv)
+    except KeyboardInterrupt:
+        return _interrupted()
     try:
         return arguments.handler(arguments)
     except (UserError, RunError) as error:
@@ -257,7 +260,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bigan: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130
+        return _interrupted()
+
+
+def _interrupted() -> int:
+    """The exit code after Ctrl-C; prints one line on rank 0."""
+    if _is_rank_0():
+        print("bigan: interrupted", file=sys.stderr)
+    return 130
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

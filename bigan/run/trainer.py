@@ -65,6 +65,8 @@ def train(
         try:
             on_rank_0(engine.world, lambda: folder.require_usable(config.run_dir))
             lock = stack.enter_context(exclusive(engine.world, config.run_dir))
+            if lock:
+                stop.before_exit = lambda _: lock.release()
             code = _train(config, engine, on_tick, stop, lock, allow_change)
         except Exception as error:
             if engine.world.size > 1 and is_communication_error(error):

@@ -127,7 +127,7 @@ def test_another_model_or_an_unreadable_file_is_no_damage(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_two_ranks_agree_on_the_checkpoint(digits: Path, tmp_path: Path, rank: int) -> None:
     """The part of either rank is damaged: found by checksums that different ranks compute."""
     run = tmp_path / "run"
