@@ -29,7 +29,7 @@ from urllib.parse import urlsplit, urlunsplit
 from bigan import atomic_files
 from bigan.config import leaves
 from bigan.file_lock import locked
-from bigan.reporting import metrics_log
+from bigan.reporting import local_store, metrics_log
 
 _logger = logging.getLogger(__name__)
 
@@ -286,7 +286,7 @@ def open_run(run_dir: Path, experiment: str, role: Role) -> tuple[Any, str]:
         client = _connect(uri, run_dir.resolve().parent if local else None)
         run_id = record["run_id"]
         if not _exists(client, run_id):
-            artifacts = run_dir.resolve().parent / "mlartifacts" if local else None
+            artifacts = run_dir.resolve().parent / local_store.ARTIFACTS if local else None
             tags = {"mlflow.source.name": "bigan", "run_dir": str(run_dir.resolve())}
             created = client.create_run(
                 _experiment_id(client, experiment, artifacts),
@@ -294,10 +294,12 @@ def open_run(run_dir: Path, experiment: str, role: Role) -> tuple[Any, str]:
                 tags=tags,
             )
             run_id = created.info.run_id
-            record = {"run_id": run_id, "uri": _without_credentials(uri), "local": local}
-            atomic_files.write_atomic(run_dir / RUN_FILE, json.dumps(record, indent=1) + "\n")
+        known = {"run_id": run_id, "uri": _without_credentials(uri), "local": local}
+        if known != record:  # a new run, or the folder was moved
+            atomic_files.write_atomic(run_dir / RUN_FILE, json.dumps(known, indent=1) + "\n")
     if role == "train":
         client.update_run(run_id, status="RUNNING")
+        client.set_tag(run_id, "run_dir", str(run_dir.resolve()))
     return client, run_id
 
 
@@ -310,7 +312,7 @@ def _store(run_dir: Path, record: Mapping[str, Any], role: Role) -> tuple[str, b
         return given, False
     if recorded and not record["local"]:
         return recorded, False
-    return f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}", True
+    return f"sqlite:///{run_dir.resolve().parent / local_store.DATABASE}", True
 
 
 def _connect(uri: str, lock_dir: Path | None) -> Any:
@@ -322,6 +324,8 @@ def _connect(uri: str, lock_dir: Path | None) -> Any:
     with _lock(lock_dir / ".mlflow.lock") if lock_dir else contextlib.nullcontext():
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
+        if lock_dir:
+            local_store.relocate(lock_dir)
     return client
 
 
@@ -371,7 +375,7 @@ def _without_credentials(uri: str) -> str:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         with locked(descriptor):
             yield
