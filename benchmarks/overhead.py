@@ -59,6 +59,9 @@ class NoArtifacts:
     def poll(self) -> float:
         return 0.0
 
+    def is_taken_over(self) -> bool:
+        return False
+
     def settle(self, all_done: bool) -> None:
         pass
 

@@ -57,17 +57,20 @@ def train(
     *,
     echo: Callable[[str], None] = print,
     on_tick: Callable[[int, Mapping[str, float]], None] | None = None,
+    allow_change: Sequence[str] = (),
 ) -> int:
     """Train the run of `config.run_dir`, or resume it; every process of a launch calls this.
 
     `echo` receives remarks, one line each, and `on_tick` (images_seen, metrics) at every tick; both
-    on rank 0 only. Returns 0, or 128 + the number of the signal that stopped the run. Raises
-    `UserError` before anything is written if the input is unusable, `RunError` if the run has to
-    stop (a non-finite loss, a lost process).
+    on rank 0 only. `allow_change` are key paths ("optimizer.discriminator.lr") of settings that a
+    run which has begun continues with, although they differ from those it had. Returns 0, or 128 +
+    the number of the signal that stopped the run. Raises `UserError` before anything is written if
+    the input is unusable, `RunError` if the run has to stop (a non-finite loss, a lost process).
     """
     from bigan.run.trainer import train
 
-    return train(config, echo, on_tick or (lambda images_seen, metrics: None))
+    show = on_tick or (lambda images_seen, metrics: None)
+    return train(config, echo, show, allow_change=allow_change)
 
 
 def evaluate(

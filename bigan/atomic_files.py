@@ -27,7 +27,7 @@ ABANDONED_SECONDS = (
 def temporary_name(path: Path) -> Path:
     """A new hidden name beside `path`: .<name>.<token>-<PID scope>-<process>.tmp."""
     token = secrets.token_hex(4)
-    return path.with_name(f".{path.name}.{token}-{_pid_scope()}-{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{token}-{pid_scope()}-{os.getpid()}.tmp")
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -120,7 +120,7 @@ def _is_abandoned(path: Path) -> bool:
     _, _, writer = path.name.removesuffix(".tmp").rpartition(".")
     _, _, writer = writer.partition("-")
     scope, _, process = writer.partition("-")
-    if scope == _pid_scope() and process.isdecimal():
+    if scope == pid_scope() and process.isdecimal():
         return not _is_alive(int(process))
     try:
         return time.time() - path.stat().st_mtime > ABANDONED_SECONDS
@@ -139,7 +139,7 @@ def _is_alive(process: int) -> bool:
 
 
 @functools.cache
-def _pid_scope() -> str:
+def pid_scope() -> str:
     """The scope of process numbers: this host and, in a container, its PID namespace."""
     try:
         numbers = str(Path("/proc/self/ns/pid").readlink())

@@ -13,11 +13,17 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 from pydantic_core import ErrorDetails
 
 from bigan.errors import UserError
@@ -35,7 +41,10 @@ class ConfigError(UserError):
 
 
 class Frozen(BaseModel):
-    """Base of every config section: immutable, no unknown keys, no implicit type conversion."""
+    """Base of every config section: immutable, no unknown keys, no implicit type conversion.
+
+    In files and on the command line, an integer may have another notation: 1e6, 1_000_000, "2.5e5".
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False
@@ -119,6 +128,7 @@ def load(
 
 def validate(schema: type[M], data: dict[str, Any], where: str, touched: Iterable[str] = ()) -> M:
     """Validate plain data; `touched` are the key paths set on the command line."""
+    data = _with_integers([schema], [], data)
     try:
         # In JSON mode, strict validation accepts a list for a tuple and a str for a Path.
         return schema.model_validate_json(json.dumps(data))
@@ -315,3 +325,62 @@ def _nearest_file(path: Path) -> str:
     names = [p.name for p in path.parent.glob("*.y*ml")]
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
     return f"; did you mean {path.parent / close[0]}?" if close else ""
+
+
+# ---- other notations of integers ----------------------------------------------------------------
+
+# Text that other YAML readers take for a number and PyYAML does not.
+_EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]{1,2}")
+
+
+def _integer(value: float | str) -> int | None:
+    """The integer that a number, or text like "2.5e5", stands for, or None."""
+    if isinstance(value, str) and not _EXPONENT.fullmatch(value):
+        return None
+    number = Decimal(str(value).replace("_", ""))
+    return int(number) if number.is_finite() and number == number.to_integral_value() else None
+
+
+def _with_integers(
+    models: Sequence[type[BaseModel]], entries: Sequence[type[BaseModel]], data: Any
+) -> Any:
+    """Plain `data` with integers in Python's type where a setting takes nothing else.
+
+    `models` are the possible schemas of `data`, or `entries` those of its values. This is done
+    before the validation: in JSON mode, a validator could not pass lists and paths on.
+    """
+    if isinstance(data, list):
+        return [_with_integers(models, entries, entry) for entry in data]
+    if not isinstance(data, dict):
+        return data
+    found = {}
+    for key, value in data.items():
+        fields = [model.model_fields[key] for model in models if key in model.model_fields]
+        kinds = [field.annotation for field in fields]
+        if kinds and all(_takes_integers(kind) for kind in kinds):
+            found[key] = _as_integers(value)
+        else:
+            below = [model for kind in kinds for model in _models_in(kind)]
+            values = [model for kind in kinds for model in _entries_in(kind)]
+            found[key] = _with_integers(below if kinds else entries, values, value)
+    return found
+
+
+def _as_integers(value: Any) -> Any:
+    """`value`, or the numbers in a list, as integers where they are integral."""
+    if isinstance(value, list | tuple):
+        return [_as_integers(entry) for entry in value]
+    if isinstance(value, float | str):
+        found = _integer(value)
+        return value if found is None else found
+    return value
+
+
+def _takes_integers(annotation: Any) -> bool:
+    """Whether a setting is an integer, or a list of integers, and nothing else but null."""
+    if typing.get_origin(annotation) is Annotated:
+        return _takes_integers(typing.get_args(annotation)[0])
+    inner = [a for a in typing.get_args(annotation) if a not in (type(None), Ellipsis)]
+    if inner:
+        return all(_takes_integers(each) for each in inner)
+    return annotation is int

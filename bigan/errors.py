@@ -15,6 +15,7 @@ from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, the limit of a file's size
 _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+REPORTED_ELSEWHERE = "reported by another rank"  # a note on an error that rank 0 prints
 
 
 class UserError(Exception):
@@ -78,3 +79,12 @@ def _remedy(error: OSError) -> str:
     if disk_is_full(error):
         return "free some space or raise the quota"
     return "make its folder writable" if error.errno in _CLOSED else ""
+
+
+class NonFiniteError(RunError):
+    """A loss, gradient or weight that is not finite; the first clause states which, and when."""
+
+    @property
+    def finding(self) -> str:
+        """The message without its advice."""
+        return str(self).partition(";")[0]

@@ -31,6 +31,20 @@ def locked(descriptor: int, stopped: threading.Event | None = None) -> Iterator[
         fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
+def try_lock(descriptor: int) -> bool | None:
+    """Take the exclusive lock of an open file until the file is closed, without waiting.
+
+    Returns whether it was taken; None on a file system without locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
 def _acquire(descriptor: int, stopped: threading.Event | None) -> None:
     if stopped is None:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -5,6 +5,8 @@
           snapshots/<images_seen>/       networks of the samplers, for evaluation and use
           samples/<images_seen>.png      of the first sampler; of others in samples/<sampler>/
           evaluation/<images_seen>.json  what `bigan evaluate` measured
+          config_history.jsonl           settings changed during the run, one per line
+          LOCK                           of the process that trains (run/lock.py)
           DONE                           written last, when all images have been seen
           REQUEUE                        stopped before its end
           STOP                           made by a user: stop at the next step boundary
@@ -25,6 +27,14 @@ class RunFolder:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def config_history(self) -> Path:
+        return self.path / "config_history.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "LOCK"
 
     @property
     def environment(self) -> Path:

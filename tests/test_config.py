@@ -139,3 +139,51 @@ def test_accumulation() -> None:
         accumulation_steps(train, 3)
     with pytest.raises(ConfigError, match=r"try train\.micro_batch=5"):
         accumulation_steps(load("train.micro_batch=6").train, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e6", 1_000_000),
+        ("5e4", 50_000),
+        ("2.5e5", 250_000),
+        ("1E+3", 1_000),
+        ("1_000_000", 1_000_000),
+        ("'2.5e5'", 250_000),
+        ("10.0", 10),
+        ("1.5e0", None),
+        ("1.5", None),
+        ("1e-3", None),
+        ("1e400", None),
+        (".nan", None),
+        ("1M", None),
+        ("true", None),
+        ("1,000", None),
+    ],
+)
+def test_integers_in_other_notations(tmp_path: Path, text: str, value: int | None) -> None:
+    """On the command line and in a file; a number that is not integral is named."""
+    file = tmp_path / "config.yaml"
+    file.write_text(SMOKE.read_text().replace("total_images: 400", f"total_images: {text}"))
+    for path, overrides in ((SMOKE, [f"train.total_images={text}"]), (file, [])):
+        if value is None:
+            with pytest.raises(ConfigError, match=r"train\.total_images = .*integer"):
+                configs.load(RunConfig, path, overrides)
+        else:
+            found = configs.load(RunConfig, path, overrides).train.total_images
+            assert (found, type(found)) == (value, int)
+
+
+def test_integers_below_lists_mappings_and_unions() -> None:
+    config = load(
+        "data={images: {path: data/digits, block: 1e3}}",
+        "model.attention_resolutions=[8e0]",
+        "objective.penalties=[{name: r1, every: 4e0, weight: 2e0}]",
+        "optimizer.generator.schedule={name: step, every_images: 1e3, factor: 0.5}",
+        "ema.halflife_images=1e3",
+    )
+    assert config.streams["images"].block == 1000
+    assert config.model.model_dump()["attention_resolutions"] == (8,)
+    assert config.objective.model_dump()["penalties"][0]["every"] == 4
+    assert config.optimizer["generator"].schedule.model_dump()["every_images"] == 1000
+    assert type(config.ema.halflife_images) is float

@@ -31,18 +31,27 @@ from bigan.checkpoint.fit import check_fit, load, optimizer_shapes
 from bigan.checkpoint.progress import (
     FORMAT,
     CheckpointError,
+    DamagedError,
     Progress,
     read_progress,
     update_progress,
 )
 from bigan.checkpoint.reader import Reader
-from bigan.checkpoint.retention import discard_after, latest, latest_until, prune
+from bigan.checkpoint.retention import (
+    discard_after,
+    latest,
+    latest_until,
+    newest_first,
+    prune,
+    set_aside,
+)
 from bigan.checkpoint.saver import Saver
 from bigan.checkpoint.tensor_shards import TensorShard, require_finite
 
 __all__ = [
     "FORMAT",
     "CheckpointError",
+    "DamagedError",
     "Progress",
     "Reader",
     "Saver",
@@ -52,9 +61,11 @@ __all__ = [
     "latest",
     "latest_until",
     "load",
+    "newest_first",
     "optimizer_shapes",
     "prune",
     "read_progress",
     "require_finite",
+    "set_aside",
     "update_progress",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from bigan.checkpoint.progress import CheckpointError, deletion_hint
+from bigan.checkpoint.progress import CheckpointError
 from bigan.checkpoint.reader import Reader
 
 Shapes = dict[str, tuple[int, ...]]
@@ -60,7 +60,7 @@ def optimizer_shapes(
         if wrong or missing or found.keys() != stored[parameters[0]].keys():
             raise CheckpointError(
                 f"{reader.folder}: the optimizer state of {name} ({', '.join(found) or 'none'}) is "
-                f"not that of this run; {deletion_hint(reader.folder)}"
+                "not that of this run; use another run_dir, or those settings of the optimizer"
             )
     return stored
 

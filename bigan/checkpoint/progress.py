@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,9 +42,22 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be used; the message is one line."""
 
 
-def deletion_hint(folder: Path) -> str:
-    """Advice for the message about a damaged checkpoint."""
-    return f"delete {folder} to resume from the checkpoint before it"
+class DamagedError(CheckpointError):
+    """A checkpoint whose files are missing, incomplete or changed: an older one may be intact."""
+
+
+# Errors of the process, not of the file.
+ACCESS = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
+def unreadable(path: Path, what: str, error: Exception) -> CheckpointError:
+    """The error for a file that cannot be read; `DamagedError` unless access is the problem."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, OSError) and error.errno in ACCESS:
+        return CheckpointError(
+            f"{path}: cannot be read ({reason}); permit it and run the same command again"
+        )
+    return DamagedError(f"{path}: {what} ({reason})")
 
 
 def to_json(progress: Progress, parts: Sequence[PartChecksum]) -> str:
@@ -84,9 +98,7 @@ def read_record(folder: Path) -> tuple[Progress, list[PartChecksum]]:
                 raise ValueError(f"images_seen = {progress.images_seen} is not the folder's name")
             return progress, parts
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error}); {deletion_hint(folder)}"
-        ) from None
+        raise unreadable(path, "cannot be read", error) from None
     raise CheckpointError(
         f"{path}: checkpoint format {version}, this version of bigan reads format {FORMAT}; "
         "resume with the version that wrote it"

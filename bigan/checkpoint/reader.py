@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bigan.checkpoint.part import DTYPES, file_checksum, part_name
-from bigan.checkpoint.progress import CheckpointError, deletion_hint, read_record
+from bigan.checkpoint.progress import CheckpointError, DamagedError, read_record, unreadable
 from bigan.distributed.world import World, on_all_ranks
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ class Reader:
     the file once more (mostly from the page cache) at several GB/s, the rate of CRC-32. With
     `verify_across_ranks` each rank does that for a share of the parts.
 
-    Raises `CheckpointError` if a part is missing or damaged, or if the shards do not cover every
+    Raises `DamagedError` if a part is missing or damaged, or if the shards do not cover every
     tensor exactly once.
     """
 
@@ -94,7 +94,7 @@ class Reader:
     def verify_across_ranks(self, world: World) -> None:
         """Compare all parts with their checksums, each on one rank. A collective.
 
-        Raises `CheckpointError` on all ranks if one of them finds a damaged part.
+        Raises `DamagedError` on all ranks if one of them finds a damaged part.
         """
 
         def mine() -> None:
@@ -106,9 +106,7 @@ class Reader:
 
     def _find(self, name: str) -> list[_Stored]:
         if name not in self._shards:
-            raise CheckpointError(
-                f"{self.folder}: contains no {name}; {deletion_hint(self.folder)}"
-            )
+            raise CheckpointError(f"{self.folder}: contains no {name}; use another run_dir")
         return self._shards[name]
 
     def _index(self, path: Path) -> list[tuple[str, _Stored]]:
@@ -143,7 +141,7 @@ class Reader:
             raise self._misfit(f"{name} ends at element {reached} of {math.prod(first.shape)}")
 
     def _misfit(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.folder}: {what}; {deletion_hint(self.folder)}")
+        return DamagedError(f"{self.folder}: {what}")
 
     def _values(self, shard: _Stored, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a stored tensor; reads only the rows that contain them."""
@@ -157,17 +155,11 @@ class Reader:
     def _verify(self, path: Path) -> None:
         if path in self._unverified:
             if self._guard(path, partial(file_checksum, path)) != self._checksums[path]:
-                raise CheckpointError(
-                    f"{path}: damaged (its checksum differs from the recorded one); "
-                    f"{deletion_hint(self.folder)}"
-                )
+                raise DamagedError(f"{path}: damaged (its checksum differs from the recorded one)")
             self._unverified.discard(path)
 
     def _guard(self, path: Path, read: Callable[[], T]) -> T:
         try:
             return read()
         except (OSError, ValueError, TypeError, AttributeError, safetensors.SafetensorError) as e:
-            reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-            raise CheckpointError(
-                f"{path}: damaged or missing ({reason}); {deletion_hint(self.folder)}"
-            ) from None
+            raise unreadable(path, "damaged or missing", e) from None

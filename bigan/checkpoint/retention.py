@@ -12,14 +12,17 @@ from bigan.run_folder import RunFolder
 
 def latest(run_dir: Path) -> Path | None:
     """The newest complete checkpoint, or None. Call on rank 0 and broadcast the result."""
-    found = atomic_files.numbered_folders(RunFolder(run_dir).checkpoints)
-    return found[-1] if found else None
+    return next(iter(newest_first(run_dir)), None)
+
+
+def newest_first(run_dir: Path) -> list[Path]:
+    """All complete checkpoints. Call on rank 0 and broadcast the result."""
+    return atomic_files.numbered_folders(RunFolder(run_dir).checkpoints)[::-1]
 
 
 def latest_until(run_dir: Path, images_seen: int) -> Path | None:
     """The newest complete checkpoint of at most `images_seen`, or None. Call on rank 0."""
-    found = atomic_files.numbered_folders(RunFolder(run_dir).checkpoints)
-    return next((f for f in reversed(found) if int(f.name) <= images_seen), None)
+    return next((f for f in newest_first(run_dir) if int(f.name) <= images_seen), None)
 
 
 def kept(
@@ -55,9 +58,21 @@ def prune(
 
 def discard_after(run_dir: Path, images_seen: int) -> None:
     """Delete every checkpoint beyond `images_seen`, newest first; on rank 0. Raises OSError."""
-    for folder in reversed(atomic_files.numbered_folders(RunFolder(run_dir).checkpoints)):
+    for folder in newest_first(run_dir):
         if int(folder.name) > images_seen:
             _delete(folder)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint to <images_seen>.damaged, which is never read or deleted.
+
+    Call on rank 0; returns its new path. Raises OSError.
+    """
+    aside = folder.with_name(f"{folder.name}.damaged")
+    num = 2
+    while aside.exists():
+        aside, num = folder.with_name(f"{folder.name}.damaged-{num}"), num + 1
+    return folder.replace(aside)
 
 
 def _delete(folder: Path) -> None:

@@ -43,6 +43,8 @@ class Saver:
     cannot be written (a full disk on any rank), one line is passed to `echo`, training continues,
     older checkpoints are kept and the next save is tried when it is due. `failures` counts failed
     saves; at the end of the run `final_error` returns an error if the newest save failed.
+    `superseded`: whether another trainer has taken the run over, asked on rank 0 before a
+    checkpoint is completed; it is not, then.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Saver:
         keep: int = 2,
         milestone_images: int | None = None,
         echo: Callable[[str], None] = lambda _: None,
+        superseded: Callable[[], bool] = lambda: False,
     ) -> None:
         self.failures = 0
         self.trusted_until = 0
@@ -61,6 +64,7 @@ class Saver:
         self._run_dir, self._world = run_dir, world
         self._keep, self._milestone_images = keep, milestone_images
         self._echo = echo
+        self._superseded = superseded
         self._buffer = HostBuffer()
         self._thread: threading.Thread | None = None  # writes the pending save
         self._progress = Progress()  # of the pending save
@@ -125,6 +129,13 @@ class Saver:
         if self._pruning is not None:
             self._pruning.join()
 
+    def abandon(self) -> None:
+        """Wait for the pending save on this rank and delete it; no collective."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            shutil.rmtree(self._staging, ignore_errors=True)
+
     def final_error(self) -> str | None:
         """The error message if the newest save failed, else None; the same on all ranks.
 
@@ -154,6 +165,8 @@ class Saver:
 
     def _complete(self, parts: list[PartChecksum]) -> Failure | None:
         """Complete the staging folder and start to prune; runs on rank 0."""
+        if self._superseded():
+            return Failure("another trainer has taken the run over", "this attempt must end")
         check = not self._checked  # once per run: the sharding does not change between saves
         done = _attempt(0, lambda: complete(self._staging, self._progress, parts, check=check))
         if isinstance(done, Failure):

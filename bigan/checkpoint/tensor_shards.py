@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bigan.distributed.world import World
-from bigan.errors import RunError
+from bigan.errors import NonFiniteError
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def shards_to_write(shards: Iterable[TensorShard], world: World) -> list[TensorS
 
 
 def require_finite(images_seen: int, networks: Mapping[str, nn.Module]) -> None:
-    """Raise `RunError` if a network contains a non-finite number: it must not be saved."""
+    """Raise `NonFiniteError` if a network contains a non-finite number: it must not be saved."""
     tensors = {
         f"{name}.{key}": tensor
         for name, network in networks.items()
@@ -97,7 +97,9 @@ def require_finite_tensors(images_seen: int, names: Sequence[str], tensors: list
     are_finite = torch.cat(flags).reshape(-1, 2).all(1).tolist() if flags else []
     for name, finite in zip(names, are_finite, strict=True):
         if not finite:
-            raise RunError(
+            raise NonFiniteError(
                 f"{name} is not finite at images_seen = {images_seen}; this state is not saved, "
-                "earlier checkpoints are intact; try a lower learning rate"
+                "earlier checkpoints are intact; the same command with --allow-change KEY=VALUE "
+                "continues from the last one, for example with a lower learning rate "
+                "(optimizer.generator.lr)"
             )

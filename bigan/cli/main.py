@@ -26,8 +26,7 @@ from bigan.cli.pack import (
     verify_command,
 )
 from bigan.distributed.signals import launched_as_rank_0
-from bigan.distributed.world import REPORTED_ELSEWHERE
-from bigan.errors import RunError, UserError, disk_is_full, unusable_file
+from bigan.errors import REPORTED_ELSEWHERE, RunError, UserError, disk_is_full, unusable_file
 
 if TYPE_CHECKING:
     from bigan.run_config import RunConfig
@@ -44,15 +43,18 @@ def describe_command(arguments: argparse.Namespace) -> int:
 def train_command(arguments: argparse.Namespace) -> int:
     from bigan.distributed.signals import StopFlag
 
-    # Signals during the slow imports below are remembered, not lost.
-    with StopFlag() as stop:
+    # Signals during the slow imports below are remembered, not lost. After SIGINT before the first
+    # step there is nothing to save.
+    with StopFlag(interruptible=True) as stop:
+        named = [change.partition("=")[0].strip() for change in arguments.allow_change]
+        arguments.overrides = [*arguments.overrides, *arguments.allow_change]
         config = _load(arguments)
         from bigan.reporting.progress_bar import ProgressBar
         from bigan.run.trainer import train
 
         bar = ProgressBar(config.train.total_images)
         try:
-            code = train(config, bar.echo, bar.tick, stop)
+            code = train(config, bar.echo, bar.tick, stop, named)
         finally:
             bar.close()
     if code == 0 and launched_as_rank_0(os.environ):
@@ -191,6 +193,14 @@ def _add_run_commands(commands: Commands) -> None:
         "--config_file launch/cpu.yaml -m bigan train CONFIG ...",
     )
     _add_config(train)
+    train.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting of the training method in a run that has begun, for example "
+        "optimizer.discriminator.lr=1e-4, and record the change; may be repeated",
+    )
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
@@ -242,7 +252,10 @@ def _add_evaluate(commands: Commands) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    arguments = _parse(argv)
+    try:
+        arguments = _parse(argv)
+    except KeyboardInterrupt:
+        return _interrupted()
     try:
         code: int = arguments.handler(arguments)
         sys.stdout.flush()  # here, where an error is reported
@@ -266,7 +279,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_error(f"bigan: {problem}")
         return 2
     except KeyboardInterrupt:
-        return 130
+        return _interrupted()
+
+
+def _interrupted() -> int:
+    """The exit code after Ctrl-C; prints one line on rank 0."""
+    if launched_as_rank_0(os.environ):
+        _print_error("bigan: interrupted")
+    return 130
 
 
 def _print_error(line: str) -> None:

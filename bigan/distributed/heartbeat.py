@@ -24,8 +24,8 @@ from types import TracebackType
 import torch.distributed as dist
 
 from bigan.distributed.signals import exit_process, print_line
-from bigan.distributed.world import REPORTED_ELSEWHERE, World, gather, on_all_ranks
-from bigan.errors import PeerError, RunError
+from bigan.distributed.world import World, gather, on_all_ranks
+from bigan.errors import REPORTED_ELSEWHERE, PeerError, RunError
 
 BEAT_SECONDS = 1.0
 SILENT_BEATS = 2.5  # without a change, after which a rank is reported as silent

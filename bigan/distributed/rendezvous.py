@@ -18,8 +18,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from bigan.distributed.signals import print_line
-from bigan.distributed.world import REPORTED_ELSEWHERE
-from bigan.errors import LaunchError
+from bigan.errors import REPORTED_ELSEWHERE, LaunchError
 
 LINE_SECONDS = 60.0  # between two lines about missing ranks
 POLL_SECONDS = 0.5  # between two reads of the store, at most

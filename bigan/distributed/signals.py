@@ -68,7 +68,8 @@ class StopFlag:
     The process also exits with 128 + the first signal if the trainer reaches no `step_boundary`
     within `grace_seconds` and is not saving (`suspend_grace_time`): it hangs, for example on a
     server that does not answer. `before_exit(signal)` is called before such an exit, to write the
-    marker; it may be assigned later.
+    marker; it may be assigned later. With `interruptible`, SIGINT before the first step boundary
+    exits at once as well.
 
     Python runs a signal handler between two bytecodes of the main thread, never while that thread
     waits in C (a collective, a CUDA call). Therefore the C handler notifies a separate thread
@@ -83,11 +84,13 @@ class StopFlag:
         grace_seconds: float = GRACE_SECONDS,
         echo: Echo = print_line,
         before_exit: Callable[[int], None] | None = None,
+        interruptible: bool = False,
     ) -> None:
         self.signal: int = 0
         self.grace_seconds = grace_seconds
         self.before_exit = before_exit
         self._echo = echo
+        self._interruptible = interruptible
         self._former: dict[int, object] = {}
         self._first = 0.0  # time of the first signal
         self._alive = 0.0  # time of the last step boundary
@@ -149,6 +152,9 @@ class StopFlag:
         if not self._first:
             self._first = now
             self.signal = self.signal or number
+            if number == signal.SIGINT and self._interruptible and not self._alive:
+                line = "interrupted before the first training step"
+                self._leave(number, line, launched_as_rank_0(os.environ))
             line = "saving at the next step boundary; a second signal exits without saving"
             if launched_as_rank_0(os.environ):
                 self._echo(f"signal {number}: {line}")

@@ -9,11 +9,10 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from bigan.errors import PeerError, RunError, UserError, unusable_file
+from bigan.errors import REPORTED_ELSEWHERE, PeerError, RunError, UserError, unusable_file
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
-REPORTED_ELSEWHERE = "reported by another rank"
 
 
 @dataclass(frozen=True)

@@ -265,6 +265,11 @@ class Engine:
         """images_seen of the first non-finite step, -1 if there is none; waits for the device."""
         return self._first_bad.item()
 
+    def clear_halt(self) -> None:
+        """Make updates again after a non-finite step, when a sound state has been restored."""
+        self._halt.zero_()
+        self._first_bad.fill_(-1.0)
+
     def _guard(self, prepared: Prepared) -> None:
         """Before the optimizer: clip; skip every update from the first non-finite value on.
 

@@ -32,7 +32,7 @@ def append(path: Path, images_seen: int, seconds: float, values: Mapping[str, fl
     record: dict[str, float | str] = {"images_seen": images_seen, "time": seconds}
     record |= {key: _plain(value) for key, value in values.items()}
     line = json.dumps(record, allow_nan=False).encode() + b"\n"
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         with locked(descriptor) as alone:
             data = _mend_tail(descriptor, alone) + line

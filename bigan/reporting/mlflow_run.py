@@ -16,13 +16,14 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from bigan import atomic_files
 from bigan.file_lock import locked
+from bigan.reporting import local_store
 from bigan.run_folder import RunFolder
 
 Role = Literal["train", "evaluation"]
@@ -70,7 +71,7 @@ def open_run(run_dir: Path, experiment: str, role: Role) -> tuple[Any, Record]:
     uri, local = _store(run_dir, record, role)
     client = _connect(uri, _local_store(run_dir) if local else None)
     if not _exists(client, record.run_id):
-        artifacts = run_dir.resolve().parent / "mlartifacts" if local else None
+        artifacts = run_dir.resolve().parent / local_store.ARTIFACTS if local else None
         tags = {"mlflow.source.name": "bigan", "run_dir": str(run_dir.resolve())}
         created = client.create_run(
             _experiment_id(client, experiment, artifacts),
@@ -79,13 +80,18 @@ def open_run(run_dir: Path, experiment: str, role: Role) -> tuple[Any, Record]:
         )
         record = Record(created.info.run_id, _without_credentials(uri), local)
         record.write(run_dir)
+    elif (record.uri, record.local) != (_without_credentials(uri), local):  # the folder was moved
+        record = replace(record, uri=_without_credentials(uri), local=local)
+        record.write(run_dir)
+    if role == "train":
+        client.set_tag(record.run_id, "run_dir", str(run_dir.resolve()))
     return client, record
 
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Holds the lock of a run folder, or of the folder of a local store."""
-    descriptor = os.open(folder / ".mlflow.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(folder / ".mlflow.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         with locked(descriptor):
             yield
@@ -106,7 +112,7 @@ def _store(run_dir: Path, record: Record, role: Role) -> tuple[str, bool]:
 
 
 def _local_store(run_dir: Path) -> Path:
-    return run_dir.resolve().parent / "mlflow.db"
+    return run_dir.resolve().parent / local_store.DATABASE
 
 
 def _connect(uri: str, local: Path | None) -> Any:
@@ -122,6 +128,7 @@ def _connect(uri: str, local: Path | None) -> Any:
         with exclusive(local.parent):
             if not local.exists():
                 _create_store(local)
+            local_store.relocate(local.parent)
     client = MlflowClient(tracking_uri=uri)
     client.search_experiments(max_results=1)
     return client

@@ -65,6 +65,7 @@ class MlflowWriter:
         self._client: Any = None
         self._record = Record()
         self._has_params = False
+        self._tags: dict[str, str] = {}  # to be set
         self._unwritten: list[_Point] = []  # metrics that the full disk did not take
         self._status: Status | None = None
         self._changed = threading.Condition()
@@ -84,6 +85,12 @@ class MlflowWriter:
             self._has_news = True
             self._has_pictures |= pictures
             self._changed.notify()
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags of the MLflow run; an existing one is replaced."""
+        with self._changed:
+            self._tags |= {_name(key): value[-_CHARACTERS:] for key, value in values.items()}
+        self.changed()
 
     def unwritten(self, images_seen: int, seconds: float, values: Mapping[str, float]) -> None:
         """Send metrics that could not be appended to the metrics log."""
@@ -169,6 +176,7 @@ class MlflowWriter:
         if not self._has_params:
             self._try(self._copy_params)
             self._has_params = True
+        self._copy_tags()
         self._copy_metrics()
         self._copy_status()
         if self._has_pictures:
@@ -190,6 +198,13 @@ class MlflowWriter:
         for start in range(0, max(len(new), len(changed)), _TEXTS):
             part = slice(start, start + _TEXTS)
             self._client.log_batch(self._record.run_id, params=new[part], tags=changed[part])
+
+    def _copy_tags(self) -> None:
+        for key, value in list(self._tags.items()):
+            self._try(partial(self._client.set_tag, self._record.run_id, key, value))
+            with self._changed:
+                if self._tags[key] == value:
+                    del self._tags[key]
 
     def _copy_metrics(self) -> None:
         record = self._record

@@ -72,6 +72,11 @@ class Tracker:
         if self._mlflow:
             self._mlflow.changed(pictures=True)
 
+    def log_tags(self, values: Mapping[str, str]) -> None:
+        """Set tags of the MLflow run; an existing one is replaced."""
+        if self._mlflow and values:
+            self._mlflow.tags(values)
+
     def close(self, status: Status | None, timeout_seconds: float = 60.0) -> str | None:
         """Send what is queued, within `timeout_seconds`, and set the final status of the run.
 

@@ -15,18 +15,22 @@ from bigan.errors import RunError
 from bigan.reporting import image_grids, plots
 from bigan.reporting.tracker import Tracker
 from bigan.run import folder, sample_grids
+from bigan.run.lock import RunLock, TakenOverError
 from bigan.run.standing_statistics import collect_standing_statistics
 from bigan.run.state import TrainState
 from bigan.run_folder import RunFolder
 
 
 class Artifacts:
-    """The files of one attempt of a run. `tracker` is None on all ranks except rank 0."""
+    """The files of one attempt of a run. `tracker` and `lock` are None on all ranks but rank 0."""
 
-    def __init__(self, state: TrainState, tracker: Tracker | None) -> None:
+    def __init__(
+        self, state: TrainState, tracker: Tracker | None, lock: RunLock | None = None
+    ) -> None:
         config = state.config
         self._state = state
         self._tracker = tracker
+        self._lock = lock
         self._folder = RunFolder(config.run_dir)
         self.saver = Saver(
             config.run_dir,
@@ -34,6 +38,7 @@ class Artifacts:
             keep=config.train.checkpoint_keep,
             milestone_images=config.train.checkpoint_milestone_images,
             echo=state.engine.echo,
+            superseded=self.is_taken_over,
         )
         self._grid_inputs: sample_grids.Inputs = {}
         self._unwritten = ""  # the last thing that could not be written, and why
@@ -61,6 +66,20 @@ class Artifacts:
     def checkpoint(self) -> None:
         """Start to save the complete state; training may continue immediately."""
         self.saver.save(self._state.progress, self._state.shards())
+
+    def is_taken_over(self) -> bool:
+        """Whether another trainer has taken the run over; False on all ranks but rank 0."""
+        return self._lock is not None and self._lock.taken_by() is not None
+
+    def give_way(self) -> None:
+        """Raise `TakenOverError` on all ranks and write nothing any more."""
+        self.saver.abandon()
+        other = self._lock.taken_by() if self._lock else None
+        error = TakenOverError(
+            f"{self._folder.path}: this run has been taken over by {other}; stopped at "
+            f"images_seen = {self._state.progress.images_seen} without writing"
+        )
+        raise reported_by_rank_0(self._state.world, error)
 
     def close(self) -> None:
         """Wait for the pending save; raises `RunError` if the newest state is not on disk."""

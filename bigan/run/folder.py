@@ -4,104 +4,112 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from bigan import atomic_files, checkpoint
+from bigan import atomic_files
 from bigan import config as configs
+from bigan.checkpoint import Progress
 from bigan.config import ConfigError
 from bigan.distributed import signals
 from bigan.reporting.tracker import environment
+from bigan.run import changes
+from bigan.run.changes import Change, History
 from bigan.run_config import IMAGES, RunConfig, load_config
 from bigan.run_folder import RunFolder
 
-# Settings that may differ between two attempts of a run: execution, logging, saving, and length.
-# Any other change would make it another experiment.
-MAY_CHANGE = (
-    "run_dir",
-    "engine",
-    "compile",
-    "data.path",
-    "data.mode",
-    "data.threads",
-    "data.prefetch",
-    "data.on_bad",
-    "data.allow_pipe",
-    "data.cache",
-    "data.cache_bytes",
-    "data.resident_bytes",
-    "data.connections",
-    "train.total_images",
-    "train.micro_batch",
-    "train.tick_images",
-    "train.checkpoint_images",
-    "train.checkpoint_keep",
-    "train.checkpoint_milestone_images",
-    "train.snapshot_images",
-    "train.replica_check_images",
-    "train.lost_after_seconds",
-    "train.collective_timeout_seconds",
-    "collapse",
-    "evaluation",
-    "tracking",
-)
+
+class Plan(NamedTuple):
+    """How a run folder is continued; decided on rank 0."""
+
+    resumes: bool  # False: a new run
+    settings: dict[str, Any]  # of the run: plain content of its config.yaml
+    superseded: tuple[str, ...]  # settings whose value in `settings` replaces the given one
+    changes: tuple[Change, ...]  # made by `--allow-change`
 
 
-def check(config: RunConfig) -> Path | None:
-    """The checkpoint to resume from, or None for a new run; changes nothing on disk.
+NEW = Plan(False, {}, (), ())
 
-    Raises `ConfigError` if the folder contains a run of another config, or other files.
-    """
-    folder = config.run_dir
-    stored = RunFolder(folder).config
+
+def require_usable(folder: Path) -> None:
+    """Raises `ConfigError` unless the folder can be that of a run; changes nothing on disk."""
     _require_writable(folder)
-    if not stored.exists():
-        # A killed first start leaves at most a temporary file: config.yaml is written first.
-        if folder.exists() and any(not p.name.endswith(".tmp") for p in folder.iterdir()):
-            raise ConfigError(
-                f"{folder}: not empty and not a run (no config.yaml in it); use another run_dir"
-            )
-        return None
-    old, new = _fixed(load_config(stored)), _fixed(config)
-    changed = [change for change in configs.differences(old, new) if not _may_change(change[0])]
-    if changed:
-        # A section of another `name` has other keys: the name is the change to report.
-        key, before, now = min(changed, key=lambda change: not change[0].endswith(".name"))
-        if not isinstance(config.data, dict):
-            key = key.replace(f"data.{IMAGES}.", "data.")
-        setting = before if isinstance(before, str) else json.dumps(before)
+    if RunFolder(folder).config.exists() or not folder.exists():
+        return
+    # A killed first start leaves at most its lock and a temporary file.
+    lock = RunFolder(folder).lock.name
+    if any(p.name != lock and not p.name.endswith(".tmp") for p in folder.iterdir()):
         raise ConfigError(
-            f"{folder}: this run has {key} = {before!r}, not {now!r}; use another "
-            f"run_dir=... for another experiment, or {key}={setting} to resume"
+            f"{folder}: not empty and not a run (no config.yaml in it); use another run_dir"
         )
-    newest = checkpoint.latest(folder)
-    if newest is not None:
-        checkpoint.read_progress(newest)
-    return newest
 
 
-def _fixed(config: RunConfig) -> dict[str, Any]:
-    """The settings of a config, streams by name, without those of `MAY_CHANGE` inside a list."""
-    settings = config.model_dump(mode="json")
-    settings["data"] = {n: data.model_dump(mode="json") for n, data in config.streams.items()}
-    for level in (settings["growth"] or {}).get("levels", ()):
-        del level["micro_batch"]
-    return settings
+def check(config: RunConfig, allowed: Sequence[str] = ()) -> Plan:
+    """How to continue the run of `config.run_dir`; changes nothing on disk.
+
+    `allowed`: key paths of settings that may change. Raises `ConfigError` if the folder contains a
+    run of another config, or other files, or if a setting cannot change during a run.
+    """
+    folder = RunFolder(config.run_dir)
+    require_usable(folder.path)
+    if not folder.config.exists():
+        if allowed:
+            raise ConfigError(
+                f"{folder.path}: there is no run whose {allowed[0]} could be changed; correct "
+                "run_dir, or set it without --allow-change to start a new run"
+            )
+        return NEW
+    stored = load_config(folder.config)
+    history = changes.read_history(folder)
+    named, superseded, refused = [], [], []
+    for change in changes.differences(stored, config):
+        if changes.is_named(change, allowed):
+            why = changes.why_fixed(change)
+            if why:
+                raise ConfigError(
+                    f"--allow-change {change.key}: {why}; use another run_dir=... for a run with "
+                    "this setting"
+                )
+            named.append(change)
+        elif changes.is_superseded(change, history):
+            superseded.append(change.key)
+        else:
+            refused.append(change)
+    if refused:
+        raise _refusal(config, refused)
+    plain = stored.model_dump(mode="json")
+    return Plan(True, plain, tuple(superseded), tuple(named))
 
 
-def _may_change(key: str) -> bool:
-    parts = key.split(".")
-    if parts[0] == "data":  # data.<stream>.path
-        key = ".".join(["data", *parts[2:]])
-    return any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
+def _refusal(config: RunConfig, refused: Sequence[Change]) -> ConfigError:
+    # A section of another `name` has other keys: the name is the change to report.
+    change = min(refused, key=lambda change: not change.key.endswith(".name"))
+    key, before = change.key, change.old
+    if not isinstance(config.data, dict):
+        key = key.replace(f"data.{IMAGES}.", "data.")
+    setting = before if isinstance(before, str) else json.dumps(before)
+    may = "" if changes.why_fixed(change) else f", or --allow-change {key}=... to change it"
+    return ConfigError(
+        f"{config.run_dir}: this run has {key} = {before!r}, not {change.new!r}; use another "
+        f"run_dir=... for another experiment{may}, or {key}={setting} to resume"
+    )
 
 
-def prepare(config: RunConfig) -> None:
-    """Create or refresh the folder; call on rank 0 once everything has been checked."""
+def prepare(
+    config: RunConfig, changed: Sequence[Change] = (), progress: Progress | None = None
+) -> History:
+    """Create or refresh the folder; call on rank 0 once everything has been checked.
+
+    `changed` are settings that differ from those of the run so far, whose counters are `progress`.
+    Returns all changes of the run.
+    """
+    progress = progress or Progress()
     folder = RunFolder(config.run_dir)
     folder.path.mkdir(parents=True, exist_ok=True)
     for path in (folder.config, folder.environment):  # an evaluator may be writing other files
         atomic_files.remove_leftovers(folder.path, path.name)
+    history = changes.record(folder, changed, progress.images_seen, progress.attempt)
     atomic_files.write_atomic(folder.config, configs.dump(config))
     for path in (folder.checkpoints, folder.snapshots, folder.samples):
         path.mkdir(exist_ok=True)
@@ -110,6 +118,19 @@ def prepare(config: RunConfig) -> None:
     atomic_files.write_atomic(folder.environment, record)
     folder.done.unlink(missing_ok=True)
     signals.clear_markers(folder.path)
+    return history
+
+
+def remarks(plan: Plan, history: History) -> list[str]:
+    """Lines to print at the start: settings that this attempt, or an earlier one, has changed."""
+    lines = changes.describe(history)
+    return [
+        *(f"changed: {change} (config_history.jsonl)" for change in plan.changes),
+        *(
+            f"the run has changed {key}: {lines[key]}; this value is kept, not that of the config"
+            for key in plan.superseded
+        ),
+    ]
 
 
 def finish(config: RunConfig, images_seen: int) -> None:

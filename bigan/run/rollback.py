@@ -1,5 +1,8 @@
 """Actions after a collapse of training: warn, stop, or roll back to the checkpoint before it.
 
+A loss or weight that is not finite always ends an attempt, or rolls it back to the newest
+checkpoint, or to the one before it if that did not help.
+
 collapse.py detects it in the reports of the ticks. Rank 0 decides and broadcasts. A decision
 depends only on the run folder (the ticks in metrics.jsonl up to the checkpoint, and the
 checkpoint's `collapse_began`), so a resumed run makes the same decisions as an uninterrupted one.
@@ -20,7 +23,7 @@ from torch import Tensor
 from bigan import checkpoint
 from bigan.checkpoint import Saver, snapshots
 from bigan.distributed.world import broadcast, on_rank_0
-from bigan.errors import RunError
+from bigan.errors import NonFiniteError, RunError
 from bigan.layers import spectral
 from bigan.reporting.metrics_log import read_metrics
 from bigan.run.collapse import NEVER, SPECTRAL, Detector, Sign, Tick, history, spans
@@ -100,6 +103,33 @@ class Rollback:
         self._saver.finish()  # the checkpoint being saved may be the one to restore
         self._healthy = on_rank_0(state.world, lambda: self._decide(signs, report))
 
+    def recover(self, error: NonFiniteError) -> None:
+        """After a loss or weight that is not finite: roll back if `collapse.action` says so.
+
+        Otherwise, and if that is not possible, raises `error` or a `RunError`, on all ranks.
+        """
+        if self._config.action != "rollback":
+            raise error
+        self._saver.finish()  # of an earlier state, which is sound
+        self._healthy = on_rank_0(self._state.world, lambda: self._sound(error))
+
+    def _sound(self, error: NonFiniteError) -> Path:
+        """The checkpoint to restore after a state that is not finite; on rank 0.
+
+        The newest one; the one before it, if the newest has been restored before: its weights are
+        finite, but no sound training continues from them.
+        """
+        began = self._state.progress.collapse_began
+        found = checkpoint.newest_first(self._run_dir)
+        found = [f for f in found if began == NEVER or int(f.name) <= began]
+        if not found:
+            raise error
+        # A restored checkpoint has one more rollback than the one before it.
+        rollbacks = [checkpoint.read_progress(folder).rollbacks for folder in found[:2]]
+        healthy = found[1 if len(found) > 1 and rollbacks[0] > rollbacks[1] else 0]
+        self._announce(f"{error.finding}; checkpoint {healthy.name} is from before it")
+        return healthy
+
     def _decide(self, signs: list[Sign], report: dict[str, float]) -> Path | None:
         """The checkpoint to restore, or None to continue; on rank 0. Raises `RunError`."""
         config, progress, echo = self._config, self._state.progress, self._state.engine.echo
@@ -108,7 +138,7 @@ class Rollback:
         best = best_snapshot(self._run_dir)
         if best:
             finding += f"; the best snapshot so far is {best[0]} ({best[1]} {best[2]:.3g})"
-        advice = "use another run_dir with lower learning rates"
+        advice = "use another run_dir with lower learning rates, or --allow-change KEY=VALUE"
         if healthy:
             finding += f"; checkpoint {healthy.name} is from before it"
             advice = (
@@ -125,17 +155,22 @@ class Rollback:
             )
         if healthy is None:
             raise RunError(f"{finding}; there is no checkpoint from before it to restore; {advice}")
+        self._announce(finding)
+        return healthy
+
+    def _announce(self, finding: str) -> None:
+        """Print that a rollback follows; raises `RunError` if there were too many."""
+        config, progress = self._config, self._state.progress
         if progress.rollbacks >= config.max_rollbacks:
             raise RunError(
                 f"{finding}; stopped after {progress.rollbacks} rollback(s) at "
                 f"{progress.lr_factor:g} x the learning rates of the config; raise "
-                "collapse.max_rollbacks, or use another run_dir with other settings"
+                "collapse.max_rollbacks, or continue with other settings (--allow-change KEY=VALUE)"
             )
-        echo(
+        self._state.engine.echo(
             f"{finding}; restoring it, all learning rates are multiplied by {config.lr_factor:g} "
             f"(rollback {progress.rollbacks + 1} of {config.max_rollbacks})"
         )
-        return healthy
 
     def restore(self) -> None:
         """Restore the healthy checkpoint with lower learning rates; `TrainState.prepare` follows.
@@ -163,6 +198,7 @@ class Rollback:
         state.build(state.stages[0])  # not every engine can load into the networks it wrapped
         state.resume(healthy)
         state.engine.forget_compiled()
+        state.engine.clear_halt()
         state.progress.attempt = attempt  # a rollback is no new attempt
         state.progress.rollbacks = rollbacks  # a node may read a cached progress.json
         state.progress.lr_factor = lr_factor

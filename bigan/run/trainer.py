@@ -5,23 +5,25 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
-from bigan import checkpoint
 from bigan.distributed.heartbeat import Heartbeat, is_communication_error
 from bigan.distributed.launch import disconnect
 from bigan.distributed.replica_check import check_replicas
-from bigan.distributed.signals import GRACE_SECONDS, StopFlag, stop_requested, write_requeue
+from bigan.distributed.signals import GRACE_SECONDS, StopFlag, stop_requested
 from bigan.distributed.stragglers import SlowRanks
 from bigan.distributed.world import barrier, max_over_ranks, on_all_ranks, on_rank_0
-from bigan.engine import Echo, Engine
-from bigan.errors import RunError, writing
+from bigan.engine import Echo, Engine, set_float32
+from bigan.errors import NonFiniteError, RunError, writing
 from bigan.reporting.tracker import Status, Tracker
-from bigan.run import folder
+from bigan.run import changes, folder
 from bigan.run.artifacts import Artifacts
+from bigan.run.changes import Change
+from bigan.run.ending import give_up, leave_at_once, leave_marker
+from bigan.run.lock import RunLock, TakenOverError, exclusive
 from bigan.run.remarks import remarks
+from bigan.run.resume import resume_newest
 from bigan.run.rollback import Rollback, singular_values
 from bigan.run.stages import stage_at
 from bigan.run.standing_statistics import collect_standing_statistics
@@ -41,11 +43,18 @@ STOP_CHECK_SECONDS = 2.0  # at most, between two exchanges of the stop flags of 
 OnTick = Callable[[int, dict[str, float]], None]  # (images_seen, metrics)
 
 
-def train(config: RunConfig, echo: Echo, on_tick: OnTick, stop: StopFlag | None = None) -> int:
+def train(
+    config: RunConfig,
+    echo: Echo,
+    on_tick: OnTick,
+    stop: StopFlag | None = None,
+    allow_change: Sequence[str] = (),
+) -> int:
     """Train the run of `config.run_dir`, or resume it; returns 0, or 128 + the stop signal.
 
     `echo` prints a line and `on_tick` shows progress; both are called on rank 0 only. A `stop` that
-    is passed in is active already, so that signals before this call count. Raises `UserError`
+    is passed in is active already, so that signals before this call count. `allow_change`: key
+    paths of settings that this attempt changes (run/changes.py). Raises `UserError`
     before anything is written if the input is unusable, `RunError` if the run must stop (a
     non-finite loss, a lost process, replicas that differ).
     """
@@ -54,7 +63,11 @@ def train(config: RunConfig, echo: Echo, on_tick: OnTick, stop: StopFlag | None 
         stop = stop or stack.enter_context(StopFlag())
         beat = stack.enter_context(Heartbeat(engine.world, config.train.lost_after_seconds))
         try:
-            code = _train(config, engine, on_tick, stop)
+            on_rank_0(engine.world, lambda: folder.require_usable(config.run_dir))
+            lock = stack.enter_context(exclusive(engine.world, config.run_dir))
+            if lock:
+                stop.before_exit = lambda _: lock.release()
+            code = _train(config, engine, on_tick, stop, lock, allow_change)
         except Exception as error:
             if engine.world.size > 1 and is_communication_error(error):
                 raise beat.lost_rank_error(error) from error
@@ -64,16 +77,24 @@ def train(config: RunConfig, echo: Echo, on_tick: OnTick, stop: StopFlag | None 
     return code
 
 
-def _train(config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag) -> int:
+def _train(
+    config: RunConfig,
+    engine: Engine,
+    on_tick: OnTick,
+    stop: StopFlag,
+    lock: RunLock | None,
+    allow_change: Sequence[str],
+) -> int:
     world, echo = engine.world, engine.echo
     accumulation_steps(config.train, world.size)
     images = on_rank_0(world, lambda: check_data(config))
-    resume_from = on_rank_0(world, lambda: folder.check(config))
+    plan = on_rank_0(world, lambda: folder.check(config, allow_change))
+    config = changes.with_values_of(config, plan.settings, plan.superseded)
+    set_float32(config.precision)
     state = TrainState(config, engine, images.classes)
     progress, total = state.progress, config.train.total_images
     state.progress.data_fingerprint = images.fingerprint
-    if resume_from:
-        state.resume(resume_from)
+    if plan.resumes and resume_newest(state, config.run_dir):
         progress = state.progress
         echo(f"resuming {config.run_dir} at images_seen = {progress.images_seen}")
         if progress.images_seen >= total:
@@ -83,21 +104,31 @@ def _train(config: RunConfig, engine: Engine, on_tick: OnTick, stop: StopFlag) -
     enter_stage(state)
     with on_all_ranks(world, lambda: open_streams(state)) as streams:
         agree_on_data(world, streams.fingerprint)
-        on_rank_0(world, writing(config.run_dir)(lambda: folder.prepare(config)))
-        if world.is_rank_0:
-            stop.before_exit = lambda number: leave_marker(config.run_dir, number)
+        prepare = writing(config.run_dir)(folder.prepare)
+        history = on_rank_0(world, lambda: prepare(config, plan.changes, progress))
+        if lock:
+            stop.before_exit = partial(leave_at_once, lock, config.run_dir)
+            for line in lock.remarks():
+                echo(line)
         tracker = (
             Tracker(config.run_dir, config.tracking, role="train") if world.is_rank_0 else None
         )
-        artifacts = Artifacts(state, tracker)
-        status: Status = "FAILED"
+        artifacts = Artifacts(state, tracker, lock)
+        status: Status | None = "FAILED"
         try:
+            if tracker:
+                log_changes(tracker, plan.changes, history, progress.images_seen)
+            for line in folder.remarks(plan, history):
+                echo(line)
             for remark in remarks(state):
                 echo(remark)
             loop = Loop(state, artifacts, tracker, on_tick, stop)
             code = run_stages(state, loop, streams)
             progress = state.progress
             status = "KILLED" if code else "FINISHED"
+        except TakenOverError:
+            status = None  # that of the trainer that continues the run
+            raise
         finally:
             patience = 60.0 if status == "FINISHED" else 10.0  # a stopped run has a grace time
             note = tracker.close(status, timeout_seconds=patience) if tracker else None
@@ -183,6 +214,13 @@ class Loop:
 
         Also 0 if the run must be rolled back (`Rollback.pending`).
         """
+        try:
+            return self._run(streams)
+        except NonFiniteError as error:
+            self.rollback.recover(error)
+            return 0
+
+    def _run(self, streams: OpenStreams) -> int:
         state, config, progress = self.state, self.config, self.state.progress
         if progress.images_seen == 0:
             collect_standing_statistics(state)
@@ -257,7 +295,10 @@ class Loop:
             halted_at=engine.halted_at(),
             saving=saver.poll(),
             step_seconds=seconds / self.num_steps,
+            taken_over=self.artifacts.is_taken_over(),
         )
+        if agreed["taken_over"]:
+            self.artifacts.give_way()
         if agreed["halted_at"] >= 0:
             saver.finish()  # the last sound state is kept
             on_rank_0(self.world, partial(give_up, state, int(agreed["halted_at"]), means))
@@ -326,10 +367,14 @@ class Loop:
         return self.stop.signal
 
 
-def leave_marker(run_dir: Path, number: int) -> None:
-    """Write REQUEUE for an attempt that signal `number` ends, with its newest checkpoint."""
-    newest = checkpoint.latest(run_dir)
-    write_requeue(run_dir, number, int(newest.name) if newest else 0)
+def log_changes(
+    tracker: Tracker, made: Sequence[Change], history: changes.History, images_seen: int
+) -> None:
+    """Log the changes of this attempt as metrics `config/<key>`, and all of the run as tags."""
+    numbers = {f"config/{c.key}": c.new for c in made if type(c.new) in (int, float)}
+    if numbers:
+        tracker.log(images_seen, numbers)
+    tracker.log_tags({f"changed.{key}": line for key, line in changes.describe(history).items()})
 
 
 def finish_again(state: TrainState) -> None:
@@ -337,15 +382,3 @@ def finish_again(state: TrainState) -> None:
     tracker = Tracker(state.config.run_dir, state.config.tracking, role="train")
     Artifacts(state, tracker).finish()
     tracker.close("FINISHED")
-
-
-def give_up(state: TrainState, images_seen: int, means: dict[str, float]) -> None:
-    """Raise the `RunError` of a non-finite step: what and when, what is kept, what to try."""
-    names = [name for name, value in means.items() if not abs(value) < float("inf")]
-    newest = checkpoint.latest(state.config.run_dir)
-    kept = f"the last checkpoint {newest} is intact" if newest else "there is no checkpoint yet"
-    raise RunError(
-        f"{', '.join(names) or 'a loss'} became non-finite at images_seen = {images_seen}; no "
-        f"update was made from that step on and {kept}; with another "
-        "run_dir, try a lower learning rate, precision=fp32, or a penalty"
-    )

@@ -124,15 +124,15 @@ def test_sigkill_between_and_during_saves(digits: Path, tmp_path: Path) -> None:
 
 
 def test_damaged_checkpoints_are_refused_with_advice(make_config: MakeConfig) -> None:
-    config = make_config()
+    config = make_config("train.checkpoint_keep=1")
     quiet(config)
-    longer = make_config("train.total_images=800")
+    longer = make_config("train.checkpoint_keep=1", "train.total_images=800")
     folder = checkpoint.latest(config.run_dir)
     assert folder is not None
     path = folder / "part-00000-of-00001.safetensors"
     intact = path.read_bytes()
     path.write_bytes(intact[: len(intact) // 2])
-    with pytest.raises(CheckpointError, match=r"part-00000-of-00001\.safetensors: .*delete"):
+    with pytest.raises(CheckpointError, match=r"part-00000-of-00001\.safetensors: .*run_dir"):
         quiet(longer)
     path.write_bytes(intact)
     record = json.loads((folder / "progress.json").read_text())
@@ -163,9 +163,8 @@ def test_checkpoint_of_another_model(make_config: MakeConfig, tmp_path: Path) ->
 def test_settings_that_may_change_between_attempts(make_config: MakeConfig) -> None:
     config = make_config()
     quiet(config)
-    assert run_folder.check(
-        make_config("train.total_images=800", "compile=aot_eager", "data.threads=1")
-    )
+    free = make_config("train.total_images=800", "compile=aot_eager", "data.threads=1")
+    assert run_folder.check(free).resumes
     optimizer = "optimizer.generator.schedule={name: linear, end: 0.0, images: 10}"
     for override in (
         optimizer,

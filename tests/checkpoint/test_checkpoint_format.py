@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bigan import checkpoint
-from bigan.checkpoint import CheckpointError, Progress, Reader, TensorShard
+from bigan.checkpoint import CheckpointError, DamagedError, Progress, Reader, TensorShard
 from bigan.checkpoint.folder import complete
 from bigan.checkpoint.part import HostBuffer, part_name
 from bigan.checkpoint.progress import to_json
@@ -133,7 +133,7 @@ def scramble(content: bytearray) -> None:
         (Path.unlink, "No such file"),
     ],
 )
-def test_damaged_part_is_reported_with_its_path_and_advice(
+def test_damaged_part_is_reported_with_its_path(
     tmp_path: Path, damage: Callable[[Path], None], reason: str
 ) -> None:
     tensor = torch.randn(10)
@@ -141,10 +141,9 @@ def test_damaged_part_is_reported_with_its_path_and_advice(
     folder = write(tmp_path / "5", parts)
     damaged = folder / part_name(1, 2)
     damage(damaged)
-    with pytest.raises(CheckpointError, match=reason) as caught:
+    with pytest.raises(DamagedError, match=reason) as caught:
         Reader(folder).read("networks/x")
     assert str(damaged) in str(caught.value)
-    assert f"delete {folder}" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

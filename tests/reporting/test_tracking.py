@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import socket
 import subprocess
 import time
@@ -183,6 +184,7 @@ def test_resume_continues_the_run_and_delivers_lost_metrics(runs: Path, client: 
     write_config(run_dir, {"total": 200, "new": 1})
     tracker = Tracker(run_dir, ON, role="train")
     wait_until(lambda: status(client, run_dir) == "RUNNING")
+    tracker.log_tags({"changed.total": "100 -> 200 at images_seen = 10"})
     tracker.log(30, {"train/a": 3.0})
     assert tracker.close("FINISHED") is None
     assert run_id(run_dir) == first
@@ -193,6 +195,7 @@ def test_resume_continues_the_run_and_delivers_lost_metrics(runs: Path, client: 
     run = client.get_run(first)
     assert run.data.params == {"total": "100", "new": "1"}
     assert run.data.tags["resumed.total"] == "200"
+    assert run.data.tags["changed.total"] == "100 -> 200 at images_seen = 10"
     assert run.info.status == "FINISHED"
 
 
@@ -370,6 +373,35 @@ def test_evaluator_uses_the_store_of_the_trainer(
         assert store(run_dir, server, role) == ("http://me:word@server:5000", False)
     assert store(run_dir, here, "train") == ("http://me:word@server:5000", False)
     assert store(run_dir, here, "evaluation") == (local, True)
+
+
+def test_moved_run_continues_in_the_new_place(runs: Path, tmp_path: Path) -> None:
+    """All runs under another folder, and the run under another name."""
+    from mlflow import MlflowClient
+
+    first = Tracker(runs / "before", ON, role="train")
+    first.log(10, {"train/a": 1.0})
+    assert first.close("KILLED") is None
+    moved = tmp_path / "moved"
+    shutil.copytree(runs, moved)  # the other tests still need the original
+    (moved / "before").rename(moved / "after")
+    content = sorted(path for path in runs.rglob("*") if path.suffix != ".db")
+    picture = moved / "after" / "curves.png"
+    picture.write_bytes(b"png")
+    tracker = Tracker(moved / "after", ON, role="train")
+    tracker.log(20, {"train/a": 2.0})
+    tracker.pictures_changed()
+    assert tracker.close("FINISHED") is None
+    client = MlflowClient(tracking_uri=f"sqlite:///{moved / 'mlflow.db'}")
+    assert run_id(moved / "after") == run_id(runs / "before")
+    steps = [step for step, _, _ in points(client, moved / "after", "train/a")]
+    assert steps == [10, 20]
+    found = client.get_run(run_id(moved / "after"))
+    assert found.data.tags["run_dir"] == str(moved / "after")
+    stored = moved / "mlartifacts" / found.info.run_id / "artifacts" / "curves.png"
+    assert stored.read_bytes() == b"png"
+    assert str(moved) in json.loads((moved / "after" / "mlflow.json").read_text())["uri"]
+    assert sorted(path for path in runs.rglob("*") if path.suffix != ".db") == content
 
 
 # --- environment ------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from commands import SMOKE
@@ -11,7 +13,11 @@ from commands import SMOKE
 from bigan import config as configs
 from bigan.cli.main import main
 from bigan.config import ConfigError
+from bigan.data.packing.pack import pack
+from bigan.distributed.world import World
+from bigan.evaluation.watcher import evaluate
 from bigan.run import folder
+from bigan.run.changes import Change
 from bigan.run.trainer import train
 from bigan.run_config import RunConfig, load_config
 
@@ -62,19 +68,19 @@ def test_the_setting_that_resumes_can_be_pasted(begun: RunConfig, make_config: M
         with pytest.raises(ConfigError) as refused:
             folder.check(make_config(override))
         advice = re.findall(r", or (\S+=.*) to resume$", str(refused.value))
-        assert folder.check(make_config(override, *advice)) is None, advice
+        assert folder.check(make_config(override, *advice)).changes == (), advice
 
 
 def test_execution_and_length_may_change(make_config: MakeConfig) -> None:
     """Of one stream and of each of several."""
     assert train(make_config("train.total_images=200"), print, lambda *_: None) == 0
     changes = ["train.total_images=400", "train.micro_batch=20", "compile=aot_eager"]
-    assert folder.check(make_config(*changes, "data.threads=2", "data.on_bad=skip")) is not None
+    assert folder.check(make_config(*changes, "data.threads=2", "data.on_bad=skip")).resumes
     config = make_config()
     data = config.streams["images"].model_dump(mode="json")
     two = _changed(config, f"data={{images: {data}, others: {data}}}".replace("None", "null"))
     folder.prepare(two)
-    assert folder.check(_changed(two, "data.others.threads=2")) is not None
+    assert folder.check(_changed(two, "data.others.threads=2")).resumes
     with pytest.raises(ConfigError, match=r"data\.others\.mirror = False, not True"):
         folder.check(_changed(two, "data.others.mirror=true"))
 
@@ -84,3 +90,61 @@ def _changed(config: RunConfig, override: str) -> RunConfig:
     file = config.run_dir.parent / "changed.yaml"
     file.write_text(configs.dump(config))
     return load_config(file, [override])
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_and_folders_have_the_modes_of_the_umask(
+    make_config: MakeConfig, tmp_path: Path, umask: int
+) -> None:
+    """Of a pack, a run with all its files, its lock, and an evaluation."""
+    locked: list[Path] = []
+
+    def on_tick(images_seen: int, _: object) -> None:
+        locked.append((run / "LOCK").rename(tmp_path / "out" / "LOCK"))
+
+    run = tmp_path / "out" / "run"
+    former = os.umask(umask)
+    try:
+        pack("digits", tmp_path / "out" / "digits")
+        settings = ["train.total_images=40", "train.tick_images=40", f"run_dir={run}"]
+        config = make_config(*settings, f"data.path={tmp_path / 'out' / 'digits'}")
+        folder.prepare(config, [Change("train.standing_batches", 9, 2)])
+        assert train(config, print, on_tick) == 0
+        evaluate(run, World(), watch=False, echo=print)
+    finally:
+        os.umask(former)
+    assert locked
+    found = list((tmp_path / "out").rglob("*"))
+    names = {path.name for path in found}
+    assert {"generator_ema.safetensors", "progress.json", "40.json", "manifest.json"} <= names
+    assert {"config_history.jsonl", "metrics.jsonl", "part-00000-of-00001.safetensors"} <= names
+    wrong = {
+        str(path): oct(path.stat().st_mode & 0o777)
+        for path in found
+        if path.stat().st_mode & 0o777 != (0o777 if path.is_dir() else 0o666) & ~umask
+    }
+    assert wrong == {}
+
+
+def test_a_moved_run_folder_continues_in_its_new_place(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Nothing is made at the former path; the bytes are those of a run that stayed."""
+    half = "train.total_images=200"
+    stayed = make_config()
+    assert train(stayed, print, lambda *_: None) == 0
+    first = make_config(half, f"run_dir={tmp_path / 'before' / 'run'}")
+    assert train(first, print, lambda *_: None) == 0
+    evaluate(first.run_dir, World(), watch=False, echo=print)
+    (tmp_path / "before").rename(tmp_path / "after")
+    moved = make_config(f"run_dir={tmp_path / 'after' / 'run'}")
+    assert train(moved, print, lambda *_: None) == 0
+    measured = evaluate(moved.run_dir, World(), watch=False, echo=print)
+    assert sorted(measured) == [200, 400]
+    assert not (tmp_path / "before").exists()
+    for name in ("snapshots/400/generator_ema.safetensors", "samples/400.png"):
+        assert (moved.run_dir / name).read_bytes() == (stayed.run_dir / name).read_bytes()
+    former = str(tmp_path / "before")
+    texts = [p for p in moved.run_dir.rglob("*") if p.suffix in {".yaml", ".json", ".jsonl"}]
+    old = [p for p in texts if former in p.read_text() and "snapshots/200" not in str(p)]
+    assert old == []

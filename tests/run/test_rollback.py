@@ -15,7 +15,7 @@ from bigan import checkpoint
 from bigan.checkpoint import Progress, TensorShard
 from bigan.distributed.world import World
 from bigan.engine import Engine
-from bigan.errors import RunError
+from bigan.errors import NonFiniteError, RunError
 from bigan.layers.spectral import spectral_layers
 from bigan.reporting import plots
 from bigan.reporting.metrics_log import append, read_metrics
@@ -267,3 +267,49 @@ def test_two_processes_roll_back_together(digits: Path, tmp_path: Path) -> None:
     assert "(rollback 1 of 3)" in done.stdout + done.stderr
     record = json.loads((tmp_path / "run/checkpoints/440/progress.json").read_text())
     assert record["rollbacks"] >= 1
+
+
+# Learning rate of the generator x 1e38 in the step from 240 to 280 images: huge weights, and a loss
+# of NaN in the next step.
+EXPLODING = (
+    "optimizer.generator.schedule={name: step, every_images: 260, factor: 1.0e38}",
+    "train.tick_images=40",
+    "train.snapshot_images=400",
+    "collapse.action=rollback",
+)
+
+
+# The newest checkpoint is sound; it holds the huge weights, so that the one before it is needed.
+@pytest.mark.parametrize(("every", "restored"), [(80, [240]), (40, [280, 240])])
+def test_a_non_finite_state_is_rolled_back(
+    make_config: MakeConfig, every: int, restored: list[int]
+) -> None:
+    """With lower learning rates; updates are made again."""
+    config = make_config(*EXPLODING, f"train.checkpoint_images={every}", "collapse.lr_factor=1e-38")
+    lines: list[str] = []
+    assert train(config, lines.append, lambda *_: None) == 0
+    found = [line for line in lines if "(rollback " in line]
+    assert [int(line.partition("checkpoint ")[2].split()[0]) for line in found] == restored
+    assert all("images_seen = 280;" in line for line in found)
+    progress = checkpoint.read_progress(config.run_dir / "checkpoints" / "400")
+    assert (progress.rollbacks, progress.attempt) == (len(restored), 1)
+    assert progress.lr_factor == pytest.approx(1e-38 ** len(restored))
+    last = checkpoint.Reader(config.run_dir / "checkpoints" / "400")
+    assert last.read("optimizers/discriminator.linear.weight.step").item() == 10
+    assert last.read("networks/generator_ema.shared.weight").abs().max() < 10
+
+
+def test_rollbacks_after_non_finite_losses_come_to_an_end(make_config: MakeConfig) -> None:
+    """Also over several starts: the number is stored in the checkpoint."""
+    bounded = ("collapse.lr_factor=1", "collapse.max_rollbacks=2", "train.checkpoint_images=80")
+    config = make_config(*EXPLODING, *bounded)
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"stopped after 2 rollback\(s\)"):
+            train(config, print, lambda *_: None)
+    assert checkpoint.read_progress(config.run_dir / "checkpoints" / "240").rollbacks == 2
+
+
+def test_without_a_checkpoint_a_non_finite_loss_ends_the_run(make_config: MakeConfig) -> None:
+    config = make_config(*EXPLODING, "train.checkpoint_images=400")
+    with pytest.raises(NonFiniteError, match="there is no checkpoint yet"):
+        train(config, print, lambda *_: None)

@@ -1,0 +1,47 @@
+"""Endings of an attempt before the end of its run: a stop signal, a state that is not finite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bigan import checkpoint
+from bigan.distributed.signals import write_requeue
+from bigan.errors import NonFiniteError
+from bigan.run.lock import RunLock
+from bigan.run.state import TrainState
+
+
+def leave_marker(run_dir: Path, number: int) -> None:
+    """Write REQUEUE for an attempt that signal `number` ends, with its newest checkpoint."""
+    newest = checkpoint.latest(run_dir)
+    write_requeue(run_dir, number, int(newest.name) if newest else 0)
+
+
+def leave_at_once(lock: RunLock, run_dir: Path, number: int) -> None:
+    """The marker, unless another trainer has taken the run over; before an exit without saving."""
+    if lock.taken_by() is None:
+        leave_marker(run_dir, number)
+    lock.release()
+
+
+def give_up(state: TrainState, images_seen: int, means: dict[str, float]) -> None:
+    """Raise the `NonFiniteError` of a step: what and when, what is kept, how to continue."""
+    names = [name for name, value in means.items() if not abs(value) < float("inf")]
+    what = f"{', '.join(names) or 'a loss'} became non-finite at images_seen = {images_seen}; no "
+    what += "update was made from that step on and "
+    newest, config = checkpoint.latest(state.config.run_dir), state.run_config
+    lower = config.precision != "fp32"
+    if newest is None:
+        raise NonFiniteError(
+            f"{what}there is no checkpoint yet; with another run_dir, try a lower learning rate"
+            f"{', precision=fp32' if lower else ''}, or a penalty"
+        )
+    phases = [name for name in state.optimizers if any(f"/{name}/" in key for key in names)]
+    phase = next(iter(phases or state.optimizers))
+    lr = config.optimizer[phase].lr / 2
+    raise NonFiniteError(
+        f"{what}the last checkpoint {newest} is intact; to continue from it, add a change to the "
+        f"same command: --allow-change optimizer.{phase}.lr={lr:g}"
+        f"{', --allow-change precision=fp32' if lower else ''}, or another (docs/runs.md); "
+        "collapse.action=rollback lowers the learning rates by itself"
+    )
