@@ -121,6 +121,12 @@ def _by_folder(
     start = common(folders)
     tops = [folder[start] if len(folder) > start else "" for folder in folders]
     if all(tops) and tops:
+        kinds = {split_of(top) is None: top for top in tops}
+        if len(kinds) == 2:
+            raise UnsuitableError(
+                f"{where}: the folder {kinds[False]} in the tars has the name of a split, but "
+                f"{kinds[True]} beside it is none; rename one; {WITHOUT_LABELS}"
+            )
         return [*tops]
     if any(tops):
         names = [f"{name}/{sample.key}" for name, sample in samples]
