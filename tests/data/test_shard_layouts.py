@@ -131,8 +131,8 @@ LAYOUTS: dict[str, tuple[Tars, dict[int, tuple[str, str]]]] = {
     ),
     "folders in a tar": (
         {"0.tar": ["x/train/cat/1.png", "x/train/dog/2.png"],
-         "1.tar": ["x/test/cat/3.png", "x/test/train/4.png"]},
-        {1: ("train", "cat"), 2: ("train", "dog"), 3: ("test", "cat"), 4: ("test", "train")},
+         "1.tar": ["x/test/cat/3.png", "x/test/dog/4.png"]},
+        {1: ("train", "cat"), 2: ("train", "dog"), 3: ("test", "cat"), 4: ("test", "dog")},
     ),
     "more words": (
         {"Training/a/0.tar": ["1.png"], "Testing/a/0.tar": ["2.png"], "valid/a/0.tar": ["3.png"]},

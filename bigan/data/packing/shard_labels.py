@@ -121,12 +121,11 @@ def _by_folder(
     start = common(folders)
     tops = [folder[start] if len(folder) > start else "" for folder in folders]
     if all(tops) and tops:
-        split = next((top for top in tops if split_of(top)), None)
-        other = next((top for top in tops if not split_of(top)), None)
-        if split and other:
+        kinds = {split_of(top) is None: top for top in tops}
+        if len(kinds) == 2:
             raise UnsuitableError(
-                f"{where}: the folder {split} in the tars has the name of a split, but {other} "
-                f"beside it is none; rename one; {WITHOUT_LABELS}"
+                f"{where}: the folder {kinds[False]} in the tars has the name of a split, but "
+                f"{kinds[True]} beside it is none; rename one; {WITHOUT_LABELS}"
             )
         return [*tops]
     if any(tops):
