@@ -53,11 +53,9 @@ MAY_CHANGE = (
     "evaluation",
     "tracking",
 )
-# Settings that may change when they are named: the state of a checkpoint fits any of their values.
-NAMED = ("anneal_images", "augment", "ema", "objective", "optimizer", "precision")
-NAMED_TRAIN = ("train.standing_batches",)
 ORDER = "it determines the images of each step and their order"
-FIXED = {  # and why; of the settings below `NAMED`, and all others
+# Settings that cannot change although they are named, and why.
+FIXED = {
     "data": ORDER,
     "train.seed": ORDER,
     "train.batch": "it determines the images of each step and when lazy penalties are due",
@@ -136,10 +134,7 @@ def why_fixed(change: Change) -> str | None:
         return None
     if key.startswith("objective.path_length."):
         return None
-    reason = next((why for section, why in FIXED.items() if _is_below(key, section)), None)
-    if reason or any(_is_below(key, section) for section in (*NAMED, *NAMED_TRAIN)):
-        return reason
-    return "the run would be another experiment"
+    return next((why for section, why in FIXED.items() if _is_below(key, section)), None)
 
 
 def _without_lr(levels: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:

@@ -101,6 +101,15 @@ def _train(
             on_rank_0(world, lambda: finish_again(state))
             echo(f"{config.run_dir}: already complete at images_seen = {progress.images_seen}")
             return 0
+    return run_attempt(state, plan, on_tick, stop, lock)
+
+
+def run_attempt(
+    state: TrainState, plan: folder.Plan, on_tick: OnTick, stop: StopFlag, lock: RunLock | None
+) -> int:
+    """Train a state that has been resumed, or is new, to the end of the run or a stop signal."""
+    config, progress = state.run_config, state.progress
+    world, echo = state.world, state.engine.echo
     enter_stage(state)
     with on_all_ranks(world, lambda: open_streams(state)) as streams:
         agree_on_data(world, streams.fingerprint)
@@ -118,9 +127,7 @@ def _train(
         try:
             if tracker:
                 log_changes(tracker, plan.changes, history, progress.images_seen)
-            for line in folder.remarks(plan, history):
-                echo(line)
-            for remark in remarks(state):
+            for remark in (*folder.remarks(plan, history), *remarks(state)):
                 echo(remark)
             loop = Loop(state, artifacts, tracker, on_tick, stop)
             code = run_stages(state, loop, streams)

@@ -40,7 +40,7 @@ def locations(folder: Path) -> list[str]:
 def test_locations_follow_the_folder(
     tmp_path: Path, former: str, exists: bool, copied: bool, changes: bool
 ) -> None:
-    old, new = tmp_path / former / "mlartifacts", tmp_path / "nd runs" / "mlartifacts"
+    old, new = tmp_path / former / "mlartifacts", tmp_path / "new runs" / "mlartifacts"
     before = [old.as_uri(), (old / "r" / "artifacts").as_uri()]
     store(new.parent, *before)
     for folder, there in ((old, exists), (new, copied)):
