@@ -19,14 +19,15 @@ from bigan.evaluation.truncation import sweep
 from bigan.evaluation.watcher import evaluate
 
 RANK = """
-import os, sys
+import errno, os, sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 import torch
 import torch.distributed as dist
 import pytest
 from parts import add_inverter
-from bigan.errors import UserError
+from bigan.errors import RunError, UserError
 from bigan.distributed.world import on_all_ranks
 from bigan.evaluation.truncation import sweep
 from bigan.evaluation.watcher import evaluate
@@ -37,14 +38,22 @@ torch.set_num_threads(1)
 add_inverter(pytest.MonkeyPatch())
 dist.init_process_group("gloo", timeout=timedelta(seconds=100))
 
-def fail_on_rank_1():
+def fail_on_rank_1(error):
     if rank == 1:
-        raise UserError("only here")
+        raise error
 
+for problem in (UserError("only here"), OSError(errno.ENOSPC, "No space", "metrics.jsonl")):
+    try:
+        on_all_ranks(World(rank, size), partial(fail_on_rank_1, problem))
+    except UserError as error:
+        print(f"together: {error}", flush=True)
 try:
-    on_all_ranks(World(rank, size), fail_on_rank_1)
-except UserError as error:
-    print(f"together: {error}", flush=True)
+    evaluate(
+        Path("no-run"), World(rank, size), watch=True, timeout_seconds=0.2, poll_seconds=0.05,
+        echo=lambda line: None,
+    )
+except RunError as error:
+    print(f"RunError: {error}", flush=True)
 for folder in sys.argv[1:]:
     try:
         evaluate(
@@ -126,9 +135,11 @@ def test_two_processes_give_the_metrics_of_one_and_fail_together(
     outputs = launch(2, double, inverted[1], damaged)
 
     assert "images_seen 200 " in outputs[0]
-    assert len(outputs[1].splitlines()) == 2, outputs  # rank 1 prints its errors only
+    assert len(outputs[1].splitlines()) == 4, outputs  # rank 1 prints its errors only
     for output in outputs:
         assert "together: only here" in output
+        assert "together: metrics.jsonl: No space" in output  # a full disk is no bug of ours
+        assert "RunError: no-run: no run for" in output
         assert "UserError" in output
         assert "generator_ema.safetensors: cannot be read" in output
     assert _steps(double) == [100, 200, 100]
