@@ -10,7 +10,7 @@ from typing import Any, Literal
 from bigan.data import DataError
 from bigan.data.format.codec import ENCODINGS, Encoding
 from bigan.data.format.convert import MAX_PIXELS, MODES, Fit, Resize
-from bigan.image_size import ImageSize, num_pixels, shown, sides
+from bigan.image_size import ImageSize, num_pixels, parsed, shown
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,15 @@ class PackOptions:
 
     def _check_images(self) -> None:
         if self.resolution is not None:
-            size = shown(self.resolution)
-            if min(sides(self.resolution)) <= 0:
-                raise DataError(f"resolution {size}: must be a positive number of pixels")
-            if num_pixels(self.resolution) > MAX_PIXELS:
+            try:
+                size = parsed(self.resolution)
+            except ValueError as error:
+                raise DataError(f"resolution {self.resolution!r}: {error}") from None
+            object.__setattr__(self, "resolution", size)
+            if num_pixels(size) > MAX_PIXELS:
                 raise DataError(
-                    f"resolution {size}: is more than {MAX_PIXELS} pixels per image; use a smaller "
-                    "one"
+                    f"resolution {shown(size)}: is more than {MAX_PIXELS} pixels per image; use a "
+                    "smaller one"
                 )
         if self.channels is not None and self.channels not in MODES:
             raise DataError(
