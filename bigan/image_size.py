@@ -122,17 +122,17 @@ def _bases_near(height: float, width: float) -> list[tuple[int, int]]:
     return [(row, column) for row in rows for column in columns]
 
 
-def _parsed(value: Any) -> ImageSize:
-    """ValueError unless `value` is a positive integer or two of them."""
+def parsed(value: Any) -> ImageSize:
+    """The size of a number or a pair as users give it; ValueError unless positive integers."""
     pair = [value, value] if isinstance(value, int) else value
     if (
         not isinstance(pair, list | tuple)
         or len(pair) != 2
         or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in pair)
     ):
-        raise ValueError("expected a number of pixels, or [height, width] of images not square")
+        raise ValueError("expected a positive number of pixels, or [height, width] of other shapes")
     return image_size(*pair)
 
 
 # A field of a config or a manifest; [64, 64] becomes 64.
-Resolution = Annotated[ImageSize, BeforeValidator(_parsed)]
+Resolution = Annotated[ImageSize, BeforeValidator(parsed)]

@@ -337,8 +337,10 @@ def test_the_command_takes_width_by_height(
     ("options", "parts"),
     [
         ({"resolution": 8, "channels": 5}, ("channels 5", "4 (RGBA)")),
-        ({"resolution": (8, 0)}, ("0x8", "positive")),
-        ({"resolution": (2**14, 2**14)}, ("16384x16384", "pixels")),
+        ({"resolution": (8, 0)}, ("(8, 0)", "positive")),
+        ({"resolution": "8x8"}, ("8x8", "height, width")),
+        ({"resolution": [8, 8, 3]}, ("[8, 8, 3]", "height, width")),
+        ({"resolution": (2**14, 2**14)}, ("16384", "pixels")),
         ({"resolution": 8, "fit": "letterbox"}, ("letterbox", "crop, pad or stretch")),
         ({"resolution": 8, "channels": 4, "encoding": "jpg"}, ("jpg", "no alpha", "png")),
         ({"resolution": 8, "channels": 2, "encoding": "jpg", "pyramid": 4}, ("jpg", "no alpha")),
@@ -352,6 +354,15 @@ def test_impossible_options_are_one_line(
         pack(tmp_path / "src", tmp_path / "d", **options)
     one_line(error, *parts)
     assert not (tmp_path / "d").exists()
+
+
+def test_a_pair_of_equal_sides_is_a_square(tmp_path: Path) -> None:
+    folder_of(tmp_path / "src", 8, 1, num=2)
+    plans = [
+        make_plan(open_source(tmp_path / "src", resolution=resolution, test_fraction=0.0)).id
+        for resolution in (8, (8, 8), [8, 8])
+    ]
+    assert len(set(plans)) == 1
 
 
 # --- pictures ------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from bigan.data import DataError
 from bigan.data.format.codec import ENCODINGS, Encoding
 from bigan.data.format.convert import MAX_PIXELS, MODES, Fit, Resize
 from bigan.data.packing.image_trees import Labels
-from bigan.image_size import ImageSize, num_pixels, shown, sides
+from bigan.image_size import ImageSize, num_pixels, parsed, shown
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,15 @@ class PackOptions:
 
     def _check_images(self) -> None:
         if self.resolution is not None:
-            size = shown(self.resolution)
-            if min(sides(self.resolution)) <= 0:
-                raise DataError(f"resolution {size}: must be a positive number of pixels")
-            if num_pixels(self.resolution) > self.max_pixels:
+            try:
+                size = parsed(self.resolution)
+            except ValueError as error:
+                raise DataError(f"resolution {self.resolution!r}: {error}") from None
+            object.__setattr__(self, "resolution", size)
+            if num_pixels(size) > self.max_pixels:
                 raise DataError(
-                    f"resolution {size}: is more than {self.max_pixels:,} pixels per image; use a "
-                    "smaller one, or --max-pixels"
+                    f"resolution {shown(size)}: is more than {self.max_pixels:,} pixels per image; "
+                    "use a smaller one, or --max-pixels"
                 )
         if self.max_pixels <= 0:
             raise DataError(f"max_pixels {self.max_pixels}: must be a positive number of pixels")
