@@ -138,6 +138,7 @@ class MlflowWriter:
                 continue
             except Exception as error:  # MLflow, its database and the network raise various types
                 self._note(error)
+                self._client = None  # the server may return with another store
             with self._changed:
                 self._has_news = True
                 num_last_failures += self._closing

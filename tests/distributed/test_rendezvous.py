@@ -20,7 +20,7 @@ from bigan.distributed.rendezvous import free_port as suggested_port
 from bigan.distributed.world import REPORTED_ELSEWHERE
 from bigan.errors import LaunchError
 
-LIMIT_SECONDS = 1.5
+LIMIT_SECONDS = 1.4
 
 
 def place(rank: int, size: int, port: int, local_rank: int | None = None) -> Place:
@@ -43,7 +43,7 @@ class Rank(threading.Thread):
     def run(self) -> None:
         began = time.monotonic()
         try:
-            self.store = meet(self.here, self.seconds, self.lines.append, line_seconds=0.3)
+            self.store = meet(self.here, self.seconds, self.lines.append, line_seconds=0.2)
         except LaunchError as error:
             self.error = error
         self.took = time.monotonic() - began
@@ -84,13 +84,13 @@ def test_missing_ranks_are_named_until_the_time_limit() -> None:
     port = free_port()
     ranks = [Rank(place(rank, 4, port, local_rank=0)) for rank in (0, 2)]
     zero, two = (rank.ended() for rank in ranks)
-    assert len(zero.lines) >= 2
-    for text in (*zero.lines, str(zero.error)):
+    for text in (zero.lines[-1], str(zero.error)):  # rank 2 may join after the first line
         assert f"2 of 4 ranks have joined at 127.0.0.1:{port}; missing: rank 1, 3" in text
-    assert "of at most 2 s" in zero.lines[0]
+    assert "of at most 1 s" in zero.lines[0]
     assert LIMIT_SECONDS <= zero.took < LIMIT_SECONDS + 10
     assert isinstance(two.error, LaunchError)
-    assert (zero.prints, len(two.lines)) == (True, 0)  # one rank reports
+    assert zero.prints
+    assert not [line for line in two.lines if "joined" in line]  # one rank reports
 
 
 def test_rank_0_that_does_not_come_is_named() -> None:

@@ -8,6 +8,7 @@ import math
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -298,6 +299,39 @@ def test_run_deleted_from_the_store_is_created_again(runs: Path, client: Any) ->
     assert tracker.close("FINISHED") is None
     assert run_id(run_dir) != first
     assert [p[:2] for p in points(client, run_dir, "a")] == [(1, 1.0)]
+
+
+@pytest.mark.full
+def test_store_that_is_lost_during_a_run_gets_everything_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr(mlflow_writer, "_BACKOFF_SECONDS", (0.05, 0.1))
+    uris = iter([f"sqlite:///{tmp_path / 'first.db'}", f"sqlite:///{tmp_path / 'second.db'}"])
+    lost = threading.Event()
+
+    def log_batch(self: Any, *arguments: Any, **values: Any) -> Any:
+        if lost.is_set():
+            lost.clear()
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", next(uris))
+            raise ConnectionError("the store is lost")
+        return original(self, *arguments, **values)
+
+    original = MlflowClient.log_batch
+    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", next(uris))
+    run_dir = tmp_path / "run"
+    write_config(run_dir, {"seed": 1})
+    tracker = Tracker(run_dir, ON, role="train")
+    tracker.log(1, {"a": 1.0})
+    wait_until(lambda: Record.read(run_dir).sent_bytes > 0, 60)
+    lost.set()
+    tracker.log(2, {"a": 2.0})
+    assert tracker.close("FINISHED", timeout_seconds=100) is None
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'second.db'}")
+    assert [p[:2] for p in points(client, run_dir, "a")] == [(1, 1.0), (2, 2.0)]
+    assert client.get_run(run_id(run_dir)).data.params == {"seed": "1"}
 
 
 # --- unreachable servers ----------------------------------------------------------------------
