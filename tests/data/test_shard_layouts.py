@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from web import serving
 
 from bigan.cli.main import main
 from bigan.data import DataError
@@ -385,6 +386,37 @@ def test_compressed_shards(tmp_path: Path, suffix: str) -> None:
     else:
         with pytest.raises(DataError, match="is compressed"):
             resampled(root)
+
+
+@pytest.mark.parametrize("name", [".", "./", "shards", "./shards/", "../q?x/shards"])
+def test_paths_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    root = write(
+        tmp_path / "q?x" / "shards", {"train/0.tar": numbered(0), "val-0.tar": numbered(1, first=2)}
+    )
+    monkeypatch.chdir(root if name in (".", "./") else root.parent)
+    expected = {1: ("train", "0"), 2: ("val", "1")}
+    assert packed(name) == direct(name) == packed(name) == expected  # type: ignore[arg-type]
+    assert resampled(name) == {(1, 0)}
+
+
+def test_an_index_without_labels_is_replaced_when_they_are_needed(tmp_path: Path) -> None:
+    root = write(tmp_path / "a", {"0.tar": numbered("cat", "dog")})
+    none = Fetch(labels="none")
+    before = open_manifest(root, none)
+    assert direct(root, "none") == classes("all", "all")
+    assert main(["verify", str(root)]) == 0
+    assert direct(root) == classes("cat", "dog")
+    after = open_manifest(root, none)
+    assert before.fingerprint == after.fingerprint != open_manifest(root).fingerprint
+    assert direct(root, "none") == classes("all", "all")
+
+    vectors = write(tmp_path / "b", {"0.tar": numbered("[0, 1]", "[1, 0]")})
+    for _ in range(2):
+        assert direct(vectors, "none") == classes("all", "all")
+        with pytest.raises(DataError, match="one class number"):
+            direct(vectors)
+    with serving(vectors) as web, pytest.raises(DataError, match=r"data\.labels=none"):
+        open_manifest(web.url, Fetch(cache=tmp_path / "cache"))
 
 
 def test_changed_shards_are_indexed_again_on_request(tmp_path: Path) -> None:
