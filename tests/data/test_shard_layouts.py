@@ -133,6 +133,10 @@ LAYOUTS: dict[str, tuple[Tars, dict[int, tuple[str, str]]]] = {
          "1.tar": ["x/test/cat/3.png", "x/test/dog/4.png"]},
         {1: ("train", "cat"), 2: ("train", "dog"), 3: ("test", "cat"), 4: ("test", "dog")},
     ),
+    "one split in each tar": (
+        {"a-0.tar": ["val/1.png"], "a-1.tar": ["train/2.png"]},
+        {1: ("val", "all"), 2: ("train", "all")},
+    ),
     "more words": (
         {"Training/a/0.tar": ["1.png"], "Testing/a/0.tar": ["2.png"], "valid/a/0.tar": ["3.png"]},
         {1: ("train", "all"), 2: ("test", "all"), 3: ("val", "all")},
@@ -254,6 +258,8 @@ def refused(root: Path, *parts: str) -> None:
         ({"cat.tar": ["1.png"], "dog.tar": ["2.png"]}, ("cat.tar and dog.tar may be two classes",)),
         ({"cat/0.tar": ["1.png"], "dog/0.tar": ["2.png"]}, ("may be two classes",)),
         ({"test/train-0.tar": numbered(0)}, ("names two splits, test and train",)),
+        ({"train-0.tar": ["test/1.png"]}, ("names two splits, train and test",)),
+        ({"0.tar": ["trainA/1.png"], "1.tar": ["trainB/2.png"]}, ("trainA and trainB",)),
         (
             {"0.tar": ["1.1.png", "1.2.png"], "1.tar": ["2.2.png"]},
             ("1: has no image (1.png 2.png)", "first dot"),
