@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from verify_folders import CLASSES, picture, samples, write
+from web import Web, serving
 
 from bigan.data.packing.pack import pack
+from bigan.data.streaming import remote
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -32,6 +34,23 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 256, (20, 30, 3), np.uint8)).save(file)
     return root
+
+
+@pytest.fixture(scope="session")
+def digits8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in digits at 8 px, in shards of 100."""
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    pack("digits", folder, resolution=8, shard_size=100)
+    return folder
+
+
+@pytest.fixture
+def web(digits8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    """A server of `digits8`; downloads are repeated at once, manifests cached by the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    monkeypatch.setattr(remote, "WAITS_SECONDS", (0.0, 0.0))
+    with serving(digits8) as server:
+        yield server
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 import torch
 from streams import BLOCK, data_threads, same, take
-from web import Web, serving
+from web import Web
 
 from bigan.data import DataError
 from bigan.data.format.manifest import Manifest
-from bigan.data.packing.pack import pack
 from bigan.data.settings import Fetch
 from bigan.data.streaming import cache, local_shards, remote
 from bigan.data.streaming import fetchers as fetching
@@ -29,30 +28,14 @@ from bigan.data.streaming.stream import ShardStream, sequential
 from bigan.data.streaming.streamed_shards import StreamedShards
 from bigan.distributed.world import World
 
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    pack("digits", folder, resolution=8, shard_size=100)
-    return folder
-
-
-@pytest.fixture
-def web(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    monkeypatch.setattr(remote, "WAITS_SECONDS", (0.0, 0.0))
-    with serving(digits) as server:
-        yield server
-
-
 # --- bad samples ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def damaged(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, int]:
+def damaged(digits8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, int]:
     """A copy whose sample at position 100 does not decode, and the number of that sample."""
     folder = tmp_path / "damaged"
-    shutil.copytree(digits, folder)
+    shutil.copytree(digits8, folder)
     manifest = Manifest.load(folder)
     index = manifest.load_index("train")
     shards = manifest.shards("train")
@@ -69,12 +52,12 @@ def flip(file: Path, byte: int) -> None:
     file.write_bytes(bytes(content))
 
 
-def test_last_sample_is_replaced_by_the_first(digits: Path, damaged: tuple[Path, int]) -> None:
+def test_last_sample_is_replaced_by_the_first(digits8: Path, damaged: tuple[Path, int]) -> None:
     folder, _ = damaged
     manifest = Manifest.load(folder)
     flip(folder / manifest.shards("train")[-1].url, int(manifest.load_index("train").offset[-1]))
     *_, end = sequential(folder, "train", World(), 500, Fetch(on_bad="skip"))
-    first = next(iter(sequential(digits, "train", World(), 1)))
+    first = next(iter(sequential(digits8, "train", World(), 1)))
     assert torch.equal(end.pixels[-1:], first.pixels)
     assert end.labels[-1] == first.labels[0]
     assert (end.bad[-1].position, end.bad[-1].replacement) == (1296, 0)
@@ -87,13 +70,13 @@ def test_a_damaged_shard_is_not_streamed(damaged: tuple[Path, int]) -> None:
 
 @pytest.mark.parametrize("how", [{}, {"mode": "resident"}])
 def test_bad_sample_is_replaced_by_the_next(
-    digits: Path, damaged: tuple[Path, int], how: dict
+    digits8: Path, damaged: tuple[Path, int], how: dict
 ) -> None:
     folder, sample = damaged
     """In order across the end of an epoch, with random access and in resident mode."""
-    good, got = take(digits, 30), take(folder, 30, fetch=Fetch(on_bad="skip", **how))
-    images = torch.cat([b.pixels for b in sequential(digits, "train", World(), 500)])
-    labels = torch.cat([b.labels for b in sequential(digits, "train", World(), 500)])
+    good, got = take(digits8, 30), take(folder, 30, fetch=Fetch(on_bad="skip", **how))
+    images = torch.cat([b.pixels for b in sequential(digits8, "train", World(), 500)])
+    labels = torch.cat([b.labels for b in sequential(digits8, "train", World(), 500)])
     for before, after in zip(good, got, strict=True):
         expected = before.pixels.clone()
         if 100 in before.positions:
@@ -131,7 +114,7 @@ def test_error_names_shard_and_member(damaged: tuple[Path, int]) -> None:
     assert "data.on_bad=skip" in str(error.value)
 
 
-def test_a_broken_data_set_is_not_skipped(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_data_set_is_not_skipped(digits8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise fetching.BadImageError("not today")
 
@@ -140,12 +123,12 @@ def test_a_broken_data_set_is_not_skipped(digits: Path, monkeypatch: pytest.Monk
         local_shards.LocalShards, "read_raw", lambda self, p, s, *_: list(range(len(s)))
     )
     with pytest.raises(DataError, match=r"no image from .* decodes"):
-        take(digits, 1, fetch=Fetch(on_bad="skip"))
+        take(digits8, 1, fetch=Fetch(on_bad="skip"))
 
 
-def test_read_errors_are_not_skipped(digits: Path, tmp_path: Path) -> None:
+def test_read_errors_are_not_skipped(digits8: Path, tmp_path: Path) -> None:
     """Only an image that does not decode is replaced: a faulty disk must not change the data."""
-    shutil.copytree(digits, tmp_path / "d")
+    shutil.copytree(digits8, tmp_path / "d")
     settings: dict = {"seed": 0, "world": World(), "batch": 48, "block": BLOCK}
     fetch = Fetch(on_bad="skip", prefetch=1)
     with ShardStream(tmp_path / "d", "train", fetch=fetch, **settings) as stream:
@@ -189,8 +172,8 @@ def test_read_ahead_stays_one_block_ahead() -> None:
         ahead.close()
 
 
-def test_cache_evicts_least_recently_used(digits: Path, web: Web, tmp_path: Path) -> None:
-    shards = Manifest.load(digits).shards("train")[:6]
+def test_cache_evicts_least_recently_used(digits8: Path, web: Web, tmp_path: Path) -> None:
+    shards = Manifest.load(digits8).shards("train")[:6]
     limit = 5 * max(shard.filesize for shard in shards)
     leftover = tmp_path / "cache" / ".x.tar.killed.tmp"
     leftover.parent.mkdir()
@@ -213,7 +196,7 @@ def test_unusable_cache_folder(tmp_path: Path) -> None:
         cache.NodeCache(tmp_path / "file" / "cache", "http://host/data")
 
 
-def test_a_damaged_copy_of_the_index_is_replaced(digits: Path, web: Web, tmp_path: Path) -> None:
+def test_a_damaged_copy_of_the_index_is_replaced(digits8: Path, web: Web, tmp_path: Path) -> None:
     fetch = Fetch(cache=tmp_path / "cache")
     take(web.url, 1, fetch=fetch)
     assert not (tmp_path / "user-cache").exists()
@@ -221,12 +204,12 @@ def test_a_damaged_copy_of_the_index_is_replaced(digits: Path, web: Web, tmp_pat
     assert copies
     for copy in copies:
         copy.write_bytes(b"damaged")
-    assert same(take(digits, 1), take(web.url, 1, fetch=fetch))
+    assert same(take(digits8, 1), take(web.url, 1, fetch=fetch))
 
 
 @pytest.mark.parametrize("mode", ["random_access", "stream"])
-def test_a_damaged_index_stops_every_mode(digits: Path, tmp_path: Path, mode: str) -> None:
-    shutil.copytree(digits, tmp_path / "d")
+def test_a_damaged_index_stops_every_mode(digits8: Path, tmp_path: Path, mode: str) -> None:
+    shutil.copytree(digits8, tmp_path / "d")
     (file,) = (tmp_path / "d" / "index").glob("train*label*")
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -235,16 +218,16 @@ def test_a_damaged_index_stops_every_mode(digits: Path, tmp_path: Path, mode: st
         take(tmp_path / "d", 1, fetch=Fetch(mode=mode))  # type: ignore[arg-type]
 
 
-def test_members_are_the_same_from_disk_and_stream(digits: Path) -> None:
-    manifest = Manifest.load(digits)
+def test_members_are_the_same_from_disk_and_stream(digits8: Path) -> None:
+    manifest = Manifest.load(digits8)
     exact = local_shards.LocalShards(manifest, "train")
     streamed = StreamedShards(manifest, "train", iter(()), threading.Event(), 1, False)
     for sample in (0, 101, 1296):
         assert streamed.member(sample) == exact.member(sample)
 
 
-def test_raw_reads_are_complete_or_skipped(digits: Path, tmp_path: Path) -> None:
-    shutil.copytree(digits, tmp_path / "d")
+def test_raw_reads_are_complete_or_skipped(digits8: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits8, tmp_path / "d")
     shards = local_shards.LocalShards(Manifest.load(tmp_path / "d"), "train")
     out, numbers = np.zeros((6, 8, 8, 1), np.uint8), np.arange(6)
     assert shards.read_raw(numbers, numbers, out, lambda: True) == []
@@ -286,7 +269,7 @@ def test_a_running_command_is_killed() -> None:
 
 
 def test_buckets_need_external_programs(
-    digits: Path, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits8: Path, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     with pytest.raises(DataError, match="needs the program 'aws'"):
@@ -295,7 +278,7 @@ def test_buckets_need_external_programs(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
     aws = tmp_path / "bin" / "aws"  # replaces `aws s3 cp --only-show-errors URL -`
     aws.parent.mkdir()
-    aws.write_text(f'#!/bin/sh\n[ "$5" = - ] && exec cat "{digits}/${{4#s3://bucket/data/}}"\n')
+    aws.write_text(f'#!/bin/sh\n[ "$5" = - ] && exec cat "{digits8}/${{4#s3://bucket/data/}}"\n')
     aws.chmod(0o755)
     monkeypatch.setenv("PATH", f"{aws.parent}:{os.environ['PATH']}")
-    assert same(take(digits, 3), take("s3://bucket/data", 3))
+    assert same(take(digits8, 3), take("s3://bucket/data", 3))

@@ -9,68 +9,50 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from streams import BLOCK, data_threads, same, take
-from web import Web, serving
+from web import Web
 
 from bigan.data import DataError
 from bigan.data.format.manifest import Manifest
-from bigan.data.packing.pack import pack
 from bigan.data.settings import DataConfig, Fetch
-from bigan.data.streaming import cache, remote
+from bigan.data.streaming import cache
 from bigan.data.streaming.order import Order, grouped
 from bigan.data.streaming.stream import ShardStream, sequential
 from bigan.distributed.world import World
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    pack("digits", folder, resolution=8, shard_size=100)
-    return folder
-
-
-@pytest.fixture
-def web(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    monkeypatch.setattr(remote, "WAITS_SECONDS", (0.0, 0.0))
-    with serving(digits) as server:
-        yield server
-
 
 # --- one order ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world", [World(), World(1, 3)])
 @pytest.mark.parametrize("mode", ["resident", "stream"])
-def test_local_modes_are_equal(digits: Path, mode: str, world: World) -> None:
+def test_local_modes_are_equal(digits8: Path, mode: str, world: World) -> None:
     """Across the end of an epoch, from the middle of a block, on 1 and on 3 ranks."""
-    want = take(digits, world=world, images_seen=480)
-    assert same(want, take(digits, world=world, images_seen=480, fetch=Fetch(mode=mode)))
+    want = take(digits8, world=world, images_seen=480)
+    assert same(want, take(digits8, world=world, images_seen=480, fetch=Fetch(mode=mode)))
     assert not data_threads()
 
 
 @pytest.mark.parametrize("how", [{}, {"mode": "resident"}, {"cache": Path("cache")}])
-def test_remote_modes_are_equal(digits: Path, web: Web, tmp_path: Path, how: dict) -> None:
+def test_remote_modes_are_equal(digits8: Path, web: Web, tmp_path: Path, how: dict) -> None:
     if "cache" in how:
         how = {"cache": tmp_path / "cache"}
-    assert same(take(digits), take(web.url, fetch=Fetch(**how)))
+    assert same(take(digits8), take(web.url, fetch=Fetch(**how)))
     assert not data_threads()
 
 
-def test_evaluation_reads_a_url_once(digits: Path, web: Web) -> None:
-    want = list(sequential(digits, "test", World(1, 2), 64))
+def test_evaluation_reads_a_url_once(digits8: Path, web: Web) -> None:
+    want = list(sequential(digits8, "test", World(1, 2), 64))
     assert same(want, list(sequential(web.url, "test", World(1, 2), 64)))
     assert max(n for name, n in web.requests.items() if name.endswith(".tar")) == 1
 
 
-def test_evaluation_batch_must_be_positive(digits: Path) -> None:
+def test_evaluation_batch_must_be_positive(digits8: Path) -> None:
     with pytest.raises(DataError, match="must be positive"):
-        sequential(digits, "test", World(), 0)
+        sequential(digits8, "test", World(), 0)
 
 
 def test_groups_end_with_the_blocks() -> None:
@@ -98,10 +80,10 @@ def test_fetch_settings() -> None:
 # --- streaming and caching ------------------------------------------------------------------------
 
 
-def test_stream_holds_two_blocks_at_most(digits: Path) -> None:
+def test_stream_holds_two_blocks_at_most(digits8: Path) -> None:
     fetch = Fetch(mode="stream", prefetch=1, threads=1)
     settings: dict = {"seed": 0, "world": World(), "batch": 20, "block": 200}
-    with ShardStream(digits, "train", fetch=fetch, **settings) as stream:
+    with ShardStream(digits8, "train", fetch=fetch, **settings) as stream:
         held = []
         for _ in itertools.islice(stream, 60):
             source = stream._fetcher._source  # type: ignore[attr-defined]
@@ -109,9 +91,9 @@ def test_stream_holds_two_blocks_at_most(digits: Path) -> None:
     assert 0 < max(held) <= 2 * 300  # a block consists of entire shards of 100 samples
 
 
-def test_broken_transfers_are_repeated(digits: Path, web: Web) -> None:
+def test_broken_transfers_are_repeated(digits8: Path, web: Web) -> None:
     web.cut["train-000003.tar"] = 2
-    assert same(take(digits), take(web.url))
+    assert same(take(digits8), take(web.url))
     assert web.requests["train-000003.tar"] >= 3
 
 
@@ -139,9 +121,9 @@ def test_close_does_not_wait_for_a_silent_server(web: Web, tmp_path: Path, cache
     assert not data_threads()
 
 
-def test_download_with_wrong_sha256(digits: Path, tmp_path: Path, web: Web) -> None:
+def test_download_with_wrong_sha256(digits8: Path, tmp_path: Path, web: Web) -> None:
     web.folder = tmp_path / "changed"
-    shutil.copytree(digits, web.folder)
+    shutil.copytree(digits8, web.folder)
     shard = web.folder / "train-000002.tar"
     content = bytearray(shard.read_bytes())
     content[700] ^= 1
@@ -158,13 +140,13 @@ def test_no_data_set_at_the_url(web: Web) -> None:
         take("gopher://host/data")
 
 
-def test_commands_must_be_allowed(digits: Path, tmp_path: Path, web: Web) -> None:
+def test_commands_must_be_allowed(digits8: Path, tmp_path: Path, web: Web) -> None:
     proof = tmp_path / "proof"
-    url = f"pipe:touch {proof}; cat {digits}"
+    url = f"pipe:touch {proof}; cat {digits8}"
     with pytest.raises(DataError, match=r"data\.allow_pipe=true"):
         take(url)
     assert not proof.exists()
-    assert same(take(digits, 3), take(f"pipe:cat {digits}", 3, fetch=Fetch(allow_pipe=True)))
+    assert same(take(digits8, 3), take(f"pipe:cat {digits8}", 3, fetch=Fetch(allow_pipe=True)))
 
 
 def test_rewritten_urls_must_be_allowed(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +155,7 @@ def test_rewritten_urls_must_be_allowed(web: Web, monkeypatch: pytest.MonkeyPatc
         take(web.url)
 
 
-def test_cache_downloads_each_shard_once(digits: Path, web: Web, tmp_path: Path) -> None:
+def test_cache_downloads_each_shard_once(digits8: Path, web: Web, tmp_path: Path) -> None:
     fetch = Fetch(cache=tmp_path / "cache")
     for rank in range(3):
         take(web.url, fetch=fetch, world=World(rank, 3))
@@ -181,14 +163,14 @@ def test_cache_downloads_each_shard_once(digits: Path, web: Web, tmp_path: Path)
     assert len(shards) == 13
     assert set(shards) == {1}
     held = {path.stem for path in fetch.cache.glob("*.tar")}  # type: ignore[union-attr]
-    assert held == {shard.sha256 for shard in Manifest.load(digits).shards("train")}
+    assert held == {shard.sha256 for shard in Manifest.load(digits8).shards("train")}
 
 
-def test_small_cache_evicts_and_loses_nothing(digits: Path, web: Web, tmp_path: Path) -> None:
-    sizes = [shard.filesize for shard in Manifest.load(digits).shards("train")]
+def test_small_cache_evicts_and_loses_nothing(digits8: Path, web: Web, tmp_path: Path) -> None:
+    sizes = [shard.filesize for shard in Manifest.load(digits8).shards("train")]
     limit = max(sizes) * 9
     fetch = Fetch(cache=tmp_path / "cache", cache_bytes=limit)
-    assert same(take(digits, 80, block=200), take(web.url, 80, fetch=fetch, block=200))
+    assert same(take(digits8, 80, block=200), take(web.url, 80, fetch=fetch, block=200))
     assert sum(p.stat().st_size for p in (tmp_path / "cache").glob("*.tar")) <= limit
     assert sum(n for name, n in web.requests.items() if name.endswith(".tar")) > 13
     with pytest.raises(DataError, match="cannot hold two blocks"):
@@ -197,9 +179,9 @@ def test_small_cache_evicts_and_loses_nothing(digits: Path, web: Web, tmp_path: 
     take(web.url, 1, fetch=everything, block=65_536)
 
 
-def test_evicted_shards_do_not_stay_open(digits: Path, web: Web, tmp_path: Path) -> None:
+def test_evicted_shards_do_not_stay_open(digits8: Path, web: Web, tmp_path: Path) -> None:
     """A deleted file occupies space while it is open."""
-    largest = max(shard.filesize for shard in Manifest.load(digits).shards("train"))
+    largest = max(shard.filesize for shard in Manifest.load(digits8).shards("train"))
     fetch = Fetch(cache=tmp_path / "cache", cache_bytes=8 * largest)
     settings: dict = {"seed": 0, "world": World(), "batch": 48, "block": 200, "fetch": fetch}
     gc.collect()
@@ -215,11 +197,11 @@ def test_evicted_shards_do_not_stay_open(digits: Path, web: Web, tmp_path: Path)
 
 
 def test_eviction_between_fetch_and_open(
-    digits: Path, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits8: Path, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A race of the cache may cost a download, but never change a sample."""
     node = cache.NodeCache(tmp_path / "cache", web.url)
-    shard = Manifest.load(digits).shards("train")[0]
+    shard = Manifest.load(digits8).shards("train")[0]
     fetch, raced = node.fetch, []
 
     def fetch_then_evict(wanted: object) -> None:
@@ -230,7 +212,7 @@ def test_eviction_between_fetch_and_open(
     monkeypatch.setattr(node, "fetch", fetch_then_evict)
     descriptor = node.open(shard)
     try:
-        assert os.read(descriptor, shard.filesize) == (digits / shard.url).read_bytes()
+        assert os.read(descriptor, shard.filesize) == (digits8 / shard.url).read_bytes()
     finally:
         os.close(descriptor)
     assert node.num_downloads == 2
@@ -245,9 +227,9 @@ def test_truncated_download_is_never_cached(web: Web, tmp_path: Path) -> None:
     take(web.url, fetch=Fetch(cache=tmp_path / "cache"))
 
 
-def test_random_access_needs_a_disk_and_resident_needs_memory(digits: Path, web: Web) -> None:
+def test_random_access_needs_a_disk_and_resident_needs_memory(digits8: Path, web: Web) -> None:
     with pytest.raises(DataError, match=r"data\.cache=FOLDER"):
         take(web.url, fetch=Fetch(mode="random_access"))
     with pytest.raises(DataError, match=r"83,008 bytes of pixels.*data\.resident_bytes"):
-        take(digits, fetch=Fetch(mode="resident", resident_bytes=83_007))
-    take(digits, 1, fetch=Fetch(mode="resident", resident_bytes=83_008))
+        take(digits8, fetch=Fetch(mode="resident", resident_bytes=83_007))
+    take(digits8, 1, fetch=Fetch(mode="resident", resident_bytes=83_008))

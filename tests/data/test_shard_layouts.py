@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from web import serving
 
 from bigan.cli.main import main
 from bigan.data import DataError
@@ -133,6 +134,10 @@ LAYOUTS: dict[str, tuple[Tars, dict[int, tuple[str, str]]]] = {
         {"0.tar": ["x/train/cat/1.png", "x/train/dog/2.png"],
          "1.tar": ["x/test/cat/3.png", "x/test/dog/4.png"]},
         {1: ("train", "cat"), 2: ("train", "dog"), 3: ("test", "cat"), 4: ("test", "dog")},
+    ),
+    "one split in each tar": (
+        {"a-0.tar": ["val/1.png"], "a-1.tar": ["train/2.png"]},
+        {1: ("val", "all"), 2: ("train", "all")},
     ),
     "more words": (
         {"Training/a/0.tar": ["1.png"], "Testing/a/0.tar": ["2.png"], "valid/a/0.tar": ["3.png"]},
@@ -255,6 +260,8 @@ def refused(root: Path, *parts: str, ways: tuple[Any, ...] = (packed, direct)) -
         ({"cat.tar": ["1.png"], "dog.tar": ["2.png"]}, ("cat.tar and dog.tar may be two classes",)),
         ({"cat/0.tar": ["1.png"], "dog/0.tar": ["2.png"]}, ("may be two classes",)),
         ({"test/train-0.tar": numbered(0)}, ("names two splits, test and train",)),
+        ({"train-0.tar": ["test/1.png"]}, ("names two splits, train and test",)),
+        ({"0.tar": ["trainA/1.png"], "1.tar": ["trainB/2.png"]}, ("trainA and trainB",)),
         (
             {"0.tar": ["1.1.png", "1.2.png"], "1.tar": ["2.2.png"]},
             ("1: has no image (1.png 2.png)", "first dot"),
@@ -394,6 +401,37 @@ def test_compressed_shards(tmp_path: Path, suffix: str) -> None:
     else:
         with pytest.raises(DataError, match="is compressed"):
             resampled(root)
+
+
+@pytest.mark.parametrize("name", [".", "./", "shards", "./shards/", "../q?x/shards"])
+def test_paths_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    root = write(
+        tmp_path / "q?x" / "shards", {"train/0.tar": numbered(0), "val-0.tar": numbered(1, first=2)}
+    )
+    monkeypatch.chdir(root if name in (".", "./") else root.parent)
+    expected = {1: ("train", "0"), 2: ("val", "1")}
+    assert packed(name) == direct(name) == packed(name) == expected  # type: ignore[arg-type]
+    assert resampled(name) == {(1, 0)}
+
+
+def test_an_index_without_labels_is_replaced_when_they_are_needed(tmp_path: Path) -> None:
+    root = write(tmp_path / "a", {"0.tar": numbered("cat", "dog")})
+    none = Fetch(labels="none")
+    before = open_manifest(root, none)
+    assert direct(root, "none") == classes("all", "all")
+    assert main(["verify", str(root)]) == 0
+    assert direct(root) == classes("cat", "dog")
+    after = open_manifest(root, none)
+    assert before.fingerprint == after.fingerprint != open_manifest(root).fingerprint
+    assert direct(root, "none") == classes("all", "all")
+
+    vectors = write(tmp_path / "b", {"0.tar": numbered("[0, 1]", "[1, 0]")})
+    for _ in range(2):
+        assert direct(vectors, "none") == classes("all", "all")
+        with pytest.raises(DataError, match="one class number"):
+            direct(vectors)
+    with serving(vectors) as web, pytest.raises(DataError, match=r"data\.labels=none"):
+        open_manifest(web.url, Fetch(cache=tmp_path / "cache"))
 
 
 def test_changed_shards_are_indexed_again_on_request(tmp_path: Path) -> None:

@@ -63,10 +63,12 @@ def expand(pattern: str) -> list[Path]:
     return [Path(name) for name in names]
 
 
-def below(files: Sequence[str | Path], root: str | Path | None = None) -> list[str]:
+def below(files: Sequence[str | Path], root: Path | None = None) -> list[str]:
     """The paths relative to `root` (None: the folder that they have in common), with "/"."""
+    if root is not None:
+        return [Path(file).relative_to(root).as_posix() for file in files]
     parts = [tuple(str(file).split("/")) for file in files]
-    start = common([each[:-1] for each in parts]) if root is None else len(str(root).split("/"))
+    start = common([each[:-1] for each in parts])
     return ["/".join(each[start:]) for each in parts]
 
 

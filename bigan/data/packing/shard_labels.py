@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bigan.data import DataError
 from bigan.data.format.manifest import UNLABELLED
 from bigan.data.packing.listing import number_labels
 from bigan.data.packing.shard_files import common, splits
@@ -53,10 +54,16 @@ def label_samples(
     without an image, and tars that may be one class each; `DataError` for contradictory splits.
     """
     folders = [tuple(sample.key.split("/")[:-1]) for _, sample in samples]
-    folders, in_tars = _split_folders(folders)
+    folders, in_tars = _split_folders(folders, where)
     names = [*dict.fromkeys(name for name, _ in samples)]
     declared = dict(zip(names, splits(names, where), strict=True))
     found = [declared[name] or inner for (name, _), inner in zip(samples, in_tars, strict=True)]
+    for (name, sample), split, inner in zip(samples, found, in_tars, strict=True):
+        if inner not in (None, split):
+            raise DataError(
+                f"{where}: {name}/{sample.key} names two splits, {split} and {inner}; rename the "
+                "shard or the folder in it"
+            )
     official = [split or "train" for split in found] if any(found) else None
     labels = _written(samples, where, bad) if with_labels else None
     if labels is None and with_labels:
@@ -67,14 +74,25 @@ def label_samples(
 
 
 def _split_folders(
-    folders: list[tuple[str, ...]],
+    folders: list[tuple[str, ...]], where: str
 ) -> tuple[list[tuple[str, ...]], list[str | None]]:
-    """(folders without the level of the splits, splits) if all top folders are splits."""
+    """(folders without the level of the splits, the split of each) of the folders in the tars.
+
+    The level is the first one in which they differ if all of its folders are splits.
+    """
     start = common(folders)
-    tops = {folder[start : start + 1] for folder in folders}
+    above = {split_of(part) for part in folders[0][:start]} - {None} if folders else set()
+    tops = sorted({folder[start : start + 1] for folder in folders})
     declared = {top: split_of(top[0]) if top else None for top in tops}
-    if None in declared.values() or len(set(declared.values())) < 2:
-        return folders, [None] * len(folders)
+    if None in declared.values():
+        return folders, [above.pop() if len(above) == 1 else None] * len(folders)
+    by_split = {split: top[0] for top, split in declared.items()}
+    for (name,), split in declared.items():
+        if by_split[split] != name:
+            raise UnsuitableError(
+                f"{where}: the folders {name} and {by_split[split]} in the tars are both {split} "
+                "splits; rename one"
+            )
     return (
         [folder[:start] + folder[start + 1 :] for folder in folders],
         [declared[folder[start : start + 1]] for folder in folders],

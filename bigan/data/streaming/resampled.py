@@ -66,7 +66,7 @@ def expand(pattern: str, allow_pipe: bool, split: str = "train") -> tuple[str, .
     folder = Path(pattern)
     if not remote.is_remote(pattern) and folder.is_dir():
         found = nested_tar_files(folder, (".tar", *COMPRESSED))
-        urls, root = [str(file) for file in found], str(folder)
+        urls, root = [str(file) for file in found], folder
     else:
         urls, root = list(webdataset.shardlists.expand_urls(pattern)), None
     for url in urls:
@@ -86,6 +86,8 @@ def expand(pattern: str, allow_pipe: bool, split: str = "train") -> tuple[str, .
 
 def _place(url: str) -> str:
     """The path of a shard in a URL, without query, or in a command."""
+    if not remote.is_remote(url):
+        return url
     words = url.split() if url.startswith("pipe:") else [url]
     return next((word for word in words if ".tar" in word), url).partition("?")[0]
 
