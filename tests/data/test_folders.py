@@ -210,7 +210,7 @@ def test_entries_without_images_and_images_without_entries(root: Path, tmp_path:
             b"1.png,900000\n",
             "1.png has label 900000, which makes 900001 classes of 1",
         ),
-        ("labels.csv", b"other.png,a\n", "holds no usable image"),
+        ("labels.csv", b"other.png,a\n", "names no image that is there"),
         ("dataset.json", b"{", "is invalid"),
         ("dataset.json", b"[" * 100_000, "is invalid"),
         ("dataset.json", b'{"images": []}', 'no "labels"'),

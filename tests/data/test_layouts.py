@@ -354,3 +354,14 @@ def test_one_archive_in_a_folder(tmp_path: Path) -> None:
     zipped(tmp_path / "data", tmp_path / "download" / "test.zip")
     with pytest.raises(DataError, match="several archives"):
         open_source(tmp_path / "download", resolution=8)
+
+
+def test_a_header_with_an_unknown_label_column(tmp_path: Path) -> None:
+    """Kaggle's labels of the images in train/, beside a test/ without labels."""
+    texts = {"labels.csv": "id,breed\n1,pug\n2,lab\n"}
+    root = build(tmp_path / "data", "train/1.jpg train/2.jpg test/3.jpg", texts)
+    with pytest.raises(DataError) as error:
+        open_source(root, resolution=8)
+    one_line(error, "labels.csv: names no image", "'1'", "'test/3.jpg'", "--exclude")
+    source = every_kind(root, tmp_path, exclude=("test",))[0]
+    assert sorted(source.classes[label] for label in source.labels) == ["lab", "pug"]

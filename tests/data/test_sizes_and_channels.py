@@ -17,7 +17,7 @@ from streams import take
 from bigan.cli.main import main
 from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, Pixels, decode_into, encode
-from bigan.data.format.convert import square, to_square
+from bigan.data.format.convert import load, to_size
 from bigan.data.format.manifest import Manifest
 from bigan.data.packing.contact_sheet import Row, contact_sheet
 from bigan.data.packing.pack import pack
@@ -92,7 +92,7 @@ FRAMED[2:27] = resized(WIDE, 75, 25)
 def test_each_fit_gives_its_pixels(
     image: Pixels, resolution: ImageSize, options: dict[str, Any], expected: Pixels
 ) -> None:
-    assert np.array_equal(square(png(image), resolution, image.shape[2], **options), expected)
+    assert np.array_equal(load(png(image), resolution, image.shape[2], **options), expected)
 
 
 @pytest.mark.parametrize(
@@ -104,13 +104,13 @@ def test_each_fit_gives_its_pixels(
     ],
 )  # fmt: skip
 def test_enlarging_a_side_must_be_requested(fit: Any, resolution: ImageSize, fits: bool) -> None:
-    assert to_square(WIDE, resolution, fit=fit, allow_upscale=True).shape[:2] == resolution
+    assert to_size(WIDE, resolution, fit=fit, allow_upscale=True).shape[:2] == resolution
     if fits:
-        to_square(WIDE, resolution, fit=fit)
+        to_size(WIDE, resolution, fit=fit)
         return
     assert isinstance(resolution, tuple)
     with pytest.raises(BadImageError, match=f"60x20, smaller than {resolution[1]}x{resolution[0]}"):
-        to_square(WIDE, resolution, fit=fit)
+        to_size(WIDE, resolution, fit=fit)
 
 
 def test_the_fit_is_part_of_the_transform(tmp_path: Path) -> None:
@@ -152,11 +152,11 @@ def test_alpha_is_kept_added_or_composited(
     file = io.BytesIO()
     np.save(file, image)
     for data in (png(image), file.getvalue()):
-        found = square(data, (6, 4), channels)
+        found = load(data, (6, 4), channels)
         assert found.shape == (6, 4, channels)
         assert (found == expected).all()
     for size in ((6, 4), (12, 8)):  # resized and not
-        assert (to_square(image, size, channels) == expected).all()
+        assert (to_size(image, size, channels) == expected).all()
 
 
 @pytest.mark.parametrize("channels", [2, 4])
@@ -165,7 +165,7 @@ def test_colors_of_transparent_pixels_do_not_bleed(channels: int, resize: Any) -
     """White shapes on transparent black stay white at every alpha above rounding."""
     image = np.zeros((40, 40, channels), np.uint8)
     image[5:33, 7:36] = 255
-    found = to_square(image, 16, channels, resize)
+    found = to_size(image, 16, channels, resize)
     edge = (found[..., -1] > 4) & (found[..., -1] < 250)
     assert edge.sum() > 8
     assert (found[edge][:, :-1] == 255).all()
@@ -174,7 +174,7 @@ def test_colors_of_transparent_pixels_do_not_bleed(channels: int, resize: Any) -
 
 
 def test_padding_is_transparent() -> None:
-    found = to_square(np.full((4, 8, 3), 7, np.uint8), 8, 4, fit="pad")
+    found = to_size(np.full((4, 8, 3), 7, np.uint8), 8, 4, fit="pad")
     assert (found[2:6] == [7, 7, 7, 255]).all()
     assert not found[:2].any()
     assert not found[6:].any()

@@ -14,7 +14,7 @@ from PIL import Image
 
 from bigan.data import DataError
 from bigan.data.format.codec import BadImageError
-from bigan.data.format.convert import square
+from bigan.data.format.convert import load
 from bigan.data.packing import sources
 from bigan.data.packing.listing import assign_splits, number_labels, split_of, unit_hash, unsafe
 from bigan.data.packing.sources import open_source
@@ -257,8 +257,8 @@ def test_options_reach_the_pixels(tmp_path: Path) -> None:
     lanczos = open_source(str(tmp_path), resolution=4)
     area = open_source(tmp_path, resolution=4, resize="area", channels=1)
     assert (lanczos.transform, area.transform) == ("center-lanczos-v1", "center-area-v1")
-    assert np.array_equal(lanczos.read(0), square(data, 4))
-    assert np.array_equal(area.read(0), square(data, 4, 1, "area"))
+    assert np.array_equal(lanczos.read(0), load(data, 4))
+    assert np.array_equal(area.read(0), load(data, 4, 1, "area"))
     with pytest.raises(BadImageError, match="smaller than 16"):
         open_source(tmp_path, resolution=16).read(0)
     assert open_source(tmp_path, resolution=16, allow_upscale=True).read(0).shape == (16, 16, 3)

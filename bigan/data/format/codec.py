@@ -166,7 +166,7 @@ def _decode_any(out: Pixels, data: bytes) -> None:
     if (image.height, image.width) != out.shape[:2]:
         expected = f"expected {out.shape[1]}x{out.shape[0]}"
         raise BadImageError(f"is {image.width}x{image.height}, {expected}")
-    out[...] = convert.to_square(image, image_size(*out.shape[:2]), out.shape[2])
+    out[...] = convert.to_size(image, image_size(*out.shape[:2]), out.shape[2])
 
 
 _DECODERS = {"npy": _decode_npy, "png": _decode_png, "jpg": _decode_jpg, "webp": _decode_webp,

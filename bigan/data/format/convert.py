@@ -2,7 +2,7 @@
 
 The format is detected from the content, not from the suffix. Steps: strict decoding, EXIF
 orientation, transparency kept (2 or 4 channels) or composited on white, conversion to grey or RGB,
-then `to_square` fits the image to the size. An image that already has the size is not resampled.
+then `to_size` fits the image to the size. An image that already has the size is not resampled.
 Unusable images raise `BadImageError` with a short reason; the caller adds the name of the image.
 """
 
@@ -58,7 +58,7 @@ _TURNS = {  # EXIF 2.32, tag 0x0112
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # PIL accepts a truncated file without it
 
 
-def square(
+def load(
     data: bytes,
     resolution: ImageSize,
     channels: int = 3,
@@ -70,11 +70,11 @@ def square(
 ) -> Pixels:
     """The image file `data` as uint8 [height, width, channels], channels 1 to 4.
 
-    Conversion: see `decode_any` and `to_square`. Raises `BadImageError` for a damaged file and
-    like `to_square`.
+    Conversion: see `decode_any` and `to_size`. Raises `BadImageError` for a damaged file and
+    like `to_size`.
     """
     image = decode_any(data, has_alpha(channels), max_pixels)
-    return to_square(image, resolution, channels, resize, allow_upscale, fit, max_pixels=max_pixels)
+    return to_size(image, resolution, channels, resize, allow_upscale, fit, max_pixels=max_pixels)
 
 
 def decode_any(data: bytes, keep_alpha: bool = False, max_pixels: int | None = None) -> Image.Image:
@@ -147,7 +147,7 @@ def plain(
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
-def to_square(
+def to_size(
     image: Image.Image | np.ndarray[Any, Any],
     resolution: ImageSize,
     channels: int = 3,
@@ -198,7 +198,7 @@ def to_square(
 
 
 def changes(size: tuple[int, int], resolution: ImageSize, fit: Fit) -> tuple[str, ...]:
-    """What `to_square` does to an image of this (width, height), besides shrinking it.
+    """What `to_size` does to an image of this (width, height), besides shrinking it.
 
     Of "cropped", "padded", "stretched" and "enlarged".
     """

@@ -84,8 +84,15 @@ def by_label_files(paths: Sequence[str], files: Mapping[str, bytes], where: str)
         entries = read_label_file(file, files[file], f"{where}/{file}", inside.names)
         if entries is None:
             unlabelled.append(file)
+        missing = len(bad)
         for entry in entries or ():
             _write(entry, file, inside, written, bad)
+        if entries and paths and len(bad) - missing == len(entries):
+            raise DataError(
+                f"{where}/{file}: names no image that is there; its first name is "
+                f"{entries[0].name!r}, an image is {paths[0]!r}; write names relative to the "
+                "label file, or leave out other folders with --exclude"
+            )
     listed = [bool(image.file) for image in written]
     if unlabelled:
         if any(listed):
@@ -248,6 +255,7 @@ def _csv(text: str, where: str, names: Sequence[str], is_metadata: bool) -> list
         for columns in (FILE_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS)
     )
     entries: list[Entry] = []
+    file_column = file
     if file is None or (label is None and split is None):
         _check_two_columns(first, file, where, is_metadata)
         file, label, split = 0, 1, None
@@ -263,7 +271,8 @@ def _csv(text: str, where: str, names: Sequence[str], is_metadata: bool) -> list
         entries.append(Entry(row[file].strip(), *cells))
     if start and len(entries) > 1:
         find = _finder(names, range(len(names)))
-        if not find(entries[0].name) and find(entries[1].name):
+        is_header = file_column is not None or find(entries[1].name)
+        if is_header and not find(entries[0].name):
             del entries[0]  # a header with unknown words: "image_id,breed"
     return entries
 

@@ -26,7 +26,7 @@ from bigan.data.format.convert import (
     changes,
     decode_any,
     plain,
-    to_square,
+    to_size,
 )
 from bigan.data.packing import archives, shard_files, tar_trees, webdatasets
 from bigan.data.packing.digits import digits
@@ -164,7 +164,7 @@ def _converter(options: PackOptions) -> Any:
     ) -> tuple[Pixels, tuple[str, ...]]:
         make = decode_any if isinstance(original, bytes) else plain
         image = make(original, has_alpha(channels), options.max_pixels)
-        pixels = to_square(
+        pixels = to_size(
             image,
             resolution,
             channels,

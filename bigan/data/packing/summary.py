@@ -43,7 +43,8 @@ def _size(manifest: Manifest) -> str:
     splits = ", ".join(f"{manifest.num_samples(split):,} {split}" for split in manifest.splits)
     return (
         f"{manifest.folder}: {splits} images, {shown(manifest.resolution)} px, "
-        f"{manifest.channels} channel(s), {manifest.num_classes} classes"
+        f"{manifest.channels} channel(s), {manifest.num_classes} "
+        f"class{'' if manifest.num_classes == 1 else 'es'}"
     )
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from bigan import rng
 from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, Pixels
-from bigan.data.format.convert import square
+from bigan.data.format.convert import load
 from bigan.data.format.tar import nested_tar_files
 from bigan.data.packing.shard_files import COMPRESSED, below, refuse_compressed, splits
 from bigan.data.packing.split_names import split_of
@@ -206,7 +206,7 @@ class ResampledStream(Endless):
                 return f"has no label ({' '.join(suffixes)}); {ADJACENT}"
             label = found or 0
         try:
-            return square(image, self._size, self._channels, "lanczos", False), label
+            return load(image, self._size, self._channels, "lanczos", False), label
         except BadImageError as error:
             return str(error)
 
