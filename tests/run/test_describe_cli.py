@@ -152,4 +152,4 @@ def test_bench_step_prints_json() -> None:
         assert variant["images_per_second"]["median"] > 0
         assert set(variant["ms_per_phase"]) == {"discriminator", "generator"}
         assert variant["peak_memory_bytes"] > 1e8
-    assert result["environment"]["torch"]
+    assert result["environment"]["versions"]["torch"]
