@@ -141,6 +141,10 @@ LAYOUTS: dict[str, tuple[Tars, dict[int, tuple[str, str]]]] = {
         {"Training/a/0.tar": ["1.png"], "Testing/a/0.tar": ["2.png"], "valid/a/0.tar": ["3.png"]},
         {1: ("train", "all"), 2: ("test", "all"), 3: ("val", "all")},
     ),
+    "one shard beside a folder": (
+        {"0.tar": numbered(0), "test/0.tar": numbered(0, first=2)},
+        {1: ("train", "0"), 2: ("test", "0")},
+    ),
     "not split names": (
         {"trainer-0.tar": numbered(0), "contest-0.tar": numbered(1, first=2)},
         classes("0", "1"),
