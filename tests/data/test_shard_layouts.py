@@ -262,7 +262,10 @@ def refused(root: Path, *parts: str) -> None:
         ({"cat.tar": ["1.png"], "dog.tar": ["2.png"]}, ("cat.tar and dog.tar may be two classes",)),
         ({"cat/0.tar": ["1.png"], "dog/0.tar": ["2.png"]}, ("may be two classes",)),
         ({"test/train-0.tar": numbered(0)}, ("names two splits, test and train",)),
-        ({"train-0.tar": ["test/1.png"]}, ("names two splits, train and test",)),
+        (
+            {"train-0.tar": ["test/1.png"], "train-1.tar": ["train/2.png"]},
+            ("names two splits, train and test",),
+        ),
         ({"0.tar": ["trainA/1.png"], "1.tar": ["trainB/2.png"]}, ("trainA and trainB",)),
         (
             {"0.tar": ["1.1.png", "1.2.png"], "1.tar": ["2.2.png"]},
