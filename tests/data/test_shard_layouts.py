@@ -143,6 +143,10 @@ LAYOUTS: dict[str, tuple[Tars, dict[int, tuple[str, str]]]] = {
         {"Training/a/0.tar": ["1.png"], "Testing/a/0.tar": ["2.png"], "valid/a/0.tar": ["3.png"]},
         {1: ("train", "all"), 2: ("test", "all"), 3: ("val", "all")},
     ),
+    "one shard beside a folder": (
+        {"0.tar": numbered(0), "test/0.tar": numbered(0, first=2)},
+        {1: ("train", "0"), 2: ("test", "0")},
+    ),
     "not split names": (
         {"trainer-0.tar": numbered(0), "contest-0.tar": numbered(1, first=2)},
         classes("0", "1"),
@@ -260,7 +264,10 @@ def refused(root: Path, *parts: str, ways: tuple[Any, ...] = (packed, direct)) -
         ({"cat.tar": ["1.png"], "dog.tar": ["2.png"]}, ("cat.tar and dog.tar may be two classes",)),
         ({"cat/0.tar": ["1.png"], "dog/0.tar": ["2.png"]}, ("may be two classes",)),
         ({"test/train-0.tar": numbered(0)}, ("names two splits, test and train",)),
-        ({"train-0.tar": ["test/1.png"]}, ("names two splits, train and test",)),
+        (
+            {"train-0.tar": ["test/1.png"], "train-1.tar": ["train/2.png"]},
+            ("names two splits, train and test",),
+        ),
         ({"0.tar": ["trainA/1.png"], "1.tar": ["trainB/2.png"]}, ("trainA and trainB",)),
         (
             {"0.tar": ["1.1.png", "1.2.png"], "1.tar": ["2.2.png"]},
