@@ -41,7 +41,7 @@ from bigan.bench.measuring import summary
 from bigan.bench.script import argument_parser, met, spread, write_record
 from bigan.data.packing import sources
 from bigan.data.packing.pack import pack, pack_source
-from bigan.data.settings import SMALL_RESOLUTION, Fetch
+from bigan.data.settings import Fetch
 from bigan.data.streaming.stream import Batch, ShardStream
 from bigan.distributed.world import World
 from bigan.versions import cpu_name, num_cpus
@@ -177,7 +177,7 @@ def compare(root: Path, size: int, num: int, runs: int) -> dict[str, dict[str, d
     pack(str(root / "files"), root / "raw", resolution=size, encoding="npy", test_fraction=0.0)
     tars, raw = root / "tars", root / "raw"
     # By default one thread decodes small images: several cost more CPU time than they save.
-    threads = None if size <= SMALL_RESOLUTION else WORKERS
+    threads = None if Fetch().num_threads(size) == 1 else WORKERS
     many, more = 4 * num, 16 * num  # several epochs: one is too short to time
     pipelines: dict[str, tuple[int, Callable[[], Iterable[object]]]] = {
         "WebDataset README, 0 workers": (num, lambda: readme(root, num, 0)),

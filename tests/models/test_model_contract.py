@@ -154,7 +154,7 @@ def test_the_message_of_an_impossible_size_has_possible_ones(
         check_doublings(size if isinstance(size, int) else tuple(size), *members()[name].doublings)
 
 
-@pytest.mark.parametrize("value", ["64", 0, -8, True, [16], [16, 0], [16, 16, 3], [16.0, 16]])
+@pytest.mark.parametrize("value", ["64", 0, -8, True, [16], [16, 0], [16, 16, 3], [16.5, 16]])
 def test_a_resolution_is_one_or_two_positive_integers(value: object) -> None:
     with pytest.raises(ConfigError, match=r"resolution.*number of pixels, or .height, width"):
         small("biggan", resolution=value)

@@ -28,6 +28,7 @@ from bigan.data.format.convert import (
     plain,
     to_size,
 )
+from bigan.data.format.tar import nested_tar_files
 from bigan.data.packing import archives, shard_files, tar_trees, webdatasets
 from bigan.data.packing.digits import digits
 from bigan.data.packing.folders import folder_tree, has_images
@@ -204,7 +205,8 @@ def _find_in_folder(path: Path, options: PackOptions, scratch: Path | None) -> L
     name = path.resolve().name
     if not has_images(path):
         files = [file for file in sorted(path.iterdir()) if _is_archive(file)]
-        if len(files) == 1:
+        below = nested_tar_files(path, (".tar", *shard_files.COMPRESSED))
+        if len(files) == 1 and {*below} <= {*files}:
             if labels := [name for name in LABEL_FILES if (path / name).exists()]:
                 raise DataError(
                     f"{path}: holds {labels[0]} beside {files[0].name}, whose images it may label; "
