@@ -299,7 +299,7 @@ def test_two_processes_save_fail_on_both_and_are_killed(tmp_path: Path) -> None:
     assert [len(main["said"]), other["said"]] == [1, []]
     assert main["last"] is None
     for rank in (main, other):
-        assert rank["refused"].startswith("RunError: optimizers/w.exp_avg is not finite")
+        assert rank["refused"].startswith("NonFiniteError: optimizers/w.exp_avg is not finite")
 
     assert [name for name in stored(tmp_path) if name.isdigit()] == ["120", "40"]
     assert any(name.startswith(".200.") for name in stored(tmp_path)), (
