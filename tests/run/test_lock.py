@@ -231,7 +231,7 @@ def test_unusable_input_leaves_no_lock(make_config: MakeConfig, tmp_path: Path) 
     assert [p.name for p in (tmp_path / "photos").iterdir()] == ["a.png"]
 
 
-@pytest.mark.parametrize("at", [200, 360])
+@pytest.mark.parametrize("at", [200, pytest.param(360, marks=pytest.mark.full)])
 def test_a_trainer_whose_lock_was_taken_stops_writing(make_config: MakeConfig, at: int) -> None:
     """At the next tick: no metrics, no snapshot, no checkpoint; the status stays the other's."""
     config = make_config(
