@@ -52,12 +52,12 @@ def interrupted(
     ("command", "loaded"),
     [
         ("train", "pydantic_core"),
-        ("train", "_multiarray_umath"),
+        pytest.param("train", "_multiarray_umath", marks=pytest.mark.full),
         ("train", "libtorch_cpu"),
         ("evaluate", "libtorch_cpu"),
         ("describe", "pydantic_core"),
-        ("pack", "_multiarray_umath"),
-        ("bench", "libtorch_cpu"),
+        pytest.param("pack", "_multiarray_umath", marks=pytest.mark.full),
+        pytest.param("bench", "libtorch_cpu", marks=pytest.mark.full),
     ],
 )
 def test_ctrl_c_during_imports(command: str, loaded: str, tmp_path: Path) -> None:

@@ -101,5 +101,5 @@ def require_finite_tensors(images_seen: int, names: Sequence[str], tensors: list
                 f"{name} is not finite at images_seen = {images_seen}; this state is not saved, "
                 "earlier checkpoints are intact; the same command with --allow-change KEY=VALUE "
                 "continues from the last one, for example with a lower learning rate "
-                "(optimizer.generator.lr)"
+                "(optimizer.PHASE.lr)"
             )

@@ -122,10 +122,10 @@ def why_fixed(change: Change) -> str | None:
     if key == "growth.levels" and _without_lr(change.old) == _without_lr(change.new):
         return None
     if key.startswith("optimizer."):
-        leaf = key.split(".", 2)[2]
-        if leaf == "name":
+        leaf = key.split(".", 2)[2:]
+        if leaf in ([], ["name"]):
             return "the checkpoint has the state of the former optimizer"
-        if leaf == "momentum" and not (change.old and change.new):
+        if leaf == ["momentum"] and not (change.old and change.new):
             return "the checkpoint has, or lacks, the momentum of each parameter"
         return None
     if key == "precision" and change.new == "fp16":

@@ -181,7 +181,9 @@ class RunLock:
             if held:
                 raise LockedError(f"{self._run_dir}: another process is starting this run")
             return
-        silent = self._clock() - os.fstat(descriptor).st_mtime
+        silent = 0.0  # without meaning where the kernel knows whether the owner lives
+        if not found.is_here or held is None:
+            silent = self._clock() - os.fstat(descriptor).st_mtime
         superseded = found.precedes(self._owner) and not found.is_here
         if superseded or not found.lives(held, silent):
             self.former = found

@@ -92,7 +92,9 @@ def _changed(config: RunConfig, override: str) -> RunConfig:
     return load_config(file, [override])
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+@pytest.mark.parametrize(
+    "umask", [0o002, *(pytest.param(mask, marks=pytest.mark.full) for mask in (0o022, 0o077))]
+)
 def test_files_and_folders_have_the_modes_of_the_umask(
     make_config: MakeConfig, tmp_path: Path, umask: int
 ) -> None:
@@ -126,6 +128,7 @@ def test_files_and_folders_have_the_modes_of_the_umask(
     assert wrong == {}
 
 
+@pytest.mark.full
 def test_a_moved_run_folder_continues_in_its_new_place(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:

@@ -208,6 +208,19 @@ def test_a_second_start_writes_nothing(
         assert not (config.run_dir / "LOCK").exists()
 
 
+def test_a_stale_lock_of_another_machine_is_taken_over_by_a_run(make_config: MakeConfig) -> None:
+    """And the run is refused as long as it is fresh."""
+    config = make_config("train.total_images=80", "train.snapshot_images=80")
+    write_lock(config.run_dir, elsewhere())
+    with pytest.raises(LockedError, match="node7"):
+        train(config, print, lambda *_: None)
+    write_lock(config.run_dir, elsewhere(), STALE_SECONDS + 1)
+    lines: list[str] = []
+    assert train(config, lines.append, lambda *_: None) == 0
+    assert [line for line in lines if "node7" in line]
+    assert not (config.run_dir / "LOCK").exists()
+
+
 def test_unusable_input_leaves_no_lock(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(f"run_dir={tmp_path / 'new' / 'run'}", "data.path=/nowhere")
     assert main(["train", str(SMOKE), "data.path=/nowhere", f"run_dir={config.run_dir}"]) == 2
@@ -218,7 +231,7 @@ def test_unusable_input_leaves_no_lock(make_config: MakeConfig, tmp_path: Path) 
     assert [p.name for p in (tmp_path / "photos").iterdir()] == ["a.png"]
 
 
-@pytest.mark.parametrize("at", [200, 360])
+@pytest.mark.parametrize("at", [200, pytest.param(360, marks=pytest.mark.full)])
 def test_a_trainer_whose_lock_was_taken_stops_writing(make_config: MakeConfig, at: int) -> None:
     """At the next tick: no metrics, no snapshot, no checkpoint; the status stays the other's."""
     config = make_config(

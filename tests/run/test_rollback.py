@@ -280,7 +280,9 @@ EXPLODING = (
 
 
 # The newest checkpoint is sound; it holds the huge weights, so that the one before it is needed.
-@pytest.mark.parametrize(("every", "restored"), [(80, [240]), (40, [280, 240])])
+@pytest.mark.parametrize(
+    ("every", "restored"), [pytest.param(80, [240], marks=pytest.mark.full), (40, [280, 240])]
+)
 def test_a_non_finite_state_is_rolled_back(
     make_config: MakeConfig, every: int, restored: list[int]
 ) -> None:
@@ -313,3 +315,15 @@ def test_without_a_checkpoint_a_non_finite_loss_ends_the_run(make_config: MakeCo
     config = make_config(*EXPLODING, "train.checkpoint_images=400")
     with pytest.raises(NonFiniteError, match="there is no checkpoint yet"):
         train(config, print, lambda *_: None)
+
+
+@pytest.mark.slow
+def test_two_processes_roll_back_after_a_non_finite_loss(digits: Path, tmp_path: Path) -> None:
+    options = ["--config_file", ROOT / "launch" / "cpu.yaml"]
+    common = [SMOKE, f"data.path={digits}", f"run_dir={tmp_path / 'run'}", *EXPLODING]
+    more = ["train.checkpoint_images=40", "collapse.lr_factor=1e-38"]
+    done = launch(*common, *more, options=options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "(rollback 2 of 3)" in done.stdout + done.stderr
+    progress = checkpoint.read_progress(tmp_path / "run/checkpoints/400")
+    assert (progress.rollbacks, progress.attempt) == (2, 1)
