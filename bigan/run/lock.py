@@ -6,9 +6,10 @@ Rank 0 of a launch holds it, from before anything else is written until the end.
 (`flock`) and touched every `BEAT_SECONDS`. A LOCK whose owner was killed does not block the next
 start: on the same machine the kernel has released the lock and the process is gone. Of a process on
 another machine only the heartbeat is known: its LOCK is taken over after `STALE_SECONDS` without
-one, measured on the clock of the file system, and at once by a later attempt of the same SLURM job
-or elastic launch, whose scheduler has ended the former one. The owner of a LOCK that was taken over
-finds another token in it and must not write any more (`RunLock.taken_by`).
+one, measured on the clock of the file system; at once by a later attempt of the same SLURM job or
+elastic launch, whose scheduler has ended the former one; and by the same attempt, which a launcher
+starts again on other machines, after `WATCHED_BEATS` intervals without one. The owner of a LOCK
+that was taken over finds another token in it and must not write any more (`RunLock.taken_by`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from bigan.run_folder import RunFolder
 
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0  # without a heartbeat, after which the process of another machine is dead
+WATCHED_BEATS = 3  # of the former owner, where the same attempt of a job starts again
 SETTLE_SECONDS = 0.5  # after a write without `flock`, until the last of several writers is known
 ATTEMPTS = 10  # to open a LOCK that others delete or replace meanwhile
 
@@ -100,9 +102,10 @@ class Owner:
                 return True
         return silent_seconds < STALE_SECONDS
 
-    def precedes(self, other: Owner) -> bool:
-        """Whether `other` is a later attempt of the same job."""
-        return any(other.attempts.get(name, -1) > num for name, num in self.attempts.items())
+    def later_attempt(self, other: Owner) -> int | None:
+        """Restarts between this attempt and `other` of the same job; None: not the same job."""
+        common = self.attempts.keys() & other.attempts.keys()
+        return max((other.attempts[name] - self.attempts[name] for name in common), default=None)
 
 
 class RunLock:
@@ -184,11 +187,36 @@ class RunLock:
         silent = 0.0  # without meaning where the kernel knows whether the owner lives
         if not found.is_here or held is None:
             silent = self._clock() - os.fstat(descriptor).st_mtime
-        superseded = found.precedes(self._owner) and not found.is_here
-        if superseded or not found.lives(held, silent):
+        if not found.lives(held, silent) or (not found.is_here and self._follows(found)):
             self.former = found
         else:
             raise self._refusal(found, silent)
+
+    def _follows(self, owner: Owner) -> bool:
+        """Whether this attempt continues that of a process of the same job on another machine.
+
+        A later attempt does. An elastic launch that has lost a machine starts the same attempt
+        again: that takes a few heartbeats to see.
+        """
+        restarts = owner.later_attempt(self._owner)
+        if restarts is None or restarts < 0:
+            return False
+        return restarts > 0 or not self._beats()
+
+    def _beats(self) -> bool:
+        """Whether the LOCK gets a heartbeat within the next few intervals."""
+        first = self._mtime()
+        until = time.monotonic() + WATCHED_BEATS * BEAT_SECONDS
+        while time.monotonic() < until:
+            time.sleep(BEAT_SECONDS / 10)
+            if self._mtime() != first:
+                return True
+        return False
+
+    def _mtime(self) -> float:
+        """The heartbeat; opening the file makes NFS read its attributes from the server."""
+        with self._path.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime
 
     def _refusal(self, owner: Owner, silent_seconds: float) -> LockedError:
         advice = f"stop it first (touch {RunFolder(self._run_dir).stop}), or use another run_dir"

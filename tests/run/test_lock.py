@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -102,9 +103,9 @@ def test_a_living_owner_is_named_and_a_killed_one_is_replaced_at_once(
         (0, {}, {}, False),
         (STALE_SECONDS - 60, {}, {}, False),
         (STALE_SECONDS + 1, {}, {}, True),
-        # A later attempt of the same job or elastic launch; not the same attempt, not another job.
+        # A later attempt of the same job or elastic launch; not an earlier one, not another job.
         (0, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, {"SLURM job 7": 0}, True),
-        (0, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, {"SLURM job 7": 1}, False),
+        (0, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, {"SLURM job 7": 2}, False),
         (0, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}, {"SLURM job 7": 0}, False),
         (
             0,
@@ -143,6 +144,26 @@ def test_the_owner_on_another_machine_is_judged_by_its_heartbeat(
     assert str(path) in str(refused.value)
     assert path.read_text() == content
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["LOCK"]
+
+
+@pytest.mark.parametrize("beats", [True, False])
+def test_the_same_attempt_on_another_machine_is_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beats: bool
+) -> None:
+    """An elastic launch that lost a machine restarts without counting it."""
+    monkeypatch.setattr("bigan.run.lock.BEAT_SECONDS", 0.2)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    path = write_lock(tmp_path / "run", elsewhere(attempts={"launch x": 0}))
+    beat = threading.Timer(0.2, os.utime, [path])
+    if not beats:
+        lock = RunLock(tmp_path / "run")
+        assert lock.remarks()
+        lock.release()
+        return
+    beat.start()
+    with pytest.raises(LockedError, match="node7"):
+        RunLock(tmp_path / "run")
+    beat.join()
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"pid": 1}', "[]"])
