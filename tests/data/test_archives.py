@@ -243,6 +243,16 @@ def test_mnist(tmp_path: Path, dash: str, zipped: bool) -> None:
     assert colour.read(0).shape == (32, 32, 3)
 
 
+def test_mnist_labels_from_1(tmp_path: Path) -> None:
+    """As of EMNIST's letters: no empty class 0."""
+    mnist(tmp_path)
+    for prefix, labels in (("train", [1, 2, 3, 1, 2, 3, 1]), ("t10k", [3, 2, 1])):
+        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(idx(np.asarray(labels, np.uint8)))
+    source = open_source(tmp_path)
+    assert source.classes == ("1", "2", "3")
+    assert source.labels == (0, 1, 2, 0, 1, 2, 0, 2, 1, 0)
+
+
 def test_mnist_without_test_files_is_split_by_hash(tmp_path: Path) -> None:
     mnist(tmp_path)
     for file in tmp_path.glob("t10k*"):

@@ -144,6 +144,7 @@ LABEL_FILES = {
         "a/1.png b/2.png",
         {"a/labels.csv": "1.png,ant", "b/labels.csv": "2.png,bee"},
     ),
+    "in capital letters": ("1.png 2.png", {"Labels.CSV": CSV}),
     "beside other texts": ("1.png 2.png", {"labels.csv": CSV, "train.csv": "1.png,wasp"}),
 }
 

@@ -144,6 +144,15 @@ def test_torch_like_data_set(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["spool"]  # noqa: PTH208
 
 
+def test_labels_of_an_iterable_are_optional(tmp_path: Path) -> None:
+    items = [(NOISE[0], [0, 1]), (NOISE[1], 0.5), (NOISE[2], "a")]
+    source = open_source(items, scratch=tmp_path / "spool", labels="none")
+    assert (source.classes, source.labels, source.bad) == (("all",), (0, 0, 0), ())
+    assert len(open_source(items, scratch=tmp_path / "spool").bad) == 2
+    with pytest.raises(DataError, match="--labels is for folders"):
+        open_source(items, scratch=tmp_path / "spool", labels="folders")
+
+
 def test_generator_of_every_kind_of_image(tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     Image.fromarray(NOISE[2]).save(file)

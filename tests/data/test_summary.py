@@ -73,5 +73,18 @@ def test_summary_names_classes_without_training_images(tmp_path: Path) -> None:
     (tmp_path / "src/train.csv").write_text("1.png,0")
     text = summary(pack(tmp_path / "src", tmp_path / "none", resolution=8, labels="none"))
     assert "no labels" in text
-    assert "skipped 1 files that are not images: 1 .csv" in text
+    assert "skipped 1 files that are not images: 1 train.csv" in text
     assert "labels are read from labels.csv" in text
+
+
+def test_summary_names_lists_of_splits(tmp_path: Path) -> None:
+    """As of CUB and Food-101: test images would be in the training split by the hash."""
+    write(tmp_path / "src/images/a/1.png", 8, 8)
+    write(tmp_path / "src/images/b/2.png", 8, 8)
+    for name in ("train_test_split.txt", "readme.txt"):
+        (tmp_path / "src/images" / name).write_text("1 1")
+    packed = pack(tmp_path / "src", tmp_path / "out", resolution=8, test_fraction=0)
+    assert packed.skipped == ((".txt", 1), ("train_test_split.txt", 1))
+    (line,) = [line for line in summary(packed).splitlines() if "splits are not read" in line]
+    assert "train_test_split.txt" in line
+    assert "readme" not in line

@@ -287,8 +287,8 @@ def is_mnist(root: Path) -> bool:
 def mnist(root: Path) -> Listing:
     """MNIST, Fashion-MNIST and similar sets as idx files; t10k-* is the official test split.
 
-    Class names are "0", "1", ... up to the largest label. Raises `DataError` for a file that is
-    missing, damaged or inconsistent with the others.
+    Class names are "0", "1", ... up to the largest label; labels 1 to K (EMNIST's letters) are K
+    classes. Raises `DataError` for a file that is missing, damaged or inconsistent with the others.
     """
     images: list[Pixels] = []
     labels: list[int] = []
@@ -310,7 +310,10 @@ def mnist(root: Path) -> Listing:
         images.append(pixels)
         labels += numbers.tolist()
         official += [split] * len(numbers)
-    names = tuple(str(n) for n in range(max(labels, default=-1) + 1))
+    largest = max(labels, default=-1)
+    first = int(set(labels) == set(range(1, largest + 1)))
+    names = tuple(str(n) for n in range(first, largest + 1))
+    labels = [label - first for label in labels]
     return _arrays(root.resolve().name, np.concatenate(images), labels, official, names, 1)
 
 

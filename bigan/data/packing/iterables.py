@@ -33,14 +33,15 @@ def iterable(
     shrink: Shrink,
     scratch: Path,
     max_pixels: int | None = None,
+    with_labels: bool = True,
 ) -> Listing:
     """Spool the images of `items` to the file `scratch`, or to a file in the folder `scratch`.
 
     An item is an image, (image, label) or {"image": ..., "label": ..., "key": ...}. An image is a
     PIL image, a uint8 array HW or HWC, a uint8 tensor HWC or CHW, the bytes or the path of an image
     file. An object with a length is indexed from 0 to n - 1, any other one is iterated. Class names
-    are those in `items.classes` (torchvision's data sets) if there are enough. Unusable items are
-    in `bad`. The caller deletes the file.
+    are those in `items.classes` (torchvision's data sets) if there are enough; there is one class
+    without `with_labels`. Unusable items are in `bad`. The caller deletes the file.
 
     Raises `DataError` if `resolution` is None and the first image is not square, and if the
     iterable itself fails.
@@ -48,7 +49,8 @@ def iterable(
     file = scratch / "pixels.raw" if scratch.is_dir() else scratch
     file.parent.mkdir(parents=True, exist_ok=True)
     spooled = _spool(items, resolution, shrink, file, max_pixels)
-    classes, numbers = number_labels(spooled.labels, _names(items))
+    given = spooled.labels if with_labels else [None] * len(spooled.labels)
+    classes, numbers = number_labels(given, _names(items))
     kept = [i for i, label in enumerate(numbers) if isinstance(label, int)]
     unlabelled = [
         (spooled.keys[i], label) for i, label in enumerate(numbers) if isinstance(label, str)

@@ -138,7 +138,7 @@ def _write(
 
 def _check_one_per_folder(files: Mapping[str, bytes], where: str) -> None:
     seen: dict[str, str] = {}
-    for file in sorted(files, key=lambda file: LABEL_FILES.index(file.rpartition("/")[2])):
+    for file in sorted(files, key=lambda file: LABEL_FILES.index(file.rpartition("/")[2].lower())):
         folder, _, name = file.rpartition("/")
         if folder in seen:
             place = f"{where}/{folder}" if folder else where
@@ -216,9 +216,10 @@ def read_label_file(
     """
     try:
         text = content.decode("utf-8-sig")
-        if file.endswith(".csv"):
-            entries = _csv(text, where, names, is_metadata=file.endswith("metadata.csv"))
-        elif file.endswith(".jsonl"):
+        name = file.lower()
+        if name.endswith(".csv"):
+            entries = _csv(text, where, names, is_metadata=name.endswith("metadata.csv"))
+        elif name.endswith(".jsonl"):
             entries = _json_lines(text, where)
         else:
             return _checked(_json(text, where), where)

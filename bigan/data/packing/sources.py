@@ -152,7 +152,13 @@ def _list(
         return convert(image, resolution, channels=channels)[0]
 
     found = iterable(
-        source, options.resolution, channels, shrink, scratch, max_pixels=options.max_pixels
+        source,
+        options.resolution,
+        channels,
+        shrink,
+        scratch,
+        max_pixels=options.max_pixels,
+        with_labels=options.labels != "none",
     )
     return found, where
 

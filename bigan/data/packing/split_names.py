@@ -40,6 +40,12 @@ def split_of(name: str) -> Split | None:
     return next((split for split in ("test", "train", "val") if split in found), None)
 
 
+def mentions_splits(name: str) -> bool:
+    """Whether a file such as "train.txt" or "train_test_split.csv" may list images of splits."""
+    words = {word.lower() for word in _BOUNDARY.split(name)}
+    return bool(words & {"split", "splits", *WORDS})
+
+
 def other_words(name: str) -> tuple[str, ...]:
     """The words of `name` that declare no split, in lower case: ("seg",) of "seg_train2017"."""
     words = (word.lower() for word in _BOUNDARY.split(name))

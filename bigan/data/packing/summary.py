@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
+
 import numpy as np
 from numpy.typing import NDArray
 
 from bigan.data.format.manifest import UNLABELLED, Manifest
 from bigan.data.packing.pack import BAD, Packed
+from bigan.data.packing.split_names import mentions_splits
 from bigan.data.packing.trees import LABEL_FILES
 from bigan.image_size import shown
 
@@ -24,11 +27,18 @@ def summary(packed: Packed) -> str:
         counts = (f"{change} {count:,}" for change, count in sorted(packed.changes.items()))
         lines.append(f"  images: {', '.join(counts)}")
     if packed.skipped:
+        suffixes = {PurePath(name).suffix or name for name, _ in packed.skipped}
         total = sum(number for _, number in packed.skipped)
         kinds = ", ".join(f"{number:,} {suffix}" for suffix, number in packed.skipped)
         lines.append(f"  skipped {total:,} files that are not images: {kinds}")
+        lists = [name for name, _ in packed.skipped if mentions_splits(name)]
+        if lists:
+            lines.append(
+                f"  splits are not read from {', '.join(lists)}: write them into the column "
+                "`split` of labels.csv"
+            )
         unlabelled = any(manifest.classes == UNLABELLED for manifest in packed.manifests)
-        if unlabelled and not TABLES.isdisjoint(dict(packed.skipped)):
+        if unlabelled and not TABLES.isdisjoint(suffixes):
             lines.append(
                 f"  labels are read from {', '.join(LABEL_FILES)} only: rename a file of them"
             )

@@ -17,8 +17,10 @@ from pathlib import PurePosixPath
 
 from bigan.data.format.convert import SUFFIXES
 from bigan.data.packing.listing import MAX_BYTES, is_hidden
+from bigan.data.packing.split_names import mentions_splits
 
 LABEL_FILES = ("labels.csv", "dataset.json", "metadata.csv", "metadata.jsonl")
+TEXTS = {".csv", ".tsv", ".json", ".jsonl", ".txt", ".lst", ".mat", ".parquet"}
 TOO_LARGE = f"is larger than {MAX_BYTES} bytes"
 
 _SKIPPED = ("__MACOSX", "@eaDir")  # written by macOS and by network disks
@@ -53,8 +55,14 @@ class Tree:
         self.folders |= {"/".join(parts[:depth]) for depth in range(1, len(parts))}
 
     def skip(self, path: str) -> None:
-        """Count a file that is neither an image nor a label file."""
-        self.skipped[PurePosixPath(path).suffix.lower() or PurePosixPath(path).name] += 1
+        """Count a file that is neither an image nor a label file.
+
+        By suffix, or by name if it has none, or may be a list of the images of a split.
+        """
+        file = PurePosixPath(path)
+        suffix = file.suffix.lower()
+        is_list = suffix in TEXTS and mentions_splits(file.stem)
+        self.skipped[file.name if is_list or not suffix else suffix] += 1
 
 
 def is_image(path: str) -> bool:
@@ -63,7 +71,7 @@ def is_image(path: str) -> bool:
 
 
 def is_label_file(path: str) -> bool:
-    return path.rpartition("/")[2] in LABEL_FILES
+    return path.rpartition("/")[2].lower() in LABEL_FILES
 
 
 def is_skipped(path: str) -> bool:
