@@ -11,14 +11,11 @@ from pathlib import Path
 import braceexpand
 
 from bigan.data import DataError
+from bigan.data.format import compression
 from bigan.data.format.tar import nested_tar_files
 from bigan.data.packing.split_names import Split, split_of
 
 MAX_SHARDS = 1_000_000  # of a brace pattern
-COMPRESSED = {
-    ".tar.gz": "gunzip", ".tgz": "gunzip -S .tgz", ".tar.zst": "unzstd --rm",
-    ".tar.bz2": "bunzip2", ".tar.xz": "unxz",
-}  # fmt: skip
 
 
 def in_folder(folder: Path) -> list[Path]:
@@ -26,7 +23,7 @@ def in_folder(folder: Path) -> list[Path]:
 
     Raises `DataError` for compressed ones.
     """
-    files = nested_tar_files(folder, (".tar", *COMPRESSED))
+    files = nested_tar_files(folder, (".tar", *compression.SUFFIXES))
     for file in files:
         refuse_compressed(str(file))
     return [file for file in files if file.is_file()]
@@ -34,12 +31,12 @@ def in_folder(folder: Path) -> list[Path]:
 
 def refuse_compressed(name: str) -> None:
     """Raise `DataError` if the suffix of `name` is that of a compressed tar."""
-    for suffix, program in COMPRESSED.items():
-        if name.endswith(suffix):
-            raise DataError(
-                f"{name}: is compressed, but samples are read at any place of a shard; decompress "
-                f"the shards with `{program}`"
-            )
+    kind = compression.by_name(name)
+    if kind:
+        raise DataError(
+            f"{name}: is compressed, but samples are read at any place of a shard; decompress "
+            f"the shards with `{kind.program}`"
+        )
 
 
 def expand(pattern: str) -> list[Path]:

@@ -13,12 +13,12 @@ The split of an image depends on its key alone, not on seed or resolution.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from bigan.data import DataError
+from bigan.data.format import compression
 from bigan.data.format.codec import BadImageError, Pixels
 from bigan.data.format.convert import (
     TRANSFORMS,
@@ -36,7 +36,7 @@ from bigan.data.packing.image_trees import tree_listing
 from bigan.data.packing.iterables import iterable
 from bigan.data.packing.listing import Listing, Source, assign_splits, has_too_many_classes
 from bigan.data.packing.options import PackOptions, with_changes
-from bigan.data.packing.trees import LABEL_FILES, Tree
+from bigan.data.packing.trees import Tree, is_label_file
 from bigan.data.packing.zips import zip_tree
 from bigan.image_size import ImageSize
 from bigan.transparency import has_alpha
@@ -210,10 +210,11 @@ def _find_in_folder(path: Path, options: PackOptions, scratch: Path | None) -> L
         return archives.mnist(path)
     name = path.resolve().name
     if not has_images(path):
-        files = [file for file in sorted(path.iterdir()) if _is_archive(file)]
-        below = nested_tar_files(path, (".tar", *shard_files.COMPRESSED))
+        entries = sorted(path.iterdir())
+        files = [file for file in entries if _is_archive(file)]
+        below = nested_tar_files(path, (".tar", *compression.SUFFIXES))
         if len(files) == 1 and {*below} <= {*files}:
-            if labels := [name for name in LABEL_FILES if (path / name).exists()]:
+            if labels := [file.name for file in entries if is_label_file(file.name)]:
                 raise DataError(
                     f"{path}: holds {labels[0]} beside {files[0].name}, whose images it may label; "
                     f"extract the archive there, or give {files[0]} to pack it without {labels[0]}"
@@ -227,7 +228,8 @@ def _find_in_folder(path: Path, options: PackOptions, scratch: Path | None) -> L
 
 
 def _is_archive(path: Path) -> bool:
-    return path.is_file() and bool(re.search(r"\.(zip|tar|tgz|tar\.[a-z0-9]+)$", path.name.lower()))
+    known = path.suffix.lower() in (".zip", ".tar") or compression.by_name(path.name) is not None
+    return known and path.is_file()
 
 
 def _find_in_file(path: Path, options: PackOptions, scratch: Path | None) -> Listing:
@@ -236,15 +238,15 @@ def _find_in_file(path: Path, options: PackOptions, scratch: Path | None) -> Lis
     if head.startswith((b"PK\3\4", b"PK\5\6")) or path.suffix.lower() == ".zip":
         return _of_tree(zip_tree(path), path, path.stem, options)
     name = tar_trees.archive_name(path)
-    if head.startswith(tuple(tar_trees.COMPRESSED)):
+    kind = compression.by_content(head)
+    if kind and kind.open:
         if archives.is_cifar_tar(path):
             return archives.cifar_tar(path)
         if scratch is None:
             raise DataError(f"{path}: needs a scratch file for the decompressed archive")
-        return _find_in_tar(tar_trees.decompressed(path, scratch), name, options, path)
-    for magic, command in tar_trees.UNREADABLE.items():
-        if head.startswith(magic):
-            raise DataError(f"{path}: is compressed in an unknown way; decompress it: `{command}`")
+        return _find_in_tar(tar_trees.decompressed(path, kind.open, scratch), name, options, path)
+    if kind:
+        raise DataError(f"{path}: is compressed; decompress it with `{kind.program}`")
     if tar_trees.is_tar(path) or path.suffix.lower() == ".tar":
         return _find_in_tar(path, name, options, path)
     raise DataError(f"{path}: is not a .zip, .tar or .tar.gz; for single images give their folder")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bigan.data import DataError
+from bigan.data.format import compression
 from bigan.data.format.codec import first_line
 from bigan.data.format.convert import SUFFIXES
 from bigan.data.format.tar import Member, group_samples, walk_tar
@@ -41,9 +42,6 @@ _ARRAY_LABELS = {*LABELS, "labels", "targets", "onehot", "one_hot", "y"}  # befo
 _VECTOR = re.compile(r"\[.*\]|[(]?[-+.\d]+(?:[\s,;]+[-+.\d]+)+[)]?", re.DOTALL)
 _NUMBER = re.compile(r"[-+]?\d{1,18}(?:\.\d*)?|[-+]?\.\d+")
 _MAX_NAME = 200  # characters
-_COMPRESSED = {
-    b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,9 +111,9 @@ def list_samples(
 
 def check_compression(start: bytes, where: str) -> None:
     """Raise `UnsuitableError` if `start`, the first bytes of a tar, are those of a packed file."""
-    for magic, program in _COMPRESSED.items():
-        if start.startswith(magic):
-            raise UnsuitableError(f"{where}: is compressed; decompress it with `{program}`")
+    kind = compression.by_content(start)
+    if kind:
+        raise UnsuitableError(f"{where}: is compressed; decompress it with `{kind.program}`")
 
 
 def not_adjacent(where: str, key: str, first: str, second: str) -> UnsuitableError:

@@ -5,7 +5,6 @@ Tars of a WebDataset, whose images have their labels beside them, are for `webda
 
 from __future__ import annotations
 
-import bz2
 import contextlib
 import gzip
 import json
@@ -25,12 +24,6 @@ from bigan.data.packing.listing import MAX_BYTES, read_at, unsafe
 from bigan.data.packing.tar_samples import ARRAYS, JSON_LABELS, LABELS
 from bigan.data.packing.trees import TOO_LARGE, Tree, is_image, is_label_file, is_skipped
 
-COMPRESSED: dict[bytes, Callable[[Path], Any]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ\0": lzma.open,
-}
-UNREADABLE = {b"\x28\xb5\x2f\xfd": "zstd -d", b"\x04\x22\x4d\x18": "lz4 -d"}
 _JSON_BYTES = 2**20  # larger files are no labels of one image
 
 
@@ -138,15 +131,12 @@ def _members(file: Path) -> list[Member]:
     return members
 
 
-def decompressed(file: Path, scratch: Path) -> Path:
-    """The tar in a .tar.gz, .tar.bz2 or .tar.xz, written to the folder `scratch`.
+def decompressed(file: Path, opener: Callable[[Path], Any], scratch: Path) -> Path:
+    """The tar in the compressed `file`, which `opener` opens, written to the folder `scratch`.
 
     Images are read in the order of the shards, which needs random access. Raises `DataError` for a
     damaged file and for one that does not contain a tar.
     """
-    with file.open("rb") as stream:
-        head = stream.read(8)
-    opener = next(opener for magic, opener in COMPRESSED.items() if head.startswith(magic))
     scratch.mkdir(parents=True, exist_ok=True)
     tar = scratch / f"{archive_name(file)}.tar"
     try:

@@ -22,10 +22,11 @@ import numpy as np
 
 from bigan import rng
 from bigan.data import DataError
+from bigan.data.format import compression
 from bigan.data.format.codec import BadImageError, Pixels
 from bigan.data.format.convert import load
 from bigan.data.format.tar import nested_tar_files
-from bigan.data.packing.shard_files import COMPRESSED, below, refuse_compressed, splits
+from bigan.data.packing.shard_files import below, refuse_compressed, splits
 from bigan.data.packing.split_names import split_of
 from bigan.data.packing.tar_samples import (
     TEXT,
@@ -65,12 +66,13 @@ def expand(pattern: str, allow_pipe: bool, split: str = "train") -> tuple[str, .
 
     folder = Path(pattern)
     if not remote.is_remote(pattern) and folder.is_dir():
-        found = nested_tar_files(folder, (".tar", *COMPRESSED))
+        found = nested_tar_files(folder, (".tar", *compression.SUFFIXES))
         urls, root = [str(file) for file in found], folder
     else:
         urls, root = list(webdataset.shardlists.expand_urls(pattern)), None
     for url in urls:
-        if _place(url).endswith(".tar.zst"):
+        kind = compression.by_name(_place(url))
+        if kind and not kind.open:
             refuse_compressed(_place(url))
         if remote.is_remote(url):
             remote.check_url(url, allow_pipe)
