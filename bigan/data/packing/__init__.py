@@ -2,7 +2,9 @@
 
 Sources of images
     sources.py      finds the kind of a source; listing.py: what every source returns
-    folders.py      folders and zip files of images; labels.py: labels.csv and dataset.json
+    trees.py        the files of a folder (folders.py), zip (zips.py) or tar (tar_trees.py)
+    layout.py       their classes and splits by folder; label_files.py: by labels.csv and others
+    image_trees.py  both together, as a list of images
     archives.py     CIFAR and MNIST as published; digits.py: the digits of scikit-learn
     webdatasets.py  existing WebDataset shards and packed folders
     tar_samples.py  the samples of a tar; shard_labels.py: classes and splits of all shards
@@ -15,6 +17,7 @@ Packing
     destination.py  which pack a destination belongs to
     pack_plan.py    which sample is written to which shard
     pack_shard.py   one shard and its record; pack_manifest.py: index and manifest
+    summary.py      what was understood, as text
     index_in_place.py  index and manifest for existing shards, which stay unchanged
 
 Verification
