@@ -28,7 +28,7 @@ from pathlib import Path
 
 from bigan import atomic_files
 from bigan.distributed.world import World, on_all_ranks
-from bigan.errors import RunError, UserError
+from bigan.errors import RunError, UserError, writing
 from bigan.file_lock import try_lock
 from bigan.run_folder import RunFolder
 
@@ -163,7 +163,7 @@ class RunLock:
                     continue
                 self._require_free(descriptor, held=None if locked is None else not locked)
                 if locked:
-                    _write(descriptor, self._owner)
+                    self._write(descriptor)
                 else:
                     descriptor = self._replace(descriptor)
                     time.sleep(SETTLE_SECONDS)
@@ -176,6 +176,14 @@ class RunLock:
                 if descriptor >= 0:
                     os.close(descriptor)
         raise LockedError(f"{self._path}: other processes start the same run; try again")
+
+    def _write(self, descriptor: int) -> None:
+        """Name the owner in the locked file; deletes it if the disk is full."""
+        try:
+            _write(descriptor, self._owner)
+        except OSError:
+            self._path.unlink(missing_ok=True)
+            raise
 
     def _require_free(self, descriptor: int, held: bool | None) -> None:
         """Raises `LockedError` if the owner in the file still trains."""
@@ -265,7 +273,8 @@ def exclusive(world: World, run_dir: Path) -> Iterator[RunLock | None]:
 
     Raises `LockedError` on all ranks if another process trains there.
     """
-    lock = on_all_ranks(world, lambda: RunLock(run_dir) if world.is_rank_0 else None)
+    take = writing(run_dir)(RunLock)
+    lock = on_all_ranks(world, lambda: take(run_dir) if world.is_rank_0 else None)
     try:
         yield lock
     finally:
