@@ -144,8 +144,8 @@ def _add_label_options(labels: argparse._ArgumentGroup) -> None:
     labels.add_argument(
         "--labels",
         choices=("auto", "folders", "none"),
-        help="auto (default): from label files if there are any, else from folders; folders: label "
-        "files are ignored; none: one class",
+        help="auto (default): from label files if there are any, else from folders; folders: not "
+        "from label files; none: one class",
     )
     labels.add_argument(
         "--exclude",

@@ -6,6 +6,7 @@ come out, or the folder and a word of the error.
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,8 @@ SPLITS = {
     "trainset testset": "train test",
     "train dev": "train val",
     "train eval": "train test",
+    "trainimages testimages": "train test",
+    "traindir testdir": "train test",
 }
 
 
@@ -144,6 +147,20 @@ LABEL_FILES = {
         "a/1.png b/2.png",
         {"a/labels.csv": "1.png,ant", "b/labels.csv": "2.png,bee"},
     ),
+    "another name of the column of splits": (
+        "1.png 2.png 3.png 4.png",
+        {
+            "labels.csv": "file,label,Usage\n1.png,ant,Training\n2.png,bee,Training\n"
+            "3.png,ant,PublicTest\n4.png,bee,PrivateTest\n"
+        },
+    ),
+    "a json with a line end in a caption": (
+        "1.png 2.png",
+        {
+            "metadata.jsonl": '{"File_Name": "1.png", "label": "ant", "text": "a\u2028b"}\n'
+            '{"File_Name": "2.png", "label": "bee"}\n'
+        },
+    ),
     "in capital letters": ("1.png 2.png", {"Labels.CSV": CSV}),
     "beside other texts": ("1.png 2.png", {"labels.csv": CSV, "train.csv": "1.png,wasp"}),
 }
@@ -153,10 +170,10 @@ LABEL_FILES = {
 def test_label_files(tmp_path: Path, case: str) -> None:
     root = build(tmp_path / "data", *LABEL_FILES[case])
     source = every_kind(root, tmp_path)[0]
-    assert {key[-5:]: name for key, name in classes_of(source).items()} == {
-        "1.png": "ant",
-        "2.png": "bee",
-    }
+    found = {key[-5:]: name for key, name in classes_of(source).items()}
+    assert (found["1.png"], found["2.png"]) == ("ant", "bee")
+    if len(source) > 2:
+        assert source.splits == ("train", "train", "test", "test")
     assert not source.bad
 
 
@@ -184,12 +201,19 @@ def test_label_files_and_splits(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_declared_split_is_used_where_folders_declare_none(tmp_path: Path) -> None:
-    texts = {
-        "labels.csv": "file,label,split\nvalid/1.png,valid,train\ninvalid/1.png,invalid,test\n"
-    }
-    source = every_kind(build(tmp_path / "data", "valid/1.png invalid/1.png", texts), tmp_path)[0]
-    assert classes_of(source) == {"invalid/1.png": "invalid", "valid/1.png": "valid"}
-    assert source.splits == ("test", "train")
+    lines = [
+        f"{c}/{n}.png,{s}" for c in ("valid", "invalid") for n, s in ((1, "train"), (2, "test"))
+    ]
+    root = build(tmp_path / "data", "valid/1.png valid/2.png invalid/1.png invalid/2.png")
+    (root / "labels.csv").write_text("\n".join(["file,split", *lines]))
+    source = every_kind(root, tmp_path)[0]
+    assert all(key.startswith(f"{name}/") for key, name in classes_of(source).items())
+    assert source.classes == ("invalid", "valid")
+    assert source.splits == ("train", "test") * 2
+    for labels in ("none", "folders"):
+        assert open_source(root, resolution=8, labels=labels).splits == source.splits
+    (root / "labels.csv").write_text("\n".join(["file,split", *lines[:-1]]))
+    assert [key for key, _ in open_source(root, resolution=8).bad] == ["invalid/2.png"]
 
 
 REFUSED = {
@@ -240,7 +264,36 @@ REFUSED = {
     ),
     "captions in metadata.jsonl": (
         "1.png", {"metadata.jsonl": '{"file_name": "1.png", "text": "x"}'}, "metadata.jsonl",
-        "no label",
+        "no column",
+    ),
+    "masks beside images": (
+        "images/1.png images/2.png masks/1.png masks/2.png", {}, "", "--exclude 'masks'",
+    ),
+    "two kinds of content": ("leftImg8bit/a_l.png gtFine/a_g.png", {}, "", "--exclude"),
+    "a level above the classes": (
+        "color/apple/1.png color/corn/1.png grey/apple/1.png grey/corn/1.png", {}, "",
+        "same folders (apple, corn)",
+    ),
+    "a label beside its image": ("1.png 2.png", {"1.label": "a"}, "", "1.label"),
+    "a json label beside its image": ("a/1.png b/1.png", {"a/1.json": '{"label": 1}'}, "", "a/1.j"),
+    "a vector in labels.csv": ("1.png", {"labels.csv": '1.png,"[0, 1]"'}, "labels.csv", "several"),
+    "two names in labels.csv": ("1.png", {"labels.csv": "1.png,a|b"}, "labels.csv", "several"),
+    "three columns without a header": (
+        "1.png 2.png", {"labels.csv": "file,label\n1.png,a\n2.png,a,b"}, "labels.csv", "line 3",
+    ),
+    "a quote that does not end": (
+        "1.png 2.png", {"labels.csv": 'file,label\n1.png,"a\n2.png,b'}, "labels.csv", "quote",
+    ),
+    "flags of a split": (
+        "1.png 2.png", {"labels.csv": "file,label,is_test\n1.png,a,0\n2.png,a,1"}, "labels.csv",
+        "is_test",
+    ),
+    "one image with two labels in an object": (
+        "1.png", {"dataset.json": '{"labels": {"1.png": 0, "1.png": 1}}'}, "dataset.json",
+        "two values",
+    ),
+    "a labelled class in test only": (
+        "train/1.png test/2.png", {"labels.csv": "train/1.png,a\ntest/2.png,b"}, "", "class 'b'",
     ),
     "captions in labels.csv": (
         "1.png", {"labels.csv": "file,caption\n1.png,a cat"}, "labels.csv", "--labels none",
@@ -313,6 +366,33 @@ def test_excluded_files_and_folders(tmp_path: Path) -> None:
     assert len(source) == 6
     one = open_source(root, resolution=8, exclude=("pred", "*/dog", "*_mask.png"))
     assert one.classes == ("cat",)
+
+
+@pytest.mark.parametrize("pattern", ["maks", "maks/", "*.gif"])
+def test_a_pattern_without_a_match_is_refused(tmp_path: Path, pattern: str) -> None:
+    root = build(tmp_path / "data", f"{PETS} masks/1.png")
+    with pytest.raises(DataError) as error:
+        open_source(root, resolution=8, exclude=(pattern,))
+    one_line(error, pattern.rstrip("/"), "matches no")
+    assert open_source(root, resolution=8, exclude=("masks/",)).classes == ("cat", "dog")
+
+
+def test_names_in_several_forms(tmp_path: Path) -> None:
+    """Composed and decomposed names are one class; macOS writes zips without the flag for UTF-8."""
+    composed, decomposed = "caf\xe9", "cafe\u0301"
+    root = build(tmp_path / "data", f"train/{composed}/1.png test/{decomposed}/2.png")
+    assert every_kind(root, tmp_path)[0].classes == (composed,)
+    with zipfile.ZipFile(tmp_path / "mac.zip", "w") as archive:
+        for path in root.rglob("*.png"):
+            archive.write(path, path.relative_to(root))
+    data = bytearray((tmp_path / "mac.zip").read_bytes())
+    for magic, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):  # clear the flag of every member
+        position = data.find(magic)
+        while position >= 0:
+            data[position + offset + 1] &= ~8
+            position = data.find(magic, position + 4)
+    (tmp_path / "mac.zip").write_bytes(data)
+    assert open_source(tmp_path / "mac.zip", resolution=8).classes == (composed,)
 
 
 def test_class_folders_in_several_tars(tmp_path: Path) -> None:

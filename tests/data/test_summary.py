@@ -64,7 +64,7 @@ def test_summary_of_a_pack(tmp_path: Path) -> None:
 
 
 def test_summary_names_classes_without_training_images(tmp_path: Path) -> None:
-    rows = ["1.png,0,train", "2.png,2,train", "3.png,1,test"]
+    rows = ["1.png,0,train", "2.png,2,train", "3.png,0,test"]
     for n in (1, 2, 3):
         write(tmp_path / f"src/{n}.png", 8, 8)
     (tmp_path / "src/labels.csv").write_text("\n".join(["file,label,split", *rows]))

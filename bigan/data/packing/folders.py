@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 from bigan.data.packing.listing import MAX_BYTES
-from bigan.data.packing.trees import TOO_LARGE, Tree, is_image, is_label_file, is_skipped
+from bigan.data.packing.trees import MAX_JSON, TOO_LARGE, Tree, is_image, is_label_file, is_skipped
 
 
 def folder_tree(root: Path, first: bool = False) -> Tree:
@@ -51,8 +51,10 @@ def _add_file(tree: Tree, root: Path, path: str, status: os.stat_result) -> None
     regular = stat.S_ISREG(status.st_mode)
     if regular and is_label_file(path):
         tree.label_files[path] = (root / path).read_bytes()
-    elif not (regular and is_image(path)):
+    elif not regular:
         tree.skip(path)
+    elif not is_image(path):
+        tree.skip(path, (root / path).read_bytes if status.st_size < MAX_JSON else None)
     elif status.st_size > MAX_BYTES:
         tree.bad.append((path, TOO_LARGE))
     else:

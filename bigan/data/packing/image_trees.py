@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Literal
 
@@ -44,20 +45,27 @@ def tree_listing(
 
 
 def _listing(tree: Tree, paths: list[str], where: str, name: str, labels: Labels) -> Listing:
-    label_files = tree.label_files if labels == "auto" else {}
-    if tree.skipped[".cls"] and labels == "auto":
-        raise layout.LayoutError(
-            "",
-            "holds .cls files, as an extracted WebDataset does; pack its tars, write one with "
-            "`tar --sort=name`, or ignore them with --labels folders or --labels none",
-        )
-    if label_files:
-        labelled = by_label_files(paths, label_files, where)
+    _check_sidecars(tree, paths, labels)
+    label_files = tree.label_files
+    declared = by_label_files(paths, label_files, where, with_labels=labels == "auto")
+    if labels == "auto" and label_files and declared.classes is not None:
+        labelled = declared
         root, splits = _splits_beside_label_files(tree, paths, labelled, where)
     else:
-        found = layout.understand(paths, tree.folders, need_classes=labels != "none")
-        labelled = _by_folder(None if labels == "none" else found.classes, len(paths))
-        root, splits = found.root, found.splits
+        need_classes = labels != "none"
+        classes: Sequence[str] | None
+        if declared.splits:
+            root, splits = _splits_beside_label_files(tree, paths, declared, where)
+            classes = layout.class_folders(paths, tree.folders) if need_classes else None
+        else:
+            found = layout.understand(paths, tree.folders, need_classes=need_classes)
+            root, splits, classes = found.root, found.splits, found.classes
+        labelled = _by_folder(classes if need_classes else None, len(paths))
+        if declared.splits:  # images that the file does not list stay unusable
+            unlisted = {i: why for i, why in enumerate(declared.labels) if isinstance(why, str)}
+            every = [unlisted.get(i, label) for i, label in enumerate(labelled.labels)]
+            labelled = Labelled(labelled.classes, every, declared.bad)
+    _check_trained(labelled, splits, where)
     good = [i for i, label in enumerate(labelled.labels) if isinstance(label, int)]
     bad = [(paths[i], label) for i, label in enumerate(labelled.labels) if isinstance(label, str)]
     kept = [paths[i] for i in good]
@@ -68,7 +76,7 @@ def _listing(tree: Tree, paths: list[str], where: str, name: str, labels: Labels
     return Listing(
         name=name,
         identity=listing_hash(entries, *(label_files[file] for file in sorted(label_files))),
-        classes=labelled.classes,
+        classes=labelled.classes or (),
         keys=keys,
         labels=tuple(label for label in labelled.labels if isinstance(label, int)),
         original=lambda i: tree.read(kept[i]),
@@ -83,9 +91,34 @@ def _listing(tree: Tree, paths: list[str], where: str, name: str, labels: Labels
 def _by_folder(classes: Sequence[str] | None, num_images: int) -> Labelled:
     if classes is None:
         return Labelled(("all",), [0] * num_images)
-    names = class_order(classes)
+    normalized = [unicodedata.normalize("NFC", name) for name in classes]
+    names = class_order(normalized)
     number = {name: n for n, name in enumerate(names)}
-    return Labelled(names, [number[name] for name in classes])
+    return Labelled(names, [number[name] for name in normalized])
+
+
+def _check_sidecars(tree: Tree, paths: list[str], labels: Labels) -> None:
+    """Raise `LayoutError` for files that label the image of the same name, which are not read."""
+    stems = {path.rpartition(".")[0] for path in paths}
+    if labels == "auto" and (beside := next((s for s in tree.sidecars if s in stems), None)):
+        raise layout.LayoutError(
+            "",
+            f"holds {beside}{tree.sidecars[beside]}, the label of one image, as an extracted "
+            "WebDataset does; pack its tars, or write one with `tar --sort=name` (no dots in names "
+            "but that of the suffix); --labels folders or --labels none ignores these files",
+        )
+
+
+def _check_trained(labelled: Labelled, splits: Sequence[str] | None, where: str) -> None:
+    """Raise `DataError` for a class with images in other splits only."""
+    if splits is None:
+        return
+    pairs = [(n, s) for n, s in zip(labelled.labels, splits, strict=True) if isinstance(n, int)]
+    trained = {label for label, split in pairs if split == "train"}
+    missing = sorted({label for label, _ in pairs} - trained)
+    if missing and labelled.classes:
+        name = labelled.classes[missing[0]]
+        raise DataError(f"{where}: class {name!r} has no images in train; add or remove it")
 
 
 def _splits_beside_label_files(
@@ -104,7 +137,9 @@ def _splits_beside_label_files(
     advice = "correct one of them, remove the label file, or use --labels folders"
     names = set(found.classes or ())
     for path, folder, label in zip(paths, found.classes or (), labelled.labels, strict=False):
-        name = labelled.classes[label] if isinstance(label, int) else folder
+        name = folder
+        if isinstance(label, int) and labelled.classes:
+            name = labelled.classes[label]
         if name != folder and name in names:
             raise DataError(
                 f"{where}/{path}: is in the class folder {folder!r} but has the label {name!r}; "

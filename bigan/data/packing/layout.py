@@ -14,6 +14,7 @@ split may contain such a folder, too ("train/train/cat"). Splits are folders wit
 from __future__ import annotations
 
 import collections
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,12 @@ LAYOUTS = """layouts that bigan knows (below any number of folders without sibli
 see docs/data.md; --exclude NAME leaves out files and folders, --labels none ignores all labels"""
 
 
+CONTENT = {  # names of folders for the kind of a file, not for a class, in lower case
+    "images", "image", "imgs", "img", "jpegimages", "masks", "mask", "annotations", "labels",
+    "label", "gt", "gtfine", "gtcoarse", "leftimg8bit", "groundtruth", "ground_truth", "trimaps",
+    "segmentation", "segmentationclass", "segmentationobject", "input", "inputs", "target",
+    "targets", "depth", "edges",
+}  # fmt: skip
 _SPLIT_ADVICE = (
     "leave out one of them with --exclude, rename the folder, or declare the splits in the column "
     "`split` of labels.csv"
@@ -62,6 +69,17 @@ class Layout:
 def content_folder(paths: Sequence[str], folders: Iterable[str]) -> str:
     """The folder, with its "/", below the folders without siblings; "" without any."""
     return _Index(paths, folders).content("")
+
+
+def class_folders(paths: Sequence[str], folders: Iterable[str]) -> list[str] | None:
+    """The class folder of each image, whatever the names of folders are; None for a flat layout.
+
+    Raises `LayoutError` for images beside class folders and class folders without images.
+    """
+    index = _Index(paths, folders)
+    root = index.content("", past_splits=True)
+    index.check_classes(root)
+    return _all_or_none([_class(path, root) for path in paths])
 
 
 def understand(paths: Sequence[str], folders: Iterable[str], *, need_classes: bool) -> Layout:
@@ -112,9 +130,10 @@ class _Index:
     """Folders by parent; a folder is "" or ends with "/"."""
 
     def __init__(self, paths: Iterable[str], folders: Iterable[str]) -> None:
+        self.paths = list(paths)
         self.loose: dict[str, str] = {}  # folder -> an image directly in it
         self.filled: set[str] = set()  # folders with images below
-        for path in paths:
+        for path in self.paths:
             parent = path[: path.rfind("/") + 1]
             self.loose.setdefault(parent, path.rpartition("/")[2])
             while parent not in self.filled:
@@ -129,11 +148,11 @@ class _Index:
     def inside(self, folder: str) -> list[str]:
         return self.folders.get(folder, [])
 
-    def content(self, folder: str) -> str:
+    def content(self, folder: str, past_splits: bool = False) -> str:
         """`folder`, or the folder below it where the first choice is: siblings, images, splits."""
         while folder not in self.loose and len(self.inside(folder)) == 1:
             name = self.inside(folder)[0]
-            if split_of(name):
+            if split_of(name) and not past_splits:
                 break
             folder = f"{folder}{name}/"
         return folder
@@ -158,7 +177,41 @@ class _Index:
             raise LayoutError(f"{folder}{empty[0]}", f"{known}; {advice}")
         if folder not in self.filled:
             raise LayoutError(folder, known)
+        self._check_meaning(folder, names)
         return names
+
+    def _check_meaning(self, folder: str, names: list[str]) -> None:
+        """Raise `LayoutError` for sibling folders that are no classes: masks, or a level above."""
+        content = [name for name in names if name.lower() in CONTENT]
+        if content and len(names) > 1:
+            stems: dict[str, set[str]] = {name: set() for name in names}
+            for path in self.paths:
+                if path.startswith(folder) and "/" in path.removeprefix(folder):
+                    name, _, inner = path.removeprefix(folder).partition("/")
+                    stems[name].add(inner.rpartition(".")[0])
+            same = (n for n in names if n != content[0] and _overlap(stems[n], stems[content[0]]))
+            other = content[1] if len(content) == len(names) else next(same, "")
+            if other:
+                raise LayoutError(
+                    folder,
+                    f"{content[0]} and {other} look like images and their masks or labels, not "
+                    f"like classes; leave one out, for example with --exclude {other!r}",
+                )
+        below = [self.inside(f"{folder}{name}/") for name in names]
+        first = below[0] if below else []
+        deep = all(f"{folder}{name}/" not in self.loose for name in names)
+        if len(names) > 1 and len(first) > 1 and deep and all(inside == first for inside in below):
+            raise LayoutError(
+                folder,
+                f"{names[0]} and {names[1]} hold the same folders ({first[0]}, {first[1]}), so "
+                "either level may be the class; give one of them, leave others out with --exclude, "
+                "or write labels.csv",
+            )
+
+
+def _overlap(a: set[str], b: set[str]) -> bool:
+    """Whether half of the smaller set is in the other one."""
+    return bool(a and b) and 2 * len(a & b) >= min(len(a), len(b))
 
 
 def _split_folders(index: _Index, folder: str) -> dict[str, Split] | None:
@@ -289,7 +342,7 @@ def _check_trained(pairs: Iterable[tuple[str, str]]) -> None:
     """Raise `LayoutError` for a class of the (class, split) pairs that is not in train."""
     splits: dict[str, set[str]] = collections.defaultdict(set)
     for name, split in pairs:
-        splits[name].add(split)
+        splits[unicodedata.normalize("NFC", name)].add(split)  # macOS decomposes names
     missing = sorted(name for name, found in splits.items() if "train" not in found)
     if missing:
         raise LayoutError("", f"class {missing[0]!r} has no images in train; add or remove it")

@@ -20,11 +20,17 @@ WORDS: dict[str, Split] = {
     "train": "train", "training": "train", "trainset": "train", "trainingset": "train",
     "traindata": "train", "trainval": "train", "trn": "train",
     "val": "val", "valid": "val", "validation": "val", "valset": "val", "validset": "val",
-    "validationset": "val", "valdata": "val", "dev": "val", "devset": "val", "minival": "val",
-    "test": "test", "testing": "test", "testset": "test", "testingset": "test",
+    "validationset": "val", "valdata": "val", "validate": "val", "validating": "val",
+    "dev": "val", "devset": "val", "minival": "val",
+    "test": "test", "testing": "test", "tests": "test", "testset": "test", "testingset": "test",
     "testdata": "test", "tst": "test", "eval": "test", "evaluation": "test", "holdout": "test",
 }  # fmt: skip
 
+# Further words without a boundary: "trainimages", "testdir".
+_COMPOUND = re.compile(
+    "(train|training|val|valid|validation|test|testing)"
+    "(images?|imgs?|dir|folder|files?|data|sets?|split|photos|pics)"
+)
 _BOUNDARY = re.compile(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])")
 
 
@@ -33,8 +39,7 @@ def split_of(name: str) -> Split | None:
 
     "test-dev" is test and "train_val" train; a name of training and test data is of no split.
     """
-    words = (word.lower() for word in _BOUNDARY.split(name))
-    found = {WORDS[word] for word in words if word in WORDS}
+    found = {split for word in _BOUNDARY.split(name) if (split := _of_word(word.lower()))}
     if {"train", "test"} <= found:  # the folder of a complete data set: "train_test_split"
         return None
     return next((split for split in ("test", "train", "val") if split in found), None)
@@ -42,11 +47,19 @@ def split_of(name: str) -> Split | None:
 
 def mentions_splits(name: str) -> bool:
     """Whether a file such as "train.txt" or "train_test_split.csv" may list images of splits."""
-    words = {word.lower() for word in _BOUNDARY.split(name)}
-    return bool(words & {"split", "splits", *WORDS})
+    words = [word.lower() for word in _BOUNDARY.split(name)]
+    return any(word in ("split", "splits") or _of_word(word) for word in words)
 
 
 def other_words(name: str) -> tuple[str, ...]:
     """The words of `name` that declare no split, in lower case: ("seg",) of "seg_train2017"."""
     words = (word.lower() for word in _BOUNDARY.split(name))
-    return tuple(word for word in words if word and word not in WORDS)
+    return tuple(word for word in words if word and _of_word(word) is None)
+
+
+def _of_word(word: str) -> Split | None:
+    """The split of one word in lower case."""
+    if word in WORDS:
+        return WORDS[word]
+    compound = _COMPOUND.fullmatch(word)
+    return WORDS[compound[1]] if compound else None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import json
 import lzma
 import mmap
 import re
@@ -21,10 +20,16 @@ from bigan.data import DataError
 from bigan.data.format.codec import first_line
 from bigan.data.format.tar import BLOCK, Buffer, Member, group_samples, walk_tar
 from bigan.data.packing.listing import MAX_BYTES, read_at, unsafe
-from bigan.data.packing.tar_samples import ARRAYS, JSON_LABELS, LABELS
-from bigan.data.packing.trees import TOO_LARGE, Tree, is_image, is_label_file, is_skipped
-
-_JSON_BYTES = 2**20  # larger files are no labels of one image
+from bigan.data.packing.tar_samples import ARRAYS, LABELS
+from bigan.data.packing.trees import (
+    MAX_JSON,
+    TOO_LARGE,
+    Tree,
+    has_json_label,
+    is_image,
+    is_label_file,
+    is_skipped,
+)
 
 
 def tar_tree(file: Path) -> Tree:
@@ -63,7 +68,7 @@ def _add(tree: Tree, places: dict[str, Member], data: Buffer, member: Member) ->
     elif is_label_file(path):
         tree.label_files[path] = bytes(data[member.offset : member.offset + member.size])
     elif not is_image(path):
-        tree.skip(path)
+        tree.skip(path, lambda: bytes(data[member.offset : member.offset + member.size]))
     elif member.size > MAX_BYTES:
         tree.bad.append((path, TOO_LARGE))
     else:
@@ -112,13 +117,7 @@ def is_webdataset(file: Path) -> bool:
 
 def _has_label(file: Path, member: Member) -> bool:
     """Whether a .json has a label."""
-    if member.size > _JSON_BYTES:
-        return False
-    try:
-        content = json.loads(read_at(file, member.offset, member.size))
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and any(name in content for name in JSON_LABELS)
+    return member.size < MAX_JSON and has_json_label(read_at(file, member.offset, member.size))
 
 
 def _members(file: Path) -> list[Member]:

@@ -10,17 +10,22 @@ from __future__ import annotations
 import collections
 import dataclasses
 import fnmatch
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
+from bigan.data import DataError
 from bigan.data.format.convert import SUFFIXES
 from bigan.data.packing.listing import MAX_BYTES, is_hidden
 from bigan.data.packing.split_names import mentions_splits
+from bigan.data.packing.tar_samples import JSON_LABELS, LABELS
 
 LABEL_FILES = ("labels.csv", "dataset.json", "metadata.csv", "metadata.jsonl")
 TEXTS = {".csv", ".tsv", ".json", ".jsonl", ".txt", ".lst", ".mat", ".parquet"}
+MAX_JSON = 2**20  # bytes of a .json that is read
+NUM_JSON = 8  # .json files that are read
 TOO_LARGE = f"is larger than {MAX_BYTES} bytes"
 
 _SKIPPED = ("__MACOSX", "@eaDir")  # written by macOS and by network disks
@@ -38,6 +43,7 @@ class Tree:
     bad: (path, reason) of images that cannot be read.
     times: (path, time of modification in nanoseconds), of the archive itself for an archive.
     skipped: number of other files by suffix.
+    sidecars: path without suffix -> suffix, of files that would label the image of the same name.
     read: the bytes of an image; thread-safe; raises `BadImageError` or `OSError`.
     """
 
@@ -47,6 +53,7 @@ class Tree:
     bad: list[tuple[str, str]] = field(default_factory=list)
     times: list[tuple[str, int]] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=collections.Counter)
+    sidecars: dict[str, str] = field(default_factory=dict)
     read: Callable[[str], bytes] = lambda path: b""
 
     def add_folders_of(self, path: str) -> None:
@@ -54,15 +61,30 @@ class Tree:
         parts = path.split("/")
         self.folders |= {"/".join(parts[:depth]) for depth in range(1, len(parts))}
 
-    def skip(self, path: str) -> None:
+    def skip(self, path: str, read: Callable[[], bytes] | None = None) -> None:
         """Count a file that is neither an image nor a label file.
 
-        By suffix, or by name if it has none, or may be a list of the images of a split.
+        By suffix, or by name if it has none, or may be a list of the images of a split. `read`
+        returns the content: of the first .json files, to see whether they are labels.
         """
         file = PurePosixPath(path)
         suffix = file.suffix.lower()
+        is_label = suffix.removeprefix(".") in LABELS
+        if suffix == ".json" and read and self.skipped[suffix] < NUM_JSON:
+            is_label = has_json_label(read())
+        if is_label:
+            self.sidecars[path.rpartition(".")[0]] = suffix
         is_list = suffix in TEXTS and mentions_splits(file.stem)
         self.skipped[file.name if is_list or not suffix else suffix] += 1
+
+
+def has_json_label(content: bytes) -> bool:
+    """Whether a .json beside an image has a label."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and any(name in found for name in JSON_LABELS)
 
 
 def is_image(path: str) -> bool:
@@ -83,28 +105,38 @@ def without(tree: Tree, patterns: Sequence[str]) -> Tree:
     """`tree` without the files and folders that match one of the shell patterns.
 
     A pattern is compared with the path and with the name: "masks", "*/masks", "*_small.png". "*"
-    also matches "/". What is in a matching folder is left out, too.
+    also matches "/". What is in a matching folder is left out, too. Raises `DataError` for a
+    pattern that matches neither an image nor a label file nor a folder.
     """
     if not patterns:
         return tree
+    patterns = [pattern.rstrip("/") or pattern for pattern in patterns]
+    used: set[str] = set()
 
     def kept(path: str) -> bool:
         parts = path.split("/")
         prefixes = ("/".join(parts[: n + 1]) for n in range(len(parts)))
-        return not any(
-            fnmatch.fnmatchcase(name, pattern)
+        found = {
+            pattern
             for prefix in prefixes
             for name in (prefix, prefix.rpartition("/")[2])
             for pattern in patterns
-        )
+            if fnmatch.fnmatchcase(name, pattern)
+        }
+        used.update(found)
+        return not found
 
-    return dataclasses.replace(
+    kept_tree = dataclasses.replace(
         tree,
         images={path: entry for path, entry in tree.images.items() if kept(path)},
         folders={path for path in tree.folders if kept(path)},
         label_files={path: text for path, text in tree.label_files.items() if kept(path)},
         bad=[(path, reason) for path, reason in tree.bad if kept(path)],
     )
+    unused = [pattern for pattern in patterns if pattern not in used]
+    if unused:
+        raise DataError(f"--exclude {unused[0]!r}: matches no folder, image or label file")
+    return kept_tree
 
 
 def drawing(where: str, tree: Tree, focus: str = "") -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, first_line
 from bigan.data.packing.listing import MAX_BYTES, unsafe
-from bigan.data.packing.trees import TOO_LARGE, Tree, is_image, is_label_file, is_skipped
+from bigan.data.packing.trees import MAX_JSON, TOO_LARGE, Tree, is_image, is_label_file, is_skipped
 
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
@@ -29,7 +32,8 @@ def zip_tree(file: Path) -> Tree:
             status = file.stat()
             tree.times.append((file.name, status.st_mtime_ns))
             for info in archive.infolist():
-                _add(tree, members, info, status.st_size)
+                read = partial(archive.read, info) if info.file_size < MAX_JSON else None
+                _add(tree, members, info, status.st_size, read)
             for path in [path for path in members if is_label_file(path)]:
                 tree.label_files[path] = archive.read(members.pop(path))
     # zipfile raises NotImplementedError for an unknown compression.
@@ -42,10 +46,14 @@ def zip_tree(file: Path) -> Tree:
 
 
 def _add(
-    tree: Tree, members: dict[str, zipfile.ZipInfo], info: zipfile.ZipInfo, archive_size: int
+    tree: Tree,
+    members: dict[str, zipfile.ZipInfo],
+    info: zipfile.ZipInfo,
+    archive_size: int,
+    read: Callable[[], bytes] | None,
 ) -> None:
     """Add a member to `members` if it is an image or label file, else to `tree`."""
-    name = info.filename.replace("\\", "/")
+    name = _name(info).replace("\\", "/")
     path = "/".join(part for part in name.split("/") if part != ".")
     if not path.strip("/") and info.filename.rstrip("/") in ("", "."):  # the root, "./"
         return
@@ -59,11 +67,19 @@ def _add(
     if path.endswith("/"):
         return
     if not (is_image(path) or is_label_file(path)):
-        tree.skip(path)
+        tree.skip(path, read if not _unusable(info, False, archive_size) else None)
     elif reason := _unusable(info, path in members, archive_size):
         tree.bad.append((path, reason))
     else:
         members[path] = info
+
+
+def _name(info: zipfile.ZipInfo) -> str:
+    """The name of a member. macOS writes UTF-8 without the flag for it: `zipfile` reads cp437."""
+    if not info.flag_bits & 0x800 and not info.filename.isascii():
+        with contextlib.suppress(UnicodeError):
+            return info.filename.encode("cp437").decode()
+    return info.filename
 
 
 def _unusable(info: zipfile.ZipInfo, seen: bool, archive_size: int) -> str:
