@@ -246,7 +246,7 @@ def _add_evaluate(commands: Commands) -> None:
         type=positive,
         metavar="SECONDS",
         help="with --watch: exit with code 1 after this time without a change in the run folder "
-        "(default: wait for ever)",
+        "(default: wait forever)",
     )
 
 

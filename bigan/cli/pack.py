@@ -61,8 +61,9 @@ def add_pack_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `bigan pack`; omitted options have the defaults of `PackOptions`."""
     command.add_argument(
         "source",
-        help="'digits' (built in); a folder or zip of images (class = subfolder, or labels.csv, or "
-        "dataset.json); CIFAR-10/100 or MNIST as downloaded; a folder of WebDataset tars",
+        help="'digits' (built in); a folder, zip or tar of images (class folders, splits, "
+        "labels.csv, metadata.csv, metadata.jsonl or dataset.json); CIFAR-10/100 or MNIST as "
+        "downloaded; WebDataset tars",
     )
     command.add_argument("destination", type=Path, help="folder to write")
     _add_image_options(command.add_argument_group("images", argument_default=argparse.SUPPRESS))

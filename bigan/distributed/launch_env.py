@@ -175,7 +175,7 @@ def requested_engine(environment: Mapping[str, str]) -> str | None:
 
     FSDP means FSDP2 for any `fsdp_version`: version 1 shards flattened parameters, which cannot be
     differentiated twice, as gradient penalties require. Of a DeepSpeed JSON only the ZeRO stage
-    and the optimiser offloading are used.
+    and the optimizer offloading are used.
     """
     if _is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
         return _requested_zero(environment)
@@ -246,7 +246,7 @@ def launch_remarks(environment: Mapping[str, str], precision: str, compiled: str
     path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if _is_true(environment, "ACCELERATE_USE_DEEPSPEED") and path != "none":
         remarks.append(
-            f"of {path} only the ZeRO stage and the optimiser offloading are used; the config sets "
+            f"of {path} only the ZeRO stage and the optimizer offloading are used; the config sets "
             "the rest"
         )
     restarts = environment.get("TORCHELASTIC_MAX_RESTARTS", "0")
@@ -287,9 +287,9 @@ def _requested_zero(environment: Mapping[str, str]) -> str:
     known = ("zero1", "zero2", "zero3", "zero1_offload", "zero2_offload")
     if name not in known or offload not in ("none", "cpu") or offload_parameters != "none":
         raise LaunchError(
-            f"launch environment: ZeRO stage {stage} with the optimiser offloaded to {offload} and "
+            f"launch environment: ZeRO stage {stage} with the optimizer offloaded to {offload} and "
             f"the parameters to {offload_parameters} is not supported; use stages 1 to 3, with "
-            "offloading of the optimiser to cpu at stages 1 and 2"
+            "offloading of the optimizer to cpu at stages 1 and 2"
         )
     return name
 

@@ -11,7 +11,7 @@ family, add its `Config` to the union `AnyModel`.
     Decoder:        forward(z [B, z_dim], labels int64 [B]) -> images [B, C, H, W] in [-1, 1]
 
 Every network has `init_weights(generator: torch.Generator)`. Networks are built on any device,
-including the meta device, and initialised afterwards.
+including the meta device, and initialized afterwards.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ AnyModel = Annotated[
 def build(config: AnyModel, device: torch.device | str = "cpu") -> dict[str, nn.Module]:
     """The networks of `config` by name, in the order of `config.networks`, on `device`.
 
-    Weights are not initialised: call `init_weights` of each network, or load a state dict.
+    Weights are not initialized: call `init_weights` of each network, or load a state dict.
     """
     family = sys.modules[type(config).__module__]
     with torch.device(device):

@@ -3,7 +3,7 @@
 The encoder is their recognition model q(z | x), a normal distribution with diagonal covariance, and
 the decoder the mean of their p(x | z) (section 3 and appendix C). With `conditional` both are also
 given the label. The paper has one hidden layer of 500 units; the convolutional shape is ours.
-Normalisation is by image (Wu & He 2018, arXiv:1803.08494), so that an output depends on its own
+Normalization is by image (Wu & He 2018, arXiv:1803.08494), so that an output depends on its own
 image or latent alone.
 """
 

@@ -23,7 +23,7 @@ class ModelConfig(Frozen):
     and maps are therefore named by nominal resolutions: 4, 8, 16, ...
     """
 
-    # Names of the networks; the family's module defines each class under the capitalised name.
+    # Names of the networks; the family's module defines each class under the capitalized name.
     networks: ClassVar[tuple[str, ...]] = ("generator", "discriminator")
     # Whether networks of increasing resolution share parameters by name (progressive growing).
     can_grow: ClassVar[bool] = False

@@ -168,7 +168,7 @@ class Generator(nn.Module):
         self.config = config
         widths = config.generator_widths
         cond_dim = config.shared_dim + (config.z_chunk if config.hierarchical else 0)
-        # As published, neither spectrally normalised nor orthogonally regularised.
+        # As published, neither spectrally normalized nor orthogonally regularized.
         self.shared = nn.Embedding(config.num_classes, config.shared_dim)
         self.first = SNLinear(config.z_chunk, math.prod(config.base) * widths[0], eps=config.sn_eps)
         self.blocks = nn.ModuleList()

@@ -105,7 +105,7 @@ class Generator(nn.Module):
         self.config = config
         widths, eps = config.generator_widths, config.sn_eps
         cond_dim = config.shared_dim + config.z_dim
-        # As published, neither spectrally normalised nor orthogonally regularised.
+        # As published, neither spectrally normalized nor orthogonally regularized.
         self.shared = nn.Embedding(config.num_classes, config.shared_dim)
         self.first = SNLinear(cond_dim, math.prod(config.base) * widths[0], eps=eps)
         self.blocks = nn.ModuleList()

@@ -152,7 +152,7 @@ class GeneratorBlock(nn.Module):
 class Generator(nn.Module):
     """z [B, z_dim], labels int64 [B] -> images [B, C, H, W], nominally in [-1, 1].
 
-    The image layer is linear, so images are not bounded. z is normalised to a root mean square of
+    The image layer is linear, so images are not bounded. z is normalized to a root mean square of
     1. With `conditional` the one-hot label is concatenated (published code does so before
     normalising; the difference is small, as a label adds 1 to a squared norm of z_dim). Otherwise
     labels have no effect.

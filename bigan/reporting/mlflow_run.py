@@ -79,7 +79,11 @@ def open_run(run_dir: Path, experiment: str, role: Role) -> tuple[Any, Record]:
             tags=tags,
         )
         record = Record(created.info.run_id, _without_credentials(uri), local)
-        record.write(run_dir)
+        try:
+            record.write(run_dir)
+        except OSError:  # the next attempt would create another run
+            client.delete_run(created.info.run_id)
+            raise
     elif (record.uri, record.local) != (_without_credentials(uri), local):  # the folder was moved
         record = replace(record, uri=_without_credentials(uri), local=local)
         record.write(run_dir)

@@ -208,11 +208,6 @@ class MlflowWriter:
                     del self._tags[key]
 
     def _copy_metrics(self) -> None:
-        record = self._record
-        for end, points in _batches(RunFolder(self._run_dir).metrics, record.sent_bytes):
-            self._send_points(points)
-            record.sent_bytes = end
-            record.write(self._run_dir)
         with self._changed:
             points, self._unwritten = self._unwritten, []
         try:
@@ -221,6 +216,11 @@ class MlflowWriter:
             with self._changed:
                 self._unwritten = points + self._unwritten
             raise
+        record = self._record
+        for end, points in _batches(RunFolder(self._run_dir).metrics, record.sent_bytes):
+            self._send_points(points)
+            record.sent_bytes = end
+            record.write(self._run_dir)  # raises on the full disk that the first ones met
 
     def _send_points(self, points: list[_Point]) -> None:
         from mlflow.entities import Metric

@@ -39,8 +39,7 @@ class Tracker:
     only a status that an ended trainer could not deliver.
 
     A full disk (except in `append`) or an unreachable server raises nowhere, and only `close` waits
-    for the server. Use
-    one tracker per role, on rank 0, once config.yaml has been written.
+    for the server. Use one tracker per role, on rank 0, once config.yaml has been written.
     """
 
     def __init__(self, run_dir: Path, config: TrackingConfig, *, role: Role) -> None:

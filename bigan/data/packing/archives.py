@@ -101,8 +101,8 @@ def is_cifar_tar(file: Path) -> bool:
         return False
 
 
-def cifar_tar(file: Path) -> Listing:
-    """CIFAR as downloaded (.tar.gz); nothing is extracted to disk.
+def cifar_tar(file: Path, opener: Callable[[Path], Any] = gzip.open) -> Listing:
+    """CIFAR as downloaded (.tar.gz), opened by `opener`; nothing is extracted to disk.
 
     Raises `DataError` if the file is damaged or contains no CIFAR.
     """
@@ -110,7 +110,7 @@ def cifar_tar(file: Path) -> Listing:
     contents: dict[str, bytes] = {}
     kinds: set[_Cifar] = set()
     try:
-        with gzip.open(file) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as archive:
+        with opener(file) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as archive:
             for member in archive:
                 name = member.name.removeprefix("./")
                 if name in wanted and member.isreg() and member.size <= MAX_BYTES:
@@ -120,7 +120,7 @@ def cifar_tar(file: Path) -> Listing:
                     kinds.add(wanted[name])
             while unzipped.read(2**20):  # the checksum of gzip is at the end
                 pass
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
         raise DataError(
             f"{file}: is a damaged .tar.gz ({first_line(error)}); download it again"
         ) from None

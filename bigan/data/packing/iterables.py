@@ -200,7 +200,10 @@ def _to_image(value: Any, max_pixels: int | None) -> Image.Image:
     if isinstance(value, bytes | bytearray | memoryview):
         return decode_any(bytes(value), True, max_pixels)
     if hasattr(value, "detach"):  # a torch tensor
-        value = value.detach().cpu().numpy()
+        try:
+            value = value.detach().cpu().numpy()
+        except TypeError as error:  # bfloat16
+            raise BadImageError(f"cannot be an array ({first_line(error)})") from error
         if value.ndim == 3 and value.shape[0] in MODES and value.shape[2] not in MODES:
             value = value.transpose(1, 2, 0)
     if not isinstance(value, np.ndarray | Image.Image):

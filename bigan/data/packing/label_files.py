@@ -6,6 +6,7 @@ labels are those in label files, and every image needs one.
 
 from __future__ import annotations
 
+import bisect
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class _Written:
 def by_label_files(
     paths: Sequence[str], files: Mapping[str, bytes], where: str, with_labels: bool = True
 ) -> Labelled:
-    """The labels of the images `paths` in the label `files`, by path in the same tree.
+    """The labels of the images `paths`, sorted by parts, in the label `files` of the same tree.
 
     An entry names an image by its path relative to the label file, or to the folder without
     siblings below it that the images are in; the suffix may be omitted if the image is unambiguous.
@@ -169,13 +170,27 @@ class _Inside:
 
     def __init__(self, file: str, paths: Sequence[str]) -> None:
         folder = file[: file.rfind("/") + 1]
-        numbers = [i for i, path in enumerate(paths) if path.startswith(folder)]
+        numbers = _below(folder, paths)
         self.names = [paths[i].removeprefix(folder) for i in numbers]
         self.find = _finder(self.names, numbers)
 
     def has(self, name: str) -> bool:
         """Whether `name` is that of an image here."""
         return bool(self.find(name))
+
+
+def _below(folder: str, paths: Sequence[str]) -> Sequence[int]:
+    """The numbers of the `paths`, which are sorted by their parts, in `folder`."""
+
+    def parts(path: str) -> list[str]:
+        return path.split("/")
+
+    if not folder:
+        return range(len(paths))
+    names = folder.split("/")[:-1]
+    first = bisect.bisect_left(paths, names, key=parts)
+    behind = bisect.bisect_left(paths, [*names[:-1], f"{names[-1]}\0"], key=parts)
+    return range(first, behind)
 
 
 def _finder(names: Sequence[str], numbers: Sequence[int]) -> Callable[[str], list[int]]:

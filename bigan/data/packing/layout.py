@@ -22,7 +22,7 @@ from bigan.data import DataError
 from bigan.data.format.convert import SUFFIXES
 from bigan.data.packing.split_names import Split, other_words, split_of
 
-LAYOUTS = """layouts that bigan knows (below any number of folders without siblings):
+LAYOUTS = """supported layouts (folders that are the only entry of their parent are skipped):
   IMAGES                 one class
   CLASS/IMAGES           class = folder
   SPLIT/IMAGES           SPLIT: train, val, test and similar names

@@ -241,7 +241,7 @@ def _find_in_file(path: Path, options: PackOptions, scratch: Path | None) -> Lis
     kind = compression.by_content(head)
     if kind and kind.open:
         if archives.is_cifar_tar(path):
-            return archives.cifar_tar(path)
+            return archives.cifar_tar(path, kind.open)
         if scratch is None:
             raise DataError(f"{path}: needs a scratch file for the decompressed archive")
         return _find_in_tar(tar_trees.decompressed(path, kind.open, scratch), name, options, path)
