@@ -165,9 +165,14 @@ def record(folder: RunFolder, changes: Sequence[Change], images_seen: int, attem
         if not any(entry.items() <= known.items() for known in history[-len(changes) :]):
             history.append({**entry, "attempt": attempt, "time": round(time.time(), 3)})
     if changes:
-        text = "".join(json.dumps(entry) + "\n" for entry in history)
-        atomic_files.write_atomic(folder.config_history, text)
+        write_history(folder, history)
     return history
+
+
+def write_history(folder: RunFolder, history: History) -> None:
+    """Replace the history of a run."""
+    text = "".join(json.dumps(entry) + "\n" for entry in history)
+    atomic_files.write_atomic(folder.config_history, text)
 
 
 def is_superseded(change: Change, history: Sequence[Mapping[str, Any]]) -> bool:

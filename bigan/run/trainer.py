@@ -122,7 +122,7 @@ def run_attempt(
         tracker = (
             Tracker(config.run_dir, config.tracking, role="train") if world.is_rank_0 else None
         )
-        artifacts = Artifacts(state, tracker, lock)
+        artifacts = Artifacts(state, tracker, lock, history)
         status: Status | None = "FAILED"
         try:
             if tracker:
@@ -306,6 +306,8 @@ class Loop:
         )
         if agreed["taken_over"]:
             self.artifacts.give_way()
+        if self.world.is_rank_0:
+            self.artifacts.restore_folder()
         if agreed["halted_at"] >= 0:
             saver.finish()  # the last sound state is kept
             on_rank_0(self.world, partial(give_up, state, int(agreed["halted_at"]), means))
