@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from bigan import atomic_files, checkpoint
 from bigan import config as configs
-from bigan.checkpoint import Progress
+from bigan.checkpoint import Progress, snapshots
 from bigan.config import ConfigError
 from bigan.distributed import signals
-from bigan.reporting.tracker import environment
+from bigan.reporting.tracker import environment, read_metrics
 from bigan.run import changes
 from bigan.run.changes import Change, History
 from bigan.run_config import IMAGES, RunConfig, load_config
@@ -164,6 +164,27 @@ def remarks(plan: Plan, history: History) -> list[str]:
             for key in plan.superseded
         ),
     ]
+
+
+def without_checkpoint(run_dir: Path) -> list[str]:
+    """A line if a run without a checkpoint has metrics or snapshots: they were deleted."""
+    seen = [record["images_seen"] for record in read_metrics(run_dir)]
+    last = max([*seen, *(int(path.name) for path in snapshots.find(run_dir))], default=0)
+    if not last:
+        return []
+    return [
+        f"{RunFolder(run_dir).checkpoints}: no checkpoint, although metrics or snapshots go to "
+        f"images_seen = {last}: starting again from 0"
+    ]
+
+
+def refuse_changes(config: RunConfig, plan: Plan, images_seen: int) -> None:
+    """Raises `ConfigError` if `--allow-change` names changes of a complete run."""
+    if plan.changes:
+        raise ConfigError(
+            f"--allow-change {plan.changes[0].key}: {config.run_dir} is complete at images_seen = "
+            f"{images_seen}; nothing was changed; raise train.total_images in the same command"
+        )
 
 
 def finish(config: RunConfig, images_seen: int) -> None:

@@ -123,6 +123,18 @@ def test_no_intact_checkpoint_is_one_error_that_changes_nothing(
     assert sorted(p for p in config.run_dir.rglob("*")) == before
 
 
+def test_deleted_checkpoints_are_reported(make_config: MakeConfig, finished: Path) -> None:
+    config = make_config(*SAVES)
+    shutil.copytree(finished, config.run_dir)
+    shutil.rmtree(config.run_dir / "checkpoints")
+    lines = resumed(config)
+    (line,) = [line for line in lines if str(config.run_dir / "checkpoints") in line]
+    assert "images_seen = 400" in line
+    newest = checkpoint.latest(config.run_dir)
+    assert newest is not None
+    assert newest.name == "400"
+
+
 def test_another_model_or_an_unreadable_file_is_no_damage(
     make_config: MakeConfig, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
