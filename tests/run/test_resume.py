@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,10 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
+def corrected(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "truncated": lambda folder: (folder / PART).write_bytes((folder / PART).read_bytes()[:999]),
     "empty": lambda folder: (folder / PART).write_bytes(b""),
@@ -35,6 +40,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "flipped": lambda folder: flip(folder / PART),
     "zeroed": lambda folder: (folder / PART).write_bytes(bytes((folder / PART).stat().st_size)),
     "progress": lambda folder: (folder / "progress.json").write_text("{"),
+    "format": lambda folder: corrected(folder / "progress.json", format="1"),
     "no progress": lambda folder: (folder / "progress.json").unlink(),
 }
 
