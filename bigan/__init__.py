@@ -11,7 +11,6 @@ heavy is imported before a function needs it.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,10 +34,17 @@ __all__ = [
     "train",
 ]
 
-try:
-    __version__ = importlib.metadata.version("bigan")
-except importlib.metadata.PackageNotFoundError:  # a source tree that is not installed
-    __version__ = "0+unknown"
+
+def __getattr__(name: str) -> str:
+    """`__version__`, read from the installed package when it is asked for."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("bigan")
+    except importlib.metadata.PackageNotFoundError:  # a source tree that is not installed
+        return "0+unknown"
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:

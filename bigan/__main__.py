@@ -14,7 +14,7 @@ def _interrupt(number: int, frame: types.FrameType | None) -> None:
     """SIGINT: exit at once during an import, where nothing has to be cleaned up."""
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0":
                 os.write(2, b"bigan: interrupted\n")
             os._exit(128 + number)
         frame = frame.f_back

@@ -8,6 +8,7 @@ the packages that use them.
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import re
 import types
@@ -171,6 +172,13 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def _apply_override(data: dict[str, Any], override: str) -> str:
     key, equals, text = override.partition("=")
     key = key.strip()
+    parts = key.split(".")
+    if equals and parts[0].isidentifier() and any(part.isdecimal() for part in parts[1:]):
+        section = ".".join(itertools.takewhile(str.isidentifier, parts))
+        raise ConfigError(
+            f"command line: {override!r}: an item of a list cannot be set by its number; give the "
+            f"whole list, {section}=[...]"
+        )
     if not equals or not all(part.isidentifier() for part in key.split(".")):
         raise ConfigError(
             f"command line: {override!r} is not an override; write key.path=value, "

@@ -114,7 +114,10 @@ def _nearest(size: ImageSize, least: int, most: int) -> list[ImageSize]:
 def _bases_near(height: float, width: float) -> list[tuple[int, int]]:
     """Bases with sides next to these; squares if these are equal."""
     rows, columns = (
-        {min(max(math.floor(x) + i, MIN_BASE), MAX_BASE) for i in (-1, 0, 1, 2)}
+        {
+            min(max(math.floor(min(max(x, MIN_BASE), MAX_BASE)) + i, MIN_BASE), MAX_BASE)
+            for i in (-1, 0, 1, 2)
+        }
         for x in (height, width)
     )
     if height == width:

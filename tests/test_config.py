@@ -60,6 +60,7 @@ def test_overrides_change_nested_values() -> None:
             ["objective.penalties.0.name = 'r3'", "r1"],
         ),
         ("data={images: {path: x, blok: 3}}", ["data.images.blok = 3", "'data.images.block'"]),
+        ("objective.penalties.0.weight=2", ["whole list, objective.penalties=["]),
         ("objective.name=gna", ["objective.name = 'gna'", "did you mean 'gan'"]),
         ("optimizer.generator.name=adamm", ["optimizer.generator.name = 'adamm'", "'adam'"]),
     ],

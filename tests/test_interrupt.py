@@ -92,3 +92,16 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(digits: Path, tmp_path: Pat
 def test_the_command_line_imports_nothing_heavy() -> None:
     code = "import bigan.cli.main, sys; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=environment()).returncode == 0
+
+
+def test_little_is_imported_before_ctrl_c_is_handled() -> None:
+    """`python -m bigan` imports the package first."""
+    script = "import sys; old = set(sys.modules); import bigan; print(*set(sys.modules) - old)"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not {"importlib.metadata", "email", "pydantic", "yaml"} & set(done.stdout.split())

@@ -84,6 +84,8 @@ def read_record(folder: Path) -> tuple[Progress, list[PartChecksum]]:
     try:
         record = json.loads(path.read_text())
         version = record.pop("format")
+        if type(version) is not int:
+            raise TypeError(f"format = {version!r} is not a number")
         if version == FORMAT:
             parts = [PartChecksum(**part) for part in record.pop("parts")]
             progress = Progress(**record)

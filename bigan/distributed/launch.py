@@ -21,11 +21,13 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from bigan.config import leaves
 from bigan.distributed.launch_env import (
+    LAUNCHER,
     check_devices,
     check_launch,
     chosen_engine,
     from_slurm,
     launch_remarks,
+    set_variables,
 )
 from bigan.distributed.rendezvous import Place, meet
 from bigan.distributed.world import World, broadcast, on_all_ranks
@@ -39,6 +41,7 @@ __all__ = [
     "disconnect",
     "launch_remarks",
     "program",
+    "set_variables",
 ]
 
 # Accelerate would create plugins from these variables: FSDP or DeepSpeed (which imports
@@ -67,8 +70,11 @@ def connect(timeout_seconds: float, join_seconds: float | None = None) -> tuple[
     Removes the launcher's variables about the engine from `os.environ`; copy it before the call,
     for `chosen_engine` and `launch_remarks`.
     """
-    check_launch(os.environ)
-    joined = from_slurm(os.environ)
+    for name in LAUNCHER - set_variables(os.environ).keys():
+        os.environ.pop(name, None)  # empty, as by `docker run -e RANK=`
+    environment = set_variables(os.environ)
+    check_launch(environment)
+    joined = from_slurm(environment)
     if joined:
         _require_known(joined["MASTER_ADDR"])
         if torch.cuda.device_count() == 1:  # srun --gpus-per-task=1: a task sees only its GPU

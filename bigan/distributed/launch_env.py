@@ -28,9 +28,20 @@ MPI = {
     "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
     "JSM_NAMESPACE_SIZE": "JSM_NAMESPACE_RANK",
 }
+# Of any launcher; accelerate reads them, too, and fails at an empty one.
+LAUNCHER = {
+    *RANKS, *ADDRESS, *MPI, *MPI.values(), "LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "MPI_LOCALRANKID",
+    "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+}  # fmt: skip
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our name: Accelerate's
 
 FIRST_PORT, NUM_PORTS = 20_000, 12_000  # below 32768, the first ephemeral port of Linux
+
+
+def set_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without empty variables, which containers and scripts leave: not set."""
+    return {name: value for name, value in environment.items() if value}
 
 
 def check_launch(environment: Mapping[str, str]) -> None:

@@ -28,6 +28,7 @@ from bigan.distributed.launch import (
     connect,
     launch_remarks,
     program,
+    set_variables,
 )
 from bigan.distributed.wait_times import WaitTimer
 from bigan.distributed.world import all_ranks_agree, on_all_ranks, sum_over_ranks
@@ -96,7 +97,7 @@ class Engine:
 
     def __init__(self, config: RunConfig, echo: Echo) -> None:
         require_supported(config.engine)
-        environment = dict(os.environ)
+        environment = set_variables(os.environ)
         self._accelerator, self.world = connect(config.train.collective_timeout_seconds)
         set_float32(config.precision)
         size = self.world.size

@@ -96,6 +96,11 @@ class Config(ModelConfig):
                 "conditional: there are no labels to condition on, num_classes = 1; "
                 "use conditional=false"
             )
+        if self.discriminator_mapping_layers is not None and not self.conditional:
+            raise ValueError(
+                "discriminator_mapping_layers: only a conditional discriminator has a mapping; "
+                "leave it out, or use conditional=true"
+            )
         if self.channels_at(self.nominal_resolution) == 0:
             raise ValueError(
                 f"channel_base = {self.channel_base} leaves no channel at {shown(self.resolution)} "

@@ -6,6 +6,7 @@ rank writes its part in the background.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 from bigan import checkpoint
@@ -15,6 +16,7 @@ from bigan.errors import RunError
 from bigan.reporting import image_grids, plots
 from bigan.reporting.tracker import Tracker
 from bigan.run import folder, sample_grids
+from bigan.run.changes import History
 from bigan.run.lock import RunLock, TakenOverError
 from bigan.run.standing_statistics import collect_standing_statistics
 from bigan.run.state import TrainState
@@ -25,12 +27,17 @@ class Artifacts:
     """The files of one attempt of a run. `tracker` and `lock` are None on all ranks but rank 0."""
 
     def __init__(
-        self, state: TrainState, tracker: Tracker | None, lock: RunLock | None = None
+        self,
+        state: TrainState,
+        tracker: Tracker | None,
+        lock: RunLock | None = None,
+        history: History | None = None,
     ) -> None:
         config = state.config
         self._state = state
         self._tracker = tracker
         self._lock = lock
+        self._history = history or []  # of changed settings
         self._folder = RunFolder(config.run_dir)
         self.saver = Saver(
             config.run_dir,
@@ -80,6 +87,15 @@ class Artifacts:
             f"images_seen = {self._state.progress.images_seen} without writing"
         )
         raise reported_by_rank_0(self._state.world, error)
+
+    def restore_folder(self) -> None:
+        """Write config.yaml again if somebody deleted it or the run folder; on rank 0."""
+        with contextlib.suppress(OSError):  # tried again at the next tick
+            if folder.restore(self._state.run_config, self._history):
+                self._state.engine.echo(
+                    f"{self._folder.config}: was deleted while the run trains, and is written "
+                    f"again; training continues (to end it: touch {self._folder.stop})"
+                )
 
     def close(self) -> None:
         """Wait for the pending save; raises `RunError` if the newest state is not on disk."""

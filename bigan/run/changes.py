@@ -20,6 +20,7 @@ from typing import Any
 
 from bigan import atomic_files
 from bigan import config as configs
+from bigan.config import ConfigError
 from bigan.run_config import RunConfig
 from bigan.run_folder import RunFolder
 
@@ -145,12 +146,30 @@ def _without_lr(levels: Sequence[Mapping[str, Any]] | None) -> list[dict[str, An
 
 
 def read_history(folder: RunFolder) -> History:
-    """The changes of a run, oldest first."""
+    """The changes of a run, oldest first. Raises `ConfigError` for a damaged line."""
     try:
-        lines = folder.config_history.read_text().splitlines()
+        lines = folder.config_history.read_bytes().splitlines()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines]
+    return [_entry(folder, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _entry(folder: RunFolder, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        entry = None
+    if (
+        not isinstance(entry, dict)
+        or not {"images_seen", "key", "old", "new"} <= entry.keys()
+        or not isinstance(entry["key"], str)
+    ):
+        raise ConfigError(
+            f"{folder.config_history}, line {number}: is damaged, not a change of a setting; "
+            "restore the file from a backup, or delete the line and name its change again "
+            "(--allow-change KEY=VALUE)"
+        )
+    return entry
 
 
 def record(folder: RunFolder, changes: Sequence[Change], images_seen: int, attempt: int) -> History:
@@ -165,9 +184,14 @@ def record(folder: RunFolder, changes: Sequence[Change], images_seen: int, attem
         if not any(entry.items() <= known.items() for known in history[-len(changes) :]):
             history.append({**entry, "attempt": attempt, "time": round(time.time(), 3)})
     if changes:
-        text = "".join(json.dumps(entry) + "\n" for entry in history)
-        atomic_files.write_atomic(folder.config_history, text)
+        write_history(folder, history)
     return history
+
+
+def write_history(folder: RunFolder, history: History) -> None:
+    """Replace the history of a run."""
+    text = "".join(json.dumps(entry) + "\n" for entry in history)
+    atomic_files.write_atomic(folder.config_history, text)
 
 
 def is_superseded(change: Change, history: Sequence[Mapping[str, Any]]) -> bool:
@@ -189,6 +213,8 @@ def with_values_of(config: RunConfig, run: Mapping[str, Any], keys: Sequence[str
     """`config` with the settings `keys` of the plain settings `run`."""
     if not keys:
         return config
+    if "train.batchnorm" in keys and config.train.micro_batch is None:
+        keys = [*keys, "train.micro_batch"]  # batchnorm=local is invalid without
     settings = config.model_dump(mode="json")
     for key in keys:
         *parents, leaf = key.split(".")

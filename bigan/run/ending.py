@@ -36,12 +36,14 @@ def give_up(state: TrainState, images_seen: int, means: dict[str, float]) -> Non
             f"{what}there is no checkpoint yet; with another run_dir, try a lower learning rate"
             f"{', precision=fp32' if lower else ''}, or a penalty"
         )
-    phases = [name for name in state.optimizers if any(f"/{name}/" in key for key in names)]
-    phase = next(iter(phases or state.optimizers))
-    lr = config.optimizer[phase].lr / 2
+    # Of all phases: the network that diverged need not be that of the first non-finite loss.
+    options = [
+        f"--allow-change optimizer.{name}.lr={settings.lr / 2:g}"
+        for name, settings in config.optimizer.items()
+    ]
+    options += ["--allow-change precision=fp32"] if lower else []
     raise NonFiniteError(
-        f"{what}the last checkpoint {newest} is intact; to continue from it, add a change to the "
-        f"same command: --allow-change optimizer.{phase}.lr={lr:g}"
-        f"{', --allow-change precision=fp32' if lower else ''}, or another (docs/runs.md); "
+        f"{what}the last checkpoint {newest} is intact; to continue from it, add changes to the "
+        f"same command: {' '.join(options)}, or others (docs/runs.md); "
         "collapse.action=rollback lowers the learning rates by itself"
     )

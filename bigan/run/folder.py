@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bigan import atomic_files
+from bigan import atomic_files, checkpoint
 from bigan import config as configs
-from bigan.checkpoint import Progress
+from bigan.checkpoint import Progress, snapshots
 from bigan.config import ConfigError
 from bigan.distributed import signals
-from bigan.reporting.tracker import environment
+from bigan.reporting.tracker import environment, read_metrics
 from bigan.run import changes
 from bigan.run.changes import Change, History
 from bigan.run_config import IMAGES, RunConfig, load_config
@@ -35,11 +35,22 @@ NEW = Plan(False, {}, (), ())
 def require_usable(folder: Path) -> None:
     """Raises `ConfigError` unless the folder can be that of a run; changes nothing on disk."""
     _require_writable(folder)
-    if RunFolder(folder).config.exists() or not folder.exists():
+    run = RunFolder(folder)
+    for path in (run.checkpoints, run.snapshots, run.samples):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{path}: is a file, not a folder; move it, or use another run_dir")
+    if run.config.exists() or not folder.exists():
         return
+    found = checkpoint.newest_first(folder)
+    if found:
+        copies = sorted(run.snapshots.glob("*/config.yaml"), key=_number)
+        copy = f"; {copies[-1]} is a copy" if copies else ""
+        raise ConfigError(
+            f"{run.config}: is missing, but the folder has the checkpoint "
+            f"{found[0].name}{copy}; restore the file to resume, or use another run_dir"
+        )
     # A killed first start leaves at most its lock and a temporary file.
-    lock = RunFolder(folder).lock.name
-    if any(p.name != lock and not p.name.endswith(".tmp") for p in folder.iterdir()):
+    if any(p.name != run.lock.name and not p.name.endswith(".tmp") for p in folder.iterdir()):
         raise ConfigError(
             f"{folder}: not empty and not a run (no config.yaml in it); use another run_dir"
         )
@@ -110,15 +121,37 @@ def prepare(
     for path in (folder.config, folder.environment):  # an evaluator may be writing other files
         atomic_files.remove_leftovers(folder.path, path.name)
     history = changes.record(folder, changed, progress.images_seen, progress.attempt)
-    atomic_files.write_atomic(folder.config, configs.dump(config))
+    _describe(config)
     for path in (folder.checkpoints, folder.snapshots, folder.samples):
-        path.mkdir(exist_ok=True)
         atomic_files.remove_leftovers(path)
-    record = json.dumps(environment(), indent=2, sort_keys=True) + "\n"
-    atomic_files.write_atomic(folder.environment, record)
     folder.done.unlink(missing_ok=True)
     signals.clear_markers(folder.path)
     return history
+
+
+def restore(config: RunConfig, history: History) -> bool:
+    """Write what resuming needs again if config.yaml is missing; returns whether it was.
+
+    Somebody deleted it, or the whole folder, while the run trains. Raises OSError.
+    """
+    folder = RunFolder(config.run_dir)
+    if folder.config.exists():
+        return False
+    folder.path.mkdir(parents=True, exist_ok=True)
+    if history and not folder.config_history.exists():
+        changes.write_history(folder, history)
+    _describe(config)
+    return True
+
+
+def _describe(config: RunConfig) -> None:
+    """Write config.yaml and environment.json, and make the folders of a run."""
+    folder = RunFolder(config.run_dir)
+    atomic_files.write_atomic(folder.config, configs.dump(config))
+    for path in (folder.checkpoints, folder.snapshots, folder.samples):
+        path.mkdir(exist_ok=True)
+    record = json.dumps(environment(), indent=2, sort_keys=True) + "\n"
+    atomic_files.write_atomic(folder.environment, record)
 
 
 def remarks(plan: Plan, history: History) -> list[str]:
@@ -133,9 +166,34 @@ def remarks(plan: Plan, history: History) -> list[str]:
     ]
 
 
+def without_checkpoint(run_dir: Path) -> list[str]:
+    """A line if a run without a checkpoint has metrics or snapshots: they were deleted."""
+    seen = [record["images_seen"] for record in read_metrics(run_dir)]
+    last = max([*seen, *(int(path.name) for path in snapshots.find(run_dir))], default=0)
+    if not last:
+        return []
+    return [
+        f"{RunFolder(run_dir).checkpoints}: no checkpoint, although metrics or snapshots go to "
+        f"images_seen = {last}: starting again from 0"
+    ]
+
+
+def refuse_changes(config: RunConfig, plan: Plan, images_seen: int) -> None:
+    """Raises `ConfigError` if `--allow-change` names changes of a complete run."""
+    if plan.changes:
+        raise ConfigError(
+            f"--allow-change {plan.changes[0].key}: {config.run_dir} is complete at images_seen = "
+            f"{images_seen}; nothing was changed; raise train.total_images in the same command"
+        )
+
+
 def finish(config: RunConfig, images_seen: int) -> None:
     """Mark the run as complete; call on rank 0 after everything else has been written."""
     atomic_files.write_atomic(RunFolder(config.run_dir).done, f"{images_seen}\n")
+
+
+def _number(copy: Path) -> int:
+    return int(copy.parent.name) if copy.parent.name.isdecimal() else -1
 
 
 def _require_writable(folder: Path) -> None:

@@ -77,9 +77,16 @@ class Owner:
     def read(cls, text: bytes) -> Owner | None:
         """The owner in the content of a LOCK; None if it is empty or not valid."""
         try:
-            return cls(**json.loads(text))
+            owner = cls(**json.loads(text))
         except (ValueError, TypeError):
             return None
+        numbers = [
+            owner.pid,
+            *(owner.attempts.values() if type(owner.attempts) is dict else [None]),
+        ]
+        texts = (owner.host, owner.scope, owner.boot, owner.born, owner.since, owner.token)
+        valid = all(type(n) is int for n in numbers) and all(type(t) is str for t in texts)
+        return owner if valid else None
 
     def __str__(self) -> str:
         jobs = "".join(f", {name}" for name in self.attempts if name.startswith("SLURM"))
@@ -300,11 +307,17 @@ def _attempts(environment: Mapping[str, str]) -> dict[str, int]:
     found = {}
     job = environment.get("SLURM_JOB_ID")
     if job:
-        found[f"SLURM job {job}"] = int(environment.get("SLURM_RESTART_COUNT") or 0)
-    launch = environment.get("TORCHELASTIC_RUN_ID", "none")
+        found[f"SLURM job {job}"] = _count(environment, "SLURM_RESTART_COUNT")
+    launch = environment.get("TORCHELASTIC_RUN_ID") or "none"
     if launch != "none":  # of static rendezvous: the same for every launch
-        found[f"launch {launch}"] = int(environment.get("TORCHELASTIC_RESTART_COUNT") or 0)
+        found[f"launch {launch}"] = _count(environment, "TORCHELASTIC_RESTART_COUNT")
     return found
+
+
+def _count(environment: Mapping[str, str], name: str) -> int:
+    """A number of restarts; 0 if it is not set or not a number."""
+    text = environment.get(name, "")
+    return int(text) if text.isdecimal() else 0
 
 
 @functools.cache

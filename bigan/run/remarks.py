@@ -9,6 +9,7 @@ from bigan.data.packing.index_in_place import understood
 from bigan.data.streaming import resampled
 from bigan.data.streaming.dataset import open_manifest
 from bigan.layers.batchnorm import normalization_layers
+from bigan.layers.spectral import spectral_layers
 from bigan.run.state import TrainState
 
 
@@ -19,6 +20,7 @@ def remarks(state: TrainState) -> list[str]:
         *_existing_shards(state),
         *_unused_streams(state),
         *_batchnorm(state),
+        *_power_iterations(state),
         *state.objective.remarks(),
         *_optimizers(state),
         *_lengths(state),
@@ -50,6 +52,8 @@ def _unused_streams(state: TrainState) -> list[str]:
 def _batchnorm(state: TrainState) -> list[str]:
     """Number of images in the statistics of BatchNorm, and whether a resume changes it."""
     if not any(normalization_layers(network) for network in state.networks.values()):
+        if state.config.train.batchnorm == "local":
+            return ["train.batchnorm=local has no effect: no network has BatchNorm"]
         return []
     train, lines = state.config.train, []
     joined, former = state.progress.forward_images, state.former_forward_images
@@ -65,6 +69,15 @@ def _batchnorm(state: TrainState) -> list[str]:
             f"training ({keep})"
         )
     return lines
+
+
+def _power_iterations(state: TrainState) -> list[str]:
+    """Power iterations without a layer that uses them."""
+    num = state.config.train.power_iterations
+    modules = [*state.networks.values(), *state.objective.phases.values()]
+    if num == 1 or any(any(spectral_layers(module)) for module in modules):
+        return []
+    return [f"train.power_iterations={num} has no effect: no network has spectral normalization"]
 
 
 def _optimizers(state: TrainState) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from bigan import checkpoint
 from bigan.checkpoint import DamagedError
 from bigan.distributed.world import on_rank_0
+from bigan.run import folder as folders
 from bigan.run.state import TrainState
 
 
@@ -42,6 +43,8 @@ def resume_newest(state: TrainState, run_dir: Path) -> Path | None:
             f"{damaged[0][1]}{others}: there is no checkpoint to resume from; restore one from a "
             "backup, or use another run_dir for a new run"
         )
+    for line in on_rank_0(state.world, lambda: folders.without_checkpoint(run_dir)):
+        state.engine.echo(line)
     return None
 
 

@@ -98,7 +98,7 @@ def _train(
         progress = state.progress
         echo(f"resuming {config.run_dir} at images_seen = {progress.images_seen}")
         if progress.images_seen >= total:
-            on_rank_0(world, lambda: finish_again(state))
+            on_rank_0(world, lambda: finish_again(state, plan))
             echo(f"{config.run_dir}: already complete at images_seen = {progress.images_seen}")
             return 0
     return run_attempt(state, plan, on_tick, stop, lock)
@@ -122,7 +122,7 @@ def run_attempt(
         tracker = (
             Tracker(config.run_dir, config.tracking, role="train") if world.is_rank_0 else None
         )
-        artifacts = Artifacts(state, tracker, lock)
+        artifacts = Artifacts(state, tracker, lock, history)
         status: Status | None = "FAILED"
         try:
             if tracker:
@@ -306,6 +306,8 @@ class Loop:
         )
         if agreed["taken_over"]:
             self.artifacts.give_way()
+        if self.world.is_rank_0:
+            self.artifacts.restore_folder()
         if agreed["halted_at"] >= 0:
             saver.finish()  # the last sound state is kept
             on_rank_0(self.world, partial(give_up, state, int(agreed["halted_at"]), means))
@@ -384,8 +386,12 @@ def log_changes(
     tracker.log_tags({f"changed.{key}": line for key, line in changes.describe(history).items()})
 
 
-def finish_again(state: TrainState) -> None:
-    """Finish a run that was killed after its last checkpoint, and send missing metrics."""
+def finish_again(state: TrainState, plan: folder.Plan) -> None:
+    """Finish a run that was killed after its last checkpoint, and send missing metrics.
+
+    Raises `ConfigError` if settings were to change, which would have no effect.
+    """
+    folder.refuse_changes(state.run_config, plan, state.progress.images_seen)
     tracker = Tracker(state.config.run_dir, state.config.tracking, role="train")
     Artifacts(state, tracker).finish()
     tracker.close("FINISHED")

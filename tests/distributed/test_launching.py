@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from commands import environment, free_port
 
-from bigan.distributed.launch import check_same_program, program
+from bigan.distributed.launch import check_same_program, connect, program
 from bigan.distributed.launch_env import (
     FIRST_PORT,
+    LAUNCHER,
     NUM_PORTS,
     check_devices,
     check_launch,
@@ -24,6 +25,7 @@ from bigan.distributed.launch_env import (
     from_slurm,
     launch_remarks,
     requested_engine,
+    set_variables,
 )
 from bigan.distributed.world import World
 from bigan.errors import LaunchError
@@ -273,6 +275,19 @@ def test_launches_of_unconnected_processes_are_refused() -> None:
         check_launch(TASK | accelerate)
     with pytest.raises(LaunchError, match="Megatron-LM"):
         check_launch({"ACCELERATE_USE_MEGATRON_LM": "true", "WORLD_SIZE": "2"})
+
+
+def test_empty_variables_are_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `docker run -e WORLD_SIZE=` leaves them."""
+    slurm = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST")
+    others = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_MAX_RESTARTS")
+    for name in (*LAUNCHER, *slurm, *others):
+        monkeypatch.setenv(name, "")
+    found = set_variables(os.environ)
+    _, world = connect(60)
+    assert world.size == 1
+    assert chosen_engine("auto", found, world.size) == "single"
+    assert launch_remarks(found, "fp32", "auto") == []
 
 
 def test_more_processes_than_gpus_are_refused() -> None:

@@ -148,6 +148,10 @@ FAMILIES = {
             ({"style_mixing": 1.5}, "style_mixing = 1.5"),
             ({"mapping_layers": 0}, "mapping_layers = 0"),
             ({"discriminator_mapping_layers": 0}, "discriminator_mapping_layers = 0"),
+            (
+                {"conditional": False, "discriminator_mapping_layers": 2},
+                "discriminator_mapping_layers: .*conditional=true",
+            ),
             ({"activation_clamp": 0.0}, "activation_clamp = 0.0"),
         ),
     ),

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT
 from parts import make
 from short_runs import advance, differing, resume, save, tensors
 from torch import Tensor
 
 from bigan.distributed.world import World
+from bigan.engine import Engine
 from bigan.layers.batchnorm import normalization_layers
 from bigan.run import standing_statistics
 from bigan.run.remarks import remarks
 from bigan.run.standing_statistics import collect_standing_statistics
 from bigan.run.state import TrainState
-from bigan.run_config import RunConfig, TrainConfig, batchnorm_images
+from bigan.run_config import RunConfig, TrainConfig, batchnorm_images, load_config
 
 MakeConfig = Callable[..., RunConfig]
 LOCAL = ("train.batchnorm=local", "train.micro_batch=10")
@@ -92,3 +95,22 @@ def test_a_resume_with_other_statistics_is_remarked_on(make_config: MakeConfig) 
             lines = [line for line in remarks(state) if "BatchNorm saw 10 images" in line]
         assert len(lines) == num_remarks
         assert all("train.micro_batch=10 keeps it" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("file", "keys"),
+    [
+        ("progan-digits.yaml", {"train.batchnorm=local", "train.power_iterations=2"}),
+        ("digits.yaml", set()),
+    ],
+)
+def test_settings_without_effect_are_remarked_on(
+    digits: Path, tmp_path: Path, file: str, keys: set[str]
+) -> None:
+    """Of layers that no network has."""
+    settings = [f"data.path={digits}", f"run_dir={tmp_path / 'run'}", *LOCAL[:1]]
+    settings += ["train.micro_batch=4", "train.power_iterations=2"]
+    config = load_config(ROOT / "configs" / "smoke" / file, settings)
+    state = TrainState(config, Engine(config, print), {str(digit): 1 for digit in range(10)})
+    found = {line.partition(" ")[0] for line in remarks(state) if "has no effect" in line}
+    assert found == keys

@@ -19,7 +19,7 @@ from bigan.errors import NonFiniteError
 from bigan.reporting.metrics_log import read_metrics
 from bigan.reporting.tracker import Tracker
 from bigan.run import folder
-from bigan.run.changes import read_history
+from bigan.run.changes import read_history, with_values_of
 from bigan.run.state import TrainState
 from bigan.run.streams import open_streams
 from bigan.run.trainer import train
@@ -174,6 +174,43 @@ def test_a_change_is_recorded_and_kept(
     assert [(c.key, c.new) for c in back.changes] == [(LR, 1.6e-3)]
 
 
+def test_a_complete_run_is_not_changed(make_config: MakeConfig) -> None:
+    config = make_config("train.total_images=80", "train.snapshot_images=80")
+    lines_of(config)
+    changed = make_config("train.total_images=80", "train.snapshot_images=80", f"{LR}=1e-4")
+    with pytest.raises(ConfigError, match=f"--allow-change {re.escape(LR)}: .* = 80; .*total_im"):
+        lines_of(changed, LR)
+    assert load_config(RunFolder(config.run_dir).config) == config
+    assert read_history(RunFolder(config.run_dir)) == []
+
+
+@pytest.mark.parametrize(("micro_batch", "kept"), [("null", 20), ("10", 10)])
+def test_what_a_kept_setting_needs_is_kept(
+    make_config: MakeConfig, micro_batch: str, kept: int
+) -> None:
+    """batchnorm=local needs micro_batch, which may differ without notice."""
+    folder.prepare(make_config())
+    changed = make_config("train.micro_batch=20", "train.batchnorm=local")
+    plan = folder.check(changed, ["train.batchnorm", "train.micro_batch"])
+    folder.prepare(changed, plan.changes)
+    plain = make_config("train.total_images=1000", f"train.micro_batch={micro_batch}")
+    plan = folder.check(plain)
+    train_config = with_values_of(plain, plan.settings, plan.superseded).train
+    assert (train_config.batchnorm, train_config.micro_batch) == ("local", kept)
+    assert train_config.total_images == 1000
+
+
+@pytest.mark.parametrize("line", ["{{", '{"images_seen": 200, "ke', "[]", "{}", "3", "\xff"])
+def test_a_damaged_history_is_one_line(make_config: MakeConfig, line: str) -> None:
+    config = make_config(f"{LR}=1e-4")
+    folder.prepare(make_config())
+    folder.prepare(config, folder.check(config, [LR]).changes)
+    path = RunFolder(config.run_dir).config_history
+    path.write_bytes(path.read_bytes() + line.encode("latin-1") + b"\n")
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}, line 2: "):
+        folder.check(make_config())
+
+
 def test_a_start_that_was_killed_while_it_recorded(make_config: MakeConfig) -> None:
     """Between history and config: the same command records the change once."""
     config = make_config()
@@ -212,7 +249,7 @@ def test_the_error_of_a_non_finite_loss_names_the_command_that_continues(
     assert newest is not None
     assert newest.name == "240"
     options = re.findall(r"--allow-change (\S+)=(\S+?)[,; ]", str(stopped.value))
-    assert options[0][0] in (LR, "optimizer.generator.lr")
+    assert {key for key, _ in options} == {LR, "optimizer.generator.lr"}
     for key, value in options:  # what it names can be pasted
         assert folder.check(make_config(*EXPLODING, f"{key}={value}"), [key]).changes
     key = "optimizer.generator.schedule"

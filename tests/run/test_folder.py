@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,3 +152,45 @@ def test_a_moved_run_folder_continues_in_its_new_place(
     texts = [p for p in moved.run_dir.rglob("*") if p.suffix in {".yaml", ".json", ".jsonl"}]
     old = [p for p in texts if former in p.read_text() and "snapshots/200" not in str(p)]
     assert old == []
+
+
+@pytest.mark.parametrize("deleted", ["run", "config.yaml"])
+def test_a_folder_that_is_deleted_while_the_run_trains(
+    make_config: MakeConfig, deleted: str
+) -> None:
+    """One line; the run ends with all that resuming needs."""
+    config = make_config("train.tick_images=40", "train.checkpoint_images=80")
+    lines: list[str] = []
+
+    def on_tick(images_seen: int, _: object) -> None:
+        if images_seen == 120:
+            shutil.rmtree(config.run_dir) if deleted == "run" else path.unlink()
+
+    path = config.run_dir / "config.yaml"
+    assert train(config, lines.append, on_tick) == 0
+    assert len([line for line in lines if str(path) in line]) == 1
+    assert load_config(path) == config
+    assert (config.run_dir / "environment.json").exists()
+    more = make_config("train.total_images=480")
+    assert train(more, lines.append, lambda *_: None) == 0
+    assert any(line.endswith("at images_seen = 400") for line in lines)
+
+
+def test_a_run_without_config_yaml_names_the_copy(make_config: MakeConfig) -> None:
+    config = make_config("train.total_images=80", "train.snapshot_images=80")
+    assert train(config, print, lambda *_: None) == 0
+    path = config.run_dir / "config.yaml"
+    path.unlink()
+    copy = config.run_dir / "snapshots" / "80" / "config.yaml"
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}: .*{re.escape(str(copy))} "):
+        folder.check(config)
+    shutil.copy(copy, path)
+    assert folder.check(config).resumes
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "snapshots", "samples"])
+def test_a_file_in_the_place_of_a_folder_is_named(begun: RunConfig, name: str) -> None:
+    (begun.run_dir / name).rmdir()
+    (begun.run_dir / name).touch()
+    with pytest.raises(ConfigError, match=f"/{name}: "):
+        folder.check(begun)

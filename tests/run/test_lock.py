@@ -146,6 +146,17 @@ def test_the_owner_on_another_machine_is_judged_by_its_heartbeat(
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["LOCK"]
 
 
+@pytest.mark.parametrize("text", ["x", "", "-1", "1.5"])
+def test_a_number_of_restarts_that_is_none_counts_as_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    variables = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": text}
+    variables |= {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": text}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert Owner.this_process().attempts == {"SLURM job 7": 0, "launch x": 0}
+
+
 @pytest.mark.parametrize("beats", [True, False])
 def test_the_same_attempt_on_another_machine_is_watched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beats: bool
@@ -166,7 +177,19 @@ def test_the_same_attempt_on_another_machine_is_watched(
     beat.join()
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"pid": 1}', "[]"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", '{"pid": 1}', "[]", "3"),
+        *(
+            json.dumps(asdict(Owner.this_process()) | wrong)
+            for wrong in (
+                *({"attempts": None}, {"attempts": {"launch x": "1"}}, {"attempts": []}),
+                *({"pid": "7"}, {"born": None}, {"host": 3}),
+            )
+        ),
+    ],
+)
 def test_a_lock_without_an_owner_is_taken(tmp_path: Path, content: str) -> None:
     """A process that was killed while it wrote its lock."""
     (tmp_path / "LOCK").write_text(content)

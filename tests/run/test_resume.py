@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,10 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
+def corrected(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "truncated": lambda folder: (folder / PART).write_bytes((folder / PART).read_bytes()[:999]),
     "empty": lambda folder: (folder / PART).write_bytes(b""),
@@ -35,6 +40,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "flipped": lambda folder: flip(folder / PART),
     "zeroed": lambda folder: (folder / PART).write_bytes(bytes((folder / PART).stat().st_size)),
     "progress": lambda folder: (folder / "progress.json").write_text("{"),
+    "format": lambda folder: corrected(folder / "progress.json", format="1"),
     "no progress": lambda folder: (folder / "progress.json").unlink(),
 }
 
@@ -121,6 +127,18 @@ def test_no_intact_checkpoint_is_one_error_that_changes_nothing(
         resumed(config)
     assert "\n" not in str(refused.value)
     assert sorted(p for p in config.run_dir.rglob("*")) == before
+
+
+def test_deleted_checkpoints_are_reported(make_config: MakeConfig, finished: Path) -> None:
+    config = make_config(*SAVES)
+    shutil.copytree(finished, config.run_dir)
+    shutil.rmtree(config.run_dir / "checkpoints")
+    lines = resumed(config)
+    (line,) = [line for line in lines if str(config.run_dir / "checkpoints") in line]
+    assert "images_seen = 400" in line
+    newest = checkpoint.latest(config.run_dir)
+    assert newest is not None
+    assert newest.name == "400"
 
 
 def test_another_model_or_an_unreadable_file_is_no_damage(
