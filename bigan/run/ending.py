@@ -9,10 +9,13 @@ from bigan.distributed.signals import write_requeue
 from bigan.errors import NonFiniteError
 from bigan.run.lock import RunLock
 from bigan.run.state import TrainState
+from bigan.run_folder import RunFolder
 
 
 def leave_marker(run_dir: Path, number: int) -> None:
-    """Write REQUEUE for an attempt that signal `number` ends, with its newest checkpoint."""
+    """Write REQUEUE for an attempt that signal `number` ends, unless the run is complete."""
+    if RunFolder(run_dir).done.exists():  # only deliveries were left
+        return
     newest = checkpoint.latest(run_dir)
     write_requeue(run_dir, number, int(newest.name) if newest else 0)
 

@@ -190,6 +190,7 @@ def refuse_changes(config: RunConfig, plan: Plan, images_seen: int) -> None:
 def finish(config: RunConfig, images_seen: int) -> None:
     """Mark the run as complete; call on rank 0 after everything else has been written."""
     atomic_files.write_atomic(RunFolder(config.run_dir).done, f"{images_seen}\n")
+    signals.clear_markers(config.run_dir)  # or its job would be requeued for ever
 
 
 def _number(copy: Path) -> int:

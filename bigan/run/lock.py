@@ -36,6 +36,7 @@ BEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0  # without a heartbeat, after which the process of another machine is dead
 WATCHED_BEATS = 3  # of the former owner, where the same attempt of a job starts again
 SETTLE_SECONDS = 0.5  # after a write without `flock`, until the last of several writers is known
+LOCK_BYTES = 4096
 ATTEMPTS = 10  # to open a LOCK that others delete or replace meanwhile
 
 
@@ -109,10 +110,10 @@ class Owner:
                 return True
         return silent_seconds < STALE_SECONDS
 
-    def later_attempt(self, other: Owner) -> int | None:
-        """Restarts between this attempt and `other` of the same job; None: not the same job."""
+    def restarts(self, other: Owner) -> dict[str, int]:
+        """Job or launch that both have -> restarts from this attempt to `other`."""
         common = self.attempts.keys() & other.attempts.keys()
-        return max((other.attempts[name] - self.attempts[name] for name in common), default=None)
+        return {name: other.attempts[name] - self.attempts[name] for name in common}
 
 
 class RunLock:
@@ -157,6 +158,8 @@ class RunLock:
         with contextlib.suppress(OSError):
             if self.taken_by() is None:
                 self._path.unlink()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(1)  # it uses the descriptor
         os.close(self._descriptor)
         self._remove_new_folders()
 
@@ -169,10 +172,14 @@ class RunLock:
                 if not _is_at(descriptor, self._path):  # deleted or replaced meanwhile
                     continue
                 self._require_free(descriptor, held=None if locked is None else not locked)
+                if not _is_at(descriptor, self._path):  # that may have taken half a minute
+                    continue
                 if locked:
                     self._write(descriptor)
                 else:
                     descriptor = self._replace(descriptor)
+                # Where locks are those of one machine, several may have written.
+                if not locked or (self.former and not self.former.is_here):
                     time.sleep(SETTLE_SECONDS)
                 other = self.taken_by()
                 if other is not None:
@@ -210,22 +217,24 @@ class RunLock:
     def _follows(self, owner: Owner) -> bool:
         """Whether this attempt continues that of a process of the same job on another machine.
 
-        A later attempt does. An elastic launch that has lost a machine starts the same attempt
-        again: that takes a few heartbeats to see.
+        A requeued job does. An elastic launch that has lost a machine may start the same attempt
+        again, and two launches may have one id: there a few heartbeats decide.
         """
-        restarts = owner.later_attempt(self._owner)
-        if restarts is None or restarts < 0:
+        restarts = owner.restarts(self._owner)
+        if not restarts or max(restarts.values()) < 0:
             return False
-        return restarts > 0 or not self._beats()
+        requeued = any(num > 0 for name, num in restarts.items() if name.startswith("SLURM"))
+        return requeued or not self._beats()
 
     def _beats(self) -> bool:
         """Whether the LOCK gets a heartbeat within the next few intervals."""
-        first = self._mtime()
         until = time.monotonic() + WATCHED_BEATS * BEAT_SECONDS
-        while time.monotonic() < until:
-            time.sleep(BEAT_SECONDS / 10)
-            if self._mtime() != first:
-                return True
+        with contextlib.suppress(FileNotFoundError):  # its owner has ended
+            first = self._mtime()
+            while time.monotonic() < until:
+                time.sleep(BEAT_SECONDS / 10)
+                if self._mtime() != first:
+                    return True
         return False
 
     def _mtime(self) -> float:
@@ -290,8 +299,10 @@ def exclusive(world: World, run_dir: Path) -> Iterator[RunLock | None]:
 
 
 def _write(descriptor: int, owner: Owner) -> None:
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, (json.dumps(asdict(owner)) + "\n").encode(), 0)
+    """One write of a fixed size: those of two machines cannot mix."""
+    text = json.dumps(asdict(owner)).encode()
+    os.pwrite(descriptor, text.ljust(LOCK_BYTES - 1) + b"\n", 0)
+    os.ftruncate(descriptor, LOCK_BYTES)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -15,12 +15,15 @@ from bigan import config as configs
 from bigan.cli.main import main
 from bigan.config import ConfigError
 from bigan.data.packing.pack import pack
+from bigan.distributed import signals
 from bigan.distributed.world import World
 from bigan.evaluation.watcher import evaluate
 from bigan.run import folder
 from bigan.run.changes import Change
+from bigan.run.ending import leave_marker
 from bigan.run.trainer import train
 from bigan.run_config import RunConfig, load_config
+from bigan.run_folder import RunFolder
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -194,3 +197,13 @@ def test_a_file_in_the_place_of_a_folder_is_named(begun: RunConfig, name: str) -
     (begun.run_dir / name).touch()
     with pytest.raises(ConfigError, match=f"/{name}: "):
         folder.check(begun)
+
+
+def test_a_complete_run_has_no_marker(tmp_path: Path) -> None:
+    """A signal while the end is still delivered must not requeue the job for ever."""
+    config = load_config(SMOKE, [f"run_dir={tmp_path}"])
+    signals.write_requeue(tmp_path, 15, 100)
+    folder.finish(config, 400)
+    assert not RunFolder(tmp_path).requeue.exists()
+    leave_marker(tmp_path, 15)
+    assert not RunFolder(tmp_path).requeue.exists()
