@@ -19,7 +19,7 @@ from bigan.data import DataError
 from bigan.data.format import compression
 from bigan.data.format.codec import first_line
 from bigan.data.format.convert import SUFFIXES
-from bigan.data.format.tar import Member, group_samples, walk_tar
+from bigan.data.format.tar import Member, UnsupportedMemberError, group_samples, walk_tar
 from bigan.data.packing.listing import MAX_BYTES, MAX_CLASSES, unsafe
 
 IMAGES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
@@ -73,8 +73,8 @@ def list_samples(
     array only if there is no other. For a damaged tar the samples before the damage are returned
     and (where, reason) is the last entry of the second list.
 
-    Raises `UnsuitableError` for a compressed tar, samples whose members are not adjacent, and
-    labels of several values.
+    Raises `UnsuitableError` for a compressed tar, members that are no regular files, samples whose
+    members are not adjacent, and labels of several values.
     """
     samples: list[Sample] = []
     bad: list[tuple[str, str]] = []
@@ -104,6 +104,8 @@ def list_samples(
             seen[key] = (*seen.get(key, ()), *suffixes)
     except UnsuitableError:
         raise
+    except UnsupportedMemberError as error:
+        raise UnsuitableError(str(error)) from None
     except DataError as error:
         bad.append((where, str(error).removeprefix(f"{where}: ")))
     return samples, bad
