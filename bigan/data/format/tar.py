@@ -12,7 +12,7 @@ import io
 import mmap
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bigan.data import DataError
@@ -80,11 +80,9 @@ def walk_tar(data: Buffer, where: str, with_folders: bool = False) -> Iterator[M
 
     Verifies the checksum of every header, that all content is inside the archive, and that only
     zeros follow the end marker (two blocks of zeros); otherwise raises `DataError`. Supports the
-    long names of GNU tar ("L") and of POSIX 1003.1-2001 ("x" and "g", pax). A hard link to an
-    earlier member has the place of that member; raises `UnsupportedMemberError` for other links,
-    devices and sparse files. Names are not checked and may contain "..".
-
-    `data` may be a memory map: it is sliced, never copied as a whole.
+    long names of GNU tar ("L", "K") and of POSIX 1003.1-2001 ("x" and "g", pax). A hard link to an
+    earlier member has its place; raises `UnsupportedMemberError` for other links, devices and
+    sparse files. Names may contain "..". `data` may be a memory map: it is never copied as a whole.
     """
     position = 0
     for_all: dict[str, str] = {}  # pax records of all following members
@@ -113,11 +111,9 @@ def walk_tar(data: Buffer, where: str, with_folders: bool = False) -> Iterator[M
                 continue
             if any(key.startswith("GNU.sparse") for key in records):
                 kind = b"S"
-            if kind == b"1":  # without content of its own
-                target = places.get(records.get("linkpath", _field(header[157:257])))
-                if target is None:
-                    raise _unsupported(where, name, kind)
-                places[name] = Member(name, target.offset, target.size)
+            target = places.get(records.get("linkpath", _field(header[157:257])))
+            if kind == b"1" and target:  # without content of its own
+                places[name] = replace(target, name=name)
                 yield places[name]
                 position = begin
                 continue
@@ -132,14 +128,11 @@ def walk_tar(data: Buffer, where: str, with_folders: bool = False) -> Iterator[M
             yield places[name]
         else:
             content = bytes(data[begin : begin + size])
-            if kind == b"g":
-                for_all |= _pax_records(content, f"{where}: damaged at byte {begin}")
-            elif kind == b"x":
-                for_next |= _pax_records(content, f"{where}: damaged at byte {begin}")
-            elif kind == b"L":
-                for_next["path"] = _field(content)
+            if kind in b"gx":
+                records = for_all if kind == b"g" else for_next
+                records |= _pax_records(content, f"{where}: damaged at byte {begin}")
             else:
-                for_next["linkpath"] = _field(content)
+                for_next["path" if kind == b"L" else "linkpath"] = _field(content)
         position = begin + -(-size // BLOCK) * BLOCK
 
 

@@ -31,6 +31,7 @@ from bigan.data.packing.split_names import split_of
 from bigan.data.packing.tar_samples import (
     TEXT,
     UnsuitableError,
+    declared_split,
     image_suffix,
     not_adjacent,
     read_label,
@@ -197,6 +198,9 @@ class ResampledStream(Endless):
         suffix = image_suffix(suffixes)
         if suffix is None:
             return f"has no image ({' '.join(suffixes)}); {ADJACENT}"
+        split = declared_split(sample, f"{sample['__url__']}: {sample['__key__']}")
+        if split not in (None, self._split):
+            raise self._other_split(sample["__url__"], sample["__key__"])
         image = sample.pop(suffix)
         label = 0
         if self._fetch.labels == "given":
@@ -216,7 +220,7 @@ class ResampledStream(Endless):
         """The class number of a sample; raises ValueError for an unreadable one."""
         where = f"{sample['__url__']}: {sample['__key__']}"
         members = {suffix: sample[suffix] for suffix in _suffixes(sample)}
-        label, place = read_label(members, where)
+        label, place, _ = read_label(members, where)
         if place == TEXT:  # a caption
             return None
         if isinstance(label, str):
@@ -235,10 +239,13 @@ class ResampledStream(Endless):
         """Raise `UnsuitableError` for a sample in a folder of another split, such as "test/"."""
         parts = [part for part in key.split("/")[:-1] if part.isalpha()]
         if not {split_of(part) for part in parts} <= {None, self._split}:
-            raise UnsuitableError(
-                f"{url}: {key} is not of data.split = {self._split}; data.mode=resampled selects "
-                "whole shards; pack the data"
-            )
+            raise self._other_split(url, key)
+
+    def _other_split(self, url: str, key: str) -> UnsuitableError:
+        return UnsuitableError(
+            f"{url}: {key} is not of data.split = {self._split}; data.mode=resampled selects "
+            "whole shards; pack the data"
+        )
 
     def _samples(self) -> Iterator[dict[str, Any]]:
         """An endless sequence of encoded samples from a shuffle buffer over sampled shards."""
