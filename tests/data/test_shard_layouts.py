@@ -391,7 +391,9 @@ def test_single_samples_without_a_class(
 
 def test_the_start_line_names_what_is_ignored_and_untrained(tmp_path: Path) -> None:
     tars = {"0.tar": [*numbered("a"), "001.seg.png", "001.xml=x"], "val.tar": numbered("b")}
-    line = understood(open_manifest(write(tmp_path, tars)))
+    root = write(tmp_path, tars)
+    assert open_source(root, resolution=SIZE).skipped == ((".seg.png", 1), (".xml", 1))
+    line = understood(open_manifest(root))
     assert "without a training image: b" in line
     assert "ignored members: .seg.png .xml" in line
 
@@ -455,6 +457,15 @@ def test_resampled_labels_that_are_no_class_numbers(
     assert all(part in str(error.value) for part in parts), str(error.value)
     if "label" in parts[0] or "array" in parts[0]:
         assert {label for _, label in resampled(root, 1, labels="none")} == {0}
+
+
+def test_labels_apart_from_images_are_not_needed_without_labels(tmp_path: Path) -> None:
+    members = ["1.cls=0", "1.png", "2.png", "3.cls=0", "2.cls=1", "3.png"]
+    root = write(tmp_path / "s", {"0.tar": members})
+    assert resampled(root / "0.tar", 1, labels="none") == {(1, 0), (2, 0), (3, 0)}
+    assert packed(root, labels="none") == classes("all", "all", "all")
+    assert direct(root, "none") == classes("all", "all", "all")
+    assert main(["verify", str(root)]) == 0
 
 
 def test_resampled_captions_and_missing_labels(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import mmap
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -54,7 +55,7 @@ class Sample:
     label: class number or class name, None without one. place: where the label is, such as ".cls"
     or ".json label", "" without one; for a `.txt` that is no class name, label is None. other: if
     the label is a number, a class name at another place, and the other way round. split: the one
-    that the .json declares.
+    that the .json declares. ignored: suffixes that are neither images nor read.
     """
 
     key: str
@@ -65,6 +66,7 @@ class Sample:
     place: str = ""
     other: int | str | None = None
     split: Split | None = None
+    ignored: tuple[str, ...] = ()
 
 
 class UnsuitableError(DataError):
@@ -77,8 +79,9 @@ def list_samples(
     """The samples of a WebDataset tar in order, and (name, reason) of its unusable members.
 
     The image of a sample (`tar.group_samples`) is its first member with a suffix in `IMAGES`, an
-    array only if there is no other. For a damaged tar the samples before the damage are returned
-    and (where, reason) is the last entry of the second list.
+    array only if there is no other. Without `with_labels`, labels may be apart from it. For a
+    damaged tar the samples before the damage are returned and (where, reason) is the last entry of
+    the second list.
 
     Raises `UnsuitableError` for a compressed tar, members that are no regular files, samples whose
     members are not adjacent, and labels of several values.
@@ -98,6 +101,8 @@ def list_samples(
     try:
         for key, group in group_samples(safe_members()):
             suffixes = tuple(suffix for suffix, _ in group)
+            if not with_labels and only_labels(suffixes):
+                continue
             if key not in seen:
                 found = _sample(data, key, group, where, with_labels)
                 if isinstance(found, str):
@@ -158,7 +163,8 @@ def _sample(
             written = read_label(contents, f"{where}/{key}")
         except ValueError as error:
             return str(error)
-    return Sample(key, suffix, image.offset, image.size, *written, split)
+    rest = tuple(map(sys.intern, ignored(members)))
+    return Sample(key, suffix, image.offset, image.size, *written, split, rest)
 
 
 def image_suffix(suffixes: Sequence[str]) -> str | None:
@@ -170,6 +176,11 @@ def image_suffix(suffixes: Sequence[str]) -> str | None:
 def _is_text(suffix: str) -> bool:
     """Whether `read_label` reads members with this suffix."""
     return suffix in ("json", "txt") or suffix.removesuffix(".txt") in LABELS
+
+
+def only_labels(suffixes: Iterable[str]) -> bool:
+    """Whether a sample has labels and nothing else, such as an image or a split."""
+    return all(_is_text(suffix) and suffix != "json" for suffix in suffixes)
 
 
 def ignored(suffixes: Iterable[str]) -> list[str]:

@@ -34,6 +34,7 @@ from bigan.data.packing.tar_samples import (
     declared_split,
     image_suffix,
     not_adjacent,
+    only_labels,
     read_label,
 )
 from bigan.data.settings import Fetch
@@ -270,6 +271,8 @@ class ResampledStream(Endless):
                     for sample in group_by_keys(members):
                         empty = 0
                         key, suffixes = sample["__key__"], _suffixes(sample)
+                        if self._fetch.labels == "none" and only_labels(suffixes):
+                            continue
                         self._check_split(url, key)
                         if not set(suffixes) & set(seen.setdefault(key, suffixes)):
                             raise not_adjacent(url, key, seen[key][0], suffixes[0])
