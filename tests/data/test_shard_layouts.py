@@ -348,6 +348,15 @@ def test_tars_that_are_not_understood(tmp_path: Path, tars: Tars, parts: tuple[s
     refused(write(tmp_path / "shards", tars), *parts)
 
 
+def test_splits_in_one_tar_are_packed(tmp_path: Path) -> None:
+    tars = {"0.tar": as_json("split", "train", "val", "test")}
+    expected = {n: (split, "all") for n, split in enumerate(("train", "val", "test"), 1)}
+    root = write(tmp_path, tars)
+    assert packed(root) == packed(root / "0.tar") == expected
+    assert packed(root, labels="none") == expected
+    refused(root, "0.tar holds images of several splits", "bigan pack", ways=(direct,))
+
+
 def test_packing_needs_training_shards(tmp_path: Path) -> None:
     root = write(tmp_path, {"val-0.tar": numbered(0), "test-0.tar": numbered(0, first=2)})
     with pytest.raises(DataError, match=r"all images are of split test and val by the names"):
