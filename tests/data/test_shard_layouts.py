@@ -21,6 +21,7 @@ from web import serving
 from bigan.cli.main import main
 from bigan.data import DataError
 from bigan.data.format.manifest import MANIFEST
+from bigan.data.packing.index_in_place import understood
 from bigan.data.packing.sources import open_source
 from bigan.data.settings import Fetch
 from bigan.data.streaming.dataset import open_manifest
@@ -110,6 +111,33 @@ LAYOUTS: dict[str, tuple[Tars, dict[int, tuple[str, str]]]] = {
         {"0.tar": ["10/1.png", "9/2.png"], "1.tar": ["10/3.png"]},
         classes("10", "9", "10"),
     ),
+    "numbered folders with gaps": (
+        {"0.tar": ["000/1.png", "005/2.png"], "1.tar": ["010/3.png"]},
+        classes("000", "005", "010"),
+    ),
+    "splits in class folders": (
+        {"0.tar": ["cat/train/1.png", "dog/train/2.png"],
+         "1.tar": ["cat/test/3.png", "dog/test/4.png"]},
+        {1: ("train", "cat"), 2: ("train", "dog"), 3: ("test", "cat"), 4: ("test", "dog")},
+    ),
+    "splits in class folders with labels": (
+        {"0.tar": ["a/train/1.png", "a/train/1.cls=0"],
+         "1.tar": ["a/val/2.png", "a/val/2.cls=1", "b/val/3.png", "b/val/3.cls=0"]},
+        {1: ("train", "0"), 2: ("val", "1"), 3: ("val", "0")},
+    ),
+    "splits in json": (
+        {"0.tar": [*as_json("split", "train")], "1.tar": ["2.png", '2.json={"subset": "valid"}']},
+        {1: ("train", "all"), 2: ("val", "all")},
+    ),
+    "a subset that is no split": ({"0.tar": as_json("subset", "x", "y")}, classes("all", "all")),
+    "numbers with names": (
+        {"0.tar": ["1.png", "1.cls=1", '1.json={"label": "cat", "class_id": 1}',
+                   "2.png", "2.cls=0", '2.json={"label": "dog"}']},
+        classes("1", "0"),
+    ),
+    "more suffixes": ({"0.tar": numbered("x", "y", suffix="labels")}, classes("x", "y")),
+    "one letter": ({"0.tar": numbered(1, 0, suffix="y")}, classes("1", "0")),
+    "labels in .label.json": ({"0.tar": numbered(1, 0, suffix="label.json")}, classes("1", "0")),
     "one tar for each class": (
         {"n1.tar": ["n1_.png"], "n2.tar": ["n2_.png"]}, classes("n1", "n2"),
     ),
@@ -274,10 +302,59 @@ def refused(root: Path, *parts: str, ways: tuple[Any, ...] = (packed, direct)) -
             ("1: has no image (1.png 2.png)", "first dot"),
         ),
         ({"0.tar": ["train/1.png", "bus/2.png"], "1.tar": ["bus/3.png"]}, ("name of a split",)),
+        (
+            {"0.tar": ["cat/test/1.png"], "1.tar": ["dog/2.png"]},
+            ("0/cat/test/1", "name of a split"),
+        ),
+        (
+            {"0.tar": ["cat/1.png", "cat/1.cls=0", "test/2.png", "test/2.cls=1"]},
+            ("0/test/2", "name of a split"),
+        ),
+        (
+            {"0.tar": ["x/train/1.png"], "1.tar": ["y/trainA/2.png"]},
+            ("train and trainA", "both train"),
+        ),
+        ({"trainA-0.tar": ["1.png"], "trainB-0.tar": ["2.png"]}, ("may be two classes",)),
+        ({"0.tar": as_json("split", "train"), "1.tar": ["2.png"]}, ("0/001", "1/2 has none")),
+        (
+            {"0.tar": ["1.png"], "1.tar": as_json("split", "unknown")},
+            ("'unknown' in .json", "train, val or test"),
+        ),
+        (
+            {"test-0.tar": as_json("split", "train"), "1.tar": as_json("split", "train")},
+            ("names two splits, test and train",),
+        ),
+        (
+            {"0.tar": numbered("cat"), "val.tar": numbered(1, first=2)},
+            ("labels of val are class numbers", "of train are class names"),
+        ),
+        (
+            {
+                "0.tar": [
+                    f"{n}.{x}"
+                    for n in (1, 2)
+                    for x in ("png", "cls=1", f'json={{"class_name": "{n}x"}}')
+                ]
+            },
+            ("0/1 has the labels 1 and 1x", "0/2 has 1 and 2x"),
+        ),
+        (
+            {"0.tar": ["cat/1.png", "cat/1.cls=dog", "dog/2.png", "dog/2.cls=dog"]},
+            ("0/cat/1 has label dog in .cls", "folder dog"),
+        ),
     ],
 )
 def test_tars_that_are_not_understood(tmp_path: Path, tars: Tars, parts: tuple[str, ...]) -> None:
     refused(write(tmp_path / "shards", tars), *parts)
+
+
+def test_splits_in_one_tar_are_packed(tmp_path: Path) -> None:
+    tars = {"0.tar": as_json("split", "train", "val", "test")}
+    expected = {n: (split, "all") for n, split in enumerate(("train", "val", "test"), 1)}
+    root = write(tmp_path, tars)
+    assert packed(root) == packed(root / "0.tar") == expected
+    assert packed(root, labels="none") == expected
+    refused(root, "0.tar holds images of several splits", "bigan pack", ways=(direct,))
 
 
 def test_packing_needs_training_shards(tmp_path: Path) -> None:
@@ -299,6 +376,14 @@ def test_packing_needs_training_shards(tmp_path: Path) -> None:
             {"0.tar": [*numbered(0), "2.png", "2.cls=1", '2.json={"label": 2}']},
             ("0/2", "has label 1 in .cls and 2 in .json label"),
         ),
+        (
+            {"0.tar": [*numbered("a"), "2.png", "2.cls=a", '2.json={"label": "b"}']},
+            ("0/2", "has label a in .cls and b in .json label"),
+        ),
+        (
+            {"0.tar": [*as_json("label", 1), "2.png", '2.json={"label": 0, "class_id": 1}']},
+            ("0/2", "has label 0 in .json label and 1 in .json class_id"),
+        ),
     ],
 )
 def test_single_samples_without_a_class(
@@ -310,6 +395,16 @@ def test_single_samples_without_a_class(
     with pytest.raises(DataError, match="cannot be used unchanged: 0") as error:
         direct(root)
     assert reason[1] in str(error.value)
+    assert "--max-bad" in str(error.value)
+
+
+def test_the_start_line_names_what_is_ignored_and_untrained(tmp_path: Path) -> None:
+    tars = {"0.tar": [*numbered("a"), "001.seg.png", "001.xml=x"], "val.tar": numbered("b")}
+    root = write(tmp_path, tars)
+    assert open_source(root, resolution=SIZE).skipped == ((".seg.png", 1), (".xml", 1))
+    line = understood(open_manifest(root))
+    assert "without a training image: b" in line
+    assert "ignored members: .seg.png .xml" in line
 
 
 def resampled(path: Path | str, num_classes: int = 4, split: str = "train", **fetch: object) -> set:
@@ -359,6 +454,7 @@ def test_resampled_shards_are_those_of_the_split(tmp_path: Path) -> None:
         (numbered("[1, 0]"), ("its label is [1, 0]", "data.labels=none")),
         (["1.png", "1.npy=x"], ("an array, npy",)),
         (["train/1.png", "test/2.png"], ("test/2 is not of data.split = train",)),
+        (["1.png", '1.json={"cls": 0, "split": "test"}'], ("1 is not of data.split = train",)),
     ],
 )
 def test_resampled_labels_that_are_no_class_numbers(
@@ -370,6 +466,15 @@ def test_resampled_labels_that_are_no_class_numbers(
     assert all(part in str(error.value) for part in parts), str(error.value)
     if "label" in parts[0] or "array" in parts[0]:
         assert {label for _, label in resampled(root, 1, labels="none")} == {0}
+
+
+def test_labels_apart_from_images_are_not_needed_without_labels(tmp_path: Path) -> None:
+    members = ["1.cls=0", "1.png", "2.png", "3.cls=0", "2.cls=1", "3.png"]
+    root = write(tmp_path / "s", {"0.tar": members})
+    assert resampled(root / "0.tar", 1, labels="none") == {(1, 0), (2, 0), (3, 0)}
+    assert packed(root, labels="none") == classes("all", "all", "all")
+    assert direct(root, "none") == classes("all", "all", "all")
+    assert main(["verify", str(root)]) == 0
 
 
 def test_resampled_captions_and_missing_labels(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bigan.data import DataError
-from bigan.data.format.tar import Buffer, walk_tar
+from bigan.data.format.tar import Buffer, UnsupportedMemberError, walk_tar
 
 LONG = "a-folder-with-a-rather-long-name/" * 9 + "image.npy"
 NAMES = ["a.npy", "b/c.npy", "x" * 99, "y" * 100, "z" * 101, "p/" * 60 + "q.jpg", LONG, "ü/ß.png"]
@@ -118,8 +118,23 @@ def _headed(name: str, kind: bytes) -> bytes:
 def test_other_members_are_refused(kind: bytes) -> None:
     data = plain(["a.npy"], tarfile.USTAR_FORMAT)
     data = data[:1024] + _headed("odd", kind) + data[1024:]
-    with pytest.raises(DataError, match=r"x\.tar: odd is not a regular file"):
+    with pytest.raises(UnsupportedMemberError, match=r"x\.tar: odd is not a .*--dereference"):
         read(data)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("target", ["a.npy", LONG])
+def test_hard_links_have_the_place_of_their_target(kind: int, target: str) -> None:
+    links = [tarfile.TarInfo(name) for name in ("b.npy", f"{LONG}.2", "c.npy")]
+    for link, linked in zip(links, (target, "b.npy", "missing"), strict=True):
+        link.type, link.linkname = tarfile.LNKTYPE, linked
+    files = [tarfile.TarInfo("first"), tarfile.TarInfo(target)]
+    end = tarfile.TarInfo("end")
+    members = list(walk_tar(made([*files, *links[:2], end], kind), "x.tar"))
+    assert [m.name for m in members] == ["first", target, "b.npy", f"{LONG}.2", "end"]
+    assert len({(m.offset, m.size) for m in members[1:4]}) == 1
+    with pytest.raises(UnsupportedMemberError, match=r"c\.npy .* hard link to no earlier member"):
+        read(made([*files, links[2]], kind))
 
 
 def test_sparse_files_of_pax_are_refused() -> None:

@@ -181,6 +181,31 @@ def test_damaged_tars_give_the_samples_before_the_damage(tmp_path: Path) -> None
     one_line(error, "no usable image", "00000")
 
 
+@pytest.mark.parametrize("label", [True, False])
+def test_links_in_shards_and_image_tars(tmp_path: Path, label: bool) -> None:
+    """A hard link is the image that it names; other links are an error of the whole tar."""
+    file = tmp_path / "0.tar"
+    for kind, linked in ((tarfile.LNKTYPE, "cat/1.png"), (tarfile.SYMTYPE, "1.png")):
+        with tarfile.open(file, "w") as archive:
+            for name in ("cat/1.png", "cat/1.cls", "cat/2.png", "cat/2.cls"):
+                info = tarfile.TarInfo(name)
+                content = png(0) if name.endswith("png") else b"0"
+                if name == "cat/2.png":
+                    info.type, info.linkname, content = kind, linked, b""
+                info.size = len(content)
+                if label or name.endswith("png"):
+                    archive.addfile(info, io.BytesIO(content))
+        if kind == tarfile.LNKTYPE:
+            source = open_source(file, resolution=8)
+            assert np.array_equal([image for _, _, image in source], PIXELS[[0, 0]])
+            assert index_in_place(tmp_path).num_samples("train") == 2
+            continue
+        for read in (lambda: open_source(file, resolution=8), lambda: index_in_place(tmp_path)):
+            with pytest.raises(DataError) as error:
+                read()
+            one_line(error, "cat/2.png is not a regular file but a symbolic link", "--dereference")
+
+
 def test_last_complete_sample_before_the_damage_is_used() -> None:
     data = tar(("a.png", png(0)), ("a.cls", b"2"), ("b.png", png(1)))
     samples, bad = list_samples(data[: data.index(b"b.png") + 200], "w")

@@ -12,7 +12,7 @@ import io
 import mmap
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bigan.data import DataError
@@ -21,6 +21,10 @@ Buffer = bytes | memoryview | mmap.mmap
 
 DATA_SET_FILES = frozenset({"manifest.json", "plan.json", "pyramid.json"})
 BLOCK = 512  # bytes, the unit of the tar format (POSIX 1003.1-1988, ustar)
+KINDS = {
+    b"1": "a hard link to no earlier member", b"2": "a symbolic link", b"3": "a device",
+    b"4": "a device", b"6": "a named pipe", b"S": "a sparse file", b"V": "a volume label",
+}  # fmt: skip
 
 
 def shard_bytes(samples: Iterable[tuple[str, bytes, int]], encoder: str) -> bytes:
@@ -58,6 +62,10 @@ def nested_tar_files(folder: Path, suffixes: tuple[str, ...] = (".tar",)) -> lis
     return sorted(found)
 
 
+class UnsupportedMemberError(DataError):
+    """A member of an intact tar that is no regular file: its content is elsewhere, or none."""
+
+
 @dataclass(frozen=True)
 class Member:
     """One file of a tar: its name, and the offset and size of its content in bytes."""
@@ -72,14 +80,14 @@ def walk_tar(data: Buffer, where: str, with_folders: bool = False) -> Iterator[M
 
     Verifies the checksum of every header, that all content is inside the archive, and that only
     zeros follow the end marker (two blocks of zeros); otherwise raises `DataError`. Supports the
-    long names of GNU tar ("L") and of POSIX 1003.1-2001 ("x" and "g", pax). Refuses links,
-    devices and sparse files. Names are not checked and may contain "..".
-
-    `data` may be a memory map: it is sliced, never copied as a whole.
+    long names of GNU tar ("L", "K") and of POSIX 1003.1-2001 ("x" and "g", pax). A hard link to an
+    earlier member has its place; raises `UnsupportedMemberError` for other links, devices and
+    sparse files. Names may contain "..". `data` may be a memory map: it is never copied as a whole.
     """
     position = 0
     for_all: dict[str, str] = {}  # pax records of all following members
     for_next: dict[str, str] = {}  # pax records of the next member
+    places: dict[str, Member] = {}  # targets of hard links
     while True:
         header = bytes(data[position : position + BLOCK])
         if len(header) < BLOCK:
@@ -88,13 +96,7 @@ def walk_tar(data: Buffer, where: str, with_folders: bool = False) -> Iterator[M
             if for_next or len(data) - position < 2 * BLOCK or not _only_zeros(data, position):
                 raise DataError(f"{where}: damaged at byte {position} (no end marker)")
             return
-        try:
-            checksum = int(header[148:156].strip(b" \0"), 8)
-            size = int(header[124:136].strip(b" \0") or b"0", 8)
-        except ValueError:
-            raise DataError(f"{where}: damaged tar header at byte {position}") from None
-        if sum(header[:148]) + 8 * 32 + sum(header[156:]) != checksum:
-            raise DataError(f"{where}: damaged tar header at byte {position}")
+        size = _size(header, f"{where}: damaged tar header at byte {position}")
         kind = header[156:157]
         name = member_name(header)
         begin = position + BLOCK
@@ -107,31 +109,59 @@ def walk_tar(data: Buffer, where: str, with_folders: bool = False) -> Iterator[M
                     yield Member(f"{name.rstrip('/')}/", begin, 0)
                 position = begin
                 continue
-            if kind not in (b"0", b"\0") or any(key.startswith("GNU.sparse") for key in records):
-                raise DataError(f"{where}: {name} is not a regular file")
+            if any(key.startswith("GNU.sparse") for key in records):
+                kind = b"S"
+            target = places.get(records.get("linkpath", _field(header[157:257])))
+            if kind == b"1" and target:  # without content of its own
+                places[name] = replace(target, name=name)
+                yield places[name]
+                position = begin
+                continue
+            if kind not in (b"0", b"\0"):
+                raise _unsupported(where, name, kind)
             digits = records.get("size", "")  # of files above the 8 GiB of the header field
             size = int(digits) if digits.isdecimal() and len(digits) < 20 else size
         if begin + size > len(data):
             raise DataError(f"{where}: {name} is truncated")
         if kind in (b"0", b"\0"):
-            yield Member(name, begin, size)
+            places[name] = Member(name, begin, size)
+            yield places[name]
         else:
             content = bytes(data[begin : begin + size])
-            if kind == b"g":
-                for_all |= _pax_records(content, f"{where}: damaged at byte {begin}")
-            elif kind == b"x":
-                for_next |= _pax_records(content, f"{where}: damaged at byte {begin}")
-            elif kind == b"L":
-                for_next["path"] = _text(content.split(b"\0", 1)[0])
+            if kind in b"gx":
+                records = for_all if kind == b"g" else for_next
+                records |= _pax_records(content, f"{where}: damaged at byte {begin}")
+            else:
+                for_next["path" if kind == b"L" else "linkpath"] = _field(content)
         position = begin + -(-size // BLOCK) * BLOCK
+
+
+def _size(header: bytes, damaged: str) -> int:
+    """The size of a member by its header; raises `DataError` for a wrong checksum."""
+    try:
+        checksum = int(header[148:156].strip(b" \0"), 8)
+        size = int(header[124:136].strip(b" \0") or b"0", 8)
+    except ValueError:
+        raise DataError(damaged) from None
+    if sum(header[:148]) + 8 * 32 + sum(header[156:]) != checksum:
+        raise DataError(damaged)
+    return size
+
+
+def _unsupported(where: str, name: str, kind: bytes) -> UnsupportedMemberError:
+    what = f" but {KINDS[kind]}" if kind in KINDS else ""
+    return UnsupportedMemberError(
+        f"{where}: {name} is not a regular file{what}; write the tar again with "
+        "`tar --dereference --hard-dereference`, of regular files only and without --sparse"
+    )
 
 
 def member_name(header: bytes) -> str:
     """The name in a ustar header block; non-UTF-8 bytes become surrogate escapes."""
     prefix = ""
     if header[257:263] == b"ustar\0":  # GNU tar's "ustar " has other fields there
-        prefix = _text(header[345:500].split(b"\0", 1)[0])
-    name = _text(header[:100].split(b"\0", 1)[0])
+        prefix = _field(header[345:500])
+    name = _field(header[:100])
     return f"{prefix}/{name}" if prefix else name
 
 
@@ -154,6 +184,11 @@ def _only_zeros(data: Buffer, position: int, step: int = 2**20) -> bool:
     return not any(
         bytes(data[start : start + step]).strip(b"\0") for start in range(position, len(data), step)
     )
+
+
+def _field(content: bytes) -> str:
+    """The text before the first zero."""
+    return _text(content.split(b"\0", 1)[0])
 
 
 def _text(name: bytes) -> str:

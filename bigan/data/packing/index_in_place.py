@@ -32,10 +32,17 @@ from bigan.data.format.manifest import (
     Manifest,
     Shard,
 )
+from bigan.data.format.tar import group_samples, walk_tar
 from bigan.data.packing.listing import has_too_many_classes
 from bigan.data.packing.shard_files import below, in_folder
 from bigan.data.packing.shard_labels import Labelled, label_samples
-from bigan.data.packing.tar_samples import NO_IMAGE, Sample, UnsuitableError, list_samples
+from bigan.data.packing.tar_samples import (
+    NO_IMAGE,
+    Sample,
+    UnsuitableError,
+    ignored,
+    list_samples,
+)
 from bigan.hashes import sha256
 from bigan.image_size import image_size
 
@@ -77,7 +84,10 @@ def index_in_place(folder: Path, with_labels: bool = True) -> Manifest:
 
 
 def understood(manifest: Manifest) -> str:
-    """One line: the splits and classes of shards that were indexed in place."""
+    """One line: the splits and classes of shards that were indexed in place, and what is ignored.
+
+    Suffixes of ignored members are those in the first shard.
+    """
     counts = ", ".join(f"{manifest.num_samples(split):,} {split}" for split in manifest.splits)
     names = manifest.classes
     shown = ", ".join(names if len(names) <= 6 else (*names[:3], "...", names[-1]))
@@ -87,8 +97,27 @@ def understood(manifest: Manifest) -> str:
     slow = "; images are converted when they are read, `bigan pack` is faster"
     return (
         f"{manifest.folder}: existing shards with {counts} images, {classes}"
-        f"{slow if manifest.encoder == 'any' else ''}"
+        f"{_untrained(manifest)}{_ignored(manifest)}{slow if manifest.encoder == 'any' else ''}"
     )
+
+
+def _untrained(manifest: Manifest) -> str:
+    """Names of the classes without a training image."""
+    if "train" not in manifest.splits:
+        return ""
+    counts = np.sum([shard.class_histogram for shard in manifest.shards("train")], axis=0)
+    names = [name for name, count in zip(manifest.classes, counts, strict=True) if not count]
+    more = f", ... ({len(names)} classes)" if len(names) > 8 else ""
+    return f"; without a training image: {', '.join(names[:8])}{more}" if names else ""
+
+
+def _ignored(manifest: Manifest) -> str:
+    """Suffixes of members of the first shard that are neither images nor labels."""
+    file = manifest.folder / manifest.shards(manifest.splits[0])[0].url
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        groups = group_samples(walk_tar(data, str(file)))
+        names = ignored(suffix for _, group in groups for suffix, _ in group if suffix)
+    return f"; ignored members: {' '.join(f'.{name}' for name in names[:8])}" if names else ""
 
 
 def _index(folder: Path, files: list[Path], with_labels: bool) -> Manifest:
@@ -104,17 +133,18 @@ def _index(folder: Path, files: list[Path], with_labels: bool) -> Manifest:
     labelled = label_samples(keyed, str(folder), bad, with_labels)
     for tar in found:
         if tar.bad or not tar.samples:
-            why = ": ".join(tar.bad[0]) if tar.bad else f"{tar.name}.tar contains no image"
-            raise _unsuitable(folder, why)
+            if not tar.bad:
+                raise _to_pack(folder, f"{tar.name}.tar contains no image")
+            raise _unsuitable(folder, ": ".join(tar.bad[0]))
     for (name, sample), number in zip(keyed, labelled.numbers, strict=True):
         if isinstance(number, str):
             raise _unsuitable(folder, f"{name}.tar/{sample.key} {number} but others have one")
     if has_too_many_classes(len(labelled.classes), len(keyed)):
         largest = labelled.classes[-1]
-        raise _unsuitable(folder, f"label {largest} implies too many classes")
+        raise DataError(f"{folder}: label {largest} implies too many classes; correct the labels")
     for name in labelled.classes:
         if not name.isprintable():
-            raise _unsuitable(folder, f"class {name!r} has an unprintable name")
+            raise DataError(f"{folder}: class {name!r} has an unprintable name; rename it")
     looks: dict[_Look, str] = {}
     for file, tar in zip(files, found, strict=True):
         for look, sample in _looks(file, tar.samples, folder):
@@ -127,7 +157,7 @@ def _common(looks: dict[_Look, str], folder: Path) -> _Look:
     sizes = {(look.height, look.width): where for look, where in reversed(looks.items())}
     if len(sizes) > 1:
         ((h, w), a), ((height, width), b) = list(sizes.items())[-1:-3:-1]
-        raise _unsuitable(folder, f"image sizes differ: {a} is {w}x{h}, {b} is {width}x{height}")
+        raise _to_pack(folder, f"image sizes differ: {a} is {w}x{h}, {b} is {width}x{height}")
     ((height, width),) = sizes
     first = next(iter(looks))
     uniform = len({(look.encoder, look.channels) for look in looks}) == 1
@@ -147,7 +177,7 @@ def _write(
         within = set(labelled.splits[rows]) if labelled.splits else {"train"}
         if len(within) > 1:
             splits = " and ".join(sorted(within))
-            raise _unsuitable(folder, f"{tar.name}.tar holds images of several splits ({splits})")
+            raise _to_pack(folder, f"{tar.name}.tar holds images of several splits ({splits})")
         (split,) = within
         labels = [number for number in labelled.numbers[rows] if isinstance(number, int)]
         number = sum(entry.split == split for entry in entries)
@@ -243,8 +273,17 @@ def _reason(error: Exception) -> str:
     return (isinstance(error, OSError) and error.strerror) or first_line(error)
 
 
-def _unsuitable(folder: Path, reason: str) -> DataError:
+def _to_pack(folder: Path, reason: str) -> DataError:
+    """The error for intact shards that `bigan pack` accepts."""
     return DataError(
         f"{folder}: these shards cannot be used unchanged: {reason}; pack them with "
         f"`bigan pack {folder} DESTINATION --resolution N`"
+    )
+
+
+def _unsuitable(folder: Path, reason: str) -> DataError:
+    """The error for samples that `bigan pack` can only leave out."""
+    return DataError(
+        f"{folder}: these shards cannot be used unchanged: {reason}; repair or replace them, or "
+        f"leave such samples out with `bigan pack {folder} DESTINATION --resolution N --max-bad M`"
     )

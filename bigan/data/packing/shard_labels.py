@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from bigan.data import DataError
 from bigan.data.format.manifest import UNLABELLED
-from bigan.data.packing.listing import number_labels
+from bigan.data.packing.listing import class_order, number_labels
 from bigan.data.packing.shard_files import common, splits
-from bigan.data.packing.split_names import split_of
+from bigan.data.packing.split_names import other_words, split_of
 from bigan.data.packing.tar_samples import (
     NO_IMAGE,
     TEXT,
@@ -42,35 +42,122 @@ def label_samples(
 ) -> Labelled:
     """The classes and splits of all `samples` of a data set; `bad` are its unusable members.
 
-    Splits are those in the paths of the shards, or of the folders in the tars if all of those are
-    splits; other samples are training images.
+    Splits are those in the paths of the shards, in the .json of the samples, or of the folders in
+    the tars if all of those are splits; other samples are training images.
 
     Labels are class numbers or class names (`listing.number_labels`) at one place. A `.txt` is a
     label if every sample has one that could be a class name and each text occurs twice on average;
     else it is a caption. Without labels, the class is the folder of the image or shard. With
     neither, and without `with_labels`, there is one class.
 
-    Raises `UnsuitableError` for labels at several places, images without a label beside labels
-    without an image, and tars that may be one class each; `DataError` for contradictory splits.
+    Raises `UnsuitableError` for labels at several places or that contradict each other, images
+    without a label beside labels without an image, and tars that may be one class each; `DataError`
+    for contradictory splits.
     """
     folders = [tuple(sample.key.split("/")[:-1]) for _, sample in samples]
     folders, in_tars = _split_folders(folders, where)
-    names = [*dict.fromkeys(name for name, _ in samples)]
-    declared = dict(zip(names, splits(names, where), strict=True))
-    found = [declared[name] or inner for (name, _), inner in zip(samples, in_tars, strict=True)]
-    for (name, sample), split, inner in zip(samples, found, in_tars, strict=True):
-        if inner not in (None, split):
+    shards = [*dict.fromkeys(name for name, _ in samples)]
+    declared = dict(zip(shards, splits(shards, where), strict=True))
+    in_json = [sample.split for _, sample in samples]
+    _check_json(samples, in_json, where)
+    found: list[str | None] = []
+    for (name, sample), *inner in zip(samples, in_json, in_tars, strict=True):
+        named = [split for split in (declared[name], *inner) if split]
+        if len(set(named)) > 1:
             raise DataError(
-                f"{where}: {name}/{sample.key} names two splits, {split} and {inner}; rename the "
-                "shard or the folder in it"
+                f"{where}: {name}/{sample.key} names two splits, {named[0]} and {named[-1]}; "
+                "rename the shard or the folder in it, or correct its .json"
             )
+        found.append(named[0] if named else None)
     official = [split or "train" for split in found] if any(found) else None
     labels = _written(samples, where, bad) if with_labels else None
-    if labels is None and with_labels:
-        labels = _by_folder(samples, folders, where)
+    if labels is not None:
+        _check_kinds(samples, labels, found, where)
+        _check_folders(samples, labels, folders, where)
+    names = _by_folder(samples, folders, where) if with_labels and labels is None else None
+    _check_stray(samples, found, where)
+    if names is not None:
+        classes = class_order(names)
+        number = {name: n for n, name in enumerate(classes)}
+        return Labelled(classes, [number[name] for name in names], official)
     if labels is None:
         return Labelled(UNLABELLED, [0] * len(samples), official)
     return Labelled(*number_labels(labels), official)
+
+
+def _check_json(samples: Sequence[Keyed], in_json: Sequence[str | None], where: str) -> None:
+    """Raise `UnsuitableError` if only some samples have a split in their .json."""
+    if any(in_json) and not all(in_json):
+        has = [bool(split) for split in in_json]
+        (a, one), (b, other) = samples[has.index(True)], samples[has.index(False)]
+        raise UnsuitableError(
+            f"{where}: {a}/{one.key} has a split in its .json but {b}/{other.key} has none; write "
+            "a split for every sample, or for none"
+        )
+
+
+def _check_stray(samples: Sequence[Keyed], found: Sequence[str | None], where: str) -> None:
+    """Raise `UnsuitableError` for an image in a folder "test" or "val" that is of another split."""
+    for (name, sample), split in zip(samples, found, strict=True):
+        for folder in sample.key.split("/")[:-1]:
+            declared = split_of(folder)
+            if declared in ("val", "test") and declared != split and not other_words(folder):
+                raise UnsuitableError(
+                    f"{where}: {name}/{sample.key} is in a folder with the name of a split, but "
+                    "not all images are in such folders at one level; rename the folder"
+                )
+
+
+def _check_kinds(
+    samples: Sequence[Keyed],
+    labels: Sequence[int | str | None],
+    found: Sequence[str | None],
+    where: str,
+) -> None:
+    """Raise `UnsuitableError` if numbers and names of classes are inconsistent.
+
+    They are if one split has only numbers and another one only names, or if the samples with both
+    give one number two names, or one name two numbers.
+    """
+    kinds: dict[str, set[type]] = {}
+    partner: dict[int | str, tuple[int | str, str]] = {}
+    for (name, sample), label, split in zip(samples, labels, found, strict=True):
+        if label is None:
+            continue
+        kinds.setdefault(split or "train", set()).add(type(label))
+        if sample.other is None:
+            continue
+        for a, b in ((label, sample.other), (sample.other, label)):
+            known, first = partner.setdefault(a, (b, f"{name}/{sample.key}"))
+            if known != b:
+                raise UnsuitableError(
+                    f"{where}: {first} has the labels {a} and {known}, but {name}/{sample.key} has "
+                    f"{a} and {b}; correct or remove one of the labels; {WITHOUT_LABELS}"
+                )
+    one = {next(iter(kind)): split for split, kind in kinds.items() if len(kind) == 1}
+    if len(one) > 1:
+        raise UnsuitableError(
+            f"{where}: the labels of {one[int]} are class numbers, but those of {one[str]} are "
+            f"class names; write the same for all splits; {WITHOUT_LABELS}"
+        )
+
+
+def _check_folders(
+    samples: Sequence[Keyed],
+    labels: Sequence[int | str | None],
+    folders: Sequence[tuple[str, ...]],
+    where: str,
+) -> None:
+    """Raise `UnsuitableError` for a class name that is the folder of other images."""
+    start = common(folders)
+    tops = [folder[start] if len(folder) > start else "" for folder in folders]
+    known = set(tops)
+    for (name, sample), label, top in zip(samples, labels, tops, strict=True):
+        if isinstance(label, str) and label != top and label in known:
+            raise UnsuitableError(
+                f"{where}: {name}/{sample.key} has label {label} in {sample.place}, but there is a "
+                f"folder {label} for other images; correct one of them; {WITHOUT_LABELS}"
+            )
 
 
 def _split_folders(
@@ -78,24 +165,28 @@ def _split_folders(
 ) -> tuple[list[tuple[str, ...]], list[str | None]]:
     """(folders without the level of the splits, the split of each) of the folders in the tars.
 
-    The level is the first one in which they differ if all of its folders are splits.
+    The level is the first one in which they differ if all of its folders are splits, else the next
+    one (CLASS/SPLIT).
     """
     start = common(folders)
     above = {split_of(part) for part in folders[0][:start]} - {None} if folders else set()
-    tops = sorted({folder[start : start + 1] for folder in folders})
-    declared = {top: split_of(top[0]) if top else None for top in tops}
-    if None in declared.values():
+    for level in (start, start + 1):
+        names = {folder[level] if len(folder) > level else "" for folder in folders}
+        declared = {name: split_of(name) for name in sorted(names)}
+        if None not in declared.values():
+            break
+    else:
         return folders, [above.pop() if len(above) == 1 else None] * len(folders)
-    by_split = {split: top[0] for top, split in declared.items()}
-    for (name,), split in declared.items():
+    by_split = {split: name for name, split in declared.items()}
+    for name, split in declared.items():
         if by_split[split] != name:
             raise UnsuitableError(
                 f"{where}: the folders {name} and {by_split[split]} in the tars are both {split} "
                 "splits; rename one"
             )
     return (
-        [folder[:start] + folder[start + 1 :] for folder in folders],
-        [declared[folder[start : start + 1]] for folder in folders],
+        [folder[:level] + folder[level + 1 :] for folder in folders],
+        [declared[folder[level]] for folder in folders],
     )
 
 
@@ -134,7 +225,7 @@ def _are_names(texts: Sequence[int | str | None]) -> bool:
 
 def _by_folder(
     samples: Sequence[Keyed], folders: Sequence[tuple[str, ...]], where: str
-) -> list[int | str | None] | None:
+) -> list[str] | None:
     """The folder of each sample in its tar, the first one in which they differ; None without."""
     start = common(folders)
     tops = [folder[start] if len(folder) > start else "" for folder in folders]
@@ -156,7 +247,7 @@ def _by_folder(
     return _by_tar(samples, where)
 
 
-def _by_tar(samples: Sequence[Keyed], where: str) -> list[int | str | None] | None:
+def _by_tar(samples: Sequence[Keyed], where: str) -> list[str] | None:
     """The name of the tar if images are named after it, as in ImageNet's n01440764.tar.
 
     Raises `UnsuitableError` for tars whose names differ in more than numbers and splits: they may
@@ -182,5 +273,4 @@ def _by_tar(samples: Sequence[Keyed], where: str) -> list[int | str | None] | No
 
 def _without_number(name: str) -> tuple[str, ...]:
     """The words in the path of a shard that are neither numbers nor splits."""
-    words = re.findall(r"[^\W\d_]+", name)
-    return tuple(word for word in words if split_of(word) is None and word != "of")
+    return tuple(word for word in other_words(name) if word != "of")

@@ -1,7 +1,7 @@
 """The samples of one WebDataset tar: the image, and the label as it is written.
 
 Consecutive members with one key are a sample: `<key>.jpg`, `<key>.cls`, `<key>.json`. The label is
-a class number or name in `.cls` or another suffix of `LABELS`, under one of `JSON_LABELS` in
+a class number or name in `.cls` or another suffix of `LABELS`, under one of `_JSON_LABELS` in
 `.json`, or in `.txt`, which may as well be a caption: `shard_labels.py` decides that for all
 shards together.
 """
@@ -11,23 +11,28 @@ from __future__ import annotations
 import json
 import mmap
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from bigan.data import DataError
 from bigan.data.format import compression
 from bigan.data.format.codec import first_line
 from bigan.data.format.convert import SUFFIXES
-from bigan.data.format.tar import Member, group_samples, walk_tar
+from bigan.data.format.tar import Member, UnsupportedMemberError, group_samples, walk_tar
 from bigan.data.packing.listing import MAX_BYTES, MAX_CLASSES, unsafe
+from bigan.data.packing.split_names import Split, split_of
 
 IMAGES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
-LABELS = ("cls", "label", "class", "target", "category")  # suffixes of texts
-JSON_LABELS = (
+_NAMES = ("cls", "label", "class", "target", "category", "labels", "classes", "targets", "y")
+LABELS = (*_NAMES, *(f"{name}.json" for name in _NAMES))  # suffixes of texts
+_JSON_LABELS = (
     "label", "cls", "class", "target", "category", "class_id", "class_name", "label_id",
     "labels", "classes", "targets", "categories",
 )  # fmt: skip
+SPLITS = ("split", "subset")  # keys in .json
+JSON_LABELS = (*_JSON_LABELS, *SPLITS)  # keys in .json that are read
 TEXT = ".txt"  # the place of a label that may be a caption
 NO_IMAGE = "has no image"
 WITHOUT_LABELS = "data.labels=none, or `bigan pack --labels none`, uses the images without labels"
@@ -49,7 +54,9 @@ class Sample:
     """One image of a tar: key, suffix, offset and size in bytes, and its label as it is written.
 
     label: class number or class name, None without one. place: where the label is, such as ".cls"
-    or ".json label", "" without one; for a `.txt` that is no class name, label is None.
+    or ".json label", "" without one; for a `.txt` that is no class name, label is None. other: if
+    the label is a number, a class name at another place, and the other way round. split: the one
+    that the .json declares. ignored: suffixes that are neither images nor read.
     """
 
     key: str
@@ -58,6 +65,9 @@ class Sample:
     size: int
     label: int | str | None
     place: str = ""
+    other: int | str | None = None
+    split: Split | None = None
+    ignored: tuple[str, ...] = ()
 
 
 class UnsuitableError(DataError):
@@ -70,11 +80,12 @@ def list_samples(
     """The samples of a WebDataset tar in order, and (name, reason) of its unusable members.
 
     The image of a sample (`tar.group_samples`) is its first member with a suffix in `IMAGES`, an
-    array only if there is no other. For a damaged tar the samples before the damage are returned
-    and (where, reason) is the last entry of the second list.
+    array only if there is no other. Without `with_labels`, labels may be apart from it. For a
+    damaged tar the samples before the damage are returned and (where, reason) is the last entry of
+    the second list.
 
-    Raises `UnsuitableError` for a compressed tar, samples whose members are not adjacent, and
-    labels of several values.
+    Raises `UnsuitableError` for a compressed tar, members that are no regular files, samples whose
+    members are not adjacent, and labels of several values.
     """
     samples: list[Sample] = []
     bad: list[tuple[str, str]] = []
@@ -91,6 +102,8 @@ def list_samples(
     try:
         for key, group in group_samples(safe_members()):
             suffixes = tuple(suffix for suffix, _ in group)
+            if not with_labels and only_labels(suffixes):
+                continue
             if key not in seen:
                 found = _sample(data, key, group, where, with_labels)
                 if isinstance(found, str):
@@ -104,6 +117,8 @@ def list_samples(
             seen[key] = (*seen.get(key, ()), *suffixes)
     except UnsuitableError:
         raise
+    except UnsupportedMemberError as error:
+        raise UnsuitableError(str(error)) from None
     except DataError as error:
         bad.append((where, str(error).removeprefix(f"{where}: ")))
     return samples, bad
@@ -136,20 +151,21 @@ def _sample(
     image = members.pop(suffix)
     if image.size > MAX_BYTES:
         return f"is larger than {MAX_BYTES} bytes"
-    label: int | str | None = None
-    place = ""
+    contents = {
+        name: bytes(data[member.offset : member.offset + min(member.size, 2**20)])
+        if _is_text(name)
+        else b""
+        for name, member in members.items()
+    }
+    split = declared_split(contents, f"{where}/{key}")
+    written = Written(None, "")
     if with_labels:
-        contents = {
-            name: bytes(data[member.offset : member.offset + min(member.size, 2**20)])
-            if _is_text(name)
-            else b""
-            for name, member in members.items()
-        }
         try:
-            label, place = read_label(contents, f"{where}/{key}")
+            written = read_label(contents, f"{where}/{key}")
         except ValueError as error:
             return str(error)
-    return Sample(key, suffix, image.offset, image.size, label, place)
+    rest = tuple(map(sys.intern, ignored(members)))
+    return Sample(key, suffix, image.offset, image.size, *written, split, rest)
 
 
 def image_suffix(suffixes: Sequence[str]) -> str | None:
@@ -163,25 +179,66 @@ def _is_text(suffix: str) -> bool:
     return suffix in ("json", "txt") or suffix.removesuffix(".txt") in LABELS
 
 
-def read_label(members: Mapping[str, bytes], where: str) -> tuple[int | str | None, str]:
-    """(label, its place) of a sample from its members besides the image, by suffix.
+def only_labels(suffixes: Iterable[str]) -> bool:
+    """Whether a sample has labels and nothing else, such as an image or a split."""
+    return all(_is_text(suffix) and suffix != "json" for suffix in suffixes)
+
+
+def ignored(suffixes: Iterable[str]) -> list[str]:
+    """Those of `suffixes` that are neither images nor read."""
+    return [s for s in dict.fromkeys(suffixes) if s not in IMAGES and not _is_text(s)]
+
+
+def declared_split(members: Mapping[str, bytes], where: str) -> Split | None:
+    """The split in the .json of a sample; raises `UnsuitableError` for an unknown `split`."""
+    try:
+        found = json.loads(members.get("json", b"null"))
+    except (ValueError, RecursionError):
+        return None
+    keys = {key.lower(): found[key] for key in found} if isinstance(found, dict) else {}
+    for name in SPLITS:
+        value = keys.get(name)
+        split = split_of(value) if isinstance(value, str) else None
+        if split:
+            return split
+        if name == "split" and value not in (None, ""):
+            raise UnsuitableError(
+                f"{where}: has the split {value!r:.40} in .json; write train, val or test"
+            )
+    return None
+
+
+class Written(NamedTuple):
+    """Label, its place, and the other label of a sample, as in `Sample`."""
+
+    label: int | str | None
+    place: str
+    other: int | str | None = None
+
+
+def read_label(members: Mapping[str, bytes], where: str) -> Written:
+    """The label of a sample from its members besides the image, which are suffixes and contents.
 
     A class number, or a class name without surrounding space. Raises ValueError with the reason for
-    an impossible label, `UnsuitableError` for several values.
+    an impossible label and for two of one kind, `UnsuitableError` for several values.
     """
     found: list[tuple[int | str, str]] = []
     for suffix in members:
-        if suffix.removesuffix(".txt") in LABELS:
+        if suffix == "json" or (suffix in LABELS and suffix.endswith(".json")):
+            found += _in_json(members[suffix], f".{suffix}", where)
+        elif suffix.removesuffix(".txt") in LABELS:
             found += _label(_decoded(members[suffix]), f".{suffix}", where)
-    if "json" in members:
-        value, key = _in_json(members["json"])
-        found += _label(value, f".json {key}".strip(), where)
     if found:
-        numbers = {label: place for label, place in found if isinstance(label, int)}
-        if len(numbers) > 1:
-            (a, first), (b, second) = list(numbers.items())[:2]
-            raise ValueError(f"has label {a} in {first} and {b} in {second}")
-        return found[0]
+        found.sort(key=lambda each: each[1].startswith(".json"))
+        for kind in (int, str):
+            same = {label: place for label, place in found if isinstance(label, kind)}
+            if len(same) > 1:
+                (a, first), (b, second) = list(same.items())[:2]
+                raise ValueError(f"has label {a} in {first} and {b} in {second}")
+        label, place = found[0]
+        return Written(
+            label, place, next((b for b, _ in found if type(b) is not type(label)), None)
+        )
     for suffix in members:
         parts = suffix.split(".")
         if parts[-1] in ARRAYS and (len(parts) == 1 or parts[0] in _ARRAY_LABELS):
@@ -191,21 +248,27 @@ def read_label(members: Mapping[str, bytes], where: str) -> tuple[int | str | No
             found = _label(_decoded(members["txt"]), TEXT, where)
         except (ValueError, UnsuitableError):  # a caption
             found = []
-        return found[0] if found else (None, TEXT)
-    return None, ""
+        return Written(found[0][0] if found else None, TEXT)
+    return Written(None, "")
 
 
-def _in_json(content: bytes) -> tuple[Any, str]:
-    """(label, its key) in a JSON text."""
+def _in_json(content: bytes, place: str, where: str) -> list[tuple[int | str, str]]:
+    """(label, place) of the labels in a JSON text; after the first, what is none is ignored."""
     try:
         found = json.loads(content)
     except (ValueError, RecursionError):
-        raise ValueError("its .json cannot be read") from None
+        raise ValueError(f"its {place} cannot be read") from None
     if not isinstance(found, dict):
-        return found, ""
+        return _label(found, place, where)
     keys = {key.lower(): key for key in reversed(found) if found[key] is not None}
-    key = next((keys[name] for name in JSON_LABELS if name in keys), "")
-    return (found[key], key) if key else (None, "")
+    labels: list[tuple[int | str, str]] = []
+    for key in (keys[name] for name in _JSON_LABELS if name in keys):
+        try:
+            labels += _label(found[key], f"{place} {key}", where)
+        except (ValueError, UnsuitableError):
+            if not labels:
+                raise
+    return labels
 
 
 def _decoded(content: bytes) -> str:

@@ -6,6 +6,7 @@ extracted, so member names are harmless, but names with ".." or absolute paths a
 
 from __future__ import annotations
 
+import collections
 import mmap
 import os
 from collections.abc import Sequence
@@ -48,6 +49,8 @@ def tars(
             if isinstance(reason, str)]  # fmt: skip
     labels = tuple(number for number in labelled.numbers if isinstance(number, int))
 
+    skipped = collections.Counter(f".{name}" for _, _, s in found for name in s.ignored if name)
+
     def original(i: int) -> bytes:
         number, _, sample = found[good[i]]
         return read_at(files[number], sample.offset, sample.size)
@@ -64,6 +67,7 @@ def tars(
         official=None if labelled.splits is None else tuple(labelled.splits[i] for i in good),
         bad=tuple(bad),
         stamp=stamp,
+        skipped=tuple(sorted(skipped.items())),
     )
 
 

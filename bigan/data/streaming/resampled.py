@@ -31,8 +31,10 @@ from bigan.data.packing.split_names import split_of
 from bigan.data.packing.tar_samples import (
     TEXT,
     UnsuitableError,
+    declared_split,
     image_suffix,
     not_adjacent,
+    only_labels,
     read_label,
 )
 from bigan.data.settings import Fetch
@@ -197,6 +199,9 @@ class ResampledStream(Endless):
         suffix = image_suffix(suffixes)
         if suffix is None:
             return f"has no image ({' '.join(suffixes)}); {ADJACENT}"
+        split = declared_split(sample, f"{sample['__url__']}: {sample['__key__']}")
+        if split not in (None, self._split):
+            raise self._other_split(sample["__url__"], sample["__key__"])
         image = sample.pop(suffix)
         label = 0
         if self._fetch.labels == "given":
@@ -216,7 +221,7 @@ class ResampledStream(Endless):
         """The class number of a sample; raises ValueError for an unreadable one."""
         where = f"{sample['__url__']}: {sample['__key__']}"
         members = {suffix: sample[suffix] for suffix in _suffixes(sample)}
-        label, place = read_label(members, where)
+        label, place, _ = read_label(members, where)
         if place == TEXT:  # a caption
             return None
         if isinstance(label, str):
@@ -235,10 +240,13 @@ class ResampledStream(Endless):
         """Raise `UnsuitableError` for a sample in a folder of another split, such as "test/"."""
         parts = [part for part in key.split("/")[:-1] if part.isalpha()]
         if not {split_of(part) for part in parts} <= {None, self._split}:
-            raise UnsuitableError(
-                f"{url}: {key} is not of data.split = {self._split}; data.mode=resampled selects "
-                "whole shards; pack the data"
-            )
+            raise self._other_split(url, key)
+
+    def _other_split(self, url: str, key: str) -> UnsuitableError:
+        return UnsuitableError(
+            f"{url}: {key} is not of data.split = {self._split}; data.mode=resampled selects "
+            "whole shards; pack the data"
+        )
 
     def _samples(self) -> Iterator[dict[str, Any]]:
         """An endless sequence of encoded samples from a shuffle buffer over sampled shards."""
@@ -263,6 +271,8 @@ class ResampledStream(Endless):
                     for sample in group_by_keys(members):
                         empty = 0
                         key, suffixes = sample["__key__"], _suffixes(sample)
+                        if self._fetch.labels == "none" and only_labels(suffixes):
+                            continue
                         self._check_split(url, key)
                         if not set(suffixes) & set(seen.setdefault(key, suffixes)):
                             raise not_adjacent(url, key, seen[key][0], suffixes[0])
