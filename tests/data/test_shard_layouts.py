@@ -230,6 +230,7 @@ IMAGES: dict[str, list[tuple[str, bytes]]] = {
     "avif": [("avif", coded("AVIF", orientation=6))],
     "jpeg 2000": [("jp2", coded("JPEG2000")), ("j2k", coded("JPEG2000", "L", no_jp2=True))],
     "tga": [("tga", coded("TGA", "RGBA"))],
+    "bytes behind the end": [("png", coded("PNG") + b"more")],
     "a png named jpg": [("jpg", coded("PNG")), ("jpeg", coded("PNG"))],
 }
 

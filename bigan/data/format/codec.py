@@ -36,7 +36,7 @@ JPEG_QUALITY = 95  # default
 
 _PNG_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in "<_io.BytesIO object at 0x7f12...>"
-_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # PIL accepts a truncated file without it
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # PIL accepts a truncated file without it
 
 
 class BadImageError(ValueError):
@@ -126,7 +126,7 @@ def _decode_jpg(out: Pixels, data: bytes) -> None:
 
 
 def _decode_png(out: Pixels, data: bytes) -> None:
-    if not data.endswith(_PNG_END):
+    if not data.endswith(PNG_END):
         raise BadImageError("is a truncated PNG file")
     _decode_with_pil(out, data, "PNG", (_PNG_MODES[out.shape[2]],))
 

@@ -15,7 +15,7 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
-from bigan.data.format.codec import BadImageError, Pixels, first_line
+from bigan.data.format.codec import PNG_END, BadImageError, Pixels, first_line
 from bigan.image_size import ImageSize, shown, sides
 from bigan.transparency import has_alpha
 
@@ -55,7 +55,6 @@ _TURNS = {  # EXIF 2.32, tag 0x0112
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # PIL accepts a truncated file without it
 
 
 def load(
@@ -100,7 +99,7 @@ def decode_any(data: bytes, keep_alpha: bool = False, max_pixels: int | None = N
                 strict = Image.fromarray(decoded[..., 0] if image.mode == "L" else decoded)
                 strict.info = image.info  # its EXIF
                 return plain(strict, keep_alpha, max_pixels)
-            if image.format == "PNG" and _PNG_END not in data:
+            if image.format == "PNG" and PNG_END not in data:
                 raise BadImageError("is truncated")
             image.load()
             return plain(image, keep_alpha, max_pixels)

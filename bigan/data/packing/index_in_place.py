@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from bigan.data import DataError
-from bigan.data.format.codec import StoredEncoding, first_line
+from bigan.data.format.codec import PNG_END, StoredEncoding, first_line
 from bigan.data.format.convert import FORMATS, orientation_of, read_npy
 from bigan.data.format.data_set import write_data_set
 from bigan.data.format.manifest import (
@@ -262,7 +262,7 @@ def _look(data: bytes) -> _Look:
         if turn == 1 and not clear:
             if kind == "jpg" and image.mode in ("L", "RGB"):  # its decoder converts grey to RGB
                 return _Look("jpg", height, width, 3)
-            if kind == "png" and image.mode in ("L", "RGB"):
+            if kind == "png" and data.endswith(PNG_END) and image.mode in ("L", "RGB"):
                 return _Look("png", height, width, 1 if grey else 3)
             if kind == "webp" and image.mode == "RGB":
                 return _Look("webp", height, width, 3)
