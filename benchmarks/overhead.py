@@ -62,6 +62,9 @@ class NoArtifacts:
     def is_taken_over(self) -> bool:
         return False
 
+    def restore_folder(self) -> None:
+        pass
+
     def settle(self, all_done: bool) -> None:
         pass
 

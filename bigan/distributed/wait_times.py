@@ -17,14 +17,14 @@ class WaitTimes(NamedTuple):
     """Seconds that are not a rank's own work."""
 
     waited: float  # for the slowest rank, in `wait_for_all`
-    exchanged: float  # in backward passes that exchange gradients, including the optimiser step
+    exchanged: float  # in backward passes that exchange gradients, including the optimizer step
 
 
 class WaitTimer:
     """Measures the time that a rank waits for the slowest rank and exchanges gradients.
 
     In synchronous training every step takes as long on each rank as on the slowest. The rest of the
-    step is the rank's own work: images, draws, forward passes, the previous optimiser step. No host
+    step is the rank's own work: images, draws, forward passes, the previous optimizer step. No host
     synchronisation: on CUDA the time between two events on the stream is read in `collect`.
     """
 

@@ -89,7 +89,7 @@ def test_engine_follows_from_config_and_launch_file(
         ("ddp", FSDP, 2, "requests fsdp.*launch/node.yaml"),
         ("single", FSDP | {"WORLD_SIZE": "1"}, 1, "requests fsdp.*launch/gpu.yaml"),
         ("auto", FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, 2, "fsdp_offload_params is true"),
-        ("auto", zero(3, "cpu"), 2, "ZeRO stage 3 with the optimiser offloaded to cpu"),
+        ("auto", zero(3, "cpu"), 2, "ZeRO stage 3 with the optimizer offloaded to cpu"),
         ("auto", zero(3, "none", "cpu"), 2, "the parameters to cpu"),
         ("auto", zero(1, "nvme"), 2, "offloaded to nvme"),
         ("auto", zero(0, "cpu"), 2, "ZeRO stage 0"),
