@@ -29,10 +29,10 @@ def zipped(root: Path, file: Path, prefix: str = "", method: int = zipfile.ZIP_D
 
 
 def both(root: Path) -> list[Source]:
-    """The folder and a zip of it with a wrapping folder; equal except for their identity."""
+    """The folder and a zip of it with a wrapping folder; both are equal."""
     folder = open_source(root, resolution=8)
     archive = open_source(zipped(root, root.with_suffix(".zip"), "wrap/"), resolution=8)
-    for field in ("classes", "keys", "labels", "splits", "bad"):
+    for field in ("classes", "keys", "labels", "splits", "bad", "identity"):
         assert getattr(folder, field) == getattr(archive, field)
     for i in range(len(folder)):
         assert np.array_equal(folder.read(i), archive.read(i))
@@ -79,7 +79,7 @@ def every_kind(root: Path, scratch: Path, **options: Any) -> list[Source]:
         for n, spec in enumerate(specs)
     ]
     for other in sources[1:]:
-        for field in ("classes", "keys", "labels", "splits", "skipped", "bad"):
+        for field in ("classes", "keys", "labels", "splits", "skipped", "bad", "identity"):
             assert getattr(other, field) == getattr(sources[0], field), (other.name, field)
         assert all(np.array_equal(other.read(i), sources[0].read(i)) for i in range(len(other)))
     return sources

@@ -116,7 +116,7 @@ def outcome(spec: Path, **options: Any) -> dict[str, Any]:
         return {"error": text.replace(str(spec), "SOURCE")}
     assert len(set(source.keys)) == len(source.keys)
     assert all(0 <= label < len(source.classes) for label in source.labels)
-    names = ("classes", "keys", "labels", "splits", "bad", "skipped")
+    names = ("classes", "keys", "labels", "splits", "bad", "skipped", "identity")
     return {name: getattr(source, name) for name in names}
 
 

@@ -410,6 +410,16 @@ def test_random_trees_are_alike_in_folder_zip_and_tar(part: int) -> None:
     assert min(counts.values()) > 50
 
 
+def test_manifests_of_a_folder_and_its_archives_are_equal(tmp_path: Path) -> None:
+    root = build(tmp_path / "data", below("train", "test"))
+    specs = [root, zipped(root, tmp_path / "data.zip"), tarred(root, tmp_path / "data.tar", "x/")]
+    specs.append(tarred(root, tmp_path / "data.tar.gz"))
+    for n, spec in enumerate(specs):
+        pack(spec, tmp_path / f"out{n}", resolution=8)
+    manifests = {(tmp_path / f"out{n}" / "manifest.json").read_bytes() for n in range(len(specs))}
+    assert len(manifests) == 1
+
+
 def test_a_compressed_tar_is_packed_and_leaves_no_copy(tmp_path: Path) -> None:
     root = build(tmp_path / "data", below("train", "test"))
     file = tarred(root, tmp_path / "data.tar.gz")

@@ -58,7 +58,7 @@ def _add_file(tree: Tree, root: Path, path: str, status: os.stat_result) -> None
     elif status.st_size > MAX_BYTES:
         tree.bad.append((path, TOO_LARGE))
     else:
-        tree.images[path] = (status.st_size,)
+        tree.images[path] = status.st_size
         tree.times.append((path, status.st_mtime_ns))
 
 

@@ -71,7 +71,7 @@ def _listing(tree: Tree, paths: list[str], where: str, name: str, labels: Labels
     kept = [paths[i] for i in good]
     keys = tuple(path.removeprefix(root) for path in kept)
     entries: list[tuple[str | int, ...]] = [
-        (path.removeprefix(root), *tree.images[path]) for path in paths
+        (path.removeprefix(root), tree.images[path]) for path in paths
     ]
     return Listing(
         name=name,

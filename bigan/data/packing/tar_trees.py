@@ -72,7 +72,7 @@ def _add(tree: Tree, places: dict[str, Member], data: Buffer, member: Member) ->
     elif member.size > MAX_BYTES:
         tree.bad.append((path, TOO_LARGE))
     else:
-        tree.images[path] = (member.size,)
+        tree.images[path] = member.size
         places[path] = member
 
 

@@ -37,17 +37,18 @@ _MAX_DEPTH = 3
 class Tree:
     """The content of a folder or archive, by path relative to it.
 
-    images: size in bytes (and checksum, where an archive has one) of each image file.
+    images: size in bytes of each image file; folders and archives have the same.
     folders: all folders, those without files included.
     label_files: content of the files named in `LABEL_FILES`, in any folder.
     bad: (path, reason) of images that cannot be read.
-    times: (path, time of modification in nanoseconds), of the archive itself for an archive.
+    times: (path, time of modification in nanoseconds), of the archive itself for an archive, and
+        (path, checksum) where an archive has one.
     skipped: number of other files by suffix.
     sidecars: path without suffix -> suffix, of files that would label the image of the same name.
     read: the bytes of an image; thread-safe; raises `BadImageError` or `OSError`.
     """
 
-    images: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    images: dict[str, int] = field(default_factory=dict)
     folders: set[str] = field(default_factory=set)
     label_files: dict[str, bytes] = field(default_factory=dict)
     bad: list[tuple[str, str]] = field(default_factory=list)

@@ -41,7 +41,8 @@ def zip_tree(file: Path) -> Tree:
         raise DataError(
             f"{file}: is a damaged zip archive ({first_line(error)}); copy it again"
         ) from None
-    tree.images = {path: (info.file_size, info.CRC) for path, info in members.items()}
+    tree.images = {path: info.file_size for path, info in members.items()}
+    tree.times += [(path, info.CRC) for path, info in members.items()]
     return tree
 
 
