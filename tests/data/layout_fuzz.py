@@ -141,19 +141,19 @@ def check(seed: int, scratch: Path) -> str:
     assert found[0] == found[1] == found[2], (seed, found)
     declared = any(b"split" in content for content in files.values())
     if "splits" in found[0] and not declared:
-        check_splits(found[0])
+        check_splits(found[0], seed)
     shutil.rmtree(root)
     return "error" if "error" in found[0] else "understood"
 
 
-def check_splits(found: dict[str, Any]) -> None:
+def check_splits(found: dict[str, Any], seed: int) -> None:
     """No image in a folder of test images trains, unless the folder is a split of training."""
     for key, split in zip(found["keys"], found["splits"], strict=True):
         names = [part.lower() for part in key.split("/")[:-1]]
         first = next(
             (name for name in names if name in ("train", "training", "test", "testing")), ""
         )
-        assert not (first.startswith("test") and split == "train"), key
+        assert not (first.startswith("test") and split == "train"), (seed, key)
 
 
 def main(num: int, first: int = 0) -> dict[str, int]:

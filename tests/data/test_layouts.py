@@ -276,6 +276,10 @@ REFUSED = {
     ),
     "a label beside its image": ("1.png 2.png", {"1.label": "a"}, "", "1.label"),
     "a json label beside its image": ("a/1.png b/1.png", {"a/1.json": '{"label": 1}'}, "", "a/1.j"),
+    "captions that are names of splits": (
+        "test/dev/1.png", {"test/dev/metadata.csv": "file_name,text\n1.png,train"}, "metadata.csv",
+        "no column",
+    ),
     "a vector in labels.csv": ("1.png", {"labels.csv": '1.png,"[0, 1]"'}, "labels.csv", "several"),
     "two names in labels.csv": ("1.png", {"labels.csv": "1.png,a|b"}, "labels.csv", "several"),
     "three columns without a header": (

@@ -147,7 +147,7 @@ def _split_column(table: _Table, others: Iterable[int | None], where: str) -> in
     if named is not None:
         return named
     for n, name in enumerate(header):
-        if n in others:
+        if n in others or name in CAPTION_COLUMNS:
             continue
         values = {str(cells[n]) for _, cells in rows[1:] if len(cells) > n}
         if values and all(split_of(v) and len(other_words(v)) < 2 for v in values):
