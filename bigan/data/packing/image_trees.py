@@ -20,8 +20,8 @@ def tree_listing(
 ) -> Listing:
     """The images of `tree`, which is at `where`, with classes and splits.
 
-    labels: "auto" takes label files if there are any, else class folders; "folders" ignores label
-        files; "none" gives all images the one class "all".
+    labels: "auto" takes label files if there are any, else class folders; "folders" ignores the
+        labels in label files; "none" gives all images the one class "all". Declared splits count.
     exclude: shell patterns of files and folders to leave out (`trees.without`).
 
     Keys are paths below the folders without siblings. Raises `DataError` if there are no images,
@@ -65,7 +65,7 @@ def _listing(tree: Tree, paths: list[str], where: str, name: str, labels: Labels
             unlisted = {i: why for i, why in enumerate(declared.labels) if isinstance(why, str)}
             every = [unlisted.get(i, label) for i, label in enumerate(labelled.labels)]
             labelled = Labelled(labelled.classes, every, declared.bad)
-    _check_trained(labelled, splits, where)
+    _check_trained(labelled, splits)
     good = [i for i, label in enumerate(labelled.labels) if isinstance(label, int)]
     bad = [(paths[i], label) for i, label in enumerate(labelled.labels) if isinstance(label, str)]
     kept = [paths[i] for i in good]
@@ -109,8 +109,8 @@ def _check_sidecars(tree: Tree, paths: list[str], labels: Labels) -> None:
         )
 
 
-def _check_trained(labelled: Labelled, splits: Sequence[str] | None, where: str) -> None:
-    """Raise `DataError` for a class with images in other splits only."""
+def _check_trained(labelled: Labelled, splits: Sequence[str] | None) -> None:
+    """Raise `LayoutError` for a class with images in other splits only."""
     if splits is None:
         return
     pairs = [(n, s) for n, s in zip(labelled.labels, splits, strict=True) if isinstance(n, int)]
@@ -118,7 +118,8 @@ def _check_trained(labelled: Labelled, splits: Sequence[str] | None, where: str)
     missing = sorted({label for label, _ in pairs} - trained)
     if missing and labelled.classes:
         name = labelled.classes[missing[0]]
-        raise DataError(f"{where}: class {name!r} has no images in train; add or remove it")
+        problem = f"class {name!r} has no images in train; add or remove it"
+        raise layout.LayoutError("", problem)
 
 
 def _splits_beside_label_files(

@@ -15,6 +15,7 @@ from typing import Any
 from bigan.data import DataError
 from bigan.data.packing.label_tables import Entry, read_label_file
 from bigan.data.packing.listing import number_labels, unsafe
+from bigan.data.packing.shard_files import common
 from bigan.data.packing.split_names import Split, split_of
 from bigan.data.packing.trees import LABEL_FILES
 
@@ -201,7 +202,8 @@ def _finder(names: Sequence[str], numbers: Sequence[int]) -> Callable[[str], lis
         composed = unicodedata.normalize("NFC", name)  # macOS stores decomposed names
         exact.setdefault(composed, i)
         by_stem.setdefault(composed.rpartition(".")[0], []).append(i)
-    wrap = _wrapping(names)
+    parents = [tuple(name.split("/")[:-1]) for name in names]
+    wrap = "".join(f"{part}/" for part in parents[0][: common(parents)]) if parents else ""
 
     def find(name: str) -> list[int]:
         parts = name.replace("\\", "/").split("/")
@@ -212,14 +214,3 @@ def _finder(names: Sequence[str], numbers: Sequence[int]) -> Callable[[str], lis
         return by_stem.get(path) or by_stem.get(wrap + path, [])
 
     return find
-
-
-def _wrapping(names: Sequence[str]) -> str:
-    """The folder, with its "/", that all `names` are in; "" without one."""
-    if not names:
-        return ""
-    first, last = min(names).split("/")[:-1], max(names).split("/")[:-1]
-    same = 0
-    while same < min(len(first), len(last)) and first[same] == last[same]:
-        same += 1
-    return "".join(f"{part}/" for part in first[:same])

@@ -14,7 +14,6 @@ split may contain such a folder, too ("train/train/cat"). Splits are folders wit
 from __future__ import annotations
 
 import collections
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -85,8 +84,8 @@ def class_folders(paths: Sequence[str], folders: Iterable[str]) -> list[str] | N
 def understand(paths: Sequence[str], folders: Iterable[str], *, need_classes: bool) -> Layout:
     """The layout of the images `paths`; `folders` lists every folder, empty ones included.
 
-    With `need_classes`, images beside class folders, class folders without images and splits whose
-    classes differ are errors; without it (labels from elsewhere, or none), only splits matter and
+    With `need_classes`, images beside class folders, class folders without images and class
+    folders in some splits only are errors; without it (labels from elsewhere, or none), only splits matter and
     `classes` holds class folders where there are any, else None. Raises `LayoutError`.
     """
     index = _Index(paths, folders)
@@ -99,8 +98,6 @@ def understand(paths: Sequence[str], folders: Iterable[str], *, need_classes: bo
     _check_stray(index, {f"{root}{top}/{name}/" for top in index.inside(root) for name in inner})
     if inner:
         official = [inner[path.removeprefix(root).split("/")[1]] for path in paths]
-        if need_classes:
-            _check_trained(zip(names or [], official, strict=True))
         return Layout(root, official, names)
     if need_classes:
         index.check_classes(root)
@@ -120,7 +117,7 @@ def _with_split_folders(
     }
     _check_stray(index, known)
     if need_classes:
-        _check_splits(index, {start: tops[top] for top, start in starts.items()})
+        _check_splits(index, list(starts.values()))
     top_of = [f"{root}{path.removeprefix(root).split('/')[0]}/" for path in paths]
     names = [_class(path, starts[top]) for path, top in zip(paths, top_of, strict=True)]
     return Layout(root, [tops[top] for top in top_of], _all_or_none(names))
@@ -322,30 +319,19 @@ def _inside_splits(index: _Index, splits: dict[str, Split]) -> list[str]:
     return folders
 
 
-def _check_splits(index: _Index, splits: dict[str, Split]) -> None:
-    """Raise `LayoutError` unless the splits have classes, all of them also in train, or none has.
+def _check_splits(index: _Index, folders: list[str]) -> None:
+    """Raise `LayoutError` unless all splits have classes, or none has.
 
-    `splits` maps the folder that holds the classes or images of a split to the split.
+    `folders` hold the classes or images of each split.
     """
-    per_split = {folder: index.check_classes(folder) for folder in splits}
+    per_split = {folder: index.check_classes(folder) for folder in folders}
     flat = [folder for folder, names in per_split.items() if not names]
-    if flat and len(flat) < len(splits):
+    if flat and len(flat) < len(folders):
         raise LayoutError(
             flat[0],
             "has no class folders but other splits have; move its images into class folders, or "
             f"leave it out with --exclude {flat[0].rstrip('/')!r}",
         )
-    _check_trained((name, splits[folder]) for folder, names in per_split.items() for name in names)
-
-
-def _check_trained(pairs: Iterable[tuple[str, str]]) -> None:
-    """Raise `LayoutError` for a class of the (class, split) pairs that is not in train."""
-    splits: dict[str, set[str]] = collections.defaultdict(set)
-    for name, split in pairs:
-        splits[unicodedata.normalize("NFC", name)].add(split)  # macOS decomposes names
-    missing = sorted(name for name, found in splits.items() if "train" not in found)
-    if missing:
-        raise LayoutError("", f"class {missing[0]!r} has no images in train; add or remove it")
 
 
 def _above(folder: str) -> list[str]:

@@ -28,8 +28,8 @@ class PackOptions:
     allow_upscale: enlarge images below `resolution` instead of treating them as unusable (crop,
         stretch) or of adding a wider border (pad).
     max_pixels: larger originals are unusable (decompression bombs).
-    labels: "auto": label files if there are any, else class folders; "folders": no label files;
-        "none": one class. For sources other than files of images, "none" or the labels they have.
+    labels: "auto": from label files if there are any, else from class folders; "folders": not from
+        label files; "none": one class. For other sources than files of images only "none" counts.
     exclude: shell patterns of files and folders that are left out ("masks", "*_small.png").
     val_fraction, test_fraction: shares of the images in these splits, by the hash of their keys.
         Splits that the source defines are kept.

@@ -71,8 +71,10 @@ def below(files: Sequence[str | Path], root: Path | None = None) -> list[str]:
 
 def common(paths: Sequence[tuple[str, ...]]) -> int:
     """The number of leading parts that all `paths` have in common."""
-    levels = zip(*paths, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, levels))
+    if not paths:
+        return 0
+    levels = zip(min(paths), max(paths), strict=False)  # what these two share, all share
+    return sum(1 for _ in itertools.takewhile(lambda parts: parts[0] == parts[1], levels))
 
 
 def splits(names: Sequence[str], where: str) -> list[Split | None]:

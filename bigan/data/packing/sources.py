@@ -212,8 +212,8 @@ def _find_in_folder(path: Path, options: PackOptions, scratch: Path | None) -> L
     if not has_images(path):
         entries = sorted(path.iterdir())
         files = [file for file in entries if _is_archive(file)]
-        below = nested_tar_files(path, (".tar", *compression.SUFFIXES))
-        if len(files) == 1 and {*below} <= {*files}:
+        suffixes = (".tar", *compression.SUFFIXES)
+        if len(files) == 1 and {*nested_tar_files(path, suffixes)} <= {*files}:
             if labels := [file.name for file in entries if is_label_file(file.name)]:
                 raise DataError(
                     f"{path}: holds {labels[0]} beside {files[0].name}, whose images it may label; "

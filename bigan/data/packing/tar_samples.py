@@ -1,7 +1,7 @@
 """The samples of one WebDataset tar: the image, and the label as it is written.
 
 Consecutive members with one key are a sample: `<key>.jpg`, `<key>.cls`, `<key>.json`. The label is
-a class number or name in `.cls` or another suffix of `LABELS`, under one of `_JSON_LABELS` in
+a class number or name in `.cls` or another suffix of `LABELS`, under one of `_JSON_KEYS` in
 `.json`, or in `.txt`, which may as well be a caption: `shard_labels.py` decides that for all
 shards together.
 """
@@ -27,12 +27,12 @@ from bigan.data.packing.split_names import Split, split_of
 IMAGES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 _NAMES = ("cls", "label", "class", "target", "category", "labels", "classes", "targets", "y")
 LABELS = (*_NAMES, *(f"{name}.json" for name in _NAMES))  # suffixes of texts
-_JSON_LABELS = (
+_JSON_KEYS = (
     "label", "cls", "class", "target", "category", "class_id", "class_name", "label_id",
     "labels", "classes", "targets", "categories",
 )  # fmt: skip
 SPLITS = ("split", "subset")  # keys in .json
-JSON_LABELS = (*_JSON_LABELS, *SPLITS)  # keys in .json that are read
+JSON_KEYS = (*_JSON_KEYS, *SPLITS)  # keys in .json that are read
 TEXT = ".txt"  # the place of a label that may be a caption
 NO_IMAGE = "has no image"
 WITHOUT_LABELS = "data.labels=none, or `bigan pack --labels none`, uses the images without labels"
@@ -262,7 +262,7 @@ def _in_json(content: bytes, place: str, where: str) -> list[tuple[int | str, st
         return _label(found, place, where)
     keys = {key.lower(): key for key in reversed(found) if found[key] is not None}
     labels: list[tuple[int | str, str]] = []
-    for key in (keys[name] for name in _JSON_LABELS if name in keys):
+    for key in (keys[name] for name in _JSON_KEYS if name in keys):
         try:
             labels += _label(found[key], f"{place} {key}", where)
         except (ValueError, UnsuitableError):

@@ -20,7 +20,7 @@ from bigan.data import DataError
 from bigan.data.format.convert import SUFFIXES
 from bigan.data.packing.listing import MAX_BYTES, is_hidden
 from bigan.data.packing.split_names import mentions_splits
-from bigan.data.packing.tar_samples import JSON_LABELS, LABELS
+from bigan.data.packing.tar_samples import JSON_KEYS, LABELS
 
 LABEL_FILES = ("labels.csv", "dataset.json", "metadata.csv", "metadata.jsonl")
 TEXTS = {".csv", ".tsv", ".json", ".jsonl", ".txt", ".lst", ".mat", ".parquet"}
@@ -80,12 +80,12 @@ class Tree:
 
 
 def has_json_label(content: bytes) -> bool:
-    """Whether a .json beside an image has a label."""
+    """Whether a .json beside an image has a label or a split."""
     try:
         found = json.loads(content)
     except (ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and any(name in found for name in JSON_LABELS)
+    return isinstance(found, dict) and any(name in found for name in JSON_KEYS)
 
 
 def is_image(path: str) -> bool:
@@ -149,12 +149,11 @@ def drawing(where: str, tree: Tree, focus: str = "") -> str:
     children: dict[str, list[str]] = {}
     for folder in sorted(tree.folders):
         children.setdefault(folder.rpartition("/")[0], []).append(folder)
-    loose = {path for path in (*tree.images, *tree.label_files) if is_label_file(path)}
     lines = [f"{where}/  {_images(counts[''])}"]
 
     def draw(parent: str, depth: int) -> None:
         inside = children.get(parent, [])
-        files = sorted(path for path in loose if path.rpartition("/")[0] == parent)
+        files = sorted(path for path in tree.label_files if path.rpartition("/")[0] == parent)
         indent = "  " * (depth + 1)
         lines.extend(f"{indent}{_printable(file)}" for file in files)
         shown = inside[:_MAX_SHOWN]
