@@ -29,7 +29,7 @@ class PackOptions:
         stretch) or of adding a wider border (pad).
     max_pixels: larger originals are unusable (decompression bombs).
     labels: "auto": from label files if there are any, else from class folders; "folders": not from
-        label files; "none": one class. For other sources than files of images only "none" counts.
+        label files; "none": one class. For other sources only "none" counts.
     exclude: shell patterns of files and folders that are left out ("masks", "*_small.png").
     val_fraction, test_fraction: shares of the images in these splits, by the hash of their keys.
         Splits that the source defines are kept.
