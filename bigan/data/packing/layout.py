@@ -84,9 +84,9 @@ def class_folders(paths: Sequence[str], folders: Iterable[str]) -> list[str] | N
 def understand(paths: Sequence[str], folders: Iterable[str], *, need_classes: bool) -> Layout:
     """The layout of the images `paths`; `folders` lists every folder, empty ones included.
 
-    With `need_classes`, images beside class folders, class folders without images and class
-    folders in some splits only are errors; without it (labels from elsewhere, or none), only splits matter and
-    `classes` holds class folders where there are any, else None. Raises `LayoutError`.
+    With `need_classes`, images beside class folders, class folders without images and class folders
+    in some splits only are errors; without it (labels from elsewhere, or none), only splits matter
+    and `classes` holds class folders where there are any, else None. Raises `LayoutError`.
     """
     index = _Index(paths, folders)
     root = index.content("")
