@@ -16,7 +16,14 @@ BLOCK = 400
 
 
 def take(data: object, num: int = 40, fetch: Fetch | None = None, **changes: object) -> list[Batch]:
-    settings: dict = {"seed": 0, "world": World(), "batch": 48, "block": BLOCK, **changes}
+    settings: dict = {
+        "seed": 0,
+        "world": World(),
+        "batch": 48,
+        "block": BLOCK,
+        "lanes": 1,
+        **changes,
+    }
     with ShardStream(data, "train", fetch=fetch, **settings) as stream:  # type: ignore[arg-type]
         return list(itertools.islice(stream, num))
 

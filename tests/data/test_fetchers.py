@@ -11,7 +11,6 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from streams import BLOCK, data_threads, same, take
 from web import Web
@@ -20,7 +19,6 @@ from bigan.data import DataError
 from bigan.data.format.manifest import Manifest
 from bigan.data.settings import DataConfig, Fetch
 from bigan.data.streaming import cache
-from bigan.data.streaming.order import Order, grouped
 from bigan.data.streaming.stream import ShardStream, sequential
 from bigan.distributed.world import World
 
@@ -53,20 +51,6 @@ def test_evaluation_reads_a_url_once(digits8: Path, web: Web) -> None:
 def test_evaluation_batch_must_be_positive(digits8: Path) -> None:
     with pytest.raises(DataError, match="must be positive"):
         sequential(digits8, "test", World(), 0)
-
-
-def test_groups_end_with_the_blocks() -> None:
-    order = Order([10, 7, 9], 0, 10)
-    ends = list(itertools.islice(order.block_ends(30), 6))
-    assert all(end > 30 for end in ends)
-    assert ends == sorted(set(ends))
-    full = list(itertools.islice(order.block_ends(0), 12))
-    assert 26 in full  # the end of an epoch ends a block
-    assert 52 in full
-    parts = [(np.arange(i, i + 4), np.arange(i, i + 4)) for i in range(0, 60, 4)]
-    found = list(itertools.islice(grouped(iter(parts), iter(full)), 4))
-    assert [int(p[-1]) + 1 for p, _ in found] == full[:4]
-    assert np.concatenate([p for p, _ in found]).tolist() == list(range(full[3]))
 
 
 def test_fetch_settings() -> None:

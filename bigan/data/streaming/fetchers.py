@@ -199,7 +199,7 @@ def fill_labels(
     """Write the labels of `samples` into `out`, those of the replacements for bad samples."""
     out[:] = index.label[samples]
     for each in bad:
-        out[each.position - int(positions[0])] = index.label[each.replacement]
+        out[positions == each.position] = index.label[each.replacement]
 
 
 def resolve_mode(manifest: Manifest, fetch: Fetch) -> str:
