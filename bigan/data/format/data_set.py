@@ -28,14 +28,23 @@ def write_data_set(
     """
     (folder / "index").mkdir(exist_ok=True)
     index: dict[str, str] = {}
+    counts: dict[str, tuple[int, ...]] = {}
     for (split, column), arrays in columns.items():
         buffer = io.BytesIO()
-        np.save(buffer, np.concatenate(arrays).astype(COLUMNS[column]), allow_pickle=False)
+        values = np.concatenate(arrays).astype(COLUMNS[column])
+        if column == "label":
+            counts[split] = tuple(np.bincount(values, minlength=len(fields["classes"])).tolist())
+        np.save(buffer, values, allow_pickle=False)
         name = index_name(split, column)
         atomic_files.write_atomic(folder / name, buffer.getvalue())
         index[name] = sha256(buffer.getvalue())
     manifest = Manifest(
-        folder=folder, fingerprint="", index=index, shardlist=tuple(shards), **fields
+        folder=folder,
+        fingerprint="",
+        index=index,
+        class_counts=counts,
+        shardlist=tuple(shards),
+        **fields,
     )
     atomic_files.write_atomic(folder / MANIFEST, manifest.sealed().dump())
     return Manifest.load(folder)

@@ -29,7 +29,6 @@ class Contents:
 def collect(folder: Path, plan: Plan) -> Contents | None:
     """Read the records of a level; None if a shard is not finished."""
     contents = Contents([], collections.defaultdict(list), [], collections.Counter())
-    numbers: collections.Counter[str] = collections.Counter()
     for name in plan.names:
         record = finished(folder, name, plan.id)
         if record is None:
@@ -43,7 +42,7 @@ def collect(folder: Path, plan: Plan) -> Contents | None:
             "offset": record.offsets,
             "size": record.sizes,
             "label": record.labels,
-            "shard": [numbers[split]] * record.nsamples,
+            "crc32": record.crcs,
         }
         for column, dtype in COLUMNS.items():
             contents.columns[split, column].append(np.asarray(columns[column], dtype))
@@ -53,10 +52,8 @@ def collect(folder: Path, plan: Plan) -> Contents | None:
             filesize=record.filesize,
             sha256=record.sha256,
             split=split,
-            class_histogram=record.class_histogram,
         )
         contents.shards.append(entry)
-        numbers[split] += 1
     return contents
 
 
