@@ -34,6 +34,7 @@ class Fetch(Frozen):
     cache_bytes: Positive | None = None  # upper limit of the cache; None: no limit
     resident_bytes: Positive = 8 * 2**30  # upper limit of resident mode per process
     connections: Positive = 4  # concurrent downloads per process
+    patience_seconds: Positive = 300
 
     def num_threads(self, resolution: ImageSize) -> int:
         """`threads`, or the default for images of this size."""

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import itertools
 import threading
+from pathlib import Path
 
 import numpy as np
 import torch
+from web import Web
 
+from bigan.data.format.manifest import Manifest
 from bigan.data.settings import Fetch
+from bigan.data.streaming.cache import NodeCache
+from bigan.data.streaming.ranges import ShardRanges
+from bigan.data.streaming.stores import Store
 from bigan.data.streaming.stream import Batch, ShardStream
 from bigan.distributed.world import World
 
@@ -40,3 +46,21 @@ def same(left: list[Batch], right: list[Batch]) -> bool:
 
 def data_threads() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith("bigan-")]
+
+
+def flip(file: Path, byte: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[byte] ^= 0xFF
+    file.write_bytes(bytes(content))
+
+
+def node_cache(data: Path, url: str, folder: Path) -> NodeCache:
+    """A cache of the training split of `data` at `url`."""
+    manifest = Manifest.load(data)
+    ranges = ShardRanges(manifest, "train", manifest.load_index("train"), Store(url), False)
+    return NodeCache(folder, ranges)
+
+
+def num_bytes(web: Web) -> int:
+    """The bytes of shards that were served."""
+    return sum(num for name, num in web.bytes.items() if name.endswith(".tar"))

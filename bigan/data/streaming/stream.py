@@ -134,28 +134,30 @@ class ShardStream(Endless):
                 f"{images_seen} not negative"
             )
         self.manifest = open_manifest(data, fetch)
-        if fetch.cache_bytes is not None and self.manifest.remote is not None:
-            _check_cache(self.manifest, split, block, fetch.cache_bytes)
         sizes = np.asarray([shard.nsamples for shard in self.manifest.shards(split)])
-        self.lanes = lanes or lanes_of(self.manifest, split, [batch])
+        # Not an attribute: a thread that refers to the stream would keep it alive.
+        lanes = lanes or lanes_of(self.manifest, split, [batch])
+        if fetch.cache_bytes is not None and self.manifest.remote is not None:
+            ranks = world.size if lanes % world.size == 0 else 1
+            _check_cache(self.manifest, split, -(-block // ranks), fetch.cache_bytes)
         inputs = (
-            f"{ORDER_VERSION}/{self.manifest.fingerprint}/{split}/{seed}/{block}/{self.lanes}/"
+            f"{ORDER_VERSION}/{self.manifest.fingerprint}/{split}/{seed}/{block}/{lanes}/"
             f"{batch}/{accumulation}/{images_seen}/{world.size}"
         )
         self.fingerprint = sha256(inputs.encode())[:32]
 
         def micro_batches(order: Order) -> Iterator[tuple[Indices, Indices]]:
             for start in itertools.count(images_seen, batch):
-                for positions in rank_positions(start, batch, accumulation, world, self.lanes):
+                for positions in rank_positions(start, batch, accumulation, world, lanes):
                     yield positions, order.at(positions)
 
         def order() -> Order:  # one for each thread: its cache is not thread-safe
-            return Order(sizes, seed, block, self.lanes)
+            return Order(sizes, seed, block, lanes)
 
         def blocks() -> Iterator[tuple[Indices, Indices]]:
             return grouped(micro_batches(order()), order())
 
-        self._fetcher = make_fetcher(self.manifest, split, blocks, fetch)
+        self._fetcher = make_fetcher(self.manifest, split, blocks, fetch, lanes)
         self._transfer = transfer_to(world.device, self.manifest.image_shape, fetch.prefetch)
         self._batches = _ahead(self._fetcher, micro_batches(order()), fetch, self._transfer)
 
@@ -200,15 +202,18 @@ def lanes_of(manifest: Manifest, split: str, batches: Iterable[int]) -> int:
 
 
 def _check_cache(manifest: Manifest, split: str, block: int, cache_bytes: int) -> None:
-    """Raise `DataError` for a cache below two blocks, which would download shards repeatedly."""
+    """Raise `DataError` for a cache that cannot hold two blocks of `block` samples of a rank.
+
+    It would download them repeatedly. Ranks that share a cache need more, up to all of a block.
+    """
     shards = manifest.shards(split)
     total = sum(shard.filesize for shard in shards)
-    share = total * block // manifest.num_samples(split) + max(s.filesize for s in shards)
-    if cache_bytes < min(total, 2 * share):
+    needed = min(total, 2 * total * block // manifest.num_samples(split))
+    if cache_bytes < needed:
         raise DataError(
-            f"data.cache_bytes = {cache_bytes:,} cannot hold two blocks of data.block = {block:,} "
-            f"images, about {min(total, 2 * share):,} bytes; increase it, or start a new run with "
-            "smaller blocks"
+            f"data.cache_bytes = {cache_bytes:,} cannot hold two blocks of this process, of "
+            f"{block:,} images each, about {needed:,} bytes; increase it, or start a new run with "
+            "a smaller data.block"
         )
 
 
