@@ -224,8 +224,6 @@ def make_fetcher(manifest: Manifest, split: str, blocks: Blocks, fetch: Fetch) -
         )
     if manifest.remote is None and mode != "stream":
         manifest.verify_checksums(CHECKSUM_BYTES)
-    else:
-        manifest.verify_index()
     if mode == "resident":
         num = manifest.num_samples(split)
         blocks = partial(_split_in_chunks, num)
