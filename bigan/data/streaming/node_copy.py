@@ -41,12 +41,14 @@ def copied(base: str, fetch: Fetch) -> Manifest:
     try:
         place.mkdir(parents=True, exist_ok=True)
         with (place / "lock").open("w") as file, locked(file.fileno()):
-            folder = _downloaded(place, base) or _download(place, base, fetch)
+            folder = _downloaded(place, base)
+            if folder is None:
+                return _download(place, base, fetch)
     except OSError as error:
         raise DataError(
             f"{place}: cannot store the index of {base}: {error.strerror}; set data.cache"
         ) from None
-    return _read(folder, base).model_copy(update={"remote": base})
+    return _read(folder, base)
 
 
 def _downloaded(place: Path, base: str) -> Path | None:
@@ -63,7 +65,7 @@ def _downloaded(place: Path, base: str) -> Path | None:
     return folder
 
 
-def _download(place: Path, base: str, fetch: Fetch) -> Path:
+def _download(place: Path, base: str, fetch: Fetch) -> Manifest:
     """Download the manifest, and the index files of which no intact copy is here."""
     began = time.time_ns()
 
@@ -76,18 +78,19 @@ def _download(place: Path, base: str, fetch: Fetch) -> Path:
     (folder / "index").mkdir(parents=True, exist_ok=True)
     atomic_files.remove_leftovers(folder / "index", shared=True)  # of killed processes
     atomic_files.write_atomic(folder / MANIFEST, text)
-    for name, sha256 in _read(folder, base).index.items():
+    manifest = _read(folder, base)
+    for name, sha256 in manifest.index.items():
         if not _has(folder / name, sha256) and not _linked(folder / name, sha256):
             atomic_files.write_atomic(folder / name, read(name, sha256))
     _used[_key(base)] = began
     latest = {"url": _key(base), "folder": folder.name, "began": began}
     atomic_files.write_atomic(place / "latest", json.dumps(latest) + "\n")
-    return folder
+    return manifest
 
 
 def _read(folder: Path, base: str) -> Manifest:
     try:
-        return Manifest.read(folder)
+        return Manifest.read(folder).model_copy(update={"remote": base})
     except DataError as error:
         raise DataError(f"{base}: {error}") from None
 
