@@ -16,13 +16,12 @@ import json
 import os
 import time
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from bigan import atomic_files, hashes
 from bigan.data import DataError
 from bigan.data.format.manifest import MANIFEST, Manifest
 from bigan.data.settings import Fetch
-from bigan.data.streaming import remote
+from bigan.data.streaming.stores import Store, shown
 from bigan.file_lock import locked
 
 _STARTED = time.time_ns()
@@ -46,7 +45,7 @@ def copied(base: str, fetch: Fetch) -> Manifest:
                 return _download(place, base, fetch)
     except OSError as error:
         raise DataError(
-            f"{place}: cannot store the index of {base}: {error.strerror}; set data.cache"
+            f"{place}: cannot store the index of {shown(base)}: {error.strerror}; set data.cache"
         ) from None
     return _read(folder, base)
 
@@ -68,20 +67,16 @@ def _downloaded(place: Path, base: str) -> Path | None:
 def _download(place: Path, base: str, fetch: Fetch) -> Manifest:
     """Download the manifest, and the index files of which no intact copy is here."""
     began = time.time_ns()
-
-    def read(name: str, sha256: str | None = None) -> bytes:
-        url = remote.join(base, name)
-        return remote.read(url, size=None, sha256=sha256, allow_pipe=fetch.allow_pipe)
-
-    text = read(MANIFEST)
-    folder = place / hashes.sha256(text)[:16]
-    (folder / "index").mkdir(parents=True, exist_ok=True)
-    atomic_files.remove_leftovers(folder / "index", shared=True)  # of killed processes
-    atomic_files.write_atomic(folder / MANIFEST, text)
-    manifest = _read(folder, base)
-    for name, sha256 in manifest.index.items():
-        if not _has(folder / name, sha256) and not _linked(folder / name, sha256):
-            atomic_files.write_atomic(folder / name, read(name, sha256))
+    with Store(base, allow_pipe=fetch.allow_pipe, connections=fetch.connections) as store:
+        text = store.read(MANIFEST)
+        folder = place / hashes.sha256(text)[:16]
+        (folder / "index").mkdir(parents=True, exist_ok=True)
+        atomic_files.remove_leftovers(folder / "index", shared=True)  # of killed processes
+        atomic_files.write_atomic(folder / MANIFEST, text)
+        manifest = _read(folder, base)
+        for name, sha256 in manifest.index.items():
+            if not _has(folder / name, sha256) and not _linked(folder / name, sha256):
+                atomic_files.write_atomic(folder / name, store.read(name, sha256=sha256))
     _used[_key(base)] = began
     latest = {"url": _key(base), "folder": folder.name, "began": began}
     atomic_files.write_atomic(place / "latest", json.dumps(latest) + "\n")
@@ -92,20 +87,17 @@ def _read(folder: Path, base: str) -> Manifest:
     try:
         return Manifest.read(folder).model_copy(update={"remote": base})
     except DataError as error:
-        raise DataError(f"{base}: {error}") from None
+        raise DataError(f"{shown(base)}: {error}") from None
 
 
 def _address(base: str) -> str:
     """`base` without user, password and query."""
-    parts = urlsplit(base)
-    if not parts.netloc:  # pipe:
-        return base
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
+    return shown(base).partition("?")[0].rstrip("/")
 
 
 def _key(base: str) -> str:
     """A hash of `base` with its query, which may select one of several sets."""
-    return hashes.sha256(f"{_address(base)}?{urlsplit(base).query}".encode())
+    return hashes.sha256(f"{_address(base)}?{base.partition('?')[2]}".encode())
 
 
 def _linked(file: Path, sha256: str) -> bool:
