@@ -32,6 +32,7 @@ from bigan.config import ConfigError, Frozen
 from bigan.data import DataError
 from bigan.data.format.codec import StoredEncoding
 from bigan.data.format.tar import nested_tar_files, tar_files
+from bigan.data.streaming import urls
 from bigan.hashes import fingerprint, sha256_of_file
 from bigan.image_size import ImageSize, Resolution, sides
 
@@ -169,7 +170,7 @@ class Manifest(Frozen):
     def location(self, shard: Shard) -> str:
         """Path or URL of a shard."""
         if self.remote is not None:
-            return f"{self.remote.rstrip('/')}/{shard.url}"
+            return urls.shown(urls.join(self.remote, shard.url))
         return str(self.folder / shard.url)
 
     def shards(self, split: str) -> tuple[Shard, ...]:
