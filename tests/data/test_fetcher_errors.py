@@ -266,19 +266,3 @@ def test_a_running_command_is_killed() -> None:
     with remote.open_url("pipe:echo x; exec sleep 20", True) as stream:
         assert stream.read(2) == b"x\n"
     assert time.monotonic() - began < 10
-
-
-def test_buckets_need_external_programs(
-    digits8: Path, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    with pytest.raises(DataError, match="needs the program 'aws'"):
-        take("s3://bucket/data", 1)
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    aws = tmp_path / "bin" / "aws"  # replaces `aws s3 cp --only-show-errors URL -`
-    aws.parent.mkdir()
-    aws.write_text(f'#!/bin/sh\n[ "$5" = - ] && exec cat "{digits8}/${{4#s3://bucket/data/}}"\n')
-    aws.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{aws.parent}:{os.environ['PATH']}")
-    assert same(take(digits8, 3), take("s3://bucket/data", 3))
