@@ -112,7 +112,7 @@ def _read(folder: Path, base: str) -> Manifest:
 
 def _address(base: str) -> str:
     """`base` without user, password and query."""
-    return shown(base).partition("?")[0].rstrip("/")
+    return shown(base).replace("://***@", "://").partition("?")[0].rstrip("/")
 
 
 def _key(base: str) -> str:
