@@ -22,7 +22,7 @@ from bigan import atomic_files, hashes
 from bigan.data import DataError
 from bigan.data.format.manifest import MANIFEST, Manifest
 from bigan.data.settings import Fetch
-from bigan.data.streaming.stores import Store, shown
+from bigan.data.streaming.stores import Store, shown, store_of
 from bigan.file_lock import locked
 
 CHUNK_BYTES = 2**20
@@ -69,7 +69,7 @@ def _downloaded(place: Path, base: str) -> Path | None:
 def _download(place: Path, base: str, fetch: Fetch) -> Manifest:
     """Download the manifest, and the index files of which no intact copy is here."""
     began = time.time_ns()
-    with Store(base, allow_pipe=fetch.allow_pipe, connections=fetch.connections) as store:
+    with store_of(base, fetch) as store:
         text = store.read(MANIFEST)
         folder = place / hashes.sha256(text)[:16]
         (folder / "index").mkdir(parents=True, exist_ok=True)
