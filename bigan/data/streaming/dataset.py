@@ -18,7 +18,7 @@ from bigan.data.format.manifest import (
 from bigan.data.packing.index_in_place import index_in_place
 from bigan.data.packing.shard_files import in_folder
 from bigan.data.settings import Fetch
-from bigan.data.streaming.stores import Store, is_remote, shown, store_of
+from bigan.data.streaming.stores import MissingFileError, Store, is_remote, shown, store_of
 from bigan.image_size import ImageSize
 
 
@@ -74,7 +74,7 @@ def open_level(path: str, resolution: ImageSize | None, fetch: Fetch) -> Manifes
         return open_manifest(level_folder(path, resolution or 0), fetch)
     try:
         return open_manifest(path, fetch)
-    except DataError:  # a pyramid has no manifest of its own
+    except MissingFileError:  # a pyramid has no manifest of its own
         if resolution is None:
             raise
         return open_manifest(level_folder(path, resolution), fetch)
