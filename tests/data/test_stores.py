@@ -132,6 +132,28 @@ def test_without_credentials_the_error_comes_at_once(base: str) -> None:
     assert "\n" not in str(got.value)
 
 
+@pytest.mark.parametrize(
+    ("base", "sent"),
+    [
+        ("az://c/a b/ü%20?sv=1&sig=a%2Fb", "/c/a%20b/%C3%BC%2520/m?sv=1&sig=a%2Fb"),
+        ("abfss://c@acc.dfs.core.windows.net/x?sig=q", "/c/x/m?sig=q"),
+        ("gs://bucket/a b/?", "/bucket/a%20b%2F%3F%2Fm"),
+        ("s3://bucket/a?b", "/bucket/a%3Fb/m"),
+    ],
+)
+def test_addresses_in_object_stores(base: str, sent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with recording({}) as (url, seen):
+        for name, value in S3(url).environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", url)
+        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "acc")
+        monkeypatch.setenv("GOOGLE_BASE_URL", url)
+        monkeypatch.setenv("GOOGLE_SKIP_SIGNATURE", "true")
+        with Store(base) as store:
+            assert store.read("m") == b"ok"
+    assert seen[0].path == sent
+
+
 def test_the_requester_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with recording({}) as (url, seen):
         for name, value in S3(url).environment.items():
@@ -209,7 +231,8 @@ def test_secrets_are_not_shown(url: str, text: str) -> None:
 def test_names_go_before_the_query() -> None:
     assert join("https://h/a/?s=1", "b.tar") == "https://h/a/b.tar?s=1"
     assert join("pipe:cat x?", "b") == "pipe:cat x?/b"
-    for url in ("https://h/a%20b/c%C3%BC.tar?s=1", "s3://b/x%/y.tar", "pipe:cat x"):
+    assert join("data/a?b", "c") == "data/a?b/c"
+    for url in ("https://h/a%20b/c%C3%BC.tar?s=1", "s3://b/a?b/c", "s3://b/x%/y.tar", "pipe:cat x"):
         base, name = urls.split_name(url)
         assert not name or join(base, name) == url
 
