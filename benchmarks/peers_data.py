@@ -174,18 +174,21 @@ class Runner:
         machines: bool = True,
         workers: int = 0,
         digests: bool = True,
-        batch: int = BATCH,
+        batch: int | None = None,
+        epochs: int = 1,
         stop_after: int | None = None,
         state: Any = None,
     ) -> tuple[list[dict[str, Any]], dict[str, int]]:
         """(the result of each rank, the counts of the server) of the rest of an epoch.
 
-        `machines`: each rank is a machine of its own, else all are on one.
+        `machines`: each rank is a machine of its own, else all are on one. `batch` is that of a
+        rank, None: `BATCH`.
         """
         folder = self._scratch / f"run-{next(self._numbers)}"
         common = {
             "library": library, "world": world, "machines": machines, "workers": workers,
-            "digests": digests, "batch": batch, "stop_after": stop_after, "state": state,
+            "digests": digests, "batch": batch or BATCH, "epochs": epochs,
+            "stop_after": stop_after, "state": state,
             "seed": 0, "num": self.images.num, "endpoint": self.images.endpoint,
             "shards": self.images.names, "block": self.images.block, "lanes": self._lanes,
         }  # fmt: skip
@@ -252,18 +255,38 @@ def samples(images: Images, results: Sequence[dict[str, Any]]) -> dict[str, int]
     return {"repeated": seen.total() - len(seen), "lost": images.num - len(seen)}
 
 
-def traffic(runner: Runner, library: str, world: int, machines: bool) -> dict[str, Any]:
-    """Bytes, requests, and the samples of an epoch without a stop."""
+def traffic(
+    runner: Runner, library: str, world: int, *, machines: bool = True, later: bool = False
+) -> dict[str, Any]:
+    """Bytes, requests, and the samples of an epoch without a stop.
+
+    `later`: also the bytes of a second epoch, with the caches that the first one left.
+    """
     results, counts = runner.epoch(library, world, machines=machines)
     per_rank = [result["images"] for result in results]
-    return {
+    size = runner.images.set_bytes(library)
+    found = {
         "bytes": counts["bytes"],
-        "bytes_over_set": counts["bytes"] / runner.images.set_bytes(library),
+        "bytes_over_set": counts["bytes"] / size,
         "requests": counts["requests"],
         "cache_bytes_per_rank": max(result["cache_bytes"] for result in results),
         "images_per_rank": [min(per_rank), max(per_rank)],
         **samples(runner.images, results),
     }
+    if later:
+        _, both = runner.epoch(library, world, machines=machines, epochs=2, digests=False)
+        found["second_epoch_bytes_over_set"] = (both["bytes"] - counts["bytes"]) / size
+    return found
+
+
+def all_traffic(runner: Runner, library: str, worlds: Sequence[int]) -> dict[str, Any]:
+    """`traffic` for ranks on machines of their own, and for the most ranks on one machine."""
+    most = max(worlds)
+    found = {
+        f"{world} machine{'s' * (world > 1)}": traffic(runner, library, world, later=world == most)
+        for world in sorted(worlds)
+    }
+    return found | {f"1 machine, {most} ranks": traffic(runner, library, most, machines=False)}
 
 
 def elastic(runner: Runner, library: str, before: int = 8, after: int = 4) -> dict[str, Any]:
@@ -342,11 +365,9 @@ def measure(
             }
         }  # fmt: skip
         result["traffic"] = {
-            name: {
-                f"{world} machines": traffic(runner, name, world, True) for world in worlds
-            } | {f"1 machine, {worlds[-1]} ranks": traffic(runner, name, worlds[-1], False)}
+            name: all_traffic(runner, name, worlds)
             for name in tqdm(libraries, desc="traffic", unit="library", disable=None)
-        }  # fmt: skip
+        }
         result["elastic"] = {
             name: elastic(runner, name)
             for name in tqdm(libraries, desc="elastic", unit="library", disable=None)
@@ -367,14 +388,17 @@ def as_table(result: dict[str, Any]) -> str:
         "",
     ]
     columns = list(next(iter(result["traffic"].values())))
-    lines += _row("bytes of an epoch / bytes of the set", *columns) + _row(*["---"] * 5)
+    machines = [column for column in columns if "ranks" not in column][-1]
+    later = f"second epoch, {machines}"
+    lines += _header("bytes of an epoch / bytes of the set", *columns, later)
     for name, row in result["traffic"].items():
-        lines += _row(name, *(f"{row[column]['bytes_over_set']:.2f}" for column in columns))
-    machines = [column for column in columns if column.endswith("machines")][-1]
-    lines += ["", *_row(
+        ratios = [row[column]["bytes_over_set"] for column in columns]
+        ratios.append(row[machines]["second_epoch_bytes_over_set"])
+        lines += _row(name, *(f"{ratio:.2f}" for ratio in ratios))
+    lines += ["", *_header(
         f"samples of an epoch, {machines}", "repeated", "lost", "images per rank",
         "8 become 4: repeated", "lost",
-    ), *_row(*["---"] * 6)]  # fmt: skip
+    )]  # fmt: skip
     for name, row in result["traffic"].items():
         epoch, resumed = row[machines], result["elastic"][name]
         low, high = epoch["images_per_rank"]
@@ -382,14 +406,17 @@ def as_table(result: dict[str, Any]) -> str:
             name, epoch["repeated"], epoch["lost"], low if low == high else f"{low} to {high}",
             resumed.get("repeated", resumed.get("error")), resumed.get("lost", ""),
         )  # fmt: skip
-    lines += ["", *_row("one rank", "CPU us/image", "images/s", "s to the first batch")]
-    lines += _row(*["---"] * 4)
+    lines += ["", *_header("one rank", "CPU us/image", "images/s", "s to the first batch")]
     for name, row in result["cost"].items():
         lines += _row(
             name, spread(row["cpu_us_per_image"], digits=0),
             spread(row["images_per_second"], digits=0), spread(row["first_batch_seconds"]),
         )  # fmt: skip
     return "\n".join(lines)
+
+
+def _header(*names: str) -> list[str]:
+    return [*_row(*names), *_row(*["---"] * len(names))]
 
 
 def _row(*cells: object) -> list[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import json
 import resource
 import sys
@@ -33,7 +34,7 @@ def decode(data: bytes) -> np.ndarray:
     return simplejpeg.decode_jpeg(data, "RGB")
 
 
-# --- the libraries: each reads the rest of one epoch as its documentation recommends --------------
+# --- the libraries: each reads the rest of an epoch as its documentation recommends --------------
 
 
 def bigan(task: Task) -> Reader:
@@ -45,7 +46,7 @@ def bigan(task: Task) -> Reader:
     from bigan.distributed.world import World
 
     seen = task["state"] or 0
-    batch, num = task["batch"] * task["world"], task["num"]
+    batch, num = task["batch"] * task["world"], task["num"] * task["epochs"]
     options = {"lanes": task["lanes"]}
     known = inspect.signature(ShardStream).parameters
     stream = ShardStream(
@@ -87,13 +88,15 @@ def mosaicml(task: Task) -> Reader:
     )
     if task["state"] is not None:
         loader.load_state_dict(task["state"])
-    return loader, loader.state_dict
+    return epochs(loader, task), loader.state_dict
 
 
 def litdata(task: Task) -> Reader:
     """StreamingDataset(shuffle=True, drop_last=True) in a StreamingDataLoader."""
     import litdata as library
+    from litdata.streaming import downloader
 
+    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # the server has no TLS
     dataset = library.StreamingDataset(
         "s3://set/litdata", cache_dir=task["cache"], shuffle=True, seed=task["seed"],
         drop_last=task["world"] > 1, transform=jpg_of,
@@ -106,8 +109,10 @@ def litdata(task: Task) -> Reader:
         dataset, batch_size=task["batch"], num_workers=task["workers"]
     )
     if task["state"] is not None:
-        loader.load_state_dict(task["state"])
-    return loader, loader.state_dict
+        # The state is refused with another cache folder; machines would have the same path.
+        own = {"input_dir_path": dataset.input_dir.path, "cache_dir_path": dataset.cache_dir.path}
+        loader.load_state_dict(task["state"] | {"dataset": task["state"]["dataset"] | own})
+    return epochs(loader, task), loader.state_dict
 
 
 def jpg_of(sample: dict[str, Any]) -> np.ndarray:
@@ -130,7 +135,11 @@ def webdataset(task: Task, *, resampled: bool) -> Reader:
     if resampled:
         rest = task["num"] - (task["state"] or 0)
         loader = loader.with_epoch(-(-rest // (task["batch"] * task["world"])))
-    return (batch[0] for batch in loader), lambda: None
+    return (batch for (batch,) in epochs(loader, task)), lambda: None
+
+
+def epochs(loader: Iterable[Any], task: Task) -> Iterator[Any]:
+    return itertools.chain.from_iterable(itertools.repeat(loader, task["epochs"]))
 
 
 READERS: dict[str, Callable[[Task], Reader]] = {
@@ -156,12 +165,8 @@ def warm_up(library: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    names = {
-        "bigan": ("bigan.data.streaming.stream",),
-        "mosaicml-streaming": ("streaming", "boto3"),
-    }
-    for name in names.get(library, (library.split(",")[0],)):
-        __import__(name)
+    modules = {"bigan": "bigan.data.streaming.stream", "mosaicml-streaming": "streaming"}
+    importlib.import_module(modules.get(library, library.split(",")[0]))
 
 
 def read(task: Task) -> dict[str, Any]:
