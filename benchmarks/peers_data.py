@@ -390,11 +390,12 @@ def as_table(result: dict[str, Any]) -> str:
     columns = list(next(iter(result["traffic"].values())))
     machines = [column for column in columns if "ranks" not in column][-1]
     later = f"second epoch, {machines}"
-    lines += _header("bytes of an epoch / bytes of the set", *columns, later)
+    lines += _header("bytes of an epoch / bytes of the set", "set, MB", *columns, later)
     for name, row in result["traffic"].items():
         ratios = [row[column]["bytes_over_set"] for column in columns]
         ratios.append(row[machines]["second_epoch_bytes_over_set"])
-        lines += _row(name, *(f"{ratio:.2f}" for ratio in ratios))
+        megabytes = f"{images['bytes'][name] / 1e6:.1f}"
+        lines += _row(name, megabytes, *(f"{ratio:.2f}" for ratio in ratios))
     lines += ["", *_header(
         f"samples of an epoch, {machines}", "repeated", "lost", "images per rank",
         "8 become 4: repeated", "lost",
