@@ -38,7 +38,6 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +119,18 @@ def environment_python(folder: Path) -> Path:
     (packages,) = (folder / "lib").glob("python*/site-packages")
     own = next(path for path in sys.path if path.endswith("site-packages"))
     (packages / "zz-shared.pth").write_text(own + "\n")
-    install = ["-m", "pip", "install", "--quiet", "--requirement", str(REQUIREMENTS)]
+    install = ["-m", "pip", "install", "-qq", "--requirement", str(REQUIREMENTS)]
     subprocess.run([str(python), *install], check=True)
     shutil.copy(REQUIREMENTS, mark)
     return python
+
+
+def peer_versions(python: Path) -> dict[str, str]:
+    """The versions of the other libraries and of what they read with."""
+    names = [*PEERS, "boto3", "obstore", "numpy", "torch", "simplejpeg"]
+    code = "import json, sys; from importlib.metadata import version\n"
+    code += "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
+    return json.loads(subprocess.check_output([str(python), "-c", code, *names]))
 
 
 @contextlib.contextmanager
@@ -452,13 +459,7 @@ def main() -> int:
             libraries=given.libraries,
         )  # fmt: skip
     print(as_table(result))
-    versions = {
-        path.metadata["Name"]: path.version
-        for path in metadata.distributions(
-            path=[str(next(given.environment.glob("lib/*/site-packages")))]
-        )
-    }
-    write_record("peers_data", given, result, batch=BATCH, peers=versions, seed=0)
+    write_record("peers_data", given, result, batch=BATCH, peers=peer_versions(python), seed=0)
     return 0
 
 
