@@ -81,13 +81,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.counts.add("requests", 1)
         file = self.folder / unquote(urlsplit(self.path).path).lstrip("/")
         if not file.is_file() or self.folder not in file.resolve().parents:
-            self.send_response(HTTPStatus.NOT_FOUND)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self._refuse(HTTPStatus.NOT_FOUND)
             return
         with file.open("rb") as opened:
             stat = os.fstat(opened.fileno())
             start, stop = _range(self.headers.get("Range"), stat.st_size)
+            if start >= stop and stat.st_size:
+                self._refuse(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
+                return
             partial = stop - start < stat.st_size
             self.send_response(HTTPStatus.PARTIAL_CONTENT if partial else HTTPStatus.OK)
             if partial:
@@ -99,6 +100,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             if body:
                 self._send(opened.fileno(), start, stop)
+
+    def _refuse(self, status: HTTPStatus) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def _send(self, source: int, start: int, stop: int) -> None:
         self.wfile.flush()

@@ -48,7 +48,9 @@ def test_the_server_counts_the_bytes_of_bodies(
     for missing in ("nothing", "../secret", "%2e%2e/secret"):
         with pytest.raises(urllib.request.HTTPError, match="404"):
             request(f"{url}/{missing}")
-    assert benchmark.take_counts(url) == {"bytes": 125, "requests": 8}
+    with pytest.raises(urllib.request.HTTPError, match="416"):
+        request(f"{url}/a%20b", Range="bytes=100-")
+    assert benchmark.take_counts(url) == {"bytes": 125, "requests": 9}
     assert benchmark.take_counts(url) == {"bytes": 0, "requests": 0}
 
 
