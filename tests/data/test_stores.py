@@ -238,6 +238,12 @@ def test_messages_about_settings_show_no_secrets(key: str) -> None:
     assert "secret" not in str(got.value)
 
 
+def test_patience_is_shorter_than_collectives() -> None:
+    seconds = load_config(SMOKE).train.collective_timeout_seconds
+    with pytest.raises(ConfigError, match=r"patience_seconds.*collective_timeout_seconds"):
+        load_config(SMOKE, [f"data.patience_seconds={seconds}"])
+
+
 def test_names_go_before_the_query() -> None:
     assert join("https://h/a/?s=1", "b.tar") == "https://h/a/b.tar?s=1"
     assert join("pipe:cat x?", "b") == "pipe:cat x?/b"

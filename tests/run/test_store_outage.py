@@ -16,37 +16,33 @@ from web import Web, served
 from bigan.checkpoint import snapshots
 
 
+OUTAGE_SECONDS = 60
+LOST_AFTER_SECONDS = 20  # without a heartbeat
+
+
 def weights(run_dir: Path) -> bytes:
     return (snapshots.find(run_dir)[-1] / "generator_ema.safetensors").read_bytes()
 
 
-def start(run_dir: Path, server: Web, cache: Path, lost_after_seconds: int) -> subprocess.Popen:
+def start(run_dir: Path, server: Web, cache: Path) -> subprocess.Popen:
     """A run on two processes, whose data is in the bucket `digits` of `server`."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / "launch" / "cpu.yaml"), "--num_processes", "2"]
     command += ["--main_process_port", str(free_port()), "-m", "bigan", "train", str(SMOKE)]
     command += [f"run_dir={run_dir}", "data.path=s3://digits", "data.block=200"]
-    command += [f"train.lost_after_seconds={lost_after_seconds}", "train.total_images=400"]
+    command += [f"train.lost_after_seconds={LOST_AFTER_SECONDS}", "train.total_images=400"]
     variables = environment() | S3(server.url).environment | {"XDG_CACHE_HOME": str(cache)}
     return subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize(
-    ("outage_seconds", "lost_after_seconds"),
-    [
-        pytest.param(10, 5, marks=pytest.mark.full),
-        pytest.param(60, 20, marks=pytest.mark.slow),
-    ],
-)
-def test_a_faulty_store_changes_no_weight(
-    digits: Path, tmp_path: Path, outage_seconds: float, lost_after_seconds: int
-) -> None:
+@pytest.mark.slow
+def test_a_faulty_store_changes_no_weight(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "served").mkdir()
     (tmp_path / "served" / "digits").symlink_to(digits)
     web = Web(tmp_path / "served")
     with served(web):
         port = int(web.url.rpartition(":")[2])
-        undisturbed = start(tmp_path / "a", web, tmp_path / "cache-a", lost_after_seconds)
+        undisturbed = start(tmp_path / "a", web, tmp_path / "cache-a")
         _, errors = undisturbed.communicate(timeout=300)
         assert undisturbed.returncode == 0, errors
         web.requests.clear()
@@ -61,14 +57,14 @@ def test_a_faulty_store_changes_no_weight(
             return "503" if number % 2 and number < 60 else "cut" if number % 10 == 4 else ""
 
         web.fault = fault
-        run = start(tmp_path / "b", web, tmp_path / "cache-b", lost_after_seconds)
+        run = start(tmp_path / "b", web, tmp_path / "cache-b")
         while not corrupted.is_set():
             assert run.poll() is None
             time.sleep(0.01)
-    time.sleep(outage_seconds)
+    time.sleep(OUTAGE_SECONDS)
     with served(web, port):
         _, errors = run.communicate(timeout=300)
     assert run.returncode == 0, errors
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
-    assert outage_seconds < 60 or "silent since" in errors
+    assert "silent since" in errors
     assert "is slow" not in errors
