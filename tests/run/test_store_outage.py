@@ -15,7 +15,6 @@ from web import Web, served
 
 from bigan.checkpoint import snapshots
 
-
 OUTAGE_SECONDS = 60
 LOST_AFTER_SECONDS = 20  # without a heartbeat
 
