@@ -13,12 +13,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from commands import SMOKE
 from s3 import S3, s3_server
 from web import Web, served, serving
 
+from bigan.config import ConfigError
 from bigan.data import DataError
 from bigan.data.streaming import answers, outages, urls
 from bigan.data.streaming.stores import Store, join, shown
+from bigan.run_config import load_config
 
 CONTENT = bytes(range(256)) * 4_000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -226,6 +229,19 @@ def test_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_secrets_are_not_shown(url: str, text: str) -> None:
     assert shown(url) == text
     assert shown(text) == text
+
+
+@pytest.mark.parametrize("key", ["data.pth", "data.mode", "data", "data.block", "data.path.a"])
+def test_messages_about_settings_show_no_secrets(key: str) -> None:
+    with pytest.raises(ConfigError) as got:
+        load_config(SMOKE, [f"{key}=https://anna:secret@host/set?sig=secret"])
+    assert "secret" not in str(got.value)
+
+
+def test_patience_is_shorter_than_collectives() -> None:
+    seconds = load_config(SMOKE).train.collective_timeout_seconds
+    with pytest.raises(ConfigError, match=r"patience_seconds.*collective_timeout_seconds"):
+        load_config(SMOKE, [f"data.patience_seconds={seconds}"])
 
 
 def test_names_go_before_the_query() -> None:

@@ -37,6 +37,7 @@ def test_a_run_from_an_address_with_credentials(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)  # MLflow stores artifacts in the working folder
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     run_dir = tmp_path / "runs" / "a"
     settings = [f"run_dir={run_dir}", "evaluation.num_samples=100", "tracking.mlflow=true"]

@@ -32,7 +32,7 @@ from bigan.data.settings import Fetch
 from bigan.data.streaming.cache import NodeCache, ReadAhead
 from bigan.data.streaming.local_shards import LocalShards
 from bigan.data.streaming.ranges import MERGED_BYTES, ShardRanges
-from bigan.data.streaming.stores import store_of
+from bigan.data.streaming.stores import shown, store_of
 from bigan.data.streaming.streamed_shards import StreamedShards
 
 Indices = NDArray[np.int64]
@@ -163,8 +163,9 @@ class Resident:
         try:
             needed = num * int(np.prod(self.manifest.image_shape))
             if needed > limit_bytes:
+                place = shown(self.manifest.remote or str(self.manifest.folder))
                 raise DataError(
-                    f"{self.manifest.remote or self.manifest.folder}: {needed:,} bytes of pixels "
+                    f"{place}: {needed:,} bytes of pixels "
                     f"are more than data.resident_bytes = {limit_bytes:,}; raise it, or use "
                     "data.mode=random_access"
                 )
@@ -224,7 +225,7 @@ def make_fetcher(
     on_disk = manifest.remote is None or fetch.cache is not None
     if mode == "random_access" and not on_disk:
         raise DataError(
-            f"{manifest.remote}: data.mode=random_access needs shards on a disk; set "
+            f"{shown(manifest.remote or '')}: data.mode=random_access needs shards on a disk; set "
             "data.cache=FOLDER, or use data.mode=stream"
         )
     if manifest.remote is None and mode != "stream":

@@ -48,7 +48,7 @@ class ObjectStore:
                 address = f"{kind}://{parts.netloc}/{folder}"
                 self._store = AzureStore.from_url(address, **options, **common)
         except Exception as error:
-            raise DataError(f"{self._shown}: {str(error).splitlines()[0][:200]}") from None
+            raise DataError(f"{self._shown}: {_first_line(str(error))}") from None
 
     async def get(
         self, name: str, part: Range | None = None, size: int | None = None
@@ -124,7 +124,7 @@ def _refuse_object(text: str, where: str) -> None:
             raise PassingError(reason)
     if "Generic" in text and re.search(r"HTTP error|reqwest|hyper|body", text):
         raise PassingError("the connection failed")
-    raise DataError(f"{where}: cannot be read: {text.splitlines()[0].partition(' http')[0][:200]}")
+    raise DataError(f"{where}: cannot be read: {_first_line(text)}")
 
 
 _CONNECTION_ERRORS = {
@@ -134,3 +134,8 @@ _CONNECTION_ERRORS = {
     r"ConnectionReset|Connection reset|IncompleteMessage|UnexpectedEof|kind: (Decode|Body)|"
     r"error decoding response body|request or response body error": "the transfer was cut",
 }
+
+
+def _first_line(text: str) -> str:
+    """The beginning of an error of `obstore`, up to an address."""
+    return re.split(r"\S*https?://", text.splitlines()[0])[0].strip()[:200]

@@ -21,7 +21,7 @@ from bigan.data import DataError
 T = TypeVar("T")
 
 FIRST_WAIT_SECONDS = 0.5  # upper limit of the first wait; doubles with each failure
-LONGEST_WAIT_SECONDS = 30.0
+LONGEST_WAIT_SECONDS = 15.0
 REPORT_SECONDS = 30.0  # between two lines about a silent store
 WRONG_CONTENT_ATTEMPTS = 3  # one damaged transfer can pass, a wrong file cannot
 POLL_SECONDS = 1.0

@@ -1,4 +1,4 @@
-"""URLs of data sets: which are supported, how file names are appended, how they are displayed."""
+"""URLs of data sets: which are supported, how file names are appended, how they are sent."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ import re
 from urllib.parse import quote, unquote, urlsplit
 
 from bigan.data import DataError
+from bigan.urls import is_redacted, is_remote, scheme, shown
+
+__all__ = [
+    "check_url",
+    "encoded",
+    "is_redacted",
+    "is_remote",
+    "join",
+    "scheme",
+    "shown",
+    "split_name",
+]
 
 WEB = ("http", "https")
 AZURE = ("az", "azure", "adl", "abfs", "abfss")
@@ -14,51 +26,7 @@ OBJECT_STORES = ("s3", "s3a", "gs", *AZURE)
 PROGRAMS = ("ais", "ftps", "sftp", "scp", "file")  # read through WebDataset's `gopen`
 
 _UNESCAPED = re.compile(r"%(?![0-9A-Fa-f]{2})")
-_SECRET_ARGUMENT = re.compile(
-    r"((?:(?<=\s)-u|--user|authorization:|\w*(?:key|secret|token|password)\w*\s*[=:])\s*)"
-    r"(?:(?:bearer|basic)\s+)?[^\s'\"]+",
-    re.IGNORECASE,
-)
 _SAFE_IN_PATH = "/%:@!$&'()*+,;=~-._"
-
-
-def is_remote(path: str) -> bool:
-    """Whether `path` is a URL, not a path in the file system."""
-    return "://" in path or path.startswith("pipe:")
-
-
-def scheme(url: str) -> str:
-    """The scheme of a URL in lower case, "pipe" for a command."""
-    return "pipe" if url.startswith("pipe:") else url.partition("://")[0].lower()
-
-
-def shown(url: str) -> str:
-    """The URL without user, password and the values of its query, for messages, logs and files.
-
-    A path in the file system is returned unchanged.
-    """
-    if url.startswith("pipe:"):
-        command = re.sub(r"[a-zA-Z][\w+.-]*://[^\s'\"]+", lambda found: shown(found[0]), url)
-        return _SECRET_ARGUMENT.sub(r"\1***", command)
-    head, separator, rest = url.partition("://")
-    if not separator:
-        return url
-    rest, mark, query = rest.partition("?")
-    authority, slash, path = rest.partition("/")
-    user, at, host = authority.rpartition("@")
-    if at and scheme(url) not in ("abfs", "abfss"):  # there it is the container
-        authority = f"***@{host}"
-    elif at:
-        authority = f"{user.partition(':')[0]}@{host}"
-    if query:
-        parts = [part.partition("=") for part in query.split("&")]
-        query = "&".join(f"{name}=***" if equals else "***" for name, equals, _ in parts)
-    return f"{head}://{authority}{slash}{path}{mark}{query}"
-
-
-def is_redacted(url: str) -> bool:
-    """Whether credentials of the URL were removed by `shown`."""
-    return is_remote(url) and bool(re.search(r"://\*\*\*@|[?&][^=&]*=\*\*\*(?=$|[&\s'\"])", url))
 
 
 def join(base: str, name: str) -> str:

@@ -142,14 +142,14 @@ class WebServer:
                     total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS
                 ),
             )
-            weakref.finalize(self, _close, self._session)
+            weakref.finalize(self, _close, self._session, asyncio.get_running_loop())
         return self._session
 
 
-def _close(session: Any) -> None:
+def _close(session: Any, loop: asyncio.AbstractEventLoop) -> None:
     """Close a session that nobody uses any more; also at the end of the process."""
-    if not session.closed and session.loop.is_running():
-        asyncio.run_coroutine_threadsafe(session.close(), session.loop)
+    if not session.closed and loop.is_running():
+        asyncio.run_coroutine_threadsafe(session.close(), loop)
 
 
 def _failure(error: Exception, where: str) -> Exception:
