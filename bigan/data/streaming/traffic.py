@@ -147,12 +147,11 @@ def simulate(data: ShardRanges, order: Order, blocks: list[Block], readers: Read
     request = _counter(data, order.lanes, readers)
     nodes = -(-size // readers.ranks_per_node)
     in_nodes = np.zeros(nodes, np.int64)
-    num_requests, first, encoded = 0, np.zeros(1, np.int64), []
-    for number, (positions, samples) in enumerate(blocks):
+    num_requests, first, encoded = 0, np.zeros(size, np.int64), []
+    for positions, samples in blocks:
         by_rank = ranks[positions % len(ranks)]
         who, num = request(by_rank, samples)
-        if number == 0 and readers.kind == "stream":
-            first = _sums(who, num, size)
+        first = np.where(first, first, _sums(who, num, size))  # of a rank's first block
         in_nodes += _sums(who // readers.ranks_per_node, num, nodes)
         num_requests += len(num)
         encoded.append(_sums(by_rank, data.index.size[samples], size))
