@@ -45,7 +45,9 @@ def same(left: list[Batch], right: list[Batch]) -> bool:
 
 
 def data_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("bigan-")]
+    """Threads of open streams; the one for transfers is kept by the process."""
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith("bigan-") and name != "bigan-transfers"]
 
 
 def flip(file: Path, byte: int) -> None:

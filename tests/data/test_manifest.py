@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_helpers import one_line, tree
+from verify_folders import reseal
 
 from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, decode_into, encode
@@ -105,7 +106,11 @@ def test_one_flipped_bit_is_found(copy: Path, name: str) -> None:
     [
         lambda columns: columns["label"].__iadd__(20),
         lambda columns: columns["label"].__ixor__(1),
+        lambda columns: columns["label"].__isub__(1),
         lambda columns: columns["offset"].__iadd__(10**9),
+        lambda columns: columns["offset"].__isub__(2000),  # wraps around
+        lambda columns: columns["size"].__setitem__(-1, 10**6),
+        lambda columns: columns["size"].__setitem__(200, 10**6),
     ],
 )
 def test_inconsistent_index(copy: Path, wrong: Callable[[dict], object]) -> None:
@@ -114,6 +119,9 @@ def test_inconsistent_index(copy: Path, wrong: Callable[[dict], object]) -> None
     wrong(columns)
     for name in names:
         np.save(copy / "index" / f"train.{name}.npy", columns[name])
+    with pytest.raises(DataError, match=r"train\.\w+\.npy: damaged"):
+        Manifest.load(copy).load_index("train")
+    reseal(copy)
     with pytest.raises(DataError, match="inconsistent"):
         Manifest.load(copy).load_index("train")
 

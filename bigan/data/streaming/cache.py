@@ -155,8 +155,9 @@ class NodeCache:
         shard = self.chunks.shard(missing[0])
         try:
             with self._locked(f"{self.chunks.shards[shard].sha256}.lock", remove=True):
-                # Another process may have downloaded some of them meanwhile.
-                self._download(shard, [c for c in missing if not self._file(c).exists()])
+                missing = [chunk for chunk in missing if not self._file(chunk).exists()]
+                if missing:  # otherwise another process has downloaded them
+                    self._download(shard, missing)
         except InterruptedError:
             raise DataError(f"{self.folder}: the stream was closed") from None
         except OSError as error:
@@ -171,7 +172,7 @@ class NodeCache:
         self.ranges.close()
 
     def _download(self, shard: int, missing: list[int]) -> None:
-        if missing and not self.ranges.has_ranges:  # all chunks cost as much as one
+        if not self.ranges.has_ranges:  # all chunks cost as much as one
             missing = [c for c in self.chunks.of_shard(shard) if not self._file(c).exists()]
         parts = {chunk: self.chunks.span(chunk) for chunk in missing}
         runs = self.chunks.runs(missing)

@@ -229,8 +229,6 @@ def make_fetcher(
         )
     if manifest.remote is None and mode != "stream":
         manifest.verify_checksums(CHECKSUM_BYTES)
-    else:
-        manifest.verify_index()
     if mode == "resident":
         num = manifest.num_samples(split)
         blocks = partial(_split_in_chunks, num)
