@@ -187,20 +187,23 @@ def served(web: Web) -> tuple[int, int]:
     return num_bytes(web), sum(n for name, n in web.requests.items() if name.endswith(".tar"))
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
+QUICK = [
+    *((size, None, True, False) for size in (1, 2, 4, 8)),
+    (4, None, True, True),
+    (4, None, False, False),
+    (4, 1, True, False),
+    (4, 6, True, False),
+]
+FULL = [
+    case
+    for case in itertools.product((1, 2, 4, 8), (None, 1, 6, 7), (True, False), (True, False))
+    if case not in QUICK
+]
+
+
 @pytest.mark.parametrize(
-    ("lanes", "ranges", "cached"),
-    [
-        (None, True, False),
-        (None, True, True),
-        (None, False, False),
-        (None, False, True),
-        (1, True, False),
-        (1, True, True),
-        (1, False, False),
-        (6, True, False),
-        (7, False, False),
-    ],
+    ("size", "lanes", "ranges", "cached"),
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.full) for case in FULL)],
 )
 def test_counts_are_those_of_real_streams(
     web: Web, images: Path, tmp_path: Path, size: int, lanes: int | None, ranges: bool, cached: bool
