@@ -11,10 +11,11 @@ import torch
 
 from bigan.data.format.manifest import Manifest
 from bigan.data.settings import DataConfig
-from bigan.data.streaming import remote, resampled
+from bigan.data.streaming import resampled
 from bigan.data.streaming.dataset import open_level, open_manifest
 from bigan.data.streaming.resampled import ResampledStream
 from bigan.data.streaming.stream import Batch, Endless, ShardStream, lanes_of
+from bigan.data.streaming.urls import is_remote, shown
 from bigan.distributed.world import World, broadcast, gather, on_all_ranks
 from bigan.errors import UserError
 from bigan.image_size import ratio
@@ -58,7 +59,7 @@ def _check_stream(config: RunConfig, name: str, data: DataConfig) -> Images:
         if data.labels == "none" and num_classes > 1:
             raise UserError(f"data.labels = none needs model.num_classes = 1, not {num_classes}")
         classes = {str(label): 1 for label in range(num_classes)}
-        return Images(classes, f"resampled/{data.path}")
+        return Images(classes, f"resampled/{shown(data.path)}")
     if config.growth is None:
         return _images(config, data, open_manifest(data.path, data))
     found = []
@@ -68,7 +69,7 @@ def _check_stream(config: RunConfig, name: str, data: DataConfig) -> Images:
         found.append(_images(config if full else level, data, manifest))
     if any(images.classes != found[0].classes for images in found):
         raise UserError(
-            f"{data.path}: the resolutions hold different images; pack them again, together "
+            f"{shown(data.path)}: the resolutions hold different images; pack them again, together "
             "(`bigan pack --pyramid`)"
         )
     return Images(found[0].classes, "/".join(dict.fromkeys(i.fingerprint for i in found)))
@@ -106,7 +107,7 @@ def resolve_lanes(config: RunConfig) -> dict[str, int]:
 
 
 def _default_lanes(config: RunConfig, data: DataConfig) -> int:
-    if data.mode == "resampled" or not remote.is_remote(data.path):
+    if data.mode == "resampled" or not is_remote(data.path):
         return 1
     manifest = open_level(data.path, config.model.resolution, data)
     batches = [stage.config.train.batch for stage in stages(config)]

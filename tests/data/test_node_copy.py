@@ -12,11 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from verify_folders import reseal, seal
+from data_helpers import one_line
+from verify_folders import flip, reseal, seal
 from web import Web, serving
 
-from bigan.data.format.manifest import Manifest
+from bigan.data import DataError
+from bigan.data.format.manifest import Manifest, level_folder
 from bigan.data.settings import Fetch
+from bigan.data.streaming import node_copy
 from bigan.data.streaming.dataset import open_manifest
 
 OPEN = """
@@ -135,3 +138,47 @@ def test_a_damaged_note_of_the_latest_download(server: Web, tmp_path: Path, text
     assert json.loads(latest.read_text())["began"] <= time.time_ns()
     latest.write_text(text)
     assert opened(server, tmp_path)[1] == {"manifest.json": 1}
+
+
+def test_an_index_that_was_cut_is_fetched_completely(server: Web, tmp_path: Path) -> None:
+    server.cut["index/train.offset.npy"] = 1
+    manifest, requests = opened(server, tmp_path)
+    assert (manifest.load_index("train").offset > 0).all()
+    assert requests["index/train.offset.npy"] > 1
+
+
+def test_a_wrong_index_at_the_server(server: Web, tmp_path: Path) -> None:
+    flip(server.folder / "index" / "train.offset.npy", 300)
+    with pytest.raises(DataError) as error:
+        opened(server, tmp_path)
+    one_line(error, f"{server.url}/index/train.offset.npy", "sha256")
+    assert not list((tmp_path / "cache").glob("**/*.tmp"))
+
+
+def test_another_signature_uses_the_same_copy(server: Web, tmp_path: Path) -> None:
+    for number, signature in enumerate(("sig=s3cret1", "sig=s3cret2")):
+        server.query = signature
+        server.requests.clear()
+        manifest = open_manifest(f"{server.url}?{signature}", Fetch(cache=tmp_path / "cache"))
+        assert manifest.load_index("train")
+        served = {name.partition("?")[0] for name in server.requests}
+        assert served == (names(server) if number == 0 else {"manifest.json"})
+    written = [file.read_bytes() for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+    assert not any(b"s3cret" in content for content in written)
+
+
+def test_levels_of_a_pyramid_at_a_signed_url() -> None:
+    assert level_folder("https://host/set/?sig=1", 8) == "https://host/set/r0008?sig=1"
+    assert level_folder("data/set?/", (12, 20)) == "data/set?/r0020x0012"
+
+
+def test_the_name_of_the_copy_has_no_secret() -> None:
+    urls = [
+        "https://host/set?X-Amz-Signature=1",
+        "https://host/set?X-Amz-Signature=2",
+        "https://user:password@host/set/",
+        "https://user:other@host/set",
+    ]
+    assert len({node_copy._address(url) for url in urls}) == 1
+    assert len({node_copy._key(url) for url in urls}) == 3, "a query may select one of two sets"
+    assert node_copy._address("abfs://a@host/set") != node_copy._address("abfs://b@host/set")

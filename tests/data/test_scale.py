@@ -18,7 +18,7 @@ from bigan.data import DataError
 from bigan.data.format import index_files, manifest
 from bigan.data.format.manifest import COLUMNS, Manifest
 
-# Prints the seconds, the highest memory and the memory at last (MiB) of opening a set.
+# Prints, of opening a set: seconds, the highest memory and the memory at last (MiB).
 OPEN = """
 import json, sys, time
 from pathlib import Path
@@ -33,10 +33,11 @@ def memory(key):
 
 path, cache, mode = sys.argv[1:]
 fetch = Fetch(mode=mode, cache=Path(cache) if cache else None)
+Path("/proc/self/clear_refs").write_text("5")  # resets the highest memory
+before = memory("VmRSS")
 if cache:
     open_manifest(path, fetch)  # copies manifest and index to the node
-Path("/proc/self/clear_refs").write_text("5")  # resets the highest memory
-before, began = memory("VmRSS"), time.perf_counter()
+began = time.perf_counter()
 manifest = open_manifest(path, fetch)
 manifest.load_index("train")
 stream = ShardStream(manifest, seed=0, world=World(), batch=64, fetch=fetch)

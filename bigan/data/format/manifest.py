@@ -33,6 +33,7 @@ from bigan.data import DataError
 from bigan.data.format import index_files
 from bigan.data.format.codec import StoredEncoding
 from bigan.data.format.tar import nested_tar_files, tar_files
+from bigan.data.streaming import urls
 from bigan.hashes import fingerprint
 from bigan.image_size import ImageSize, Resolution, sides
 
@@ -179,7 +180,7 @@ class Manifest(Frozen):
     def location(self, shard: Shard) -> str:
         """Path or URL of a shard."""
         if self.remote is not None:
-            return f"{self.remote.rstrip('/')}/{shard.url}"
+            return urls.shown(urls.join(self.remote, shard.url))
         return str(self.folder / shard.url)
 
     def shards(self, split: str) -> tuple[Shard, ...]:
@@ -359,7 +360,8 @@ def level_name(resolution: ImageSize) -> str:
 
 def level_folder(path: str, resolution: ImageSize) -> str:
     """Path or URL of one resolution of the pyramid at `path`."""
-    return f"{path.rstrip('/')}/{level_name(resolution)}"
+    name = level_name(resolution)
+    return urls.join(path, name) if urls.is_remote(path) else f"{path.rstrip('/')}/{name}"
 
 
 def _levels(folder: Path) -> list[str]:

@@ -32,7 +32,7 @@ from bigan.data.settings import Fetch
 from bigan.data.streaming.cache import NodeCache, ReadAhead
 from bigan.data.streaming.local_shards import LocalShards
 from bigan.data.streaming.ranges import MERGED_BYTES, ShardRanges
-from bigan.data.streaming.stores import Store
+from bigan.data.streaming.stores import store_of
 from bigan.data.streaming.streamed_shards import StreamedShards
 
 Indices = NDArray[np.int64]
@@ -253,14 +253,7 @@ def consecutive(start: int, stop: int, step: int) -> Iterator[Indices]:
 
 
 def _ranges(manifest: Manifest, split: str, fetch: Fetch, keep_whole: bool = False) -> ShardRanges:
-    store = None
-    if manifest.remote is not None:
-        store = Store(
-            manifest.remote,
-            allow_pipe=fetch.allow_pipe,
-            patience_seconds=fetch.patience_seconds,
-            connections=fetch.connections,
-        )
+    store = store_of(manifest.remote, fetch) if manifest.remote else None
     return ShardRanges(manifest, split, manifest.load_index(split), store, keep_whole)
 
 

@@ -12,6 +12,7 @@ that use the old one are not disturbed.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import time
@@ -21,9 +22,10 @@ from bigan import atomic_files, hashes
 from bigan.data import DataError
 from bigan.data.format.manifest import MANIFEST, Manifest
 from bigan.data.settings import Fetch
-from bigan.data.streaming.stores import Store, shown
+from bigan.data.streaming.stores import Store, shown, store_of
 from bigan.file_lock import locked
 
+CHUNK_BYTES = 2**20
 _STARTED = time.time_ns()
 _used: dict[str, int] = {}  # URL -> time of the download that this process used last
 
@@ -67,7 +69,7 @@ def _downloaded(place: Path, base: str) -> Path | None:
 def _download(place: Path, base: str, fetch: Fetch) -> Manifest:
     """Download the manifest, and the index files of which no intact copy is here."""
     began = time.time_ns()
-    with Store(base, allow_pipe=fetch.allow_pipe, connections=fetch.connections) as store:
+    with store_of(base, fetch) as store:
         text = store.read(MANIFEST)
         folder = place / hashes.sha256(text)[:16]
         (folder / "index").mkdir(parents=True, exist_ok=True)
@@ -76,11 +78,29 @@ def _download(place: Path, base: str, fetch: Fetch) -> Manifest:
         manifest = _read(folder, base)
         for name, sha256 in manifest.index.items():
             if not _has(folder / name, sha256) and not _linked(folder / name, sha256):
-                atomic_files.write_atomic(folder / name, store.read(name, sha256=sha256))
+                _fetch(store, name, sha256, folder / name)
     _used[_key(base)] = began
     latest = {"url": _key(base), "folder": folder.name, "began": began}
     atomic_files.write_atomic(place / "latest", json.dumps(latest) + "\n")
     return manifest
+
+
+def _fetch(store: Store, name: str, sha256: str, file: Path) -> None:
+    """Download an index file, which may be large, in chunks."""
+    temporary, digest = atomic_files.temporary_name(file), hashlib.sha256()
+    try:
+        with store.open(name) as stream, temporary.open("wb") as out:
+            while chunk := stream.read(CHUNK_BYTES):
+                digest.update(chunk)
+                out.write(chunk)
+            out.flush()
+            os.fsync(out.fileno())
+        if digest.hexdigest() == sha256:
+            temporary.replace(file)
+        else:  # read again: with patience, then with an error that names the reason
+            atomic_files.write_atomic(file, store.read(name, sha256=sha256))
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _read(folder: Path, base: str) -> Manifest:
@@ -92,7 +112,7 @@ def _read(folder: Path, base: str) -> Manifest:
 
 def _address(base: str) -> str:
     """`base` without user, password and query."""
-    return shown(base).partition("?")[0].rstrip("/")
+    return shown(base).replace("://***@", "://").partition("?")[0].rstrip("/")
 
 
 def _key(base: str) -> str:

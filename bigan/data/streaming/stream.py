@@ -282,17 +282,22 @@ def _in_threads(
         host = transfer.take(len(samples))
         waiting.append((positions, host, executor.submit(read, positions, samples, host)))
 
-    try:
-        for positions, samples in itertools.islice(micro_batches, fetch.prefetch):
+    def submit_until(num: int) -> None:
+        for positions, samples in itertools.islice(micro_batches, num - len(waiting)):
             submit(positions, samples)
+
+    try:
+        submit_until(1)  # others would share the connections with the first batch
+        ahead = 0
         while waiting:
             positions, host, future = waiting.popleft()
             bad = future.result()
             if fetcher.stop.is_set():
                 return  # the batch may be incomplete
-            for next_positions, samples in itertools.islice(micro_batches, 1):
-                submit(next_positions, samples)
+            submit_until(ahead)
             yield positions, host, bad
+            ahead = fetch.prefetch
+            submit_until(ahead)
     finally:
         fetcher.stop.set()
         fetcher.close()  # aborts downloads that threads wait for
