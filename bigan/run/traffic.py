@@ -17,7 +17,7 @@ from bigan.data.streaming.dataset import open_level
 from bigan.data.streaming.fetchers import resolve_mode
 from bigan.data.streaming.order import MAX_LANES, Order
 from bigan.data.streaming.ranges import ShardRanges
-from bigan.data.streaming.stores import Store, is_remote, shown
+from bigan.data.streaming.stores import is_remote, shown, store_of
 from bigan.data.streaming.stream import lanes_of
 from bigan.data.streaming.traffic import MAX_SAMPLES, Block, Kind, Readers, Traffic
 from bigan.run.stages import stages
@@ -94,8 +94,7 @@ def open_source(config: RunConfig, name: str, max_samples: int = MAX_SAMPLES) ->
         kind = "cache" if remote else "files"
     has_ranges = True
     if remote:
-        store = Store(data.path, allow_pipe=data.allow_pipe, patience_seconds=patience)
-        with contextlib.closing(store):
+        with store_of(data.path, quick) as store:
             has_ranges = store.has_ranges
     lanes = resolve_lanes(config)[name]
     reason = _reason(config, lanes, lanes_of(manifest, data.split, _batches(config)), remote)
