@@ -17,7 +17,7 @@ from bigan.data.packing.index_in_place import index_in_place
 from bigan.data.packing.shard_files import in_folder
 from bigan.data.settings import Fetch
 from bigan.data.streaming import node_copy
-from bigan.data.streaming.stores import is_remote, shown
+from bigan.data.streaming.stores import MissingFileError, is_remote, shown
 from bigan.image_size import ImageSize
 
 
@@ -73,7 +73,7 @@ def open_level(path: str, resolution: ImageSize | None, fetch: Fetch) -> Manifes
         return open_manifest(level_folder(path, resolution or 0), fetch)
     try:
         return open_manifest(path, fetch)
-    except DataError:  # a pyramid has no manifest of its own
+    except MissingFileError:  # a pyramid has no manifest of its own
         if resolution is None:
             raise
         return open_manifest(level_folder(path, resolution), fetch)

@@ -7,7 +7,7 @@ import datetime
 import re
 from collections.abc import AsyncIterator
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from bigan.data import DataError
 from bigan.data.streaming import urls
@@ -35,7 +35,8 @@ class ObjectStore:
         common: Any = {"retry_config": retries, "client_options": client_options(SILENCE_SECONDS)}
         parts = urlsplit(base)
         options = store_options(kind, base)
-        prefix = base.partition("://")[2].partition("/")[2].strip("/") or None
+        path = base.partition("://")[2].partition("/")[2]
+        prefix = path.strip("/") or None
         self._store: Any
         try:
             if kind in ("s3", "s3a"):
@@ -43,7 +44,9 @@ class ObjectStore:
             elif kind == "gs":
                 self._store = GCSStore(parts.netloc, prefix=prefix, **options, **common)
             else:
-                self._store = AzureStore.from_url(base.partition("?")[0], **options, **common)
+                folder = quote(path.partition("?")[0])  # from_url decodes it
+                address = f"{kind}://{parts.netloc}/{folder}"
+                self._store = AzureStore.from_url(address, **options, **common)
         except Exception as error:
             raise DataError(f"{self._shown}: {str(error).splitlines()[0][:200]}") from None
 

@@ -30,6 +30,10 @@ __all__ = ["Store", "check_url", "is_remote", "join", "shown", "store_of"]
 T = TypeVar("T")
 
 
+class MissingFileError(DataError):
+    """A file that does not exist in a store."""
+
+
 def store_of(base: str, fetch: Fetch) -> Store:
     """The store at a URL, with the settings of `data`; raises `DataError` like `check_url`."""
     return Store(
@@ -125,6 +129,7 @@ class Store:
             if missing and self._ranges is not False:
                 try:
                     self._wait(self._collect_all(name, missing, found))
+                    self._ranges = True
                     return
                 except RangesIgnoredError:
                     self._ranges = False
@@ -190,7 +195,7 @@ class Store:
         try:
             return self._patience.repeat(self._where(name), attempt)
         except FileNotFoundError:
-            raise DataError(
+            raise MissingFileError(
                 f"{self._where(name)}: cannot be read (status 404, it does not exist); check that "
                 "the address is right and is that of the packed files"
             ) from None
@@ -238,6 +243,7 @@ class Store:
         A failure that cannot pass cancels the others.
         """
         failures: list[PassingError | WrongContentError] = []
+        num = len(found)
 
         async def collect(part: Range) -> None:
             try:
@@ -252,6 +258,7 @@ class Store:
         except BaseExceptionGroup as error:
             raise error.exceptions[0] from None
         if failures:
+            failures[0].progress = len(found) > num
             raise failures[0]
 
 

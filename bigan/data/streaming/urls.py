@@ -9,10 +9,16 @@ from urllib.parse import quote, unquote, urlsplit
 from bigan.data import DataError
 
 WEB = ("http", "https")
-OBJECT_STORES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss")
+AZURE = ("az", "azure", "adl", "abfs", "abfss")
+OBJECT_STORES = ("s3", "s3a", "gs", *AZURE)
 PROGRAMS = ("ais", "ftps", "sftp", "scp", "file")  # read through WebDataset's `gopen`
 
 _UNESCAPED = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_SECRET_ARGUMENT = re.compile(
+    r"((?:(?<=\s)-u|--user|authorization:|\w*(?:key|secret|token|password)\w*\s*[=:])\s*)"
+    r"(?:(?:bearer|basic)\s+)?[^\s'\"]+",
+    re.IGNORECASE,
+)
 _SAFE_IN_PATH = "/%:@!$&'()*+,;=~-._"
 
 
@@ -32,7 +38,8 @@ def shown(url: str) -> str:
     A path in the file system is returned unchanged.
     """
     if url.startswith("pipe:"):
-        return re.sub(r"[a-zA-Z][\w+.-]*://\S+", lambda found: shown(found[0]), url)
+        command = re.sub(r"[a-zA-Z][\w+.-]*://[^\s'\"]+", lambda found: shown(found[0]), url)
+        return _SECRET_ARGUMENT.sub(r"\1***", command)
     head, separator, rest = url.partition("://")
     if not separator:
         return url
@@ -44,8 +51,8 @@ def shown(url: str) -> str:
     elif at:
         authority = f"{user.partition(':')[0]}@{host}"
     if query:
-        names = [re.split(r"[=#]", part)[0] for part in query.split("&")]
-        query = "&".join(f"{name}=***" for name in names)
+        parts = [part.partition("=") for part in query.split("&")]
+        query = "&".join(f"{name}=***" if equals else "***" for name, equals, _ in parts)
     return f"{head}://{authority}{slash}{path}{mark}{query}"
 
 
@@ -60,10 +67,15 @@ def join(base: str, name: str) -> str:
     The name goes before the query of a signed URL, and is percent-encoded where `base` is an
     address of the web.
     """
-    path, mark, query = base.partition("?") if scheme(base) != "pipe" else (base, "", "")
+    path, mark, query = base.partition("?") if _has_query(base) else (base, "", "")
     if scheme(base) in (*WEB, "hf"):
         name = quote(name, safe="/:@!$&'()*+,;=~")
     return f"{path.rstrip('/')}/{name}{mark}{query}"
+
+
+def _has_query(url: str) -> bool:
+    """Whether "?" begins a query; elsewhere it is a character of a name."""
+    return scheme(url) in (*WEB, "hf", *AZURE)
 
 
 def split_name(url: str) -> tuple[str, str]:
@@ -71,7 +83,7 @@ def split_name(url: str) -> tuple[str, str]:
     kind = scheme(url)
     if kind not in (*WEB, *OBJECT_STORES, "hf"):
         return url, ""
-    path, mark, query = url.partition("?")
+    path, mark, query = url.partition("?") if _has_query(url) else (url, "", "")
     base, _, name = path.rpartition("/")
     return f"{base}{mark}{query}", name if kind in OBJECT_STORES else unquote(name)
 
@@ -115,8 +127,8 @@ def check_url(url: str, allow_pipe: bool) -> None:
     kind = scheme(url)
     if is_redacted(url):
         raise DataError(
-            f"{shown(url)}: the credentials of this address are not stored with a run; give the "
-            "complete address"
+            f"{shown(url)}: credentials are not stored with a run; give the complete address, "
+            "data.path=URL"
         )
     if kind == "pipe":
         if not allow_pipe:
