@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -77,6 +78,17 @@ def test_describe_works_without_traffic(
     assert part in described(capsys, *path, *overrides, "model.image_channels=1")["error"]
     assert main(["describe", str(SMOKE), *path, *overrides, "model.image_channels=1"]) == 0
     assert sum(part in line for line in capsys.readouterr().out.splitlines()) >= 1
+
+
+def test_describe_does_not_wait_for_a_store(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as a run would, 300 s. Nothing listens on the port."""
+    monkeypatch.setattr(traffic, "PATIENCE_SECONDS", 0.2)
+    began = time.monotonic()
+    found = described(capsys, "data.path=http://127.0.0.1:9/set", "model.image_channels=1")
+    assert "http://127.0.0.1:9/set" in found["error"]
+    assert time.monotonic() - began < 60
 
 
 def test_describe_does_not_index_a_folder_of_tars(
