@@ -17,7 +17,6 @@ time; these rows are shown, too. The exit code is 1 if a target is missed.
 from __future__ import annotations
 
 import itertools
-import resource
 import subprocess
 import sys
 import tempfile
@@ -37,7 +36,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from bigan.augment.discriminator_inputs import as_images
-from bigan.bench.measuring import summary
+from bigan.bench.measuring import cpu_seconds, summary
 from bigan.bench.script import argument_parser, met, spread, write_record
 from bigan.data.packing import sources
 from bigan.data.packing.pack import pack, pack_source
@@ -128,12 +127,6 @@ EPOCHS = itertools.count()
 
 
 # --- measuring ------------------------------------------------------------------------------------
-
-
-def cpu_seconds() -> float:
-    """User and system time of this process and of its children that have ended."""
-    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, who))
 
 
 def cost(make: Callable[[], Iterable[object]], num: int) -> tuple[float, float]:

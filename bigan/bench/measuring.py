@@ -92,6 +92,12 @@ def device_clock(device: torch.device) -> Clock:
     return time.process_time if device.type == "cpu" else time.perf_counter
 
 
+def cpu_seconds() -> float:
+    """User and system time of this process and of its children that have ended."""
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, who))
+
+
 def environment() -> dict[str, Any]:
     """What the results depend on: date, versions, hardware and threads; JSON values."""
     return {

@@ -27,6 +27,15 @@ def add_benchmarks(bench: argparse.ArgumentParser, common: argparse.ArgumentPars
     step.add_argument("overrides", nargs="*", metavar="a.b=value", help=OVERRIDE_HELP)
     step.add_argument("--runs", type=int, default=7, help="timed runs, at least 5 (default 7)")
     step.set_defaults(handler=step_command)
+    data = kinds.add_parser(
+        "data",
+        help="input pipeline of one process; simulated traffic of many ranks",
+        description="Measure the input pipeline of one process, or compute what many ranks read in "
+        "an epoch: bytes, requests, memory. Prints a table to stderr, JSON to stdout.",
+        parents=[common],
+    )
+    data.set_defaults(handler=data_command)
+    _add_data(data)
     scaling = kinds.add_parser(
         "scaling",
         help="several processes on this machine, and a prediction for up to 1024 GPUs",
@@ -37,6 +46,38 @@ def add_benchmarks(bench: argparse.ArgumentParser, common: argparse.ArgumentPars
     scaling.set_defaults(handler=scaling_command)
     _add_scaling_options(scaling)
     _add_assumptions(scaling.add_argument_group("assumptions of the prediction"))
+
+
+def _add_data(data: argparse.ArgumentParser) -> None:
+    data.add_argument("config", type=Path, help=CONFIG_HELP)
+    data.add_argument("overrides", nargs="*", metavar="a.b=value", help=OVERRIDE_HELP)
+    data.add_argument("--runs", type=int, default=5, help="timed runs, at least 5 (default 5)")
+    data.add_argument(
+        "--run-seconds", type=positive, default=1.0, help="length of a timed run (default 1)"
+    )
+    data.add_argument(
+        "--simulate",
+        action="store_true",
+        help="compute what the ranks of a run read in an epoch, from manifest and index",
+    )
+    simulated = data.add_argument_group("with --simulate")
+    simulated.add_argument(
+        "--ranks", type=counts, default=[1, 8, 64], metavar="N,N", help="(default 1,8,64)"
+    )
+    simulated.add_argument("--ranks-per-node", type=count, default=8, help="ranks (default 8)")
+    simulated.add_argument(
+        "--images-per-second",
+        type=positive,
+        default=1000.0,
+        metavar="X",
+        help="of all ranks, for the requests per second (default 1000)",
+    )
+    simulated.add_argument(
+        "--images", type=count, metavar="N", help="assume a data set at a URL of N images"
+    )
+    simulated.add_argument(
+        "--image-kb", type=positive, default=100.0, metavar="KB", help="of each (default 100)"
+    )
 
 
 def _add_scaling_options(scaling: argparse.ArgumentParser) -> None:
@@ -122,6 +163,35 @@ def step_command(arguments: argparse.Namespace) -> int:
         arguments.runs,
         _to_stderr,
     )
+    _to_stdout(result)
+    return 0
+
+
+def data_command(arguments: argparse.Namespace) -> int:
+    from bigan.bench.data import Assumed, as_table, measure_data, simulate_data
+
+    if not arguments.simulate:
+        measured = measure_data(
+            arguments.config,
+            arguments.overrides,
+            arguments.runs,
+            arguments.run_seconds,
+            _to_stderr,
+        )
+        _to_stdout(measured)
+        return 0
+    assumed = None
+    if arguments.images:
+        assumed = Assumed(arguments.images, int(arguments.image_kb * 1000))
+    result = simulate_data(
+        arguments.config,
+        arguments.overrides,
+        arguments.ranks,
+        arguments.ranks_per_node,
+        arguments.images_per_second,
+        assumed,
+    )
+    _to_stderr(as_table(result))
     _to_stdout(result)
     return 0
 

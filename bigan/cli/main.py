@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def describe_command(arguments: argparse.Namespace) -> int:
     from bigan.run.describe import as_text, describe
 
-    description = describe(_load(arguments), arguments.world_size)
+    description = describe(_load(arguments), arguments.world_size, arguments.ranks_per_node)
     print(json.dumps(description, indent=2) if arguments.json else as_text(description))
     return 0
 
@@ -179,12 +179,15 @@ def _add_run_commands(commands: Commands) -> None:
     describe = commands.add(
         "describe",
         describe_command,
-        "show the networks, schedule, memory and every resolved value of a config",
+        "show the networks, schedule, memory, data traffic and every resolved value of a config",
         "Networks are built on the meta device, so a laptop can describe the largest config.",
     )
     _add_config(describe)
     describe.add_argument("--json", action="store_true", help="print JSON")
     describe.add_argument("--world-size", type=count, default=1, help="processes (default 1)")
+    describe.add_argument(
+        "--ranks-per-node", type=count, default=8, help="processes that share a disk (default 8)"
+    )
     train = commands.add(
         "train",
         train_command,

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from bigan.config import leaves
 from bigan.image_size import plain, shown
 from bigan.objectives.base import Objective, Step, variants
+from bigan.run import traffic
 from bigan.run.stages import Stage
 from bigan.run.stages import stages as all_stages
 from bigan.run_config import RunConfig, accumulation_steps, check_groups
@@ -27,11 +28,12 @@ def num_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def describe(config: RunConfig, world_size: int = 1) -> Description:
-    """Networks, phases, schedule in images, estimated memory per process and resolved values.
+def describe(config: RunConfig, world_size: int = 1, ranks_per_node: int = 8) -> Description:
+    """Networks, phases, schedule in images, memory per process, data traffic and resolved values.
 
-    For a growing model the last stage is described: its networks are the largest. Raises
-    `ConfigError` if the config cannot run on `world_size` processes.
+    For a growing model the last stage is described: its networks are the largest. Without access to
+    the data, its section contains the reason. Raises `ConfigError` if the config cannot run on
+    `world_size` processes.
     """
     stages = all_stages(config)
     for stage in stages:
@@ -77,6 +79,7 @@ def describe(config: RunConfig, world_size: int = 1) -> Description:
             if len(stages) > 1 and stage.start < end
         ],
         "memory_bytes": estimate_memory(config, objective, micro),
+        "data": traffic.describe_traffic(whole_run, world_size, ranks_per_node),
         "config": whole_run.model_dump(mode="json"),
     }
 
@@ -201,6 +204,7 @@ def as_text(description: Description) -> str:
         f"{schedule['snapshots']} snapshots, {schedule['checkpoints']} checkpoints",
         f"memory     {gib['total']} GiB per process (weights {gib['weights']}, gradients "
         f"{gib['gradients']}, optimizer {gib['optimizer']}, activations {gib['activations']})",
+        *traffic.as_lines(description["data"]),
     ]
     for stage in description["stages"]:
         start, end = stage["images"]

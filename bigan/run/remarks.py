@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from bigan.data.format.manifest import MANIFEST
@@ -10,6 +11,7 @@ from bigan.data.streaming import resampled
 from bigan.data.streaming.dataset import open_manifest
 from bigan.layers.batchnorm import normalization_layers
 from bigan.layers.spectral import spectral_layers
+from bigan.run import traffic
 from bigan.run.state import TrainState
 
 
@@ -18,6 +20,7 @@ def remarks(state: TrainState) -> list[str]:
     return [
         *([resampled.NOTE] if _is_resampled(state) else []),
         *_existing_shards(state),
+        *_traffic(state),
         *_unused_streams(state),
         *_batchnorm(state),
         *_power_iterations(state),
@@ -40,6 +43,14 @@ def _existing_shards(state: TrainState) -> list[str]:
             manifest = open_manifest(folder, data)
             lines += [understood(manifest)] if manifest.is_indexed else []
     return lines
+
+
+def _traffic(state: TrainState) -> list[str]:
+    """The lanes of data at a URL, and whether the ranks read more than the data set."""
+    if not state.world.is_rank_0:
+        return []
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return traffic.remarks(state.run_config, state.world.size, ranks_per_node)
 
 
 def _unused_streams(state: TrainState) -> list[str]:

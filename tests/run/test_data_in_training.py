@@ -96,7 +96,8 @@ def test_a_run_from_a_url_equals_the_run_from_the_folder(
     length = "train.total_images=120"
     with serving(digits) as web:
         url = f"data.path={web.url}"
-        run(make_config(length, f"run_dir={tmp_path / 'a'}", url))
+        lines = run(make_config(length, f"run_dir={tmp_path / 'a'}", url))
+        assert sum(line.startswith("data.lanes = 40: ") for line in lines) == 1
         assert load_config(tmp_path / "a" / "config.yaml").streams["images"].lanes == 40
         run(make_config(length, f"run_dir={tmp_path / 'b'}", "data.lanes=40"))
         run(make_config(length, f"run_dir={tmp_path / 'c'}", url, "data.mode=resident"))

@@ -124,7 +124,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("pack", "describe", "train", "evaluate", "bench", "bench step"):
+    for command in ("pack", "describe", "train", "evaluate", "bench", "bench step", "bench data"):
         with pytest.raises(SystemExit) as left:
             main([*command.split(), "--help"])
         assert left.value.code == 0
