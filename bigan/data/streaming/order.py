@@ -30,7 +30,7 @@ from bigan.data.permutation import permutation
 from bigan.distributed.world import World
 
 ORDER_VERSION = 1
-MAX_LANES = 256  # of the default: more lanes need more and shorter requests
+MAX_LANES = 512  # of the default: more lanes need more and shorter requests
 
 Indices = NDArray[np.int64]
 Epoch = tuple[Indices, Indices, Indices]
@@ -246,12 +246,13 @@ def rank_positions(
 def default_lanes(batches: Iterable[int], num_samples: int) -> int:
     """The lanes of a remote data set, from the batches of a run.
 
-    The number of ranks that read disjoint shards divides the lanes. Therefore: of the common
-    divisors of the batches, up to `MAX_LANES` and `num_samples`, the one that has most divisors.
+    Ranks read different lanes if their number divides the lanes. Therefore: of the common divisors
+    of the batches, up to `MAX_LANES` and `num_samples`, the one that has most divisors itself; of
+    several, the one with the largest power of two, then the largest.
     """
     common = int(np.gcd.reduce(list(batches)))
     divisors = [n for n in range(1, min(common, MAX_LANES, num_samples) + 1) if common % n == 0]
-    return max(divisors, key=lambda n: (sum(n % d == 0 for d in range(1, n + 1)), n))
+    return max(divisors, key=lambda n: (sum(n % d == 0 for d in range(1, n + 1)), n & -n, n))
 
 
 def rank_range(num: int, world: World) -> range:

@@ -85,6 +85,8 @@ class ShardRanges:
         """
         ends = np.cumsum([each.stop - each.start for each in spans])
         borders = np.flatnonzero(np.diff(ends // CALL_BYTES)) + 1
+        if not self.has_ranges:  # every call would read the whole shard
+            borders = borders[:0]
         for part in np.split(np.arange(len(spans)), borders):
             yield from self._verified(shard, [spans[n] for n in part.tolist()])
 
