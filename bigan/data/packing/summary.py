@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigan.data.format.manifest import UNLABELLED, Manifest
-from bigan.data.packing.pack import BAD, Packed
+from bigan.data.packing.pack import Packed
 from bigan.data.packing.split_names import mentions_splits
 from bigan.data.packing.trees import LABEL_FILES
 from bigan.image_size import shown
@@ -43,9 +43,7 @@ def summary(packed: Packed) -> str:
                 f"  labels are read from {', '.join(LABEL_FILES)} only: rename a file of them"
             )
     if packed.bad and packed.manifests:
-        folder = packed.manifests[0].folder
-        bad = (folder if (folder / BAD).is_file() else folder.parent) / BAD
-        lines.append(f"  left out {len(packed.bad):,} unusable images: see {bad}")
+        lines.append(f"  left out {len(packed.bad):,} unusable images: see {packed.bad_list}")
     return "\n".join(lines)
 
 
