@@ -66,7 +66,7 @@ class Evaluator:
         self.inputs = None if sampler.inputs is None else self._open(sampler.inputs)
         self.settings = self._settings()
         on_all_ranks(world, lambda: self._check_fit(config, "config.yaml"))
-        counts = tuple(self.manifest.class_counts(self.settings.split))
+        counts = tuple(self.manifest.samples_of_class(self.settings.split))
         objective = config.objective.build(setup_of(config, counts))
         self.sampler = objective.samplers[self.sampler_name]
         self.network_files, self.has_batchnorm = _networks_of(self.sampler, objective)

@@ -74,7 +74,7 @@ def _check_stream(config: RunConfig, name: str, data: DataConfig) -> Images:
 
 def _images(config: RunConfig, data: DataConfig, manifest: Manifest) -> Images:
     """Raises `UserError` if the images of `manifest` do not fit the model of `config`."""
-    counts = manifest.class_counts(data.split)
+    counts = manifest.samples_of_class(data.split)
     wrong = [
         f"{what} {found} but model.{key} = {wanted}"
         for what, key, wanted, found in misfits(config.model, manifest)

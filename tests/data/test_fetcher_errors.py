@@ -40,7 +40,7 @@ def damaged(digits8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> t
     index = manifest.load_index("train")
     shards = manifest.shards("train")
     sample = int(Order([s.nsamples for s in shards], 0, BLOCK).samples(100, 101)[0])
-    file = folder / shards[int(index.shard[sample])].url
+    file = folder / shards[int(index.shards_of(sample))].url
     flip(file, int(index.offset[sample]))
     monkeypatch.setattr(fetching, "CHECKSUM_BYTES", 0)
     return folder, sample
@@ -161,7 +161,7 @@ def test_read_ahead_stays_one_block_ahead() -> None:
 
     numbers = np.arange(40)
     blocks = [(numbers[i : i + 10], numbers[i : i + 10]) for i in range(0, 40, 10)]
-    ahead = cache.ReadAhead(Cache(), "abcd", numbers // 10, iter(blocks), 1)  # type: ignore[arg-type]
+    ahead = cache.ReadAhead(Cache(), "abcd", lambda n: n // 10, iter(blocks), 1)  # type: ignore[arg-type]
     try:
         for position, shards in [(0, "ab"), (9, "ab"), (10, "abc"), (5, "abc"), (20, "abcd")]:
             ahead.reached(position)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_helpers import one_line, tree
+from verify_folders import reseal
 
 from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, decode_into, encode
@@ -52,7 +54,7 @@ def append(file: Path, data: bytes = b"\0") -> None:
         (lambda d: (d / "manifest.json").write_text("{"), "manifest.json: cannot be read"),
         (lambda d: (d / "manifest.json").write_bytes(b"\xff\xfe"), "manifest.json: cannot be read"),
         (lambda d: (d / "manifest.json").write_text("[]"), "is not a data manifest"),
-        (lambda d: edit(d, lambda m: m.update(schema_version=2)), "schema_version 2"),
+        (lambda d: edit(d, lambda m: m.update(schema_version=1)), "schema_version 1"),
         (lambda d: edit(d, lambda m: m.update(resolution="16")), "resolution"),
         (lambda d: edit(d, lambda m: m.update(resolution=32)), "was edited"),
         (lambda d: edit(d, lambda m: m.update(classes=["x"] * 10)), "was edited"),
@@ -103,16 +105,23 @@ def test_one_flipped_bit_is_found(copy: Path, name: str) -> None:
     "wrong",
     [
         lambda columns: columns["label"].__iadd__(20),
-        lambda columns: columns["shard"].__imul__(0),
+        lambda columns: columns["label"].__ixor__(1),
+        lambda columns: columns["label"].__isub__(1),
         lambda columns: columns["offset"].__iadd__(10**9),
+        lambda columns: columns["offset"].__isub__(2000),  # wraps around
+        lambda columns: columns["size"].__setitem__(-1, 10**6),
+        lambda columns: columns["size"].__setitem__(200, 10**6),
     ],
 )
 def test_inconsistent_index(copy: Path, wrong: Callable[[dict], object]) -> None:
-    names = ("offset", "size", "label", "shard")
+    names = ("offset", "size", "label")
     columns = {name: np.load(copy / "index" / f"train.{name}.npy") for name in names}
     wrong(columns)
     for name in names:
         np.save(copy / "index" / f"train.{name}.npy", columns[name])
+    with pytest.raises(DataError, match=r"train\.\w+\.npy: damaged"):
+        Manifest.load(copy).load_index("train")
+    reseal(copy)
     with pytest.raises(DataError, match="inconsistent"):
         Manifest.load(copy).load_index("train")
 
@@ -132,10 +141,11 @@ SAMPLES = [(f"{i:09d}", encode(np.full((16, 16, 1), i, np.uint8), "npy"), i % 3)
 
 def test_shard_bytes_are_indexed_exactly() -> None:
     data = shard_bytes(SAMPLES, "npy")
-    offsets, sizes, labels = index_shard(data, "npy", "x.tar")
-    assert labels == [label for _, _, label in SAMPLES]
-    found = [data[o : o + s] for o, s in zip(offsets, sizes, strict=True)]
+    columns = index_shard(data, "npy", "x.tar")
+    assert columns["label"] == [label for _, _, label in SAMPLES]
+    found = [data[o : o + s] for o, s in zip(columns["offset"], columns["size"], strict=True)]
     assert found == [image for _, image, _ in SAMPLES]
+    assert columns["crc32"] == [zlib.crc32(image) for image in found]
     assert shard_bytes(SAMPLES, "npy") == data
 
 

@@ -139,7 +139,7 @@ def test_a_shard_of_bad_images_only(tmp_path: Path) -> None:
     assert not (tmp_path / "train-000001.tar").exists()
     assert record(tmp_path, "train-000001").nsamples == 0
     assert "train-000001.tar" not in {shard.url for shard in manifest.shardlist}
-    assert set(manifest.load_index("train").shard.tolist()) == set(range(4))
+    assert len(manifest.load_index("train").first) == 4
     assert len(unpacked(tmp_path)) == 40
     everything = tuple(range(50))
     with pytest.raises(DataError, match="no usable training image"):

@@ -72,7 +72,7 @@ def test_every_level_is_a_data_set_of_the_same_samples(packed: Packed) -> None:
         for split in ("train", "test"):
             mine, tops = manifest.load_index(split), top.load_index(split)
             assert mine.label.tolist() == tops.label.tolist()
-            assert mine.shard.tolist() == tops.shard.tolist()
+            assert mine.first.tolist() == tops.first.tolist()
         for name, record in records(manifest.folder).items():
             assert record.keys == records(top.folder)[name].keys
 

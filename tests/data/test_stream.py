@@ -242,7 +242,7 @@ def break_sample(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     position = 48 * 5 + 3
     plan = Order([s.nsamples for s in manifest.shards("train")], 0, 400)
     sample = int(plan.samples(position, position + 1)[0])
-    file = folder / manifest.shards("train")[int(index.shard[sample])].url
+    file = folder / manifest.shards("train")[int(index.shards_of(sample))].url
     content = bytearray(file.read_bytes())
     content[int(index.offset[sample]) + 1] ^= 0xFF
     file.write_bytes(bytes(content))

@@ -64,7 +64,7 @@ def test_levels_with_other_labels_or_samples(pyramid: Path) -> None:
     shutil.rmtree(pyramid / "r0004")
     shards = samples("npy", 4)
     first, second, *others = shards["train-000000.tar"]
-    swapped = [(*first[:2], second[2]), (*second[:2], first[2]), *others]  # the same histogram
+    swapped = [(*first[:2], second[2]), (*second[:2], first[2]), *others]  # the same counts
     shards["train-000000.tar"] = swapped
     shards["test-000000.tar"].pop()
     write(pyramid / "r0004", shards, "npy", 4)
@@ -173,7 +173,7 @@ def test_deep_uses_the_original_names_if_they_are_known(tmp_path: Path) -> None:
     folder = deep_folder(tmp_path / "animals")
     for shard in Manifest.read(folder).shardlist:
         data = (folder / shard.url).read_bytes()
-        offsets, _, _ = index_shard(data, "png", "")
+        offsets = index_shard(data, "png", "")["offset"]
         keys = [f"{shard.split}/{shard.url[-5]}/{row}.jpg" for row in range(len(offsets))]
         record = {"sha256": shard.sha256, "offsets": offsets, "keys": keys}
         (folder / "index" / f"{shard.url[:-4]}.json").write_text(json.dumps(record))

@@ -48,7 +48,6 @@ def write(
         data = shard_bytes(iter(members), encoder)
         (folder / name).write_bytes(data)
         split = name.rpartition("-")[0]
-        histogram = np.bincount([label for _, _, label in members], minlength=len(CLASSES))
         entries.append(
             Shard(
                 url=name,
@@ -56,15 +55,16 @@ def write(
                 filesize=len(data),
                 sha256=hashlib.sha256(data).hexdigest(),
                 split=split,
-                class_histogram=tuple(histogram.tolist()),
             )
         )
         columns = rows.setdefault(split, {name: [] for name in COLUMNS})
-        number = len(set(columns["shard"]))
-        for offset, size, label in zip(*index_shard(data, encoder, name), strict=True):
-            for column, value in zip(COLUMNS, (offset, size, label, number), strict=True):
-                columns[column].append(value)
+        for column, values in index_shard(data, encoder, name).items():
+            columns[column] += values
     hashes = {}
+    counts = {
+        split: tuple(np.bincount(columns["label"], minlength=len(CLASSES)).tolist())
+        for split, columns in rows.items()
+    }
     for split, columns in rows.items():
         for column, dtype in COLUMNS.items():
             file = folder / index_name(split, column)
@@ -81,6 +81,7 @@ def write(
         plan="0" * 32,
         fingerprint="",
         index=hashes,
+        class_counts=counts,
         shardlist=tuple(entries),
     )
     seal(manifest)

@@ -166,7 +166,7 @@ def test_fid_of_a_run_end_to_end(
     found = evaluator.measure(task, None).values
 
     networks, settings = evaluator._load(task), config.evaluation
-    assert evaluator.sampler.class_counts == tuple(data.class_counts("train"))
+    assert evaluator.sampler.class_counts == tuple(data.samples_of_class("train"))
     blocks = sampling.generate(networks, evaluator.sampler, settings, None, World(), cpu)
     images = [part for _, part in blocks]
     real = torch.stack([torch.from_numpy(source.read(i)) for i in range(30)]).permute(0, 3, 1, 2)

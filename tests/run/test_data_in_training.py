@@ -58,7 +58,7 @@ def damaged(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     order = Order([shard.nsamples for shard in shards], 0, 65_536)
     for position in (130, 250):
         (sample,) = order.samples(position, position + 1)
-        file = folder / shards[int(index.shard[sample])].url
+        file = folder / shards[int(index.shards_of(sample))].url
         content = bytearray(file.read_bytes())
         content[int(index.offset[sample])] ^= 0xFF
         file.write_bytes(bytes(content))

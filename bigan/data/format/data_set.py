@@ -28,14 +28,23 @@ def write_data_set(
     """
     place.make_folder("index")
     index: dict[str, str] = {}
+    counts: dict[str, tuple[int, ...]] = {}
     for (split, column), arrays in columns.items():
         buffer = io.BytesIO()
-        np.save(buffer, np.concatenate(arrays).astype(COLUMNS[column]), allow_pickle=False)
+        values = np.concatenate(arrays).astype(COLUMNS[column])
+        if column == "label":
+            counts[split] = tuple(np.bincount(values, minlength=len(fields["classes"])).tolist())
+        np.save(buffer, values, allow_pickle=False)
         name = index_name(split, column)
         place.write(name, buffer.getvalue())
         index[name] = sha256(buffer.getvalue())
     manifest = Manifest(
-        folder=Path(), fingerprint="", index=index, shardlist=tuple(shards), **fields
+        folder=Path(),
+        fingerprint="",
+        index=index,
+        class_counts=counts,
+        shardlist=tuple(shards),
+        **fields,
     )
     place.write(MANIFEST, manifest.sealed().dump())
     return place.load_manifest()

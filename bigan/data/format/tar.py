@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import mmap
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -224,15 +225,13 @@ def group_samples(members: Iterable[Member]) -> Iterator[tuple[str, list[tuple[s
         yield key, group
 
 
-def index_shard(data: Buffer, encoder: str, where: str) -> tuple[list[int], list[int], list[int]]:
-    """(offsets, sizes, labels) of the samples of a packed shard, in order.
+def index_shard(data: Buffer, encoder: str, where: str) -> dict[str, list[int]]:
+    """The index columns (`manifest.COLUMNS`) of the samples of a packed shard, in order.
 
     A sample is one image `<key>.<encoder>` and its label `<key>.cls`. Raises `DataError` if one of
     them is missing or there is another member.
     """
-    offsets: list[int] = []
-    sizes: list[int] = []
-    labels: list[int] = []
+    columns: dict[str, list[int]] = {"offset": [], "size": [], "label": [], "crc32": []}
     seen: set[str] = set()
     incomplete = ""  # reported last: damage to the tar is a better explanation
     for key, group in group_samples(walk_tar(data, where)):
@@ -247,12 +246,14 @@ def index_shard(data: Buffer, encoder: str, where: str) -> tuple[list[int], list
             continue
         label = found["cls"]
         try:
-            labels.append(int(bytes(data[label.offset : label.offset + label.size])))
+            columns["label"].append(int(bytes(data[label.offset : label.offset + label.size])))
         except ValueError:
             raise DataError(f"{where}: {label.name} is not an integer") from None
-        offsets.append(found[encoder].offset)
-        sizes.append(found[encoder].size)
+        image = found[encoder]
+        columns["offset"].append(image.offset)
+        columns["size"].append(image.size)
+        columns["crc32"].append(zlib.crc32(data[image.offset : image.offset + image.size]))
         seen.add(key)
     if incomplete:
         raise DataError(f"{where}: sample {incomplete} lacks its image or its label")
-    return offsets, sizes, labels
+    return columns

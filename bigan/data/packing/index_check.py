@@ -46,12 +46,12 @@ def read_index(
                 problems.append(Problem(name, f"{what}{np.dtype(dtype)} [{ends[-1]}]"))
                 continue
             columns[column] = values
-        if "shard" in columns:
-            expected = np.repeat(np.arange(len(members)), [s.nsamples for s in members])
-            if not np.array_equal(columns.pop("shard"), expected):
-                what = f"assigns samples to other shards than {MANIFEST}"
-                problems.append(Problem(index_name(split, "shard"), what))
-        if {"offset", "size", "label"} <= columns.keys():
+        if "label" in columns:
+            counts = np.bincount(columns["label"].clip(0), minlength=manifest.num_classes)
+            if counts.tolist() != list(manifest.class_counts.get(split, ())):
+                what = f"holds other numbers of samples of each class than {MANIFEST}"
+                problems.append(Problem(index_name(split, "label"), what))
+        if columns.keys() == COLUMNS.keys():
             for shard, end in zip(members, ends, strict=True):
                 rows = slice(end - shard.nsamples, end)
                 found[shard.url] = {name: values[rows] for name, values in columns.items()}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import mmap
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -106,8 +107,8 @@ def _untrained(manifest: Manifest) -> str:
     """Names of the classes without a training image."""
     if "train" not in manifest.splits:
         return ""
-    counts = np.sum([shard.class_histogram for shard in manifest.shards("train")], axis=0)
-    names = [name for name, count in zip(manifest.classes, counts, strict=True) if not count]
+    counts = zip(manifest.classes, manifest.samples_of_class("train"), strict=True)
+    names = [name for name, count in counts if not count]
     more = f", ... ({len(names)} classes)" if len(names) > 8 else ""
     return f"; without a training image: {', '.join(names[:8])}{more}" if names else ""
 
@@ -147,10 +148,12 @@ def _index(folder: Path, files: list[Path], with_labels: bool) -> Manifest:
         if not name.isprintable():
             raise DataError(f"{folder}: class {name!r} has an unprintable name; rename it")
     looks: dict[_Look, str] = {}
+    crcs: list[int] = []
     for file, tar in zip(files, found, strict=True):
-        for look, sample in _looks(file, tar.samples, folder):
+        for look, crc, sample in _looks(file, tar.samples, folder):
             looks.setdefault(look, f"{tar.name}.tar/{sample.key}")
-    return _write(folder, found, labelled, _common(looks, folder), with_labels)
+            crcs.append(crc)
+    return _write(folder, found, labelled, _common(looks, folder), crcs, with_labels)
 
 
 def _common(looks: dict[_Look, str], folder: Path) -> _Look:
@@ -167,7 +170,12 @@ def _common(looks: dict[_Look, str], folder: Path) -> _Look:
 
 
 def _write(
-    folder: Path, found: Sequence[_Tar], labelled: Labelled, look: _Look, with_labels: bool
+    folder: Path,
+    found: Sequence[_Tar],
+    labelled: Labelled,
+    look: _Look,
+    crcs: Sequence[int],
+    with_labels: bool,
 ) -> Manifest:
     entries: list[Shard] = []
     columns: dict[tuple[str, str], list[np.ndarray]] = {}
@@ -181,8 +189,6 @@ def _write(
             raise _to_pack(folder, f"{tar.name}.tar holds images of several splits ({splits})")
         (split,) = within
         labels = [number for number in labelled.numbers[rows] if isinstance(number, int)]
-        number = sum(entry.split == split for entry in entries)
-        histogram = np.bincount(labels, minlength=len(labelled.classes)).tolist()
         entries.append(
             Shard(
                 url=f"{tar.name}.tar",
@@ -190,14 +196,13 @@ def _write(
                 filesize=tar.size,
                 sha256=tar.sha256,
                 split=split,
-                class_histogram=tuple(histogram),
             )
         )
         values = {
             "offset": [sample.offset for sample in tar.samples],
             "size": [sample.size for sample in tar.samples],
             "label": labels,
-            "shard": [number] * len(tar.samples),
+            "crc32": crcs[rows],
         }
         for name, dtype in COLUMNS.items():
             columns.setdefault((split, name), []).append(np.asarray(values[name], dtype))
@@ -237,13 +242,14 @@ def _read(file: Path, name: str, folder: Path, with_labels: bool) -> _Tar:
         raise _unsuitable(folder, f"{name}.tar cannot be read ({_reason(error)})") from None
 
 
-def _looks(file: Path, samples: list[Sample], folder: Path) -> Iterator[tuple[_Look, Sample]]:
-    """The header of each image."""
+def _looks(file: Path, samples: list[Sample], folder: Path) -> Iterator[tuple[_Look, int, Sample]]:
+    """The header and the crc32 of each image."""
     with file.open("rb") as stream:
         for sample in samples:
             stream.seek(sample.offset)
             try:
-                yield _look(stream.read(sample.size)), sample
+                data = stream.read(sample.size)
+                yield _look(data), zlib.crc32(data), sample
             except Exception as error:  # decoders raise many kinds for damaged files
                 reason = f"{file.name}/{sample.key} is damaged ({_reason(error)})"
                 raise _unsuitable(folder, reason) from None

@@ -31,7 +31,6 @@ def collect(place: Place, plan: Plan) -> Contents | None:
     """Read the records of a level; None if a shard is not finished."""
     contents = Contents([], collections.defaultdict(list), [], collections.Counter(), {})
     contents.records[PLAN] = sha256(place.read(PLAN))
-    numbers: collections.Counter[str] = collections.Counter()
     for name, found in zip(plan.names, finished(place, plan.names, plan.id), strict=True):
         if found is None:
             return None
@@ -45,7 +44,7 @@ def collect(place: Place, plan: Plan) -> Contents | None:
             "offset": record.offsets,
             "size": record.sizes,
             "label": record.labels,
-            "shard": [numbers[split]] * record.nsamples,
+            "crc32": record.crcs,
         }
         for column, dtype in COLUMNS.items():
             contents.columns[split, column].append(np.asarray(columns[column], dtype))
@@ -55,10 +54,8 @@ def collect(place: Place, plan: Plan) -> Contents | None:
             filesize=record.filesize,
             sha256=record.sha256,
             split=split,
-            class_histogram=record.class_histogram,
         )
         contents.shards.append(entry)
-        numbers[split] += 1
     return contents
 
 

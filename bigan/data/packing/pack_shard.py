@@ -69,11 +69,11 @@ class Record(Frozen):
     nsamples: int
     filesize: int
     sha256: str
-    class_histogram: tuple[int, ...]
     bad: tuple[Bad, ...]
     offsets: tuple[int, ...]  # of the image of each sample in the tar
     sizes: tuple[int, ...]
     labels: tuple[int, ...]
+    crcs: tuple[int, ...]
     keys: tuple[str, ...]  # `printable` names of the originals
     changes: Mapping[str, int] = Field(
         default_factory=dict
@@ -126,18 +126,17 @@ def shard(
         if not isinstance(image, str)
     )
     tar = shard_bytes(samples, encoder) if good else b""
-    offsets, sizes, labels = index_shard(tar, encoder, plan.names[number]) if good else ([], [], [])
-    histogram = np.bincount(np.asarray(labels, np.int64), minlength=len(source.classes))
+    columns = index_shard(tar, encoder, plan.names[number]) if good else {}
     return tar, Record(
         plan=plan.id,
         nsamples=len(good),
         filesize=len(tar),
         sha256=sha256(tar),
-        class_histogram=tuple(histogram.tolist()),
         bad=tuple((printable(source.keys[i]), x) for i, x in rows if isinstance(x, str)),
-        offsets=tuple(offsets),
-        sizes=tuple(sizes),
-        labels=tuple(labels),
+        offsets=tuple(columns.get("offset", ())),
+        sizes=tuple(columns.get("size", ())),
+        labels=tuple(columns.get("label", ())),
+        crcs=tuple(columns.get("crc32", ())),
         keys=tuple(printable(source.keys[i]) for i in good),
         changes=collections.Counter(
             change for image in encoded if isinstance(image, Encoded) for change in image.changes

@@ -7,6 +7,7 @@ behind a damaged tar header are found through the index.
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ from bigan.data.places import Place
 MAX_PROBLEMS = 100  # reported per shard; further ones are counted
 CHANGED = f"sha256 differs from the one in {MANIFEST}: the file was changed"
 
-Columns = dict[str, NDArray[Any]]  # offset, size and label of consecutive samples, each [n]
+Columns = dict[str, NDArray[Any]]  # of the index, of consecutive samples, each [n]
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,13 @@ def _scan(
     else:
         samples, intact = _samples(data, manifest, shard, problems)
     if intact:
-        _check_counts([sample.label for sample in samples], shard, problems)
+        _check_number(len(samples), shard, problems)
     if index is not None:
-        samples += _compare(samples, index, shard, len(data), intact, problems)
+        samples += _compare(samples, index, manifest, shard, len(data), intact, problems)
     scan.offset, scan.size, scan.label = np.array(
         [(sample.offset, sample.size, sample.label) for sample in samples], np.int64
     ).reshape(-1, 3).T  # fmt: skip
-    _decode(data, manifest, samples, scan, deep, problems)
+    _decode(data, manifest, samples, scan, index, deep, problems)
     scan.problems = _check_bytes(len(data), sha256, shard, problems) + problems[:MAX_PROBLEMS]
     if len(problems) > MAX_PROBLEMS:
         more = f"has {len(problems) - MAX_PROBLEMS} more problems"
@@ -245,23 +246,16 @@ def _label(
     return -1
 
 
-def _check_counts(labels: list[int], shard: Shard, problems: list[Problem]) -> None:
-    if len(labels) != shard.nsamples:
-        what = f"holds {len(labels)} samples, but {MANIFEST} lists {shard.nsamples}"
+def _check_number(found: int, shard: Shard, problems: list[Problem]) -> None:
+    if found != shard.nsamples:
+        what = f"holds {found} samples, but {MANIFEST} lists {shard.nsamples}"
         problems.append(Problem(shard.url, what))
-        return
-    if -1 in labels:  # reported already
-        return
-    counts = np.bincount(labels, minlength=len(shard.class_histogram)).tolist()
-    for label, (found, listed) in enumerate(zip(counts, shard.class_histogram, strict=False)):
-        if found != listed:
-            what = f"holds {found} samples of class {label}, but {MANIFEST} lists {listed}"
-            problems.append(Problem(shard.url, what))
 
 
 def _compare(
     samples: list[_Sample],
     index: Columns,
+    manifest: Manifest,
     shard: Shard,
     num_bytes: int,
     intact: bool,
@@ -292,7 +286,7 @@ def _compare(
         elif offset + size > num_bytes:
             lost += 1
         else:
-            known = label if 0 <= label < len(shard.class_histogram) else -1
+            known = label if 0 <= label < manifest.num_classes else -1
             rest.append(_Sample(f"at byte {offset}", offset, size, known))
     if lost:
         what = f"{lost} of its {shard.nsamples} images are truncated"
@@ -305,10 +299,18 @@ def _decode(
     manifest: Manifest,
     samples: list[_Sample],
     scan: Scan,
+    index: Columns | None,
     deep: bool,
     problems: list[Problem],
 ) -> None:
-    """Decode every image; fills `scan.decoded` and, if `deep`, `scan.statistics`."""
+    """Decode every image and compare its crc32; fills `scan.decoded` and, if `deep`, `statistics`.
+
+    An image of another place or size than in the index is reported by `_compare`.
+    """
+    crcs: dict[tuple[int, int], int] = {}
+    if index is not None:
+        columns = (index[name].tolist() for name in ("offset", "size", "crc32"))
+        crcs = {(offset, size): crc for offset, size, crc in zip(*columns, strict=True)}
     pixels = np.empty(manifest.image_shape, np.uint8)
     scan.decoded = np.zeros(len(samples), bool)
     scan.statistics = PixelStatistics.empty(len(samples), manifest.channels) if deep else None
@@ -319,6 +321,9 @@ def _decode(
         except BadImageError as error:
             problems.append(_at(scan.shard, sample.name, str(error)))
             continue
+        crc = zlib.crc32(image)
+        if crcs.get((sample.offset, sample.size), crc) != crc:
+            problems.append(_at(scan.shard, sample.name, "its crc32 differs from the index"))
         scan.decoded[row] = True
         if scan.statistics:
             scan.statistics.add(row, pixels)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
-import numpy as np
-from numpy.typing import NDArray
-
 from bigan.data.format.manifest import UNLABELLED, Manifest
 from bigan.data.packing.pack import Packed
 from bigan.data.packing.split_names import mentions_splits
@@ -60,7 +57,7 @@ def _classes(manifest: Manifest) -> list[str]:
     """A table of classes and splits; for many classes its ends only."""
     if manifest.classes == UNLABELLED:
         return ["  no labels: all images are of one class"]
-    counts = {split: _histogram(manifest, split) for split in manifest.splits}
+    counts = {split: manifest.samples_of_class(split) for split in manifest.splits}
     names = [name if len(name) <= 40 else f"{name[:37]}..." for name in manifest.classes]
     width = max(len("class"), *(len(name) for name in names))
     header = "".join(f"{split:>10}" for split in counts)
@@ -71,13 +68,8 @@ def _classes(manifest: Manifest) -> list[str]:
     if len(rows) > 2 * NUM_ENDS + 1:
         rows[NUM_ENDS:-NUM_ENDS] = [f"     ...  {len(rows) - 2 * NUM_ENDS:,} more classes"]
     lines = [f"  number  {'class':<{width}}{header}", *rows]
-    empty = [names[n] for n in np.flatnonzero(counts["train"] == 0)]
+    empty = [name for name, num in zip(names, counts["train"], strict=True) if not num]
     if empty:
         more = f", ... ({len(empty)} classes)" if len(empty) > NUM_NAMES else ""
         lines.append(f"  without a training image: {', '.join(empty[:NUM_NAMES])}{more}")
     return lines
-
-
-def _histogram(manifest: Manifest, split: str) -> NDArray[np.int64]:
-    """Images of each class in a split, [K]."""
-    return np.sum([s.class_histogram for s in manifest.shards(split)], axis=0, dtype=np.int64)

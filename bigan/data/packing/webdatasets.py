@@ -12,6 +12,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from bigan.data import DataError
 from bigan.data.format.manifest import MANIFEST, PLAN, Manifest
 from bigan.data.format.tar import nested_tar_files
@@ -116,7 +118,8 @@ def packed(folder: Path, with_labels: bool = True) -> Listing:
     official: list[str] = []
     for split in manifest.splits:
         index = manifest.load_index(split)
-        columns = (index.shard + len(files), index.offset, index.size)
+        shard_of = index.shards_of(np.arange(len(index.label)))
+        columns = (shard_of + len(files), index.offset, index.size)
         rows += zip(*(column.tolist() for column in columns), strict=True)
         labels += index.label.tolist()
         official += [split] * len(index.label)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -140,21 +140,21 @@ class NodeCache:
 class ReadAhead:
     """Downloads the shards of the next block into a cache while the current one is read.
 
-    `blocks` yields the (positions, samples) of one block after the other, `shard_of` is the index
-    column. A failed download raises in the thread that needs the shard.
+    `blocks` yields the (positions, samples) of one block after the other, `shards_of` is that
+    of the index. A failed download raises in the thread that needs the shard.
     """
 
     def __init__(
         self,
         cache: NodeCache,
         shards: Sequence[Shard],
-        shard_of: NDArray[np.int32],
+        shards_of: Callable[[NDArray[np.int64]], NDArray[np.int64]],
         blocks: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]],
         connections: int,
     ) -> None:
         self._cache = cache
         self._shards = shards
-        self._shard_of = shard_of
+        self._shards_of = shards_of
         self._blocks = blocks
         self._connections = connections
         self._position = -1
@@ -197,5 +197,5 @@ class ReadAhead:
                         self._moved.wait()
                 if self._closed:
                     return
-                list(executor.map(fetch, np.unique(self._shard_of[samples]).tolist()))
+                list(executor.map(fetch, np.unique(self._shards_of(samples)).tolist()))
                 needed = int(positions[0])

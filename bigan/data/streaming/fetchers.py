@@ -224,8 +224,6 @@ def make_fetcher(manifest: Manifest, split: str, blocks: Blocks, fetch: Fetch) -
         )
     if manifest.remote is None and mode != "stream":
         manifest.verify_checksums(CHECKSUM_BYTES)
-    else:
-        manifest.verify_index()
     if mode == "resident":
         num = manifest.num_samples(split)
         blocks = partial(_split_in_chunks, num)
@@ -253,8 +251,8 @@ def _cached(manifest: Manifest, split: str, blocks: Blocks, fetch: Fetch) -> Loc
     assert fetch.cache is not None
     assert manifest.remote is not None
     cache = NodeCache(fetch.cache, manifest.remote, fetch.cache_bytes, fetch.allow_pipe)
-    shards, shard_of = manifest.shards(split), manifest.load_index(split).shard
-    ahead = ReadAhead(cache, shards, shard_of, blocks(), fetch.connections)
+    shards, shards_of = manifest.shards(split), manifest.load_index(split).shards_of
+    ahead = ReadAhead(cache, shards, shards_of, blocks(), fetch.connections)
     return LocalShards(manifest, split, cache, ahead)
 
 

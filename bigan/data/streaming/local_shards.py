@@ -112,7 +112,7 @@ class LocalShards:
 
     def member(self, sample: int) -> tuple[bytes, str, str]:
         """(encoded bytes, shard, member name) of one sample."""
-        shard, offset = int(self.index.shard[sample]), int(self.index.offset[sample])
+        shard, offset = int(self.index.shards_of(sample)), int(self.index.offset[sample])
         data = self._read(shard, int(self.index.size[sample]), offset)
         header = self._read(shard, tar.BLOCK, offset - tar.BLOCK)
         return data, self._name(shard), tar.member_name(header)
@@ -132,7 +132,7 @@ class LocalShards:
     def _places(self, samples: Indices) -> Iterator[tuple[int, int, int]]:
         """(shard, size, offset) of each sample."""
         index = self.index
-        columns = (index.shard[samples], index.size[samples], index.offset[samples])
+        columns = (index.shards_of(samples), index.size[samples], index.offset[samples])
         return zip(*(column.tolist() for column in columns), strict=True)
 
     def _read(self, shard: int, size: int, offset: int) -> bytes:

@@ -69,7 +69,7 @@ class StreamedShards:
 
     def member(self, sample: int) -> tuple[bytes, str, str]:
         """(encoded bytes, shard, member name) of one sample; reads its whole shard again."""
-        shard = self.shards[int(self.index.shard[sample])]
+        shard = self.shards[int(self.index.shards_of(sample))]
         offset, size = int(self.index.offset[sample]), int(self.index.size[sample])
         data = self._read(shard)
         header = data[offset - tar.BLOCK : offset]
@@ -125,7 +125,7 @@ class StreamedShards:
         with self._changed:
             self._unread[number] = len(positions)
             self._block_of |= dict.fromkeys(positions.tolist(), number)
-        shard_of = self.index.shard[samples]
+        shard_of = self.index.shards_of(samples)
 
         def load_shard(shard: int) -> None:
             if self._stop.is_set():
