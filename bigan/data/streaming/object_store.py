@@ -1,0 +1,131 @@
+"""Files of a bucket on S3, Google Cloud Storage or Azure, through `obstore`."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from bigan.data import DataError
+from bigan.data.streaming import urls
+from bigan.data.streaming.answers import (
+    CHUNK_BYTES,
+    SILENCE_SECONDS,
+    Range,
+    RangesIgnoredError,
+    decoder,
+    refuse,
+)
+from bigan.data.streaming.credentials import client_options, store_options
+from bigan.data.streaming.outages import PassingError
+
+
+class ObjectStore:
+    """Files of a bucket on S3, Google Cloud Storage or Azure, through `obstore`."""
+
+    def __init__(self, base: str) -> None:
+        from obstore.store import AzureStore, GCSStore, S3Store
+
+        self._shown = urls.shown(base)
+        kind = urls.scheme(base)
+        retries = {"max_retries": 0, "retry_timeout": datetime.timedelta(seconds=1)}
+        common: Any = {"retry_config": retries, "client_options": client_options(SILENCE_SECONDS)}
+        parts = urlsplit(base)
+        options = store_options(kind, base)
+        prefix = base.partition("://")[2].partition("/")[2].strip("/") or None
+        self._store: Any
+        try:
+            if kind in ("s3", "s3a"):
+                self._store = S3Store(parts.netloc, prefix=prefix, **options, **common)
+            elif kind == "gs":
+                self._store = GCSStore(parts.netloc, prefix=prefix, **options, **common)
+            else:
+                self._store = AzureStore.from_url(base.partition("?")[0], **options, **common)
+        except Exception as error:
+            raise DataError(f"{self._shown}: {str(error).splitlines()[0][:200]}") from None
+
+    async def get(self, name: str, part: Range | None = None) -> AsyncIterator[bytes]:
+        import obstore
+
+        with self._errors(name):
+            options: Any = {"range": part} if part else {}
+            result = await obstore.get_async(self._store, name, options=options)
+            encoding = str(result.attributes.get("Content-Encoding", "identity")).lower()
+            if part and encoding not in ("identity", ""):
+                raise RangesIgnoredError(name)
+            decode = decoder(encoding, name)
+            async for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
+                if data := decode(bytes(chunk)):
+                    yield data
+
+    async def size(self, name: str) -> int | None:
+        import obstore
+
+        try:
+            with self._errors(name):
+                return int((await obstore.head_async(self._store, name))["size"])
+        except FileNotFoundError:
+            return None
+
+    async def names(self, prefix: str) -> list[tuple[str, int]]:
+        import obstore
+
+        # A prefix of obstore ends at a "/"; ours may end anywhere.
+        folder, slash, _ = prefix.rpartition("/")
+        with self._errors(prefix):
+            found = await obstore.list(self._store, folder + slash or None).collect_async()
+        return [(item["path"], item["size"]) for item in found if item["path"].startswith(prefix)]
+
+    async def put(self, name: str, data: bytes, create: bool) -> bool:
+        import obstore
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+        try:
+            with self._errors(name):
+                mode = "create" if create else "overwrite"
+                await obstore.put_async(self._store, name, data, mode=mode)  # type: ignore[arg-type]
+        except (AlreadyExistsError, PreconditionError):
+            return False
+        return True
+
+    async def close(self) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def _errors(self, name: str) -> Any:
+        from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+
+        try:
+            yield
+        except (AlreadyExistsError, PreconditionError):
+            raise
+        except FileNotFoundError:
+            raise FileNotFoundError(name) from None
+        except BaseError as error:
+            _refuse_object(str(error), urls.join(self._shown, name))
+
+
+def _refuse_object(text: str, where: str) -> None:
+    """Raise for an error of `obstore`, whose text contains the complete address."""
+    status = re.search(r"status code: (\d{3})|status: (\d{3})", text)
+    if status:
+        body = re.search(r"<\?xml.*?>.*|<Error>.*", text.partition("Debug source")[0], re.DOTALL)
+        refuse(int(status[1] or status[2]), body[0] if body else "", where, 0.0)
+    for pattern, reason in _CONNECTION_ERRORS.items():
+        if re.search(pattern, text):
+            raise PassingError(reason)
+    if "Generic" in text and re.search(r"HTTP error|reqwest|hyper|body", text):
+        raise PassingError("the connection failed")
+    raise DataError(f"{where}: cannot be read: {text.splitlines()[0].partition(' http')[0][:200]}")
+
+
+_CONNECTION_ERRORS = {
+    r"dns error|failed to lookup": "the name of the server cannot be resolved",
+    r"ConnectionRefused|Connection refused": "the connection was refused",
+    r"TimedOut|timed out|kind: Timeout": f"no answer for {SILENCE_SECONDS} s",
+    r"ConnectionReset|Connection reset|IncompleteMessage|UnexpectedEof|kind: (Decode|Body)|"
+    r"error decoding response body|request or response body error": "the transfer was cut",
+}
