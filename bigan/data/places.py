@@ -7,6 +7,7 @@ verifying exist once. A file is complete or absent (atomic_files.py; a `Store` d
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 from abc import ABC, abstractmethod
@@ -14,8 +15,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from bigan import atomic_files, hashes
-from bigan.data.format.manifest import Manifest
-from bigan.data.format.tar import Buffer, nested_tar_files, tar_files
+from bigan.data import DataError
+from bigan.data.format.manifest import MANIFEST, PLAN, PYRAMID, Manifest
+from bigan.data.format.tar import DATA_SET_FILES, Buffer, nested_tar_files, tar_files
+from bigan.data.streaming.stores import Store, is_remote, join, shown
+from bigan.data.streaming.urls import OBJECT_STORES, scheme
+
+CONNECTIONS = 16  # requests of a process that are in progress at a time
+MAX_REQUESTS = 4  # for sizes of single objects; those of more are listed at once
 
 
 class Place(ABC):
@@ -170,9 +177,145 @@ class Folder(Place):
         return Manifest.load(self.path)
 
 
+class Objects(Place):
+    """A folder in an object store, or at another URL, which can only be read."""
+
+    def __init__(self, store: Store, url: str, start: str = "") -> None:
+        self._store = store
+        self._url = url  # of this folder
+        self._start = start  # of its names in the store: "" or "folder/"
+        self.shown = shown(url)
+        self.can_list = scheme(url) in OBJECT_STORES
+
+    def where(self, name: str) -> str:
+        return join(self.shown, name)
+
+    def folder(self, name: str) -> Objects:
+        if not name:
+            return self
+        return Objects(self._store, join(self._url, name), f"{self._start}{name}/")
+
+    def make_folder(self, name: str = "") -> None:
+        """Folders exist through their files."""
+
+    def read(self, name: str) -> bytes:
+        with self._missing(name):
+            return self._store.read(self._start + name)
+
+    def read_ranges(self, name: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+        with self._missing(name):
+            return self._store.read_ranges(self._start + name, ranges)
+
+    @contextlib.contextmanager
+    def hashed(self, name: str, expected: str = "") -> Iterator[tuple[Buffer, str]]:
+        """The bytes of the object, in memory, and their sha256.
+
+        They are read again if they are not the expected ones: the transfer may be damaged.
+        """
+        data = self.read(name)
+        if expected and hashes.sha256(data) != expected:
+            data = self.read(name)
+        yield data, hashes.sha256(data)
+
+    @contextlib.contextmanager
+    def _missing(self, name: str) -> Iterator[None]:
+        """Raises an `OSError` in place of the `DataError` for an object that cannot be read.
+
+        It is still a `DataError` if the store does not answer, or refuses all access.
+        """
+        try:
+            yield
+        except DataError as error:
+            where = self.where(name)
+            if self._store.size(self._start + name) is None:
+                raise FileNotFoundError(errno.ENOENT, "no such object", where) from None
+            reason = str(error).removeprefix(f"{where}: ")
+            raise OSError(errno.EIO, reason, where) from None
+
+    def sizes(self, names: Iterable[str]) -> dict[str, int]:
+        wanted = set(names)
+        if len(wanted) > MAX_REQUESTS and self.can_list:
+            return {name: size for name, size in self._listed() if name in wanted}
+        found = {name: self._store.size(self._start + name) for name in wanted}
+        return {name: size for name, size in found.items() if size is not None}
+
+    def _listed(self, name: str = "") -> Iterator[tuple[str, int]]:
+        """(name, size) of all files in this folder and below it."""
+        for found, size in self._store.names(f"{self._start}{name}"):
+            yield found.removeprefix(self._start), size
+
+    def entries(self, name: str = "") -> Iterator[str]:
+        start = f"{name}/" if name else ""
+        seen = set()
+        for found, _ in self._listed(start) if self.can_list else ():
+            head, slash, _ = found.removeprefix(start).partition("/")
+            if f"{head}{slash}" not in seen:
+                seen.add(f"{head}{slash}")
+                yield f"{head}{slash}"
+
+    def tars(self, nested: bool) -> list[str]:
+        if not self.can_list:
+            return []
+        names = {name for name, _ in self._listed()}
+        others = {name.rpartition("/")[0] for name in names if _is_data_set_file(name)} - {""}
+        return sorted(
+            name
+            for name in names
+            if name.endswith(".tar")
+            and not any(part.startswith(".") for part in name.split("/"))
+            and (nested or "/" not in name)
+            and not any(name.startswith(f"{other}/") for other in others)
+        )
+
+    def write(self, name: str, content: bytes | str) -> None:
+        self._store.write(self._start + name, _bytes(content))
+
+    def create(self, name: str, content: bytes | str) -> None:
+        self._store.create(self._start + name, _bytes(content))
+
+    def delete(self, name: str) -> None:
+        if self.exists(name):  # a user who may write may be forbidden to delete
+            self._store.delete(self._start + name)
+
+    def read_manifest(self) -> Manifest:
+        content = self.read_if_exists(MANIFEST)
+        if content is None:
+            raise DataError(f"{self.shown}: {self._state()}")
+        try:
+            manifest = Manifest.parse(content, Path())
+        except DataError as error:
+            reason = str(error).removeprefix(f"{MANIFEST}: ")
+            raise DataError(f"{self.where(MANIFEST)}: {reason}") from None
+        return manifest.model_copy(update={"remote": self._url})
+
+    def _state(self) -> str:
+        if self.exists(PYRAMID):
+            return "contains several resolutions; choose one of its folders"
+        state = "is an incomplete pack" if self.exists(PLAN) else "is not a data set"
+        return f"{state} (no {MANIFEST}); run `bigan pack`"
+
+    def load_manifest(self) -> Manifest:
+        manifest = self.read_manifest()
+        expected = {shard.url: shard.filesize for shard in manifest.shardlist}
+        sizes = self.sizes([*expected, *manifest.index])
+        for name in [*expected, *manifest.index]:
+            if name not in sizes or sizes[name] != expected.get(name, sizes[name]):
+                found = f"has {sizes[name]} bytes" if name in sizes else "is missing"
+                raise DataError(f"{self.where(name)}: {found}; pack the data again")
+        return manifest
+
+
+def _is_data_set_file(name: str) -> bool:
+    return name.rpartition("/")[2] in DATA_SET_FILES
+
+
+def _bytes(content: bytes | str) -> bytes:
+    return content.encode() if isinstance(content, str) else content
+
+
 def shown_place(place: str | Path) -> str:
     """A path or URL for messages, without secrets."""
-    return str(Path(place))
+    return shown(place) if isinstance(place, str) and is_remote(place) else str(Path(place))
 
 
 @contextlib.contextmanager
@@ -180,5 +323,8 @@ def open_place(place: str | Path | Place) -> Iterator[Place]:
     """The folder at a path or URL; transfers that are in progress at the end are cancelled."""
     if isinstance(place, Place):
         yield place
+    elif isinstance(place, str) and is_remote(place):
+        with Store(place, connections=CONNECTIONS) as store:
+            yield Objects(store, place)
     else:
         yield Folder(Path(place))

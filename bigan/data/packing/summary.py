@@ -8,6 +8,7 @@ from bigan.data.format.manifest import UNLABELLED, Manifest
 from bigan.data.packing.pack import Packed
 from bigan.data.packing.split_names import mentions_splits
 from bigan.data.packing.trees import LABEL_FILES
+from bigan.data.streaming import stores
 from bigan.image_size import shown
 
 TABLES = {".csv", ".tsv", ".json", ".jsonl", ".parquet"}  # suffixes of files with labels
@@ -46,8 +47,9 @@ def summary(packed: Packed) -> str:
 
 def _size(manifest: Manifest) -> str:
     splits = ", ".join(f"{manifest.num_samples(split):,} {split}" for split in manifest.splits)
+    where = stores.shown(manifest.remote) if manifest.remote else manifest.folder
     return (
-        f"{manifest.folder}: {splits} images, {shown(manifest.resolution)} px, "
+        f"{where}: {splits} images, {shown(manifest.resolution)} px, "
         f"{manifest.channels} channel(s), {manifest.num_classes} "
         f"class{'' if manifest.num_classes == 1 else 'es'}"
     )
