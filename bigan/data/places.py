@@ -18,7 +18,7 @@ from bigan import atomic_files, hashes
 from bigan.data import DataError
 from bigan.data.format.manifest import MANIFEST, PLAN, PYRAMID, Manifest
 from bigan.data.format.tar import DATA_SET_FILES, Buffer, nested_tar_files, tar_files
-from bigan.data.streaming.stores import Store, is_remote, join, shown
+from bigan.data.streaming.stores import MissingFileError, Store, is_remote, join, shown
 from bigan.data.streaming.urls import OBJECT_STORES, scheme
 
 CONNECTIONS = 16  # requests of a process that are in progress at a time
@@ -225,10 +225,11 @@ class Objects(Place):
         """
         try:
             yield
+        except MissingFileError:
+            raise FileNotFoundError(errno.ENOENT, "no such object", self.where(name)) from None
         except DataError as error:
             where = self.where(name)
-            if self._store.size(self._start + name) is None:
-                raise FileNotFoundError(errno.ENOENT, "no such object", where) from None
+            self._store.size(self._start + name)  # raises if other requests fail, too
             reason = str(error).removeprefix(f"{where}: ")
             raise OSError(errno.EIO, reason, where) from None
 

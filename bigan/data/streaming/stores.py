@@ -29,6 +29,10 @@ __all__ = ["Store", "check_url", "is_remote", "join", "shown"]
 T = TypeVar("T")
 
 
+class MissingFileError(DataError):
+    """A file that does not exist at its URL."""
+
+
 class Store:
     """A folder at a URL. Safe to use from several threads; each process needs its own.
 
@@ -183,7 +187,7 @@ class Store:
         try:
             return self._patience.repeat(self._where(name), attempt)
         except FileNotFoundError:
-            raise DataError(
+            raise MissingFileError(
                 f"{self._where(name)}: does not exist; check that the address is right and is that "
                 "of the packed files"
             ) from None
