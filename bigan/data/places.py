@@ -243,7 +243,8 @@ class Objects(Place):
     def _listed(self, name: str = "") -> Iterator[tuple[str, int]]:
         """(name, size) of all files in this folder and below it."""
         for found, size in self._store.names(f"{self._start}{name}"):
-            yield found.removeprefix(self._start), size
+            if found != name.rstrip("/"):  # the empty object that some tools create for a folder
+                yield found.removeprefix(self._start), size
 
     def entries(self, name: str = "") -> Iterator[str]:
         start = f"{name}/" if name else ""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import numpy as np
 import pytest
 from commands import finish, python
@@ -243,6 +244,14 @@ def test_other_objects_are_refused(name: str, source: Path, url: str) -> None:
         pack(source, url, **OPTIONS)
     one_line(error, f"{url}: is not empty", name.partition("/")[0])
     assert stored(url) == {name: b"precious"}
+
+
+def test_the_object_of_an_empty_folder_is_accepted(source: Path, s3: S3) -> None:
+    """Web consoles create an empty object "folder/" for a folder."""
+    bucket = s3.bucket()
+    boto3.client("s3", endpoint_url=s3.url).put_object(Bucket=bucket, Key="set/", Body=b"")
+    assert pack(source, f"s3://{bucket}/set", **OPTIONS).complete
+    assert verify(f"s3://{bucket}/set").ok
 
 
 def test_a_url_that_can_only_be_read_is_refused(source: Path, s3: S3) -> None:

@@ -140,10 +140,7 @@ class Manifest(Frozen):
 
     @classmethod
     def parse(cls, data: bytes, folder: Path) -> Manifest:
-        """The manifest with the text `data`, of `folder`, after checks of its consistency.
-
-        Raises `DataError`, which begins with the path of the manifest in `folder`.
-        """
+        """The manifest of `folder` with the text `data`; raises `DataError` like `read`."""
         file = folder / MANIFEST
         try:
             content = json.loads(data)
