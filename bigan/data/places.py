@@ -12,6 +12,7 @@ import mmap
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bigan import atomic_files, hashes
@@ -313,6 +314,19 @@ def _is_data_set_file(name: str) -> bool:
 
 def _bytes(content: bytes | str) -> bytes:
     return content.encode() if isinstance(content, str) else content
+
+
+@contextlib.contextmanager
+def threads(num: int = CONNECTIONS) -> Iterator[ThreadPoolExecutor]:
+    """Threads that read files of a `Place`.
+
+    After an exception the reads in progress are not waited for: `open_place` then cancels them.
+    """
+    executor = ThreadPoolExecutor(num, thread_name_prefix="bigan-files")
+    try:
+        yield executor
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
 
 
 def shown_place(place: str | Path) -> str:

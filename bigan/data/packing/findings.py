@@ -10,7 +10,6 @@ import contextlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,11 +21,10 @@ from bigan.data.format.codec import BadImageError, Pixels, decode_into
 from bigan.data.format.manifest import Manifest, Shard
 from bigan.data.format.tar import walk_tar
 from bigan.data.packing.contact_sheet import COLUMNS, MIN_LINES, ROWS, Row, contact_sheet
-from bigan.data.packing.index_check import READERS
 from bigan.data.packing.pack_shard import record_name
 from bigan.data.packing.shard_scan import Scan
 from bigan.data.permutation import permutation
-from bigan.data.places import Place
+from bigan.data.places import Place, threads
 
 FEW = 10  # images; classes with fewer are reported
 NAMED = 10  # samples named in the text of a note; `Note.samples` has all
@@ -281,7 +279,7 @@ def _read(
             return [b""] * len(found)
 
     images = {}
-    with ThreadPoolExecutor(READERS) as executor:
+    with threads() as executor:
         for numbers, encoded in zip(shards.values(), executor.map(read, shards), strict=True):
             for number, data in zip(numbers, encoded, strict=True):
                 pixels = np.empty(manifest.image_shape, np.uint8)

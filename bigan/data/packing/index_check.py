@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -11,9 +10,7 @@ from bigan import hashes
 from bigan.data import DataError
 from bigan.data.format.manifest import COLUMNS, MANIFEST, PLAN, Manifest, Shard, index_name
 from bigan.data.packing.shard_scan import CHANGED, Columns, Problem
-from bigan.data.places import Place
-
-READERS = 16  # threads that read records
+from bigan.data.places import Place, threads
 
 
 def read_index(
@@ -72,7 +69,7 @@ def check_hashes(place: Place, records: dict[str, str]) -> list[Problem]:
             return Problem(name, f"cannot be read: {error.strerror}")
         return None if found == records[name] else Problem(name, CHANGED)
 
-    with ThreadPoolExecutor(READERS) as executor:
+    with threads() as executor:
         return [problem for problem in executor.map(check, sorted(records)) if problem]
 
 

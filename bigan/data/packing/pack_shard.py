@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +16,11 @@ from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, Pixels, encode, first_line
 from bigan.data.format.tar import index_shard, shard_bytes
 from bigan.data.packing.pack_plan import Plan
-from bigan.data.places import Place
+from bigan.data.places import Place, threads
 from bigan.hashes import sha256
 from bigan.image_size import sides
 from bigan.transparency import has_alpha
 
-READERS = 16  # threads that read records
 CHUNK = 256  # records that are read ahead
 
 Bad = tuple[str, str]  # (name of the original, reason)
@@ -165,7 +163,7 @@ def finished(place: Place, names: Sequence[str], plan: str) -> Iterator[tuple[Re
         except OSError:
             return None
 
-    with ThreadPoolExecutor(READERS, thread_name_prefix="bigan-records") as executor:
+    with threads() as executor:
         for start in range(0, len(names), CHUNK):  # the records of all shards may be large
             chunk = names[start : start + CHUNK]
             for name, data in zip(chunk, executor.map(read, chunk), strict=True):

@@ -17,7 +17,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ from bigan.data.format.tar import walk_tar
 from bigan.data.packing.findings import Note, findings
 from bigan.data.packing.index_check import check_hashes, check_records, read_index
 from bigan.data.packing.shard_scan import Problem, Scan, scan_shard
-from bigan.data.places import Place, open_place
+from bigan.data.places import Place, open_place, threads
 from bigan.image_size import plain, sides
 
 MAX_LINES = 100  # of problems, and of notes, in as_text(); as_dict() has all
@@ -120,8 +119,7 @@ def _verify(place: Place, deep: bool, jobs: int, progress: Progress | None) -> R
     levels, problems = _open(place)
     total = sum(shard.filesize for level in levels for shard in level.shards)
     done = 0
-    executor = ThreadPoolExecutor(jobs)
-    try:
+    with threads(jobs) as executor:
         for level in levels:
             problems += level.named(_check_listing(level))
             if level.manifest is None:
@@ -139,8 +137,6 @@ def _verify(place: Place, deep: bool, jobs: int, progress: Progress | None) -> R
                 done += found.shard.filesize
                 if progress:
                     progress(done, total)
-    finally:
-        executor.shutdown(cancel_futures=True)  # Ctrl-C: finish running tasks only
     problems += _compare_levels(levels)
 
     notes = [note for level in levels for note in _leftovers(level)]
