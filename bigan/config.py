@@ -34,6 +34,8 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
+CREDENTIALS = {"credentials": True}  # context of `model_dump`: keeps them
+
 
 class ConfigError(UserError):
     """A config that cannot be used; the message is one line."""
@@ -143,9 +145,13 @@ def validate(schema: type[M], data: dict[str, Any], where: str, touched: Iterabl
         raise ConfigError(line + rest) from None
 
 
-def dump(config: BaseModel) -> str:
-    """The YAML text of a config; the inverse of `load`."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def dump(config: BaseModel, context: Mapping[str, bool] | None = None) -> str:
+    """The YAML text of a config; the inverse of `load`.
+
+    Without the context `CREDENTIALS`, addresses have no passwords and signatures.
+    """
+    plain = config.model_dump(mode="json", context=context)
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -197,6 +197,13 @@ class RunConfig(Frozen):
         ]
         if ends and self.anneal_images is None:
             raise ValueError(f"{ends[0]} needs anneal_images, the images until it is reached")
+        longest = max(data.patience_seconds for data in self.streams.values())
+        if longest >= self.train.collective_timeout_seconds:
+            raise ValueError(
+                f"data.patience_seconds = {longest}: must be less than "
+                f"train.collective_timeout_seconds = {self.train.collective_timeout_seconds}; the "
+                "other ranks wait for that long"
+            )
         self._check_growth()
         return self
 

@@ -32,6 +32,7 @@ from bigan.bench.workload import (
     measured_workload,
     median_of_means,
 )
+from bigan.data.streaming.urls import shown
 from bigan.engine import Echo
 from bigan.errors import UserError
 from bigan.run.stages import final_config
@@ -169,7 +170,7 @@ def measure(config: RunConfig, options: Options, echo: Echo) -> tuple[dict[str, 
 
 def image_paths(config: RunConfig) -> str:
     """Paths of the data streams, for people."""
-    return ", ".join(str(data.path) for data in config.streams.values())
+    return ", ".join(shown(data.path) for data in config.streams.values())
 
 
 def check(config: RunConfig, options: Options, ranks: Sequence[int]) -> None:
@@ -211,7 +212,7 @@ def measure_points(
         for index, place in enumerate(points):
             own = place.config(config, Path(folder) / str(index))
             task = {
-                "config": configs.dump(own),
+                "config": configs.dump(own, configs.CREDENTIALS),
                 "engine": own.engine,
                 "synthetic": options.synthetic,
                 "seconds": options.run_seconds,

@@ -101,7 +101,7 @@ def variants(
 def _in_process(name: str, config: RunConfig, runs: int) -> dict[str, Any]:
     child = subprocess.run(
         [sys.executable, "-m", "bigan.bench", str(runs)],
-        input=configs.dump(config),
+        input=configs.dump(config, configs.CREDENTIALS),
         stdout=subprocess.PIPE,
         text=True,
         check=False,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import field_validator
+from pydantic import FieldSerializationInfo, field_serializer, field_validator
 
-from bigan.config import Frozen, Positive
+from bigan.config import CREDENTIALS, Frozen, Positive
+from bigan.data.streaming import urls
 from bigan.image_size import ImageSize, num_pixels
 
 SMALL_PIXELS = 64 * 64
@@ -34,6 +35,8 @@ class Fetch(Frozen):
     cache_bytes: Positive | None = None  # upper limit of the cache; None: no limit
     resident_bytes: Positive = 8 * 2**30  # upper limit of resident mode per process
     connections: Positive = 4  # concurrent downloads per process
+    # How long a store that does not answer is waited for; less than the time-out of collectives.
+    patience_seconds: Positive = 300
 
     def num_threads(self, resolution: ImageSize) -> int:
         """`threads`, or the default for images of this size."""
@@ -54,5 +57,10 @@ class DataConfig(Fetch):
     def _normalize(cls, value: object) -> object:
         """data/digits/ becomes data/digits; URLs stay unchanged."""
         text = str(value) if isinstance(value, str | Path) else value
-        local = isinstance(text, str) and "://" not in text and not text.startswith("pipe:")
+        local = isinstance(text, str) and not urls.is_remote(text)
         return str(Path(text)) if local and text else text  # type: ignore[arg-type]
+
+    @field_serializer("path", when_used="json")
+    def _without_credentials(self, path: str, info: FieldSerializationInfo) -> str:
+        """What is stored (config.yaml, MLflow) has no password and no signature."""
+        return path if info.context == CREDENTIALS else urls.shown(path)

@@ -40,6 +40,7 @@ MAY_CHANGE = (
     "data.cache_bytes",
     "data.resident_bytes",
     "data.connections",
+    "data.patience_seconds",
     "train.total_images",
     "train.micro_batch",
     "train.tick_images",
@@ -215,7 +216,7 @@ def with_values_of(config: RunConfig, run: Mapping[str, Any], keys: Sequence[str
         return config
     if "train.batchnorm" in keys and config.train.micro_batch is None:
         keys = [*keys, "train.micro_batch"]  # batchnorm=local is invalid without
-    settings = config.model_dump(mode="json")
+    settings = config.model_dump(mode="json", context=configs.CREDENTIALS)
     for key in keys:
         *parents, leaf = key.split(".")
         source: Any = run

@@ -14,6 +14,7 @@ from bigan.data.streaming import resampled
 from bigan.data.streaming.dataset import open_level, open_manifest
 from bigan.data.streaming.resampled import ResampledStream
 from bigan.data.streaming.stream import Batch, Endless, ShardStream
+from bigan.data.streaming.urls import shown
 from bigan.distributed.world import World, broadcast, gather, on_all_ranks
 from bigan.errors import UserError
 from bigan.image_size import ratio
@@ -56,7 +57,7 @@ def _check_stream(config: RunConfig, name: str, data: DataConfig) -> Images:
         if data.labels == "none" and num_classes > 1:
             raise UserError(f"data.labels = none needs model.num_classes = 1, not {num_classes}")
         classes = {str(label): 1 for label in range(num_classes)}
-        return Images(classes, f"resampled/{data.path}")
+        return Images(classes, f"resampled/{shown(data.path)}")
     if config.growth is None:
         return _images(config, data, open_manifest(data.path, data))
     found = []
@@ -66,7 +67,7 @@ def _check_stream(config: RunConfig, name: str, data: DataConfig) -> Images:
         found.append(_images(config if full else level, data, manifest))
     if any(images.classes != found[0].classes for images in found):
         raise UserError(
-            f"{data.path}: the resolutions hold different images; pack them again, together "
+            f"{shown(data.path)}: the resolutions hold different images; pack them again, together "
             "(`bigan pack --pyramid`)"
         )
     return Images(found[0].classes, "/".join(dict.fromkeys(i.fingerprint for i in found)))

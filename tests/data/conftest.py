@@ -13,7 +13,7 @@ from verify_folders import CLASSES, picture, samples, write
 from web import Web, serving
 
 from bigan.data.packing.pack import pack
-from bigan.data.streaming import remote
+from bigan.data.streaming import outages
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,7 +48,7 @@ def digits8(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def web(digits8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     """A server of `digits8`; downloads are repeated at once, manifests cached by the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    monkeypatch.setattr(remote, "WAITS_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(outages, "FIRST_WAIT_SECONDS", 0.0)
     with serving(digits8) as server:
         yield server
 

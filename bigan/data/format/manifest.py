@@ -33,6 +33,7 @@ from bigan.data import DataError
 from bigan.data.format import index_files
 from bigan.data.format.codec import StoredEncoding
 from bigan.data.format.tar import nested_tar_files, tar_files
+from bigan.data.streaming import urls
 from bigan.hashes import fingerprint
 from bigan.image_size import ImageSize, Resolution, sides
 
@@ -189,7 +190,7 @@ class Manifest(Frozen):
     def location(self, shard: Shard) -> str:
         """Path or URL of a shard."""
         if self.remote is not None:
-            return f"{self.remote.rstrip('/')}/{shard.url}"
+            return urls.shown(urls.join(self.remote, shard.url))
         return str(self.folder / shard.url)
 
     def shards(self, split: str) -> tuple[Shard, ...]:

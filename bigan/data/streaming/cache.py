@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from bigan import atomic_files
 from bigan.data import DataError
 from bigan.data.format.manifest import Shard
-from bigan.data.streaming import remote
+from bigan.data.streaming.stores import Store
 from bigan.file_lock import locked
 
 
 class NodeCache:
-    """Cached copies of the shards below the URL `base`, in `folder`.
+    """Cached copies of the shards of `store`, in `folder`.
 
     `limit_bytes` (None: no limit) bounds the shards, including those in download by this process.
     Downloads of other processes and evicted shards that a process has open are extra
@@ -34,17 +34,14 @@ class NodeCache:
     processes.
     """
 
-    def __init__(
-        self, folder: Path, base: str, limit_bytes: int | None = None, allow_pipe: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, store: Store, limit_bytes: int | None = None) -> None:
         self.folder = folder
-        self.base = base
+        self.store = store
         self.limit_bytes = limit_bytes
-        self.allow_pipe = allow_pipe
         self.num_downloads = 0
         self._downloading = 0  # bytes of this process's downloads in progress
         self._counting = threading.Lock()
-        self.transfers = remote.Transfers()
+        self.stopped = threading.Event()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             atomic_files.remove_leftovers(folder, shared=True)  # of killed processes
@@ -72,19 +69,18 @@ class NodeCache:
             with self._locked(f"{shard.sha256}.lock", remove=True):
                 if not file.exists():  # otherwise another process has downloaded it
                     with self._reserved(shard.filesize):
-                        remote.download(
-                            remote.join(self.base, shard.url),
-                            file,
-                            size=shard.filesize,
-                            sha256=shard.sha256,
-                            allow_pipe=self.allow_pipe,
-                            transfers=self.transfers,
-                        )
+                        data = self.store.read(shard.url, size=shard.filesize, sha256=shard.sha256)
+                        atomic_files.write_atomic(file, data)
                     self.num_downloads += 1
         except InterruptedError:
             raise DataError(f"{self.folder}: the stream was closed") from None
         except OSError as error:
             raise DataError(f"{self.folder}: cannot be written: {error.strerror}") from None
+
+    def close(self) -> None:
+        """Abort downloads and waiting for other processes."""
+        self.stopped.set()
+        self.store.close()
 
     @contextlib.contextmanager
     def _locked(self, name: str, remove: bool = False) -> Iterator[None]:
@@ -95,7 +91,7 @@ class NodeCache:
         the same bytes.
         """
         path = self.folder / name
-        with path.open("w") as file, locked(file.fileno(), self.transfers.stopped):
+        with path.open("w") as file, locked(file.fileno(), self.stopped):
             try:
                 yield
             finally:

@@ -18,7 +18,7 @@ from bigan.data.format.manifest import (
 from bigan.data.packing.index_in_place import index_in_place
 from bigan.data.packing.shard_files import in_folder
 from bigan.data.settings import Fetch
-from bigan.data.streaming import remote
+from bigan.data.streaming.stores import Store, is_remote, shown, store_of
 from bigan.image_size import ImageSize
 
 
@@ -34,11 +34,11 @@ def open_manifest(data: str | Path | Manifest, fetch: Fetch | None = None) -> Ma
         return data
     fetch = fetch or Fetch()
     path = str(data)
-    manifest = _remote(path, fetch) if remote.is_remote(path) else _local(path, fetch)
+    manifest = _remote(path, fetch) if is_remote(path) else _local(path, fetch)
     if fetch.labels == "none":
         return manifest.without_labels()
     if manifest.plan == UNLABELLED_PLAN:
-        raise DataError(f"{path}: was indexed without its labels; set data.labels=none")
+        raise DataError(f"{shown(path)}: was indexed without its labels; set data.labels=none")
     return manifest
 
 
@@ -65,7 +65,7 @@ def open_level(path: str, resolution: ImageSize | None, fetch: Fetch) -> Manifes
     `resolution` (pixels) selects the level, None the largest one of a local pyramid; a plain data
     set may have another resolution. Raises `DataError` like `open_manifest`.
     """
-    if not remote.is_remote(path):
+    if not is_remote(path):
         if not (Path(path) / PYRAMID).is_file():
             return open_manifest(path, fetch)
         levels = sorted(Path(path).glob(f"r*/{MANIFEST}"))
@@ -82,27 +82,28 @@ def open_level(path: str, resolution: ImageSize | None, fetch: Fetch) -> Manifes
 
 def _remote(base: str, fetch: Fetch) -> Manifest:
     """Copy manifest and index of the data set at the URL `base` to this node."""
-    text = remote.read(
-        remote.join(base, MANIFEST), size=None, sha256=None, allow_pipe=fetch.allow_pipe
-    )
-    name = hashes.sha256(base.encode())[:16] + hashes.sha256(text)[:16]
+    with store_of(base, fetch) as store:
+        return _copied(base, store, fetch)
+
+
+def _copied(base: str, store: Store, fetch: Fetch) -> Manifest:
+    text = store.read(MANIFEST)
+    name = hashes.sha256(store.shown.encode())[:16] + hashes.sha256(text)[:16]
     folder = (fetch.cache or _user_cache()) / "manifests" / name
-    _store(folder / MANIFEST, text, base)
+    _write(folder / MANIFEST, text, store.shown)
     try:
         manifest = Manifest.read(folder)
     except DataError as error:
-        raise DataError(f"{base}: {error}") from None
+        raise DataError(f"{store.shown}: {error}") from None
     for file, sha256 in manifest.index.items():
         if _has(folder / file, sha256):
             continue
-        data = remote.read(
-            remote.join(base, file), size=None, sha256=sha256, allow_pipe=fetch.allow_pipe
-        )
-        _store(folder / file, data, base)
+        data = store.read(file, sha256=sha256)
+        _write(folder / file, data, store.shown)
     return manifest.model_copy(update={"remote": base})
 
 
-def _store(file: Path, content: bytes, base: str) -> None:
+def _write(file: Path, content: bytes, base: str) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_files.write_atomic(file, content)

@@ -30,6 +30,7 @@ from bigan.data.format.manifest import Index, Manifest
 from bigan.data.settings import Fetch
 from bigan.data.streaming.cache import NodeCache, ReadAhead
 from bigan.data.streaming.local_shards import LocalShards
+from bigan.data.streaming.stores import store_of
 from bigan.data.streaming.streamed_shards import StreamedShards
 
 Indices = NDArray[np.int64]
@@ -229,9 +230,8 @@ def make_fetcher(manifest: Manifest, split: str, blocks: Blocks, fetch: Fetch) -
         blocks = partial(_split_in_chunks, num)
     source: LocalShards | StreamedShards
     if mode == "stream" or not on_disk:
-        source = StreamedShards(
-            manifest, split, blocks(), stop, fetch.connections, fetch.allow_pipe
-        )
+        store = store_of(manifest.remote, fetch) if manifest.remote else None
+        source = StreamedShards(manifest, split, blocks(), stop, fetch.connections, store)
     elif manifest.remote is None:
         source = LocalShards(manifest, split)
     else:
@@ -250,7 +250,7 @@ def consecutive(start: int, stop: int, step: int) -> Iterator[Indices]:
 def _cached(manifest: Manifest, split: str, blocks: Blocks, fetch: Fetch) -> LocalShards:
     assert fetch.cache is not None
     assert manifest.remote is not None
-    cache = NodeCache(fetch.cache, manifest.remote, fetch.cache_bytes, fetch.allow_pipe)
+    cache = NodeCache(fetch.cache, store_of(manifest.remote, fetch), fetch.cache_bytes)
     shards, shards_of = manifest.shards(split), manifest.load_index(split).shards_of
     ahead = ReadAhead(cache, shards, shards_of, blocks(), fetch.connections)
     return LocalShards(manifest, split, cache, ahead)

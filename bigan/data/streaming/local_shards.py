@@ -119,7 +119,7 @@ class LocalShards:
 
     def close(self) -> None:
         if self._cache is not None:
-            self._cache.transfers.stop()
+            self._cache.close()
         if self._ahead is not None:
             self._ahead.close()
         with self._lock:

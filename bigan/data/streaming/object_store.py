@@ -58,7 +58,9 @@ class ObjectStore:
         except Exception as error:
             raise DataError(f"{self._shown}: {str(error).splitlines()[0][:200]}") from None
 
-    async def get(self, name: str, part: Range | None = None) -> AsyncIterator[bytes]:
+    async def get(
+        self, name: str, part: Range | None = None, size: int | None = None
+    ) -> AsyncIterator[bytes]:
         import obstore
 
         with self._errors(name):

@@ -72,8 +72,8 @@ class Patience:
                 wrong += 1
                 if wrong >= WRONG_CONTENT_ATTEMPTS:
                     raise DataError(
-                        f"{what}: {error}, in {wrong} transfers; the file in the store is not the "
-                        "one of the manifest: copy the data set there again"
+                        f"{what}: cannot be read ({error}, in {wrong} transfers); it is not the "
+                        "file of the manifest: copy the data set to the store again"
                     ) from None
             except PassingError as error:
                 now = time.monotonic()

@@ -21,7 +21,9 @@ class Program:
         self._base = base
         self._shown = urls.shown(base)
 
-    async def get(self, name: str, part: Range | None = None) -> AsyncIterator[bytes]:
+    async def get(
+        self, name: str, part: Range | None = None, size: int | None = None
+    ) -> AsyncIterator[bytes]:
         if part:
             raise RangesIgnoredError(name)
         url = urls.join(self._base, name) if name else self._base
@@ -41,8 +43,7 @@ class Program:
         finally:
             if process is not None and process.poll() is None:
                 process.kill()  # the reader has stopped early
-            with contextlib.suppress(OSError):
-                stream.close()
+            loop.run_in_executor(None, _close, stream)  # may wait for the process
 
     async def size(self, name: str) -> int | None:
         num = 0
@@ -61,6 +62,11 @@ class Program:
 
     async def close(self) -> None:
         pass
+
+
+def _close(stream: Any) -> None:
+    with contextlib.suppress(OSError):
+        stream.close()
 
 
 def _gopen(url: str) -> Any:

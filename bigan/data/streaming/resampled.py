@@ -15,8 +15,9 @@ import random
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -38,11 +39,12 @@ from bigan.data.packing.tar_samples import (
     read_label,
 )
 from bigan.data.settings import Fetch
-from bigan.data.streaming import remote
 from bigan.data.streaming.device import HostBatch, Reading, Transfer, transfer_to
 from bigan.data.streaming.fetchers import MAX_REPLACEMENTS, BadSample
 from bigan.data.streaming.order import rank_positions
+from bigan.data.streaming.stores import Store, store_of
 from bigan.data.streaming.stream import Endless, delivered
+from bigan.data.streaming.urls import check_url, is_remote, shown, split_name
 from bigan.distributed.world import World
 from bigan.hashes import sha256
 from bigan.image_size import image_size
@@ -67,7 +69,7 @@ def expand(pattern: str, allow_pipe: bool, split: str = "train") -> tuple[str, .
     import webdataset  # slow to import
 
     folder = Path(pattern)
-    if not remote.is_remote(pattern) and folder.is_dir():
+    if not is_remote(pattern) and folder.is_dir():
         found = nested_tar_files(folder, (".tar", *compression.SUFFIXES))
         urls, root = [str(file) for file in found], folder
     else:
@@ -76,24 +78,27 @@ def expand(pattern: str, allow_pipe: bool, split: str = "train") -> tuple[str, .
         kind = compression.by_name(_place(url))
         if kind and not kind.open:
             refuse_compressed(_place(url))
-        if remote.is_remote(url):
-            remote.check_url(url, allow_pipe)
+        if is_remote(url):
+            check_url(url, allow_pipe)
         elif not Path(url).is_file():
             raise DataError(f"{url}: no such shard; set data.path to a pattern of .tar files")
-    declared = splits(below([_place(url) for url in urls], root), pattern)
+    declared = splits(below([_place(url) for url in urls], root), shown(pattern))
     chosen = [url for url, of in zip(urls, declared, strict=True) if (of or "train") == split]
     if not chosen:
         others = ", ".join(sorted({of or "train" for of in declared})) or "none"
-        raise DataError(f"{pattern}: no shard is of data.split = {split}; their splits: {others}")
+        raise DataError(
+            f"{shown(pattern)}: no shard is of data.split = {split}; their splits: {others}"
+        )
     return tuple(chosen)
 
 
 def _place(url: str) -> str:
-    """The path of a shard in a URL, without query, or in a command."""
-    if not remote.is_remote(url):
+    """The path of a shard in a URL, without credentials, or in a command."""
+    if not is_remote(url):
         return url
     words = url.split() if url.startswith("pipe:") else [url]
-    return next((word for word in words if ".tar" in word), url).partition("?")[0]
+    word = next((word for word in words if ".tar" in word), url)
+    return shown(word).partition("?")[0]
 
 
 class ResampledStream(Endless):
@@ -128,7 +133,9 @@ class ResampledStream(Endless):
         self._num_classes = num_classes
         self._draws = rng.numpy_generator(seed, f"resampled/{world.rank}", images_seen)
         self._stop = threading.Event()
-        inputs = f"{self._urls}/{seed}/{batch}/{accumulation}/{images_seen}/{world.size}"
+        self._stores: dict[str, Store] = {}
+        names = tuple(map(shown, self._urls))
+        inputs = f"{names}/{seed}/{batch}/{accumulation}/{images_seen}/{world.size}"
         self.fingerprint = sha256(inputs.encode())[:32]
 
         def places() -> Iterator[np.ndarray]:
@@ -140,6 +147,8 @@ class ResampledStream(Endless):
 
     def close(self) -> None:
         self._stop.set()
+        for store in list(self._stores.values()):
+            store.close()
         super().close()
 
     def _reading(self, places: Iterator[np.ndarray], transfer: Transfer) -> Reading:
@@ -248,6 +257,14 @@ class ResampledStream(Endless):
             "whole shards; pack the data"
         )
 
+    def _opened(self, url: str) -> AbstractContextManager[IO[bytes]]:
+        if not is_remote(url):
+            return Path(url).open("rb")
+        base, name = split_name(url)
+        if base not in self._stores:
+            self._stores[base] = store_of(base, self._fetch)
+        return self._stores[base].open(name)
+
     def _samples(self) -> Iterator[dict[str, Any]]:
         """An endless sequence of encoded samples from a shuffle buffer over sampled shards."""
         import webdataset
@@ -261,38 +278,37 @@ class ResampledStream(Endless):
         empty, damaged = 0, set()
         while not self._stop.is_set():
             if empty >= max(MAX_EMPTY, 2 * len(self._urls)):
-                raise DataError(f"{self._urls[0]} and {empty} more shards contain no sample")
+                raise DataError(f"{shown(self._urls[0])} and {empty} more shards contain no sample")
             empty += 1
             url = self._urls[int(self._draws.bit_generator.random_raw() % len(self._urls))]
+            where = shown(url)
             try:
-                with _opened(url, self._fetch.allow_pipe) as stream:
-                    members = tar_file_expander([{"url": url, "stream": stream}])
+                with self._opened(url) as stream:
+                    members = tar_file_expander([{"url": where, "stream": stream}])
                     seen: dict[str, tuple[str, ...]] = {}  # the suffixes of each key
                     for sample in group_by_keys(members):
                         empty = 0
                         key, suffixes = sample["__key__"], _suffixes(sample)
                         if self._fetch.labels == "none" and only_labels(suffixes):
                             continue
-                        self._check_split(url, key)
+                        self._check_split(where, key)
                         if not set(suffixes) & set(seen.setdefault(key, suffixes)):
-                            raise not_adjacent(url, key, seen[key][0], suffixes[0])
+                            raise not_adjacent(where, key, seen[key][0], suffixes[0])
                         yield sample
                         if self._stop.is_set():
                             return
-            except UnsuitableError:
+            except (UnsuitableError, DataError):  # of a store: another shard is not better
                 raise
+            except InterruptedError:  # closed
+                return
             except Exception as error:  # tarfile and gopen raise many kinds
                 reason = f"the tar cannot be read to its end ({type(error).__name__})"
                 if self._fetch.on_bad == "stop":
-                    raise DataError(f"{url}: {reason}; data.on_bad=skip uses the rest") from None
-                if url not in damaged:  # report once; the samples before the damage are used
-                    damaged.add(url)
-                    yield {"__url__": url, "__key__": "(the tar)", "__damaged__": reason}
+                    raise DataError(f"{where}: {reason}; data.on_bad=skip uses the rest") from None
+                if where not in damaged:  # report once; the samples before the damage are used
+                    damaged.add(where)
+                    yield {"__url__": where, "__key__": "(the tar)", "__damaged__": reason}
 
 
 def _suffixes(sample: dict[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in sample if not name.startswith("__"))
-
-
-def _opened(url: str, allow_pipe: bool) -> Any:
-    return remote.open_url(url, allow_pipe) if remote.is_remote(url) else Path(url).open("rb")

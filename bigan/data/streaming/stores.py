@@ -19,18 +19,29 @@ from typing import IO, Any, TypeVar
 
 from bigan import hashes
 from bigan.data import DataError
+from bigan.data.settings import Fetch
 from bigan.data.streaming import outages, transports, urls
 from bigan.data.streaming.answers import CHUNK_BYTES, Range, RangesIgnoredError, is_html, not_a_page
 from bigan.data.streaming.outages import PassingError, WrongContentError
 from bigan.data.streaming.urls import check_url, is_remote, join, shown
 
-__all__ = ["Store", "check_url", "is_remote", "join", "shown"]
+__all__ = ["Store", "check_url", "is_remote", "join", "shown", "store_of"]
 
 T = TypeVar("T")
 
 
 class MissingFileError(DataError):
     """A file that does not exist at its URL."""
+
+
+def store_of(base: str, fetch: Fetch) -> Store:
+    """The store at a URL, with the settings of `data`; raises `DataError` like `check_url`."""
+    return Store(
+        base,
+        allow_pipe=fetch.allow_pipe,
+        patience_seconds=fetch.patience_seconds,
+        connections=fetch.connections,
+    )
 
 
 class Store:
@@ -188,8 +199,8 @@ class Store:
             return self._patience.repeat(self._where(name), attempt)
         except FileNotFoundError:
             raise MissingFileError(
-                f"{self._where(name)}: does not exist; check that the address is right and is that "
-                "of the packed files"
+                f"{self._where(name)}: cannot be read (status 404, it does not exist); check that "
+                "the address is right and is that of the packed files"
             ) from None
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -216,8 +227,9 @@ class Store:
         if self._slots is None:
             self._slots = asyncio.Semaphore(self._connections)
         chunks, num = [], 0
-        async with self._slots, contextlib.aclosing(self._transport.get(name, part)) as stream:  # type: ignore[type-var]
-            async for chunk in stream:
+        transfer: Any = self._transport.get(name, part, limit)
+        async with self._slots, contextlib.aclosing(transfer):
+            async for chunk in transfer:
                 chunks.append(chunk)
                 num += len(chunk)
                 if limit is not None and num > limit:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from bigan.data import DataError
 from bigan.data.format import tar
 from bigan.data.format.manifest import Manifest, Shard
-from bigan.data.streaming import remote
+from bigan.data.streaming.stores import Store
 from bigan.hashes import sha256
 
 Indices = NDArray[np.int64]
@@ -36,12 +36,12 @@ class StreamedShards:
         blocks: Iterable[tuple[Indices, Indices]],
         stop: threading.Event,
         connections: int,
-        allow_pipe: bool,
+        store: Store | None,
     ) -> None:
         self.manifest = manifest
         self.shards = manifest.shards(split)
         self.index = manifest.load_index(split)
-        self._allow_pipe = allow_pipe
+        self._store = store
         self._stop = stop
         self._ready: dict[int, bytes] = {}
         self._changed = threading.Condition()
@@ -49,7 +49,6 @@ class StreamedShards:
         self._block_of: dict[int, int] = {}  # position -> block
         self._error: Exception | None = None
         self._connections = connections
-        self._transfers = remote.Transfers()
         self._thread = threading.Thread(
             target=self._load_all, args=(iter(blocks),), name="bigan-stream", daemon=True
         )
@@ -78,7 +77,8 @@ class StreamedShards:
 
     def close(self) -> None:
         self._stop.set()
-        self._transfers.stop()
+        if self._store is not None:
+            self._store.close()
         with self._changed:
             self._changed.notify_all()
             started = self._started
@@ -148,15 +148,9 @@ class StreamedShards:
             pass  # raises the error of a download
 
     def _read(self, shard: Shard) -> bytes:
-        if self.manifest.remote is None:
+        if self._store is None:
             return _read_local(self.manifest, shard)
-        return remote.read(
-            self.manifest.location(shard),
-            size=shard.filesize,
-            sha256=shard.sha256,
-            allow_pipe=self._allow_pipe,
-            transfers=self._transfers,
-        )
+        return self._store.read(shard.url, size=shard.filesize, sha256=shard.sha256)
 
 
 def _read_local(manifest: Manifest, shard: Shard) -> bytes:

@@ -21,8 +21,10 @@ from bigan.data.streaming.web_server import WebServer
 class Transport(Protocol):
     """One attempt of each request; `name` is relative to the folder."""
 
-    def get(self, name: str, part: Range | None = None) -> AsyncIterator[bytes]:
-        """The bytes of a file or of [start, stop) of it.
+    def get(
+        self, name: str, part: Range | None = None, size: int | None = None
+    ) -> AsyncIterator[bytes]:
+        """The bytes of a file, of `size` bytes if that is known, or of [start, stop) of it.
 
         Raises `FileNotFoundError`, `PassingError`, `RangesIgnoredError` or `DataError`.
         """
@@ -44,7 +46,9 @@ class _Loop:
     def __init__(self) -> None:
         self.process = os.getpid()
         self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, name="bigan-transfers", daemon=True).start()
+        threading.Thread(
+            target=self.loop.run_forever, name="transfers of bigan", daemon=True
+        ).start()
 
 
 _lock = threading.Lock()

@@ -66,6 +66,16 @@ def join(base: str, name: str) -> str:
     return f"{path.rstrip('/')}/{name}{mark}{query}"
 
 
+def split_name(url: str) -> tuple[str, str]:
+    """The folder of a file and its name, as `join` takes them; ("pipe:...", "") for a command."""
+    kind = scheme(url)
+    if kind not in (*WEB, *OBJECT_STORES, "hf"):
+        return url, ""
+    path, mark, query = url.partition("?")
+    base, _, name = path.rpartition("/")
+    return f"{base}{mark}{query}", name if kind in OBJECT_STORES else unquote(name)
+
+
 def encoded(url: str) -> str:
     """A web address as it is sent: characters that a URL may not contain are percent-encoded.
 

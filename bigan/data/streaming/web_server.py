@@ -43,7 +43,9 @@ class WebServer:
         self._base, self._user = urls.without_user(base)
         self._session: Any = None
 
-    async def get(self, name: str, part: Range | None = None) -> AsyncIterator[bytes]:
+    async def get(
+        self, name: str, part: Range | None = None, size: int | None = None
+    ) -> AsyncIterator[bytes]:
         headers = {"Range": f"bytes={part[0]}-{part[1] - 1}"} if part else {}
         async with self._request(name, headers) as answer:
             encoding = answer.headers.get("Content-Encoding", "identity").strip().lower()
@@ -58,8 +60,10 @@ class WebServer:
                 num += len(chunk)
                 if data := decode(chunk):
                     yield data
-            if length is not None and num < int(length):
-                raise PassingError("the transfer was cut")
+            ends = length is not None or answer.headers.get("Transfer-Encoding")
+            expected = part[1] - part[0] if part else size or 0
+            if not ends and num < expected:  # it ended with the connection
+                raise PassingError(f"the transfer was cut: {num:,} bytes arrived")
 
     async def size(self, name: str) -> int | None:
         # Not HEAD: the signature of an address is often for GET only.
