@@ -32,4 +32,5 @@ def same(left: list[Batch], right: list[Batch]) -> bool:
 
 
 def data_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("bigan-")]
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith("bigan-") and name != "bigan-transfers"]

@@ -201,7 +201,7 @@ def test_a_damaged_copy_of_the_index_is_replaced(digits8: Path, web: Web, tmp_pa
     fetch = Fetch(cache=tmp_path / "cache")
     take(web.url, 1, fetch=fetch)
     assert not (tmp_path / "user-cache").exists()
-    copies = list((tmp_path / "cache").glob("manifests/*/index/*"))
+    copies = list((tmp_path / "cache").glob("manifests/*/*/index/*"))
     assert copies
     for copy in copies:
         copy.write_bytes(b"damaged")

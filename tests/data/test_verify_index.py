@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from verify_folders import (
+    CLASSES,
     check_flips,
     edit,
     flip,
@@ -70,6 +71,18 @@ def test_a_wrong_index_with_the_right_checksum(pngs: Path, column: str, expected
     np.save(file, values)
     reseal(pngs)
     assert has(verify(pngs), expected), verify(pngs).as_text()
+
+
+@pytest.mark.parametrize("label", [-1, -(2**31), len(CLASSES), 2**31 - 1])
+def test_labels_of_no_class(pngs: Path, label: int) -> None:
+    file = pngs / "index" / "train.label.npy"
+    values = np.load(file)
+    values[1] = label
+    np.save(file, values)
+    reseal(pngs)
+    report = verify(pngs)
+    assert has(report, "index/train.label.npy: holds other numbers of samples of each class")
+    assert has(report, "member 000000001.png: has label 1, but", "in the index")
 
 
 def test_an_index_in_another_order(pngs: Path) -> None:

@@ -26,7 +26,7 @@ def mapped(file: Path, dtype: type[np.generic], num: int) -> Column:
     """The array in `file`; raises `DataError` unless it has this dtype and the shape [num]."""
     try:
         column = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy raises many kinds for a damaged header
         raise DataError(f"{file}: cannot be read: {error}; pack the data again") from None
     if column.dtype != dtype or column.shape != (num,):
         raise DataError(

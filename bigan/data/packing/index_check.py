@@ -44,7 +44,8 @@ def read_index(
                 continue
             columns[column] = values
         if "label" in columns:
-            counts = np.bincount(columns["label"].clip(0), minlength=manifest.num_classes)
+            num = manifest.num_classes
+            counts = np.bincount(columns["label"].clip(-1, num) + 1, minlength=num + 2)[1:-1]
             if counts.tolist() != list(manifest.class_counts.get(split, ())):
                 what = f"holds other numbers of samples of each class than {MANIFEST}"
                 problems.append(Problem(index_name(split, "label"), what))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from bigan import atomic_files, hashes
 from bigan.data import DataError
 from bigan.data.format.manifest import (
     MANIFEST,
@@ -18,7 +16,7 @@ from bigan.data.format.manifest import (
 from bigan.data.packing.index_in_place import index_in_place
 from bigan.data.packing.shard_files import in_folder
 from bigan.data.settings import Fetch
-from bigan.data.streaming.stores import Store, is_remote, shown, store_of
+from bigan.data.streaming import node_copy, stores
 from bigan.image_size import ImageSize
 
 
@@ -34,11 +32,13 @@ def open_manifest(data: str | Path | Manifest, fetch: Fetch | None = None) -> Ma
         return data
     fetch = fetch or Fetch()
     path = str(data)
-    manifest = _remote(path, fetch) if is_remote(path) else _local(path, fetch)
+    manifest = node_copy.copied(path, fetch) if stores.is_remote(path) else _local(path, fetch)
     if fetch.labels == "none":
         return manifest.without_labels()
     if manifest.plan == UNLABELLED_PLAN:
-        raise DataError(f"{shown(path)}: was indexed without its labels; set data.labels=none")
+        raise DataError(
+            f"{stores.shown(path)}: was indexed without its labels; set data.labels=none"
+        )
     return manifest
 
 
@@ -65,7 +65,7 @@ def open_level(path: str, resolution: ImageSize | None, fetch: Fetch) -> Manifes
     `resolution` (pixels) selects the level, None the largest one of a local pyramid; a plain data
     set may have another resolution. Raises `DataError` like `open_manifest`.
     """
-    if not is_remote(path):
+    if not stores.is_remote(path):
         if not (Path(path) / PYRAMID).is_file():
             return open_manifest(path, fetch)
         levels = sorted(Path(path).glob(f"r*/{MANIFEST}"))
@@ -78,44 +78,3 @@ def open_level(path: str, resolution: ImageSize | None, fetch: Fetch) -> Manifes
         if resolution is None:
             raise
         return open_manifest(level_folder(path, resolution), fetch)
-
-
-def _remote(base: str, fetch: Fetch) -> Manifest:
-    """Copy manifest and index of the data set at the URL `base` to this node."""
-    with store_of(base, fetch) as store:
-        return _copied(base, store, fetch)
-
-
-def _copied(base: str, store: Store, fetch: Fetch) -> Manifest:
-    text = store.read(MANIFEST)
-    name = hashes.sha256(store.shown.encode())[:16] + hashes.sha256(text)[:16]
-    folder = (fetch.cache or _user_cache()) / "manifests" / name
-    _write(folder / MANIFEST, text, store.shown)
-    try:
-        manifest = Manifest.read(folder)
-    except DataError as error:
-        raise DataError(f"{store.shown}: {error}") from None
-    for file, sha256 in manifest.index.items():
-        if _has(folder / file, sha256):
-            continue
-        data = store.read(file, sha256=sha256)
-        _write(folder / file, data, store.shown)
-    return manifest.model_copy(update={"remote": base})
-
-
-def _write(file: Path, content: bytes, base: str) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_files.write_atomic(file, content)
-    except OSError as error:
-        raise DataError(
-            f"{file}: cannot store the index of {base}: {error.strerror}; set data.cache"
-        ) from None
-
-
-def _has(file: Path, sha256: str) -> bool:
-    return file.is_file() and hashes.sha256_of_file(file) == sha256
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bigan"
