@@ -18,13 +18,13 @@ import pytest
 class S3:
     """`url`: address of the server. `requests`: (method, path) of each request.
 
-    `refuses(method, path)` may be set: a request for which it is true is answered with 503.
+    `refuses(method, path)` may be set: a request for which it is a status is answered with it.
     """
 
     def __init__(self, url: str = "") -> None:
         self.url = url
         self.requests: list[tuple[str, str]] = []
-        self.refuses: Callable[[str, str], bool] = lambda method, path: False
+        self.refuses: Callable[[str, str], int] = lambda method, path: 0
         self._numbers = itertools.count()
 
     def bucket(self, name: str = "") -> str:
@@ -48,8 +48,8 @@ def s3_server() -> Iterator[S3]:
     def application(environ: dict[str, Any], start_response: Any) -> Any:
         request = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         s3.requests.append(request)
-        if s3.refuses(*request):
-            start_response("503 Slow Down", [("Content-Length", "0")])
+        if status := s3.refuses(*request):
+            start_response(f"{status} Refused", [("Content-Length", "0")])
             return []
         return moto(environ, start_response)
 

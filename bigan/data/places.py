@@ -200,11 +200,11 @@ class Objects(Place):
         """Folders exist through their files."""
 
     def read(self, name: str) -> bytes:
-        with self._missing(name):
+        with self._reading(name):
             return self._store.read(self._start + name)
 
     def read_ranges(self, name: str, ranges: list[tuple[int, int]]) -> list[bytes]:
-        with self._missing(name):
+        with self._reading(name):
             return self._store.read_ranges(self._start + name, ranges)
 
     @contextlib.contextmanager
@@ -219,7 +219,7 @@ class Objects(Place):
         yield data, hashes.sha256(data)
 
     @contextlib.contextmanager
-    def _missing(self, name: str) -> Iterator[None]:
+    def _reading(self, name: str) -> Iterator[None]:
         """Raises an `OSError` in place of the `DataError` for an object that cannot be read.
 
         It is still a `DataError` if the store does not answer, or refuses all access.
@@ -271,14 +271,26 @@ class Objects(Place):
         )
 
     def write(self, name: str, content: bytes | str) -> None:
-        self._store.write(self._start + name, _bytes(content))
+        with self._writing():
+            self._store.write(self._start + name, _bytes(content))
 
     def create(self, name: str, content: bytes | str) -> None:
-        self._store.create(self._start + name, _bytes(content))
+        with self._writing():
+            self._store.create(self._start + name, _bytes(content))
 
     def delete(self, name: str) -> None:
         if self.exists(name):  # a user who may write may be forbidden to delete
-            self._store.delete(self._start + name)
+            with self._writing():
+                self._store.delete(self._start + name)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Corrects messages of `Store`, most of which are about reading."""
+        try:
+            yield
+        except DataError as error:
+            text = str(error).replace(": cannot be read (", ": cannot be written (", 1)
+            raise DataError(text) from None
 
     def read_manifest(self) -> Manifest:
         content = self.read_if_exists(MANIFEST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import signal
@@ -24,7 +25,7 @@ from bigan.data import DataError
 from bigan.data.packing.pack import pack
 from bigan.data.packing.summary import summary
 from bigan.data.packing.verify import verify
-from bigan.data.streaming import outages
+from bigan.data.streaming import object_store, outages
 from bigan.data.streaming.dataset import open_manifest
 from bigan.data.streaming.stores import Store
 
@@ -41,7 +42,7 @@ def s3() -> Iterator[S3]:
 def url(s3: S3) -> Iterator[str]:
     """A folder, whose name has to be encoded, in a new bucket."""
     yield f"s3://{s3.bucket()}/sets/my photos"
-    s3.refuses = lambda method, path: False
+    s3.refuses = lambda method, path: 0
 
 
 @pytest.fixture(scope="module")
@@ -287,10 +288,10 @@ def test_a_store_that_refuses_every_third_request(
 ) -> None:
     monkeypatch.setattr(outages, "FIRST_WAIT_SECONDS", 0.01)
     count = itertools.count()
-    s3.refuses = lambda method, path: next(count) % 3 == 1
+    s3.refuses = lambda method, path: 503 if next(count) % 3 == 1 else 0
     assert pack(source, url, **OPTIONS).complete
     assert verify(url).ok
-    s3.refuses = lambda method, path: False
+    s3.refuses = lambda method, path: 0
     assert stored(url) == tree(local)
 
 
@@ -301,22 +302,87 @@ def test_a_large_shard_is_uploaded_in_parts(
     images = np.random.default_rng(0).integers(0, 256, (180, 128, 128, 3), np.uint8)
     count = itertools.count()
     s3.requests.clear()
-    s3.refuses = lambda method, path: method == "PUT" and next(count) % 3 == 1
+    s3.refuses = lambda method, path: 503 if method == "PUT" and next(count) % 3 == 1 else 0
     options: dict[str, Any] = {"test_fraction": 0, "shard_size": 180}
     pack(images, url, **options)
     puts = [path for method, path in s3.requests if method == "PUT" and path.endswith(".tar")]
     assert len(puts) <= 4  # of 8.9 MB: two parts
     pack(images, tmp_path / "set", **options)
-    s3.refuses = lambda method, path: False
+    s3.refuses = lambda method, path: 0
     assert stored(url) == tree(tmp_path / "set")
 
 
-def test_an_upload_that_fails_for_good(source: Path, url: str, s3: S3) -> None:
-    """The bucket does not exist: one line at once, and no half object."""
-    missing = "s3://no-such-bucket/set"
+def test_a_bucket_that_does_not_exist(source: Path, s3: S3) -> None:
     with pytest.raises(DataError) as error:
-        pack(source, missing, **OPTIONS)
-    one_line(error, missing)
+        pack(source, "s3://no-such-bucket/set", **OPTIONS)
+    one_line(error, "s3://no-such-bucket/set", "404")
+
+
+def test_an_upload_that_fails_for_good(
+    source: Path, local: Path, url: str, s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line names the object; there is no half one, and the same command resumes."""
+    real = Store.__init__
+
+    def impatient(self: Store, base: str, **options: Any) -> None:
+        real(self, base, **options | {"patience_seconds": 0.5})
+
+    monkeypatch.setattr(Store, "__init__", impatient)
+    monkeypatch.setattr(object_store, "PART_RETRIES", 0)
+    for status, advice in [(503, "run the same command again"), (403, "credentials")]:
+        s3.refuses = lambda method, path, status=status: (
+            status if method == "PUT" and path.endswith("train-000002.tar") else 0
+        )
+        with pytest.raises(DataError) as error:
+            pack(source, url, **OPTIONS)
+        one_line(error, f"{url}/train-000002.tar: ", str(status), advice)
+        assert "cannot be read" not in str(error.value)
+    s3.refuses = lambda method, path: 0
+    objects = stored(url)
+    assert {name for name in objects if name.endswith(".tar")} == {
+        "train-000000.tar",
+        "train-000001.tar",
+    }
+    names = written(monkeypatch)
+    assert pack(source, url, **OPTIONS).complete
+    assert "train-000001.tar" not in names
+    assert stored(url) == tree(local)
+
+
+def test_a_store_without_conditional_writes(source: Path, local: Path, url: str, s3: S3) -> None:
+    seen: set[str] = set()
+
+    def refuses(method: str, path: str) -> int:
+        first = path not in seen
+        if method == "PUT" and path.endswith(("plan.json", "source.stamp")):
+            seen.add(path)
+            return 501 if first else 0
+        return 0
+
+    s3.refuses = refuses
+    assert pack(source, url, **OPTIONS).complete
+    assert len(seen) == 2
+    assert stored(url) == tree(local)
+
+
+@pytest.mark.parametrize("command", ["pack", "verify"])
+@pytest.mark.parametrize(
+    "url", ["az://container/set?sig=SECRET", "https://user:SECRET@127.0.0.1:9/set?sig=SECRET"]
+)
+def test_secrets_are_not_printed(
+    command: str,
+    url: str,
+    source: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outages.Patience, "repeat", lambda self, what, attempt: attempt())
+    given = ["pack", str(source)] if command == "pack" else ["verify"]
+    options = ["--resolution", "16", "--max-bad", "1"] if command == "pack" else []
+    with contextlib.suppress(outages.PassingError):
+        assert main([*given, url, *options]) == 2
+    out = capfd.readouterr()
+    assert "SECRET" not in out.out + out.err
 
 
 # --- verifying ----------------------------------------------------------------------------------
