@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -312,6 +313,24 @@ def test_a_large_shard_is_uploaded_in_parts(
     assert stored(url) == tree(tmp_path / "set")
 
 
+def test_a_slow_upload_is_not_taken_for_silence(
+    source: Path, url: str, s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sending counts as time without an answer, so that uploads have a limit of their own."""
+    monkeypatch.setattr(object_store, "SILENCE_SECONDS", 1)
+    slow = "/train-000000.tar"
+
+    def refuses(method: str, path: str) -> int:
+        if method == "PUT" and path.endswith(slow):
+            time.sleep(1.5)
+        return 0
+
+    s3.refuses = refuses
+    s3.requests.clear()
+    assert pack(source, url, **OPTIONS).complete
+    assert len([path for _, path in s3.requests if path.endswith(slow)]) == 1
+
+
 def test_a_bucket_that_does_not_exist(source: Path, s3: S3) -> None:
     with pytest.raises(DataError) as error:
         pack(source, "s3://no-such-bucket/set", **OPTIONS)
@@ -479,6 +498,35 @@ def test_deep_draws_the_contact_sheet_of_a_local_set(copied: Store, url: str, lo
     sheet = local / "contact_sheet.png"
     assert copied.read("contact_sheet.png") == sheet.read_bytes()
     sheet.unlink()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("command", ["pack", "verify"])
+def test_ctrl_c_while_the_store_is_silent(
+    command: str, source: Path, copied: Store, url: str, s3: S3
+) -> None:
+    silent, over = threading.Event(), threading.Event()
+
+    def refuses(method: str, path: str) -> int:
+        if path.endswith(".tar") and method in ("GET", "PUT"):
+            silent.set()
+            over.wait(100)
+        return 0
+
+    s3.refuses = refuses
+    run = "import sys; from bigan.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    given = ["pack", source, f"{url}2", "--resolution", "16", "--max-bad", "1"]
+    process = python(run, *(given if command == "pack" else ["verify", url]))
+    try:
+        assert silent.wait(60)
+        time.sleep(1)  # until all threads wait
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=15)
+        assert process.returncode == 130, err
+        assert "bigan: interrupted" in err.splitlines()
+    finally:
+        over.set()
+        process.kill()
 
 
 def test_a_pyramid(source: Path, url: str) -> None:
