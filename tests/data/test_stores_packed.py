@@ -16,9 +16,9 @@ import boto3
 import numpy as np
 import pytest
 from commands import finish, python
+from counted_s3 import S3, counted_s3
 from data_helpers import one_line, tree
 from PIL import Image
-from s3 import S3, s3_server
 from web import serving
 
 from bigan.cli.main import main
@@ -35,7 +35,7 @@ OPTIONS: dict[str, Any] = {"resolution": 16, "shard_size": 10, "max_bad": 1, "jo
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[S3]:
-    with s3_server() as server:
+    with counted_s3() as server:
         yield server
 
 

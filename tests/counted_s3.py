@@ -1,4 +1,4 @@
-"""A real S3 server (moto) on a loopback port, which counts requests and refuses those it is told.
+"""An S3 server (moto) in this process, which counts requests and refuses those that it is told to.
 
 While it runs, the environment has its address and credentials that are valid nowhere else.
 """
@@ -37,7 +37,7 @@ class S3:
 
 
 @contextlib.contextmanager
-def s3_server() -> Iterator[S3]:
+def counted_s3() -> Iterator[S3]:
     """Serve S3 on a free loopback port."""
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
