@@ -138,7 +138,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _send_file(self, name: str, fault: str) -> None:
         content = (self.web.folder / name).read_bytes()
-        status, headers = 200, {}
+        status, headers = 200, {"ETag": '"1"', "Last-Modified": self.date_time_string(0)}  # as S3
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted and self.web.ranges:
             first, last = int(wanted[1]), int(wanted[2] or len(content) - 1)

@@ -74,7 +74,7 @@ def open_level(path: str, resolution: ImageSize | None, fetch: Fetch) -> Manifes
         return open_manifest(level_folder(path, resolution or 0), fetch)
     try:
         return open_manifest(path, fetch)
-    except DataError:  # a pyramid has no manifest of its own
+    except stores.MissingFileError:  # a pyramid has no manifest of its own
         if resolution is None:
             raise
         return open_manifest(level_folder(path, resolution), fetch)

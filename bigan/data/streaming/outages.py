@@ -31,15 +31,22 @@ _jitter = random.Random()
 
 
 class PassingError(Exception):
-    """A failure that can pass; `retry_after_seconds` is the wait that the store asks for."""
+    """A failure that can pass.
+
+    `retry_after_seconds` is the wait that the store asks for; `progress`: a part of the answer has
+    arrived and is kept.
+    """
 
     def __init__(self, reason: str, retry_after_seconds: float = 0.0) -> None:
         super().__init__(reason)
         self.retry_after_seconds = retry_after_seconds
+        self.progress = False
 
 
 class WrongContentError(Exception):
     """A complete answer that is not the expected file."""
+
+    progress = False
 
 
 class Patience:
@@ -77,7 +84,8 @@ class Patience:
                     ) from None
             except PassingError as error:
                 now = time.monotonic()
-                began = began or now
+                if error.progress or not began:
+                    num, began = 0, now
                 self._failed(str(error))
                 left = began + self._seconds - now
                 if left <= 0:

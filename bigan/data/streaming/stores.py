@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class MissingFileError(DataError):
-    """A file that does not exist at its URL."""
+    """A file that does not exist in a store."""
 
 
 def store_of(base: str, fetch: Fetch) -> Store:
@@ -129,6 +129,7 @@ class Store:
             if missing and self._ranges is not False:
                 try:
                     self._wait(self._collect_all(name, missing, found))
+                    self._ranges = True
                     return
                 except RangesIgnoredError:
                     self._ranges = False
@@ -246,6 +247,7 @@ class Store:
         A failure that cannot pass cancels the others.
         """
         failures: list[PassingError | WrongContentError] = []
+        num = len(found)
 
         async def collect(part: Range) -> None:
             try:
@@ -260,6 +262,7 @@ class Store:
         except BaseExceptionGroup as error:
             raise error.exceptions[0] from None
         if failures:
+            failures[0].progress = len(found) > num
             raise failures[0]
 
 

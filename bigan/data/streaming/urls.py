@@ -13,6 +13,11 @@ OBJECT_STORES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss")
 PROGRAMS = ("ais", "ftps", "sftp", "scp", "file")  # read through WebDataset's `gopen`
 
 _UNESCAPED = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_SECRET_ARGUMENT = re.compile(
+    r"((?:(?<=\s)-u|--user|authorization:|\w*(?:key|secret|token|password)\w*\s*[=:])\s*)"
+    r"(?:(?:bearer|basic)\s+)?[^\s'\"]+",
+    re.IGNORECASE,
+)
 _SAFE_IN_PATH = "/%:@!$&'()*+,;=~-._"
 
 
@@ -32,7 +37,8 @@ def shown(url: str) -> str:
     A path in the file system is returned unchanged.
     """
     if url.startswith("pipe:"):
-        return re.sub(r"[a-zA-Z][\w+.-]*://\S+", lambda found: shown(found[0]), url)
+        command = re.sub(r"[a-zA-Z][\w+.-]*://[^\s'\"]+", lambda found: shown(found[0]), url)
+        return _SECRET_ARGUMENT.sub(r"\1***", command)
     head, separator, rest = url.partition("://")
     if not separator:
         return url
@@ -44,8 +50,8 @@ def shown(url: str) -> str:
     elif at:
         authority = f"{user.partition(':')[0]}@{host}"
     if query:
-        names = [re.split(r"[=#]", part)[0] for part in query.split("&")]
-        query = "&".join(f"{name}=***" for name in names)
+        parts = [part.partition("=") for part in query.split("&")]
+        query = "&".join(f"{name}=***" if equals else "***" for name, equals, _ in parts)
     return f"{head}://{authority}{slash}{path}{mark}{query}"
 
 

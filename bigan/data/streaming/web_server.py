@@ -104,7 +104,7 @@ class WebServer:
             urls.encoded(urls.join(self._base, name) if name else self._base), encoded=True
         )
         try:
-            async with self._opened().get(url, headers=headers) as answer:
+            async with self._opened().get(url, headers=headers, auth=self._auth()) as answer:
                 if answer.status >= 300 and answer.status != 416:
                     body = (await answer.content.read(4096)).decode(errors="replace")
                     after = retry_after(answer.headers.get("Retry-After"))
@@ -126,13 +126,17 @@ class WebServer:
     def _where(self, name: str) -> str:
         return urls.join(self._shown, name) if name else self._shown
 
+    def _auth(self) -> Any:
+        """For each request: that of a session also follows redirects to other servers."""
+        import aiohttp
+
+        return aiohttp.BasicAuth(*self._user, encoding="utf-8") if self._user else None
+
     def _opened(self) -> Any:
         import aiohttp
 
         if self._session is None:
-            auth = aiohttp.BasicAuth(*self._user, encoding="utf-8") if self._user else None
             self._session = aiohttp.ClientSession(
-                auth=auth,
                 headers=self._headers,
                 auto_decompress=False,
                 trust_env=True,  # HTTP_PROXY, HTTPS_PROXY, NO_PROXY, ~/.netrc
