@@ -17,7 +17,7 @@ from verify_folders import flip, reseal, seal
 from web import Web, serving
 
 from bigan.data import DataError
-from bigan.data.format.manifest import Manifest
+from bigan.data.format.manifest import Manifest, level_folder
 from bigan.data.settings import Fetch
 from bigan.data.streaming import node_copy
 from bigan.data.streaming.dataset import open_manifest
@@ -155,7 +155,24 @@ def test_a_wrong_index_at_the_server(server: Web, tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").glob("**/*.tmp"))
 
 
-def test_the_copy_of_a_signed_url_serves_every_signature(tmp_path: Path) -> None:
+def test_another_signature_uses_the_same_copy(server: Web, tmp_path: Path) -> None:
+    for number, signature in enumerate(("sig=s3cret1", "sig=s3cret2")):
+        server.query = signature
+        server.requests.clear()
+        manifest = open_manifest(f"{server.url}?{signature}", Fetch(cache=tmp_path / "cache"))
+        assert manifest.load_index("train")
+        served = {name.partition("?")[0] for name in server.requests}
+        assert served == (names(server) if number == 0 else {"manifest.json"})
+    written = [file.read_bytes() for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+    assert not any(b"s3cret" in content for content in written)
+
+
+def test_levels_of_a_pyramid_at_a_signed_url() -> None:
+    assert level_folder("https://host/set/?sig=1", 8) == "https://host/set/r0008?sig=1"
+    assert level_folder("data/set?/", (12, 20)) == "data/set?/r0020x0012"
+
+
+def test_the_name_of_the_copy_has_no_secret() -> None:
     urls = [
         "https://host/set?X-Amz-Signature=1",
         "https://host/set?X-Amz-Signature=2",

@@ -16,7 +16,8 @@ from bigan.data.format.manifest import (
 from bigan.data.packing.index_in_place import index_in_place
 from bigan.data.packing.shard_files import in_folder
 from bigan.data.settings import Fetch
-from bigan.data.streaming import node_copy, stores
+from bigan.data.streaming import node_copy
+from bigan.data.streaming.stores import MissingFileError, is_remote, shown
 from bigan.image_size import ImageSize
 
 
@@ -32,13 +33,11 @@ def open_manifest(data: str | Path | Manifest, fetch: Fetch | None = None) -> Ma
         return data
     fetch = fetch or Fetch()
     path = str(data)
-    manifest = node_copy.copied(path, fetch) if stores.is_remote(path) else _local(path, fetch)
+    manifest = node_copy.copied(path, fetch) if is_remote(path) else _local(path, fetch)
     if fetch.labels == "none":
         return manifest.without_labels()
     if manifest.plan == UNLABELLED_PLAN:
-        raise DataError(
-            f"{stores.shown(path)}: was indexed without its labels; set data.labels=none"
-        )
+        raise DataError(f"{shown(path)}: was indexed without its labels; set data.labels=none")
     return manifest
 
 
@@ -65,7 +64,7 @@ def open_level(path: str, resolution: ImageSize | None, fetch: Fetch) -> Manifes
     `resolution` (pixels) selects the level, None the largest one of a local pyramid; a plain data
     set may have another resolution. Raises `DataError` like `open_manifest`.
     """
-    if not stores.is_remote(path):
+    if not is_remote(path):
         if not (Path(path) / PYRAMID).is_file():
             return open_manifest(path, fetch)
         levels = sorted(Path(path).glob(f"r*/{MANIFEST}"))
@@ -74,7 +73,7 @@ def open_level(path: str, resolution: ImageSize | None, fetch: Fetch) -> Manifes
         return open_manifest(level_folder(path, resolution or 0), fetch)
     try:
         return open_manifest(path, fetch)
-    except stores.MissingFileError:  # a pyramid has no manifest of its own
+    except MissingFileError:  # a pyramid has no manifest of its own
         if resolution is None:
             raise
         return open_manifest(level_folder(path, resolution), fetch)
