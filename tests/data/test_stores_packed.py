@@ -19,6 +19,7 @@ from commands import finish, python
 from counted_s3 import S3, counted_s3
 from data_helpers import one_line, tree
 from PIL import Image
+from streams import same, take
 from web import serving
 
 from bigan.cli.main import main
@@ -26,8 +27,9 @@ from bigan.data import DataError
 from bigan.data.packing.pack import pack
 from bigan.data.packing.summary import summary
 from bigan.data.packing.verify import verify
+from bigan.data.settings import Fetch
 from bigan.data.streaming import object_store, outages
-from bigan.data.streaming.dataset import open_manifest
+from bigan.data.streaming.dataset import open_level
 from bigan.data.streaming.stores import Store
 
 OPTIONS: dict[str, Any] = {"resolution": 16, "shard_size": 10, "max_bad": 1, "jobs": 2}
@@ -112,14 +114,19 @@ def test_the_objects_are_the_files_of_a_local_pack(
         assert names.index(f"{level}index/test.label.npy") < names.index(f"{level}manifest.json")
 
 
+@pytest.mark.parametrize("pyramid", [None, 8])
 def test_a_packed_url_is_a_data_path(
-    source: Path, local: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pyramid: int | None, source: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (manifest,) = pack(source, url, **OPTIONS).manifests
-    opened = open_manifest(url)
-    assert opened.fingerprint == manifest.fingerprint == open_manifest(local).fingerprint
-    assert opened.remote == manifest.remote == url
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    packed = pack(source, url, pyramid=pyramid, **OPTIONS).manifests[0]
+    pack(source, tmp_path / "set", pyramid=pyramid, **OPTIONS)
+    resolution = pyramid or 16
+    opened = open_level(url, resolution, Fetch())
+    local = open_level(str(tmp_path / "set"), resolution, Fetch())
+    assert opened.fingerprint == packed.fingerprint == local.fingerprint
+    assert opened.remote == packed.remote == (f"{url}/r0008" if pyramid else url)
+    assert same(take(opened, 6, batch=20), take(local, 6, batch=20))
 
 
 def test_a_complete_set_is_kept(
