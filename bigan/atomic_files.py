@@ -30,9 +30,12 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{token}-{pid_scope()}-{os.getpid()}.tmp")
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Replace `path` by `content`; a reader sees either the old file or the new one."""
-    with _written(path, content) as temporary:
+def write_atomic(path: Path, content: bytes | str, sync: bool = True) -> None:
+    """Replace `path` by `content`; a reader sees either the old file or the new one.
+
+    Without `sync` that is not true after a power failure.
+    """
+    with _written(path, content, sync) as temporary:
         temporary.replace(path)
 
 
@@ -49,15 +52,16 @@ def create_atomic(path: Path, content: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def _written(path: Path, content: bytes | str) -> Iterator[Path]:
-    """A temporary file beside `path` with `content`, synced to disk."""
+def _written(path: Path, content: bytes | str, sync: bool = True) -> Iterator[Path]:
+    """A temporary file beside `path` with `content`, synced to disk unless told otherwise."""
     data = content.encode() if isinstance(content, str) else content
     temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)

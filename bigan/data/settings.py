@@ -51,6 +51,9 @@ class DataConfig(Fetch):
     split: str = "train"
     mirror: bool = False  # random horizontal flips; unsuitable for digits and text
     block: Positive = 65_536  # images that are shuffled together; the order depends on it
+    # Parts of the data set that are read side by side; the order depends on it. Ranks whose number
+    # divides it read different shards. None: 1 for a folder; for a URL, chosen from the batch.
+    lanes: Positive | None = None
 
     @field_validator("path", mode="before")
     @classmethod

@@ -31,6 +31,7 @@ from bigan.objectives.base import (
     variants,
 )
 from bigan.objectives.samplers import Sampler
+from bigan.run.inputs import Rows, mirror, rows_at, rows_in_order, taken
 from bigan.run.stages import Stage, stages
 from bigan.run.statistics import Statistics
 from bigan.run.trainable import check_trainable, is_trainable
@@ -74,6 +75,7 @@ class TrainState:
     def build(self, stage: Stage) -> None:
         """New networks of a stage, their EMAs, and the phases that train them."""
         self._batches: dict[str, list[Tensors]] = {}  # current batch of each stream
+        self._rows: dict[str, list[Rows]] = {}  # of draws that belong to these images
         self.stage = stage
         self.config = config = stage.config
         self.objective: Objective = config.objective.build(stage.setup(self.class_counts))
@@ -295,8 +297,11 @@ class TrainState:
                 self._batches[name] = self._read(name, streams[name], step)
         draws = phase.draws(step.at, step.num_images, step.terms)
         values = self._on_device(phase.values(step.at))
+        rows = rows_in_order(self.world, step.num_images, self.accumulation)
+        if phase.streams and step.num_images == self.config.train.batch:
+            rows = self._rows.get(phase.streams[0], rows)
         return [
-            self._on_device(self._slice(draws, index, step.num_images))
+            self._on_device(taken(draws, rows[index]))
             | values
             | {
                 f"{name}.{key}": tensor
@@ -309,19 +314,19 @@ class TrainState:
 
     def _read(self, name: str, stream: Iterator[Batch], step: Step) -> list[Tensors]:
         """The next batch of a stream: this rank's micro-batches of one optimizer step."""
-        mirror: Tensors = {}
-        if self.config.streams[name].mirror:
-            key = "d/mirror" if name == "images" else f"{name}/mirror"
-            uniform = rng.uniform(self.config.train.seed, key, step.at, (step.num_images,))
-            mirror = {"mirror": uniform < 0.5}
+        data = self.config.streams[name]
+        flips = mirror(self.config.train.seed, name, step) if data.mirror else {}
         batches = []
+        self._rows[name] = rows_in_order(self.world, step.num_images, self.accumulation)
         for index in range(self.accumulation):
             began = time.monotonic()
             images = next(stream)
             self.data_seconds += time.monotonic() - began
             self.bad += images.bad
-            flips = self._on_device(self._slice(mirror, index, step.num_images))
-            batches.append({"pixels": images.pixels, "labels": images.labels} | flips)
+            if data.lanes not in (None, 1):
+                self._rows[name][index] = rows_at(images.positions, self.progress.images_seen)
+            mine = self._on_device(taken(flips, self._rows[name][index]))
+            batches.append({"pixels": images.pixels, "labels": images.labels} | mine)
         return batches
 
     def _gray(self, mirror: bool) -> Tensors:
@@ -336,12 +341,6 @@ class TrainState:
         if mirror:
             gray["mirror"] = torch.zeros(num, dtype=torch.bool)
         return self._on_device(gray)
-
-    def _slice(self, draws: Tensors, index: int, num: int) -> Tensors:
-        """This rank's slice of the `index`-th micro-batch of `num` global draws."""
-        each = num // self.accumulation
-        share, start = self.world.share(each), index * each
-        return {k: t[start + share.start : start + share.stop] for k, t in draws.items()}
 
     def _on_device(self, tensors: Tensors) -> Tensors:
         return {k: t.to(self.world.device, non_blocking=True) for k, t in tensors.items()}

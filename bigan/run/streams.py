@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,14 +14,15 @@ from bigan.data.settings import DataConfig
 from bigan.data.streaming import resampled
 from bigan.data.streaming.dataset import open_level, open_manifest
 from bigan.data.streaming.resampled import ResampledStream
-from bigan.data.streaming.stream import Batch, Endless, ShardStream
-from bigan.data.streaming.urls import shown
+from bigan.data.streaming.stream import Batch, Endless, ShardStream, lanes_of
+from bigan.data.streaming.urls import is_remote, shown
 from bigan.distributed.world import World, broadcast, gather, on_all_ranks
 from bigan.errors import UserError
 from bigan.image_size import ratio
 from bigan.run.stages import stages
 from bigan.run.state import TrainState
-from bigan.run_config import IMAGES, RunConfig, misfits
+from bigan.run_config import IMAGES, RunConfig, load_config, misfits
+from bigan.run_folder import RunFolder
 from bigan.transparency import has_alpha
 
 NAMED_BAD_IMAGES = 10  # maximum per tick
@@ -87,6 +89,39 @@ def _images(config: RunConfig, data: DataConfig, manifest: Manifest) -> Images:
             "pack the images again (`bigan pack --help`)"
         )
     return Images(dict(zip(manifest.classes, counts, strict=True)), manifest.fingerprint)
+
+
+def resolve_lanes(config: RunConfig) -> dict[str, int]:
+    """`data.lanes` of every stream: as set, else those of the run in `run_dir`, else the default.
+
+    A run keeps its lanes when its data is moved. Raises `DataError` if the data cannot be opened.
+    """
+    stored = RunFolder(config.run_dir).config
+    known = load_config(stored).streams if stored.exists() else {}
+    found = {}
+    for name, data in config.streams.items():
+        former = known.get(name)
+        lanes = data.lanes or (former.lanes if former else None)
+        found[name] = lanes or _default_lanes(config, data)
+    return found
+
+
+def _default_lanes(config: RunConfig, data: DataConfig) -> int:
+    if data.mode == "resampled" or not is_remote(data.path):
+        return 1
+    manifest = open_level(data.path, config.model.resolution, data)
+    batches = [stage.config.train.batch for stage in stages(config)]
+    return lanes_of(manifest, data.split, batches)
+
+
+def with_lanes(config: RunConfig, lanes: Mapping[str, int]) -> RunConfig:
+    """`config` with the lanes of each stream."""
+    streams = {
+        name: data.model_copy(update={"lanes": lanes[name]})
+        for name, data in config.streams.items()
+    }
+    data = streams if isinstance(config.data, dict) else streams[IMAGES]
+    return config.model_copy(update={"data": data})
 
 
 class Shrunk(Endless):
@@ -180,6 +215,7 @@ def _open_stream(state: TrainState, data: DataConfig, seed: int) -> Endless:
         accumulation=state.accumulation,
         images_seen=state.progress.images_seen,
         block=data.block,
+        lanes=data.lanes,
         fetch=data,
     )
     factor = ratio(level.resolution, model.resolution) if level else 1

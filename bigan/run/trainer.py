@@ -34,6 +34,8 @@ from bigan.run.streams import (
     check_data,
     count_bad,
     open_streams,
+    resolve_lanes,
+    with_lanes,
 )
 from bigan.run_config import RunConfig, accumulation_steps
 from bigan.schedules import due
@@ -88,6 +90,7 @@ def _train(
     world, echo = engine.world, engine.echo
     accumulation_steps(config.train, world.size)
     images = on_rank_0(world, lambda: check_data(config))
+    config = with_lanes(config, on_rank_0(world, lambda: resolve_lanes(config)))
     plan = on_rank_0(world, lambda: folder.check(config, allow_change))
     config = changes.with_values_of(config, plan.settings, plan.superseded)
     set_float32(config.precision)

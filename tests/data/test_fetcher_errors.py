@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from streams import BLOCK, data_threads, same, take
+from streams import BLOCK, data_threads, flip, node_cache, same, take
 from web import Web
 
 from bigan.data import DataError
@@ -24,6 +24,7 @@ from bigan.data.settings import Fetch
 from bigan.data.streaming import cache, local_shards
 from bigan.data.streaming import fetchers as fetching
 from bigan.data.streaming.order import Order
+from bigan.data.streaming.ranges import ShardRanges
 from bigan.data.streaming.stores import Store
 from bigan.data.streaming.stream import ShardStream, sequential
 from bigan.data.streaming.streamed_shards import StreamedShards
@@ -45,12 +46,6 @@ def damaged(digits8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> t
     flip(file, int(index.offset[sample]))
     monkeypatch.setattr(fetching, "CHECKSUM_BYTES", 0)
     return folder, sample
-
-
-def flip(file: Path, byte: int) -> None:
-    content = bytearray(file.read_bytes())
-    content[byte] ^= 0xFF
-    file.write_bytes(bytes(content))
 
 
 def test_last_sample_is_replaced_by_the_first(digits8: Path, damaged: tuple[Path, int]) -> None:
@@ -152,49 +147,63 @@ def until(condition: Callable[[], bool]) -> bool:
 
 
 def test_read_ahead_stays_one_block_ahead() -> None:
-    class Cache:
-        fetched: ClassVar[list[str]] = []
+    """The next block is downloaded once a quarter of the current one was requested."""
 
-        def fetch(self, shard: str) -> None:
-            self.fetched.append(shard)
-            if shard == "b":  # raised for its reader only; later shards are downloaded
+    class Chunks:
+        def of(self, samples: np.ndarray) -> np.ndarray:
+            return samples // 10
+
+        def by_shard(self, chunks: np.ndarray) -> list[np.ndarray]:
+            return np.split(chunks, len(chunks))
+
+    class Cache:
+        chunks = Chunks()
+        fetched: ClassVar[list[int]] = []
+
+        def fetch(self, chunks: list[int]) -> None:
+            self.fetched += chunks
+            if chunks == [1]:  # raised for its reader only; later chunks are downloaded
                 raise DataError("no such shard")
 
     numbers = np.arange(40)
     blocks = [(numbers[i : i + 10], numbers[i : i + 10]) for i in range(0, 40, 10)]
-    ahead = cache.ReadAhead(Cache(), "abcd", lambda n: n // 10, iter(blocks), 1)  # type: ignore[arg-type]
+    ahead = cache.ReadAhead(Cache(), iter(blocks), 1)  # type: ignore[arg-type]
     try:
-        for position, shards in [(0, "ab"), (9, "ab"), (10, "abc"), (5, "abc"), (20, "abcd")]:
+        for position, chunks in [(0, 1), (1, 1), (2, 2), (11, 2), (12, 3), (5, 3), (22, 4)]:
             ahead.reached(position)
-            assert until(lambda: "".join(Cache.fetched) == shards)  # noqa: B023
+            assert until(lambda: len(Cache.fetched) == chunks)  # noqa: B023
             time.sleep(0.02)
-            assert "".join(Cache.fetched) == shards
+            assert Cache.fetched == list(range(chunks))
     finally:
         ahead.close()
 
 
 def test_cache_evicts_least_recently_used(digits8: Path, web: Web, tmp_path: Path) -> None:
-    shards = Manifest.load(digits8).shards("train")[:6]
-    limit = 5 * max(shard.filesize for shard in shards)
-    leftover = tmp_path / "cache" / ".x.tar.killed.tmp"
+    leftover = tmp_path / "cache" / ".x.killed.tmp"
     leftover.parent.mkdir()
-    leftover.write_text("half a shard")
+    leftover.write_text("half a chunk")
     os.utime(leftover, (1, 1))
-    node = cache.NodeCache(tmp_path / "cache", Store(web.url), limit)
-    files = [tmp_path / "cache" / f"{shard.sha256}.tar" for shard in shards]
-    for age, (shard, file) in enumerate(zip(shards[:5], files, strict=False)):
-        os.close(node.open(shard))
-        os.utime(file, (age + 1, age + 1))
-    os.close(node.open(shards[0]))
-    os.close(node.open(shards[5]))
-    assert [file.exists() for file in files] == [True, False, True, True, True, True]
+    node = node_cache(digits8, web.url, tmp_path / "cache")
+    span = node.chunks.span(0)
+    node.limit_bytes = 32 * (span.stop - span.start)
+    files = [tmp_path / "cache" / node.chunks.name(chunk) for chunk in range(40)]
+    for chunk in range(30):
+        os.close(node.open(chunk))
+        os.utime(files[chunk], (chunk + 1, chunk + 1))
+    os.close(node.open(0))
+    for chunk in range(30, 40):
+        os.close(node.open(chunk))
+    assert sum(file.stat().st_size for file in files if file.exists()) <= node.limit_bytes
+    assert files[0].exists()
+    assert not files[1].exists()
+    assert files[39].exists()
     assert not leftover.exists()
 
 
-def test_unusable_cache_folder(tmp_path: Path) -> None:
+def test_unusable_cache_folder(digits8: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"cannot be used as data\.cache"):
-        cache.NodeCache(tmp_path / "file" / "cache", "http://host/data")
+        node_cache(digits8, "http://127.0.0.1:1/data", tmp_path / "file" / "cache")
 
 
 def test_a_damaged_copy_of_the_index_is_replaced(digits8: Path, web: Web, tmp_path: Path) -> None:
@@ -222,7 +231,8 @@ def test_a_damaged_index_stops_every_mode(digits8: Path, tmp_path: Path, mode: s
 def test_members_are_the_same_from_disk_and_stream(digits8: Path) -> None:
     manifest = Manifest.load(digits8)
     exact = local_shards.LocalShards(manifest, "train")
-    streamed = StreamedShards(manifest, "train", iter(()), threading.Event(), 1, None)
+    ranges = ShardRanges(manifest, "train", manifest.load_index("train"), None, False)
+    streamed = StreamedShards(ranges, iter(()), threading.Event(), 1, 0)
     for sample in (0, 101, 1296):
         assert streamed.member(sample) == exact.member(sample)
 

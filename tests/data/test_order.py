@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 
@@ -11,6 +9,7 @@ from bigan.data.permutation import permutation
 from bigan.data.streaming.order import (
     ORDER_VERSION,
     Order,
+    default_lanes,
     grouped,
     rank_positions,
     rank_range,
@@ -78,8 +77,7 @@ def test_far_seek_needs_one_block() -> None:
         position - 70_000, position + 10
     )
     assert np.array_equal(there, came_from_before[-10:])
-    assert order._block is not None
-    assert len(order._block[2]) <= 67_000
+    assert sum(len(block) for block in order._blocks.values()) <= 67_000
 
 
 @pytest.mark.parametrize("size", range(1, 65))
@@ -147,20 +145,114 @@ def test_rank_ranges_are_one_pass_in_order(num: int) -> None:
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_block_ends_come_after_the_start() -> None:
-    order = Order(UNEVEN, 0, 10)
-    ends = list(itertools.islice(order.block_ends(0), 20))
-    assert 48 in ends
-    assert ends == sorted(set(ends))
-    for number, end in enumerate(ends[:10]):  # from an end on, and from just before it
-        assert list(itertools.islice(order.block_ends(end), 5)) == ends[number + 1 : number + 6]
-        assert next(order.block_ends(end - 1)) == end
+@pytest.mark.parametrize("lanes", [1, 2, 5, 48, 100])
+@pytest.mark.parametrize("block", [1, 10, 48, 1000])
+def test_blocks_and_their_ends(block: int, lanes: int) -> None:
+    """Blocks are local, and `block_end` is where all of a block has been read."""
+    order = Order(UNEVEN, 0, block, lanes)
+    positions = np.arange(4 * 48)
+    blocks = order.blocks(positions)
+    for each in np.unique(blocks).tolist():
+        assert order.block_end(each) == positions[blocks <= each].max() + 1
+        for lane in range(lanes if lanes > 1 else 0):
+            num = ((blocks == each) & (positions % lanes == lane)).sum()
+            assert num <= max(1, block // lanes)
 
 
-def test_groups_contain_all_parts() -> None:
-    numbers = np.arange(10)
-    parts = [(numbers[:4], numbers[:4]), (numbers[4:], numbers[4:])]
-    groups = grouped(parts, iter([4, 6, 100]))
-    assert [positions.tolist() for positions, _ in groups] == [
-        [0, 1, 2, 3], [4, 5], [6, 7, 8, 9],
-    ]  # fmt: skip
+@pytest.mark.parametrize("lanes", [1, 3, 8])
+def test_groups_are_the_blocks(lanes: int) -> None:
+    """`grouped` holds every position once, those of one block together."""
+    order = Order(UNEVEN, 0, 16, lanes)
+    parts = [(p, order.at(p)) for p in np.arange(192).reshape(-1, 6)]
+    groups = list(grouped(iter(parts), Order(UNEVEN, 0, 16, lanes)))
+    assert sorted(np.concatenate([p for p, _ in groups]).tolist()) == list(range(192))
+    for positions, samples in groups:
+        assert len(np.unique(order.blocks(positions))) == 1
+        assert np.array_equal(samples, order.at(positions))
+
+
+# --- lanes ---------------------------------------------------------------------------------------
+
+GOLDEN_LANES = {
+    2: [4, 7, 3, 0, 5, 1, 6, 2, 3, 5, 4, 2, 0, 6, 1, 7, 3, 7, 4, 0],
+    3: [3, 6, 1, 4, 7, 2, 5, 0, 5, 3, 1, 6, 4, 2, 7, 0, 5, 0, 3, 6],
+}
+
+
+def test_golden_order_of_lanes() -> None:
+    """See `test_golden_order`."""
+    found = {n: Order([3, 2, 3], 0, 4, n).samples(0, 20).tolist() for n in GOLDEN_LANES}
+    assert found == GOLDEN_LANES
+
+
+@pytest.mark.parametrize("case", range(60))
+def test_lanes_of_random_settings(case: int) -> None:
+    """Random shards, lanes, blocks, batches, stages, ranks and accumulations.
+
+    Every epoch is a permutation, ranks read the positions of a step once, micro-batches do not
+    depend on their number, and every lane reads its own part of the sequence of an epoch.
+    """
+    draw = np.random.default_rng(case)
+    sizes = draw.integers(0, 20, draw.integers(1, 12))
+    sizes[0] += 1
+    num, lanes, block = int(sizes.sum()), int(draw.integers(1, 20)), int(draw.integers(1, 80))
+    reference = Order(sizes, case, block, lanes).samples(0, 6 * num)
+    assert (np.sort(reference.reshape(6, num), axis=1) == np.arange(num)).all()
+    order, seen, images_seen = Order(sizes, case, block, lanes), [], 0
+    while images_seen < 4 * num:  # another batch, world size and accumulation in every step
+        size, accumulation = (int(n) for n in draw.integers(1, 5, 2))
+        batch = size * accumulation * int(draw.integers(1, 6))
+        ranks = [
+            rank_positions(images_seen, batch, accumulation, World(r, size), lanes)
+            for r in range(size)
+        ]
+        one = rank_positions(images_seen, batch, accumulation, World(), lanes)
+        for micro in range(accumulation):
+            joined = np.concatenate([rank[micro] for rank in ranks])
+            assert joined.tolist() == one[micro].tolist()
+            seen += sorted(joined.tolist())
+            assert np.array_equal(order.at(joined), reference[joined % (6 * num)]) or (
+                joined.max() >= 6 * num
+            )
+        images_seen += batch
+    assert seen == list(range(images_seen))
+
+
+def test_lanes_read_consecutive_parts_of_the_shards() -> None:
+    """With 8 lanes over 100 shards, a lane reads at most 14 shards, and ranks share few of them."""
+    sizes, num = [10] * 100, 1000
+    samples = Order(sizes, 0, 400, 8).samples(0, num)
+    shards = [set((samples[lane::8] // 10).tolist()) for lane in range(8)]
+    assert max(map(len, shards)) <= 14
+    assert sum(map(len, shards)) <= 100 + 7
+    for size in (2, 4, 8):
+        pairs = 0
+        for rank in range(size):
+            mine = [
+                p
+                for start in range(0, num - 40, 40)
+                for p in rank_positions(start, 40, 1, World(rank, size), 8)
+            ]
+            pairs += len(set((samples[np.concatenate(mine)] // 10).tolist()))
+        assert pairs <= 100 + size - 1
+
+
+@pytest.mark.parametrize(
+    ("batches", "lanes"),
+    [
+        ([2048], 256), ([1536], 192), ([48], 48), ([1000], 200), ([7], 7), ([1], 1), ([257], 1),
+        ([128, 64, 48], 16),
+    ],
+)  # fmt: skip
+def test_default_lanes(batches: list[int], lanes: int) -> None:
+    """Most world sizes that divide the batches divide the lanes, too."""
+    assert default_lanes(batches, 10**6) == lanes
+    assert default_lanes(batches, 3) <= 3
+
+
+def test_far_positions_are_found_at_once() -> None:
+    """1e10 samples: the order is not enumerated."""
+    order = Order(np.full(1_000_000, 10_000), 0, 65_536, 256)
+    positions = np.arange(10**15, 10**15 + 2048)
+    assert len(set(order.at(positions).tolist())) == 2048
+    assert sum(len(block) for block in order._blocks.values()) <= 65_536

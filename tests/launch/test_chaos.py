@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 from commands import ROOT, SMOKE, environment, free_port
 from safetensors.torch import load_file
+from web import serving
 
 from bigan import atomic_files, checkpoint
+from bigan.run_config import load_config
 
 pytestmark = pytest.mark.full
 FULL_RUN_SECONDS = 600  # of an uninterrupted attempt on a busy machine
@@ -180,3 +182,18 @@ def test_thirty_kills_on_two_one_and_two_processes(digits: Path, tmp_path: Path)
         assert not list((run / name).glob(".*")), "later attempts clean up"
     assert load_file(run / "snapshots" / str(total) / "generator_ema.safetensors")
     assert atomic_files.numbered_folders(run / "checkpoints")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_kills_on_eight_four_and_two_processes_that_stream(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a web server, by lanes: every sample once, over more than an epoch."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    total, run = 2400, tmp_path / "run"
+    with serving(digits) as web:
+        arguments = settings(digits, run, total, f"data.path={web.url}", "data.block=400")
+        begins, records = train_with_kills([8, 4, 2], run, arguments, seed=3)
+    assert load_config(run / "config.yaml").streams["images"].lanes == 40
+    check_samples(begins, records, total)

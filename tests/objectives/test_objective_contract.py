@@ -27,6 +27,7 @@ from bigan.engine import Engine
 from bigan.objectives import AnyObjective
 from bigan.objectives.base import Result, Step, Tensors, variants
 from bigan.run.artifacts import Artifacts
+from bigan.run.inputs import rows_in_order, taken
 from bigan.run.state import TrainState
 from bigan.run.streams import open_streams
 from bigan.run_config import RunConfig
@@ -283,7 +284,8 @@ def test_draws_do_not_depend_on_the_world_size(build: Build) -> None:
                     engine.world = World(rank, size)
                     state = TrainState(sharded, engine, TEN_CLASSES)
                     mine = state.objective.phases[step.phase].draws(*step[2:4], step.terms)
-                    parts.append(state._slice(mine, index, step.num_images))
+                    rows = rows_in_order(engine.world, step.num_images, state.accumulation)
+                    parts.append(taken(mine, rows[index]))
             joined = {name: torch.cat([part[name] for part in parts]) for name in draws}
             assert differing(joined, draws) == [], (sharded.train.micro_batch, size)
 

@@ -91,15 +91,25 @@ def test_a_bad_sample_stops_training_by_default(make_config: MakeConfig, damaged
 def test_a_run_from_a_url_equals_the_run_from_the_folder(
     make_config: MakeConfig, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Streamed, resident and from a cache; the lanes of a run are kept, also on resume."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     length = "train.total_images=120"
-    run(make_config(length, f"run_dir={tmp_path / 'a'}"))
     with serving(digits) as web:
         url = f"data.path={web.url}"
-        run(make_config(length, f"run_dir={tmp_path / 'b'}", url))
+        run(make_config(length, f"run_dir={tmp_path / 'a'}", url))
+        assert load_config(tmp_path / "a" / "config.yaml").streams["images"].lanes == 40
+        run(make_config(length, f"run_dir={tmp_path / 'b'}", "data.lanes=40"))
         run(make_config(length, f"run_dir={tmp_path / 'c'}", url, "data.mode=resident"))
-    a, b, c = (weights(make_config(f"run_dir={tmp_path / name}")) for name in "abc")
-    assert a == b == c
+        run(make_config(length, f"run_dir={tmp_path / 'd'}", url, f"data.cache={tmp_path / 'x'}"))
+        first = "train.total_images=80"
+        run(make_config(first, f"run_dir={tmp_path / 'e'}", url))
+        run(make_config(length, f"run_dir={tmp_path / 'e'}"))  # moved to a folder
+    run(make_config(length, f"run_dir={tmp_path / 'f'}"))
+    assert load_config(tmp_path / "f" / "config.yaml").streams["images"].lanes == 1
+    a, b, c, d, e, f = (weights(make_config(f"run_dir={tmp_path / name}")) for name in "abcdef")
+    assert a == b == c == d == e != f
+    with pytest.raises(UserError, match=r"data\.lanes"):
+        run(make_config(length, f"run_dir={tmp_path / 'a'}", "data.lanes=8"))
 
 
 def test_resampled_training_prints_its_limits(make_config: MakeConfig, digits: Path) -> None:
@@ -226,7 +236,7 @@ def test_streams_are_opened_with_the_settings_of_the_config(
     if mode == "resampled":
         assert settings == {**want, "shape": (16, 16, 1), "num_classes": 10}
     else:
-        assert settings == {**want, "block": 77}
+        assert settings == {**want, "block": 77, "lanes": None}
 
 
 def test_images_are_checked_before_training(make_config: MakeConfig, digits: Path) -> None:

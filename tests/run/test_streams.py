@@ -10,14 +10,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from parts import make
+from parts import TEN_CLASSES, make
 
 from bigan.data.format.manifest import Manifest
 from bigan.data.packing.pack import pack
 from bigan.data.streaming.order import Order
 from bigan.data.streaming.stream import Batch
 from bigan.distributed.world import World
+from bigan.engine import Engine
 from bigan.errors import UserError
+from bigan.run.state import TrainState
 from bigan.run.streams import OpenStreams, check_data, open_streams, order_seed
 from bigan.run.trainer import train
 from bigan.run_config import RunConfig
@@ -154,3 +156,43 @@ def test_a_stream_that_the_objective_reads_must_be_there(
 ) -> None:
     with pytest.raises(UserError, match=r"others.*images"):
         make_config(f"data={{others: {{path: {digits}}}}}")
+
+
+def recording(stream: Iterator[Batch], read: list[Batch]) -> Iterator[Batch]:
+    for batch in stream:
+        read.append(batch)
+        yield batch
+
+
+@pytest.mark.parametrize("lanes", [1, 8])
+def test_draws_of_an_image_do_not_depend_on_ranks_and_accumulation(
+    make_config: MakeConfig, lanes: int
+) -> None:
+    """Flips and latents belong to a position, whoever reads it in whichever micro-batch."""
+
+    def draws(world: World, micro_batch: int) -> dict[int, tuple[bool, bytes]]:
+        config = make_config(
+            "data.mirror=true", f"data.lanes={lanes}", f"train.micro_batch={micro_batch}"
+        )
+        engine = Engine(config, print)
+        engine.world = world
+        state = TrainState(config, engine, TEN_CLASSES)
+        state.progress.images_seen = 2 * BATCH
+        with open_streams(state) as streams:
+            read: list[Batch] = []
+            recorded = {"images": recording(streams["images"], read)}
+            step = state.objective.steps(2 * BATCH)[0]
+            assert step.fresh
+            inputs = state._inputs(step, recorded, [{}] * state.accumulation)
+        return {
+            int(position): (bool(micro["images.mirror"][row]), micro["z"][row].numpy().tobytes())
+            for batch, micro in zip(read, inputs, strict=True)
+            for row, position in enumerate(batch.positions)
+        }
+
+    want = draws(World(), BATCH)
+    assert list(want) == sorted(range(2 * BATCH, 3 * BATCH), key=lambda p: p % lanes)
+    for size, micro_batch in ((1, 20), (1, 5), (2, 20), (2, 10), (4, 5)):
+        found = [draws(World(rank, size), micro_batch) for rank in range(size)]
+        assert {p: draw for part in found for p, draw in part.items()} == want
+        assert sum(map(len, found)) == BATCH

@@ -1,9 +1,10 @@
 """A bounded cache of remote shards on a disk of the node, shared by its processes.
 
-A cached shard is named by its sha256, so data sets cannot be confused, and it has that name only
-after its size and hash have been verified. A lock file per shard lets one process download it while
-the others wait. A shard may be evicted at any time: processes that have it open continue to read
-it, later ones download it again.
+A file of the cache holds a chunk: consecutive samples of one shard. Its name begins with the sha256
+of the shard, so data sets cannot be confused. It has that name only after its images have been
+verified, and every image is verified again when it is read. A lock file per shard lets one process
+download a chunk while the others wait. A chunk may be evicted at any time: processes that have it
+open continue to read it, later ones download it again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,86 +21,188 @@ from numpy.typing import NDArray
 
 from bigan import atomic_files
 from bigan.data import DataError
-from bigan.data.format.manifest import Shard
-from bigan.data.streaming.stores import Store
+from bigan.data.format import tar
+from bigan.data.streaming.ranges import MAX_BYTES, ShardRanges, Span, span
 from bigan.file_lock import locked
+
+Indices = NDArray[np.int64]
+
+CHUNK_BYTES = 2**20  # of a chunk, at most, about
+CHUNKS = 2**14  # of a small data set, about: the parts of lanes do not begin at borders of chunks
+READ_SHARE = 4  # the next block is fetched once this part (1/4) of the current one was requested
+SPARE = 16  # an eviction frees this part (1/16) of the limit
+
+
+class Chunks:
+    """The division of the shards of a split into chunks of `each` samples, numbered through.
+
+    It depends on the data set only, so runs with other settings share the cache.
+    """
+
+    def __init__(self, ranges: ShardRanges) -> None:
+        self.index = ranges.index
+        self.shards = ranges.shards
+        sizes = np.asarray([shard.nsamples for shard in ranges.shards])
+        total = sum(shard.filesize for shard in ranges.shards)
+        sample_bytes = -(-total // int(sizes.sum()))
+        self.each = max(1, min(CHUNK_BYTES, total // CHUNKS) // sample_bytes)
+        self.bytes = self.each * sample_bytes  # of a chunk, about
+        self._counts = -(-sizes // self.each)
+        self._first = np.cumsum(self._counts) - self._counts
+
+    def of(self, samples: Indices) -> Indices:
+        """The chunk of each sample."""
+        shards = self.index.shards_of(samples)
+        return self._first[shards] + (samples - self.index.first[shards]) // self.each
+
+    def shard(self, chunk: int) -> int:
+        """The number of the shard that contains a chunk."""
+        return int(self._shards(np.asarray(chunk)))
+
+    def of_shard(self, shard: int) -> list[int]:
+        """All chunks of a shard."""
+        return list(range(self._first[shard], self._first[shard] + self._counts[shard]))
+
+    def by_shard(self, chunks: Indices) -> list[Indices]:
+        """Increasing `chunks`, those of each shard."""
+        return np.split(chunks, np.flatnonzero(np.diff(self._shards(chunks))) + 1)
+
+    def runs(self, chunks: list[int]) -> list[list[int]]:
+        """Increasing `chunks` of one shard in runs without gaps, each for one request."""
+        numbers = np.asarray(chunks)
+        part = (numbers - numbers[:1]) // max(1, MAX_BYTES // self.bytes)
+        borders = np.flatnonzero((np.diff(numbers) > 1) | (np.diff(part) > 0)) + 1
+        return [run.tolist() for run in np.split(numbers, borders) if len(run)]
+
+    def starts(self, chunks: Indices) -> Indices:
+        """The offset in its shard of the first byte of each chunk."""
+        return self.index.offset[self._first_samples(chunks)].astype(np.int64) - tar.BLOCK
+
+    def span(self, chunk: int) -> Span:
+        """The samples and bytes of a chunk."""
+        shard = self.shard(chunk)
+        first = int(self._first_samples(np.asarray(chunk)))
+        end = int(self.index.first[shard]) + self.shards[shard].nsamples
+        return span(self.index, first, min(first + self.each, end))
+
+    def _shards(self, chunks: Indices) -> Indices:
+        return np.searchsorted(self._first, chunks, side="right") - 1
+
+    def _first_samples(self, chunks: Indices) -> Indices:
+        shards = self._shards(chunks)
+        return self.index.first[shards] + (chunks - self._first[shards]) * self.each
+
+    def name(self, chunk: int) -> str:
+        """The name of the file of a chunk in the cache."""
+        shard = self.shard(chunk)
+        number = chunk - int(self._first[shard])
+        return f"{self.shards[shard].sha256}.{self.each}-{number:06d}"
+
+
+def _joined(first: Span, last: Span) -> Span:
+    return Span(first.first, last.last, first.start, last.stop)
 
 
 class NodeCache:
-    """Cached copies of the shards of `store`, in `folder`.
+    """Cached chunks of the shards of `ranges`, in `folder`.
 
-    `limit_bytes` (None: no limit) bounds the shards, including those in download by this process.
-    Downloads of other processes and evicted shards that a process has open are extra
-    (`LocalShards` keeps at most half of the limit open). Safe to use from several threads and
-    processes.
+    `limit_bytes` (None: no limit) bounds the chunks, including those in download by this process.
+    Downloads of other processes and evicted chunks that a process has open are extra
+    (`LocalShards` keeps at most half of the limit open). `local_ranks`: processes that share the
+    folder. Safe to use from several threads and processes.
     """
 
-    def __init__(self, folder: Path, store: Store, limit_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        ranges: ShardRanges,
+        limit_bytes: int | None = None,
+        local_ranks: int = 1,
+    ) -> None:
         self.folder = folder
-        self.store = store
+        self.ranges = ranges
+        self.chunks = Chunks(ranges)
         self.limit_bytes = limit_bytes
-        self.num_downloads = 0
+        self.num_downloads = 0  # of chunks
+        self._local_ranks = local_ranks
+        self._free = 0  # bytes that may be written before the folder is listed again
         self._downloading = 0  # bytes of this process's downloads in progress
         self._counting = threading.Lock()
-        self.stopped = threading.Event()
+        self._closed = threading.Event()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             atomic_files.remove_leftovers(folder, shared=True)  # of killed processes
         except OSError as error:
             raise DataError(f"{folder}: cannot be used as data.cache: {error.strerror}") from None
 
-    def open(self, shard: Shard) -> int:
-        """A descriptor of the cached shard, to be closed by the caller; downloads it if needed.
+    def open(self, chunk: int) -> int:
+        """A descriptor of the cached chunk, to be closed by the caller; downloads it if needed.
 
         Raises `DataError` if the download fails.
         """
         while True:
-            self.fetch(shard)
+            self.fetch([chunk])
             with contextlib.suppress(FileNotFoundError):  # evicted meanwhile
-                descriptor = os.open(self._file(shard), os.O_RDONLY)
-                os.utime(descriptor)  # least recently used shards are evicted first
+                descriptor = os.open(self._file(chunk), os.O_RDONLY)
+                os.utime(descriptor)  # least recently used chunks are evicted first
                 return descriptor
 
-    def fetch(self, shard: Shard) -> None:
-        """Download and verify the shard unless it is cached; it may be evicted at any time."""
-        file = self._file(shard)
-        if file.exists():
+    def fetch(self, chunks: Iterable[int]) -> None:
+        """Download those of `chunks`, of one shard, that are not cached; any may be evicted."""
+        missing = [chunk for chunk in chunks if not self._file(chunk).exists()]
+        if not missing:
             return
+        shard = self.chunks.shard(missing[0])
         try:
-            with self._locked(f"{shard.sha256}.lock", remove=True):
-                if not file.exists():  # otherwise another process has downloaded it
-                    with self._reserved(shard.filesize):
-                        data = self.store.read(shard.url, size=shard.filesize, sha256=shard.sha256)
-                        atomic_files.write_atomic(file, data)
-                    self.num_downloads += 1
+            with self._locked(f"{self.chunks.shards[shard].sha256}.lock", remove=True):
+                missing = [chunk for chunk in missing if not self._file(chunk).exists()]
+                if missing:  # otherwise another process has downloaded them
+                    self._download(shard, missing)
         except InterruptedError:
             raise DataError(f"{self.folder}: the stream was closed") from None
         except OSError as error:
             raise DataError(f"{self.folder}: cannot be written: {error.strerror}") from None
 
+    def drop(self, chunk: int) -> None:
+        """Delete the file of a chunk, which is damaged."""
+        self._file(chunk).unlink(missing_ok=True)
+
     def close(self) -> None:
-        """Abort downloads and waiting for other processes."""
-        self.stopped.set()
-        self.store.close()
+        self._closed.set()
+        self.ranges.close()
+
+    def _download(self, shard: int, missing: list[int]) -> None:
+        if not self.ranges.has_ranges:  # all chunks cost as much as one
+            missing = [c for c in self.chunks.of_shard(shard) if not self._file(c).exists()]
+        parts = {chunk: self.chunks.span(chunk) for chunk in missing}
+        runs = self.chunks.runs(missing)
+        joined = [_joined(parts[run[0]], parts[run[-1]]) for run in runs]
+        with self._reserved(sum(each.stop - each.start for each in parts.values())):
+            for run, whole, data in zip(runs, joined, self.ranges.read(shard, joined), strict=True):
+                for chunk in run:
+                    start, stop = parts[chunk].start - whole.start, parts[chunk].stop - whole.start
+                    # Not synced: its images are verified when they are read.
+                    atomic_files.write_atomic(self._file(chunk), data[start:stop], sync=False)
+                    self.num_downloads += 1
 
     @contextlib.contextmanager
     def _locked(self, name: str, remove: bool = False) -> Iterator[None]:
         """Hold the lock file `name`; raises `InterruptedError` if the stream is closed meanwhile.
 
         With `remove` the file is deleted afterwards. A process that waits for it then locks a
-        deleted file while another one locks a new file: at worst a shard is downloaded twice, with
+        deleted file while another one locks a new file: at worst a chunk is downloaded twice, with
         the same bytes.
         """
         path = self.folder / name
-        with path.open("w") as file, locked(file.fileno(), self.stopped):
+        with path.open("w") as file, locked(file.fileno(), self._closed):
             try:
                 yield
             finally:
                 if remove:
                     path.unlink(missing_ok=True)
 
-    def _file(self, shard: Shard) -> Path:
-        return self.folder / f"{shard.sha256}.tar"
+    def _file(self, chunk: int) -> Path:
+        return self.folder / self.chunks.name(chunk)
 
     @contextlib.contextmanager
     def _reserved(self, needed: int) -> Iterator[None]:
@@ -107,50 +210,53 @@ class NodeCache:
         if self.limit_bytes is None:
             yield
             return
-        self._evict(needed, self.limit_bytes)
+        with self._counting:
+            self._free -= needed * self._local_ranks
+            self._downloading += needed
+            full = self._free < 0
         try:
+            if full:
+                self._evict(self.limit_bytes)
             yield
         finally:
             with self._counting:
                 self._downloading -= needed
 
-    def _evict(self, needed: int, limit: int) -> None:
-        """Delete the least recently used shards until `needed` more bytes are below the limit."""
+    def _evict(self, limit: int) -> None:
+        """Delete the least recently used chunks until all, and the downloads, are below the limit.
+
+        Then some more, so that the folder is not listed for every chunk.
+        """
         # Two processes that evict at once would delete too much.
         with self._locked("eviction.lock"):
             found = []
-            for path in self.folder.glob("*.tar"):
+            for path in self.folder.glob("*.*-*"):
                 with contextlib.suppress(FileNotFoundError):
                     status = path.stat()
                     found.append((status.st_mtime_ns, status.st_size, path))
             with self._counting:
-                self._downloading += needed
                 total = sum(size for _, size, _ in found) + self._downloading
+            wanted = limit if total <= limit else limit - limit // SPARE
             for _, size, path in sorted(found):
-                if total <= limit:
-                    return
+                if total <= wanted:
+                    break
                 path.unlink(missing_ok=True)
                 total -= size
+            with self._counting:
+                self._free = limit - total
 
 
 class ReadAhead:
-    """Downloads the shards of the next block into a cache while the current one is read.
+    """Downloads the chunks of the next block into a cache while the current one is read.
 
-    `blocks` yields the (positions, samples) of one block after the other, `shards_of` is that
-    of the index. A failed download raises in the thread that needs the shard.
+    `blocks` yields the (positions, samples) of one block after the other. A failed download raises
+    in the thread that needs the chunk.
     """
 
     def __init__(
-        self,
-        cache: NodeCache,
-        shards: Sequence[Shard],
-        shards_of: Callable[[NDArray[np.int64]], NDArray[np.int64]],
-        blocks: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]],
-        connections: int,
+        self, cache: NodeCache, blocks: Iterable[tuple[Indices, Indices]], connections: int
     ) -> None:
         self._cache = cache
-        self._shards = shards
-        self._shards_of = shards_of
         self._blocks = blocks
         self._connections = connections
         self._position = -1
@@ -178,20 +284,19 @@ class ReadAhead:
             self._thread.join()
 
     def _run(self) -> None:
-        def fetch(number: int) -> None:
+        def fetch(chunks: Indices) -> None:
             if not self._closed:
                 with contextlib.suppress(DataError):
-                    self._cache.fetch(self._shards[number])
+                    self._cache.fetch(chunks.tolist())
 
         needed = -1  # position that reading must reach before the next block is downloaded
         with ThreadPoolExecutor(self._connections, "bigan-cache") as executor:
             for positions, samples in self._blocks:
-                if not len(positions):
-                    continue
                 with self._moved:
                     while not self._closed and self._position < needed:
                         self._moved.wait()
                 if self._closed:
                     return
-                list(executor.map(fetch, np.unique(self._shards_of(samples)).tolist()))
-                needed = int(positions[0])
+                chunks = np.unique(self._cache.chunks.of(samples))
+                list(executor.map(fetch, self._cache.chunks.by_shard(chunks)))
+                needed = int(np.sort(positions)[len(positions) // READ_SHARE])

@@ -13,6 +13,7 @@ read error is never skipped, otherwise a faulty disk would change the data.
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from bigan.data.format.manifest import Index, Manifest
 from bigan.data.settings import Fetch
 from bigan.data.streaming.cache import NodeCache, ReadAhead
 from bigan.data.streaming.local_shards import LocalShards
+from bigan.data.streaming.ranges import MERGED_BYTES, ShardRanges
 from bigan.data.streaming.stores import store_of
 from bigan.data.streaming.streamed_shards import StreamedShards
 
@@ -200,7 +202,7 @@ def fill_labels(
     """Write the labels of `samples` into `out`, those of the replacements for bad samples."""
     out[:] = index.label[samples]
     for each in bad:
-        out[each.position - int(positions[0])] = index.label[each.replacement]
+        out[positions == each.position] = index.label[each.replacement]
 
 
 def resolve_mode(manifest: Manifest, fetch: Fetch) -> str:
@@ -210,7 +212,9 @@ def resolve_mode(manifest: Manifest, fetch: Fetch) -> str:
     return "random_access" if manifest.remote is None or fetch.cache else "stream"
 
 
-def make_fetcher(manifest: Manifest, split: str, blocks: Blocks, fetch: Fetch) -> Fetcher:
+def make_fetcher(
+    manifest: Manifest, split: str, blocks: Blocks, fetch: Fetch, lanes: int = 1
+) -> Fetcher:
     """The fetcher of `split` for samples that will be requested in the order of `blocks()`.
 
     Raises `DataError` if index or shards are damaged: local data sets of up to `CHECKSUM_BYTES` are
@@ -230,8 +234,9 @@ def make_fetcher(manifest: Manifest, split: str, blocks: Blocks, fetch: Fetch) -
         blocks = partial(_split_in_chunks, num)
     source: LocalShards | StreamedShards
     if mode == "stream" or not on_disk:
-        store = store_of(manifest.remote, fetch) if manifest.remote else None
-        source = StreamedShards(manifest, split, blocks(), stop, fetch.connections, store)
+        ranges = _ranges(manifest, split, fetch, keep_whole=lanes > 1)
+        max_gap = MERGED_BYTES if lanes == 1 else 0  # with lanes, another block reads the gap
+        source = StreamedShards(ranges, blocks(), stop, fetch.connections, max_gap)
     elif manifest.remote is None:
         source = LocalShards(manifest, split)
     else:
@@ -247,12 +252,16 @@ def consecutive(start: int, stop: int, step: int) -> Iterator[Indices]:
     return (np.arange(i, min(i + step, stop)) for i in range(start, stop, step))
 
 
+def _ranges(manifest: Manifest, split: str, fetch: Fetch, keep_whole: bool = False) -> ShardRanges:
+    store = store_of(manifest.remote, fetch) if manifest.remote else None
+    return ShardRanges(manifest, split, manifest.load_index(split), store, keep_whole)
+
+
 def _cached(manifest: Manifest, split: str, blocks: Blocks, fetch: Fetch) -> LocalShards:
     assert fetch.cache is not None
-    assert manifest.remote is not None
-    cache = NodeCache(fetch.cache, store_of(manifest.remote, fetch), fetch.cache_bytes)
-    shards, shards_of = manifest.shards(split), manifest.load_index(split).shards_of
-    ahead = ReadAhead(cache, shards, shards_of, blocks(), fetch.connections)
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    cache = NodeCache(fetch.cache, _ranges(manifest, split, fetch), fetch.cache_bytes, local_ranks)
+    ahead = ReadAhead(cache, blocks(), fetch.connections)
     return LocalShards(manifest, split, cache, ahead)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import os
 import resource
 import threading
 import weakref
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -48,8 +50,9 @@ class _OpenFile:
 class LocalShards:
     """The encoded samples of a split; thread-safe.
 
-    With a `cache` the shards are those of a remote data set; `ahead` downloads the shards of the
-    next block while the current one is read. The instances of a process share a quarter of the
+    Each file is a shard. With a `cache` it is a chunk of a shard of a remote data set, and every
+    image is compared with its crc32; `ahead` downloads the chunks of the next block while the
+    current one is read. The instances of a process share a quarter of the
     descriptors that the process may have (`ulimit -n`).
     """
 
@@ -64,23 +67,23 @@ class LocalShards:
     ) -> None:
         self.manifest = manifest
         self.shards = manifest.shards(split)
-        self.index = manifest.load_index(split)
+        self.index = cache.ranges.index if cache else manifest.load_index(split)
         self._cache = cache
         self._ahead = ahead
         self._open: collections.OrderedDict[int, _OpenFile] = collections.OrderedDict()
         self._lock = threading.Lock()
         self._max_open = MAX_OPEN_SHARDS
         if cache is not None and cache.limit_bytes is not None:
-            # An evicted shard occupies space while it is open here.
-            largest = max(shard.filesize for shard in self.shards)
-            self._max_open = max(1, min(MAX_OPEN_SHARDS, cache.limit_bytes // largest // 2))
+            # An evicted chunk occupies space while it is open here.
+            at_most = cache.limit_bytes // cache.chunks.bytes // 2
+            self._max_open = max(1, min(MAX_OPEN_SHARDS, at_most))
         self._instances.add(self)
 
     def images(self, positions: Indices, samples: Indices) -> Iterator[bytes]:
         """The encoded bytes of each of `samples`, which are read at `positions` of the order."""
-        self._report_position(positions)
-        for shard, size, offset in self._places(samples):
-            yield self._read(shard, size, offset)
+        self._prepare(positions, samples)
+        for place in self._places(samples):
+            yield self._read(*place)
 
     def read_raw(
         self, positions: Indices, samples: Indices, out: Pixels, stopped: Callable[[], bool]
@@ -90,32 +93,34 @@ class LocalShards:
         For .npy members in bigan's own format: a fixed header followed by the pixels. Returns early
         once `stopped()`.
         """
-        self._report_position(positions)
+        self._prepare(positions, samples)
         header = npy_header(out.shape[1:])
         found = bytearray(len(header))
         each = out[0].nbytes
         pixels = memoryview(out.reshape(-1))  # type: ignore[arg-type]
         others = []
-        for row, (shard, size, offset) in enumerate(self._places(samples)):
+        for row, (key, size, offset, crc32) in enumerate(self._places(samples)):
             if stopped():
                 return []
             if size == len(header) + each:
-                file = self._open.get(shard) or self._file(shard)
+                file = self._open.get(key) or self._file(key)
                 buffers = (found, pixels[row * each : (row + 1) * each])
                 try:
-                    if file.read_into(buffers, offset) == size and found == header:
-                        continue
+                    num = file.read_into(buffers, offset)
                 except OSError as error:
-                    raise self._unreadable(shard, offset, error) from error
+                    raise self._unreadable(key, offset, error) from error
+                sound = crc32 is None or crc32 == zlib.crc32(buffers[1], zlib.crc32(found))
+                if num == size and found == header and sound:
+                    continue
             others.append(row)
         return others
 
     def member(self, sample: int) -> tuple[bytes, str, str]:
         """(encoded bytes, shard, member name) of one sample."""
-        shard, offset = int(self.index.shards_of(sample)), int(self.index.offset[sample])
-        data = self._read(shard, int(self.index.size[sample]), offset)
-        header = self._read(shard, tar.BLOCK, offset - tar.BLOCK)
-        return data, self._name(shard), tar.member_name(header)
+        ((key, size, offset, crc32),) = self._places(np.asarray([sample]))
+        data = self._read(key, size, offset, crc32)
+        header = self._read(key, tar.BLOCK, offset - tar.BLOCK)
+        return data, self._name(key), tar.member_name(header)
 
     def close(self) -> None:
         if self._cache is not None:
@@ -125,39 +130,56 @@ class LocalShards:
         with self._lock:
             self._open.clear()
 
-    def _report_position(self, positions: Indices) -> None:
+    def _prepare(self, positions: Indices, samples: Indices) -> None:
+        """Download the chunks of `samples` that are not cached, and those of the next block."""
         if self._ahead is not None and len(positions):
-            self._ahead.reached(int(positions[0]))
+            self._ahead.reached(int(positions.max()))
+        if self._cache is not None:
+            chunks = np.unique(self._cache.chunks.of(samples))
+            for part in self._cache.chunks.by_shard(chunks) if len(chunks) else ():
+                self._cache.fetch(part.tolist())
 
-    def _places(self, samples: Indices) -> Iterator[tuple[int, int, int]]:
-        """(shard, size, offset) of each sample."""
-        index = self.index
-        columns = (index.shards_of(samples), index.size[samples], index.offset[samples])
-        return zip(*(column.tolist() for column in columns), strict=True)
+    def _places(self, samples: Indices) -> Iterator[tuple[int, int, int, int | None]]:
+        """(file, size, offset in it, crc32 if it is to be compared) of each sample."""
+        index, cache = self.index, self._cache
+        sizes, offsets = index.size[samples].tolist(), index.offset[samples]
+        if cache is None:
+            shards = index.shards_of(samples).tolist()
+            return zip(shards, sizes, offsets.tolist(), itertools.repeat(None))
+        chunks = cache.chunks.of(samples)
+        inside = (offsets.astype(np.int64) - cache.chunks.starts(chunks)).tolist()
+        return zip(chunks.tolist(), sizes, inside, index.crc32[samples].tolist(), strict=True)
 
-    def _read(self, shard: int, size: int, offset: int) -> bytes:
-        file = self._open.get(shard) or self._file(shard)
-        try:
-            data = file.read(size, offset)
-        except OSError as error:
-            raise self._unreadable(shard, offset, error) from error
-        if len(data) != size:
-            raise DataError(
-                f"{self._name(shard)}: is shorter than {offset + size} bytes and was changed; run "
-                "`bigan verify`"
-            )
-        return data
+    def _read(self, key: int, size: int, offset: int, crc32: int | None = None) -> bytes:
+        """The bytes at `offset` of a file. A damaged chunk is downloaded again, once."""
+        for attempt in range(2):
+            file = self._open.get(key) or self._file(key)
+            try:
+                data = file.read(size, offset)
+            except OSError as error:
+                raise self._unreadable(key, offset, error) from error
+            if len(data) == size and crc32 in (None, zlib.crc32(data)):
+                return data
+            if self._cache is None or attempt:
+                break
+            with self._lock:
+                self._open.pop(key, None)
+                self._cache.drop(key)
+        raise DataError(
+            f"{self._name(key)}: is shorter than {offset + size} bytes and was changed; run "
+            "`bigan verify`"
+        )
 
-    def _unreadable(self, shard: int, offset: int, error: OSError) -> DataError:
-        return DataError(f"{self._name(shard)}: cannot be read at byte {offset}: {error.strerror}")
+    def _unreadable(self, key: int, offset: int, error: OSError) -> DataError:
+        return DataError(f"{self._name(key)}: cannot be read at byte {offset}: {error.strerror}")
 
-    def _file(self, shard: int) -> _OpenFile:
+    def _file(self, key: int) -> _OpenFile:
         with self._lock:
-            if shard not in self._open:
+            if key not in self._open:
                 while len(self._open) >= max(1, min(self._max_open, self._share())):
                     self._open.popitem(last=False)
-                self._open[shard] = _OpenFile(self._descriptor(shard))
-            return self._open[shard]
+                self._open[key] = _OpenFile(self._descriptor(key))
+            return self._open[key]
 
     def _share(self) -> int:
         """The descriptors that this instance may keep open."""
@@ -166,13 +188,15 @@ class LocalShards:
             return MAX_OPEN_SHARDS
         return limit // 4 // len(self._instances)
 
-    def _descriptor(self, shard: int) -> int:
+    def _descriptor(self, key: int) -> int:
         if self._cache is not None:
-            return self._cache.open(self.shards[shard])
+            return self._cache.open(key)
         try:
-            return os.open(self._name(shard), os.O_RDONLY)
+            return os.open(self._name(key), os.O_RDONLY)
         except OSError as error:
-            raise DataError(f"{self._name(shard)}: cannot be opened: {error.strerror}") from error
+            raise DataError(f"{self._name(key)}: cannot be opened: {error.strerror}") from error
 
-    def _name(self, shard: int) -> str:
+    def _name(self, key: int) -> str:
+        """The path or URL of the shard that a file is, or is a chunk of."""
+        shard = key if self._cache is None else self._cache.chunks.shard(key)
         return self.manifest.location(self.shards[shard])

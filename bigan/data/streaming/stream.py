@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,14 @@ from bigan.data.settings import Fetch
 from bigan.data.streaming.dataset import open_manifest
 from bigan.data.streaming.device import HostBatch, Reading, Sent, Transfer, transfer_to
 from bigan.data.streaming.fetchers import BadSample, Fetcher, consecutive, fill_labels, make_fetcher
-from bigan.data.streaming.order import ORDER_VERSION, Order, grouped, rank_positions, rank_range
+from bigan.data.streaming.order import (
+    ORDER_VERSION,
+    Order,
+    default_lanes,
+    grouped,
+    rank_positions,
+    rank_range,
+)
 from bigan.distributed.world import World
 from bigan.hashes import sha256
 
@@ -44,8 +51,8 @@ class Batch:
     """One rank's micro-batch of m images.
 
     pixels: uint8 [m, H, W, C] and labels: int64 [m], on the device of the run.
-    positions: int64 [m] on the host, of each image in the endless order; in `sequential`, the
-        sample numbers within the split.
+    positions: int64 [m] on the host, of each image in the endless order; by lane, then increasing.
+        In `sequential`, the sample numbers within the split.
     bad: those of these images that did not decode and were replaced (`data.on_bad=skip`).
     """
 
@@ -90,8 +97,9 @@ class ShardStream(Endless):
     Every optimizer step reads `batch` consecutive positions of the global order, divided into
     `accumulation` global micro-batches of which each rank reads its slice
     (`order.rank_positions`). Iteration yields this rank's `Batch` of m = batch / accumulation /
-    world.size images, `accumulation` times per step. The order depends on the data, `seed` and
-    `block` only, not on `fetch`.
+    world.size images, `accumulation` times per step. The order depends on the data, `seed`, `block`
+    and `lanes` only, not on `fetch`. `lanes` None: 1 for a folder, `order.default_lanes` of the
+    batch for a URL.
 
     There is no state to save: construct a stream with another `images_seen`. Use it as a context
     manager, or call `close()`.
@@ -111,6 +119,7 @@ class ShardStream(Endless):
         accumulation: int = 1,
         images_seen: int = 0,
         block: int = 65_536,
+        lanes: int | None = None,
         fetch: Fetch | None = None,
     ) -> None:
         fetch = fetch or Fetch()
@@ -119,33 +128,38 @@ class ShardStream(Endless):
                 f"batch {batch}: cannot be divided evenly into {accumulation} micro-batch(es) "
                 f"for {world.size} process(es)"
             )
-        if block < 1 or images_seen < 0:
+        if block < 1 or (lanes is not None and lanes < 1) or images_seen < 0:
             raise DataError(
-                f"data: block {block} must be positive, images_seen {images_seen} not negative"
+                f"data: block {block} and lanes {lanes} must be positive, images_seen "
+                f"{images_seen} not negative"
             )
         self.manifest = open_manifest(data, fetch)
+        sizes = np.asarray([shard.nsamples for shard in self.manifest.shards(split)])
+        # Not an attribute: a thread that refers to the stream would keep it alive.
+        lanes = lanes or lanes_of(self.manifest, split, [batch])
         if fetch.cache_bytes is not None and self.manifest.remote is not None:
-            _check_cache(self.manifest, split, block, fetch.cache_bytes)
-        sizes = [shard.nsamples for shard in self.manifest.shards(split)]
+            ranks = world.size if lanes % world.size == 0 else 1
+            _check_cache(self.manifest, split, -(-block // ranks), fetch.cache_bytes)
         inputs = (
-            f"{ORDER_VERSION}/{self.manifest.fingerprint}/{split}/{seed}/{block}/{batch}/"
-            f"{accumulation}/{images_seen}/{world.size}"
+            f"{ORDER_VERSION}/{self.manifest.fingerprint}/{split}/{seed}/{block}/{lanes}/"
+            f"{batch}/{accumulation}/{images_seen}/{world.size}"
         )
         self.fingerprint = sha256(inputs.encode())[:32]
 
-        def micro_batches() -> Iterator[tuple[Indices, Indices]]:
-            order = Order(sizes, seed, block)  # not shared: its cache is not thread-safe
+        def micro_batches(order: Order) -> Iterator[tuple[Indices, Indices]]:
             for start in itertools.count(images_seen, batch):
-                for positions in rank_positions(start, batch, accumulation, world):
+                for positions in rank_positions(start, batch, accumulation, world, lanes):
                     yield positions, order.at(positions)
 
-        def blocks() -> Iterator[tuple[Indices, Indices]]:
-            ends = Order(sizes, seed, block).block_ends(images_seen)
-            return grouped(micro_batches(), ends)
+        def order() -> Order:  # one for each thread: its cache is not thread-safe
+            return Order(sizes, seed, block, lanes)
 
-        self._fetcher = make_fetcher(self.manifest, split, blocks, fetch)
+        def blocks() -> Iterator[tuple[Indices, Indices]]:
+            return grouped(micro_batches(order()), order())
+
+        self._fetcher = make_fetcher(self.manifest, split, blocks, fetch, lanes)
         self._transfer = transfer_to(world.device, self.manifest.image_shape, fetch.prefetch)
-        self._batches = _ahead(self._fetcher, micro_batches(), fetch, self._transfer)
+        self._batches = _ahead(self._fetcher, micro_batches(order()), fetch, self._transfer)
 
     def close(self) -> None:
         self._fetcher.stop.set()
@@ -180,16 +194,26 @@ def sequential(
     return _ahead(fetcher, parts(batch), fetch, transfer)
 
 
+def lanes_of(manifest: Manifest, split: str, batches: Iterable[int]) -> int:
+    """The default of `data.lanes` for a run with these batches (a growing model has several)."""
+    if manifest.remote is None or manifest.remote.startswith("pipe:"):
+        return 1
+    return default_lanes(batches, manifest.num_samples(split))
+
+
 def _check_cache(manifest: Manifest, split: str, block: int, cache_bytes: int) -> None:
-    """Raise `DataError` for a cache below two blocks, which would download shards repeatedly."""
+    """Raise `DataError` for a cache that cannot hold two blocks of `block` samples of a rank.
+
+    It would download them repeatedly. Ranks that share a cache need more, up to all of a block.
+    """
     shards = manifest.shards(split)
     total = sum(shard.filesize for shard in shards)
-    share = total * block // manifest.num_samples(split) + max(s.filesize for s in shards)
-    if cache_bytes < min(total, 2 * share):
+    needed = min(total, 2 * total * block // manifest.num_samples(split))
+    if cache_bytes < needed:
         raise DataError(
-            f"data.cache_bytes = {cache_bytes:,} cannot hold two blocks of data.block = {block:,} "
-            f"images, about {min(total, 2 * share):,} bytes; increase it, or start a new run with "
-            "smaller blocks"
+            f"data.cache_bytes = {cache_bytes:,} cannot hold two blocks of this process, of "
+            f"{block:,} images each, about {needed:,} bytes; increase it, or start a new run with "
+            "a smaller data.block"
         )
 
 
@@ -258,17 +282,22 @@ def _in_threads(
         host = transfer.take(len(samples))
         waiting.append((positions, host, executor.submit(read, positions, samples, host)))
 
-    try:
-        for positions, samples in itertools.islice(micro_batches, fetch.prefetch):
+    def submit_until(num: int) -> None:
+        for positions, samples in itertools.islice(micro_batches, num - len(waiting)):
             submit(positions, samples)
+
+    try:
+        submit_until(1)  # others would share the connections with the first batch
+        ahead = 0
         while waiting:
             positions, host, future = waiting.popleft()
             bad = future.result()
             if fetcher.stop.is_set():
                 return  # the batch may be incomplete
-            for next_positions, samples in itertools.islice(micro_batches, 1):
-                submit(next_positions, samples)
+            submit_until(ahead)
             yield positions, host, bad
+            ahead = fetch.prefetch
+            submit_until(ahead)
     finally:
         fetcher.stop.set()
         fetcher.close()  # aborts downloads that threads wait for

@@ -1,4 +1,4 @@
-"""Encoded samples of shards that are read sequentially, from a URL, without a copy on disk."""
+"""Encoded samples of shards that are read in large ranges, from a URL, without a copy on disk."""
 
 from __future__ import annotations
 
@@ -9,44 +9,43 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from bigan.data import DataError
 from bigan.data.format import tar
-from bigan.data.format.manifest import Manifest, Shard
-from bigan.data.streaming.stores import Store
-from bigan.hashes import sha256
+from bigan.data.streaming.ranges import ShardRanges, span, spans
 
 Indices = NDArray[np.int64]
 
 POLL_SECONDS = 0.2  # between two checks of `stop` while waiting
+READ_SHARE = 4  # the next block is loaded once this part (1/4) of the current one has been read
 
 
 class StreamedShards:
-    """Encoded samples in the order of `blocks`, from shards that are read sequentially.
+    """Encoded samples in the order of `blocks`, from ranges of shards that are read ahead.
 
     `blocks` yields the (positions, samples) of one block after the other. The encoded samples of a
     block stay in memory until they are read. A block is loaded while the one before it is read:
-    memory holds at most two blocks of this rank, and `connections` shards while they arrive. The
-    sha256 of every shard is verified before a sample of it is used.
+    memory holds at most two blocks of this rank, more only if a batch needs more, and `connections`
+    ranges while they arrive. `max_gap`: see `ranges.spans`.
     """
 
     def __init__(
         self,
-        manifest: Manifest,
-        split: str,
+        ranges: ShardRanges,
         blocks: Iterable[tuple[Indices, Indices]],
         stop: threading.Event,
         connections: int,
-        store: Store | None,
+        max_gap: int,
     ) -> None:
-        self.manifest = manifest
-        self.shards = manifest.shards(split)
-        self.index = manifest.load_index(split)
-        self._store = store
+        self.manifest = ranges.manifest
+        self.index = ranges.index
+        self._ranges = ranges
+        self._max_gap = max_gap
         self._stop = stop
         self._ready: dict[int, bytes] = {}
         self._changed = threading.Condition()
         self._unread: dict[int, int] = {}  # block -> samples not yet read
         self._block_of: dict[int, int] = {}  # position -> block
+        self._enough = 0  # unread samples of the latest block at which the next one is loaded
+        self._wanted = -1  # largest position that has been requested
         self._error: Exception | None = None
         self._connections = connections
         self._thread = threading.Thread(
@@ -60,6 +59,9 @@ class StreamedShards:
             if not self._started:
                 self._started = True
                 self._thread.start()
+            if len(positions):
+                self._wanted = max(self._wanted, int(positions.max()))
+                self._changed.notify_all()
         for position in positions.tolist():
             data = self._take(position)
             if data is None:
@@ -67,18 +69,15 @@ class StreamedShards:
             yield data
 
     def member(self, sample: int) -> tuple[bytes, str, str]:
-        """(encoded bytes, shard, member name) of one sample; reads its whole shard again."""
-        shard = self.shards[int(self.index.shards_of(sample))]
-        offset, size = int(self.index.offset[sample]), int(self.index.size[sample])
-        data = self._read(shard)
-        header = data[offset - tar.BLOCK : offset]
-        name = tar.member_name(header)
-        return data[offset : offset + size], self.manifest.location(shard), name
+        """(encoded bytes, shard, member name) of one sample, which is read again."""
+        shard = int(self.index.shards_of(sample))
+        (data,) = self._ranges.read(shard, [span(self.index, sample, sample + 1)])
+        name = tar.member_name(data[: tar.BLOCK])
+        return data[tar.BLOCK :], self._ranges.location(shard), name
 
     def close(self) -> None:
         self._stop.set()
-        if self._store is not None:
-            self._store.close()
+        self._ranges.close()
         with self._changed:
             self._changed.notify_all()
             started = self._started
@@ -97,68 +96,63 @@ class StreamedShards:
                 self._changed.wait(POLL_SECONDS)
             block = self._block_of.pop(position)
             self._unread[block] -= 1
+            if self._unread[block] in (0, self._enough):
+                self._changed.notify_all()
             if self._unread[block] == 0:
                 del self._unread[block]
-                self._changed.notify_all()
             return self._ready.pop(position)
 
     def _load_all(self, blocks: Iterator[tuple[Indices, Indices]]) -> None:
         try:
             with ThreadPoolExecutor(self._connections, "bigan-shard") as executor:
                 for number, (positions, samples) in enumerate(blocks):
-                    if not len(positions):  # this rank reads nothing of the block
-                        continue
-                    with self._changed:
-                        while len(self._unread) > 1 and not self._stop.is_set():
-                            self._changed.wait(POLL_SECONDS)
+                    self._wait_for_space(number, int(positions.min()))
                     if self._stop.is_set():
                         return
                     self._load(number, positions, samples, executor)
+        except InterruptedError:
+            pass  # closed
         except Exception as error:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
+
+    def _wait_for_space(self, number: int, first: int) -> None:
+        """Wait until block `number`, from position `first` on, is to be loaded, or stopped."""
+
+        def too_early() -> bool:
+            latest = self._unread.get(number - 1, 0)
+            return len(self._unread) > 1 or latest > self._enough
+
+        with self._changed:
+            while too_early() and first > self._wanted and not self._stop.is_set():
+                self._changed.wait(POLL_SECONDS)
 
     def _load(
         self, number: int, positions: Indices, samples: Indices, executor: ThreadPoolExecutor
     ) -> None:
         with self._changed:
             self._unread[number] = len(positions)
+            self._enough = len(positions) - len(positions) // READ_SHARE
             self._block_of |= dict.fromkeys(positions.tolist(), number)
-        shard_of = self.index.shards_of(samples)
+        order = np.argsort(samples)
+        borders = np.flatnonzero(np.diff(self.index.shards_of(samples[order]))) + 1
 
-        def load_shard(shard: int) -> None:
-            if self._stop.is_set():
-                return
-            data = self._read(self.shards[shard])
-            mine = np.flatnonzero(shard_of == shard)
-            offsets = self.index.offset[samples[mine]].tolist()
-            sizes = self.index.size[samples[mine]].tolist()
-            found = {
-                position: data[offset : offset + size]
-                for position, offset, size in zip(
-                    positions[mine].tolist(), offsets, sizes, strict=True
-                )
-            }
+        def load(rows: Indices) -> None:
+            if not self._stop.is_set():
+                self._load_ranges(positions[rows], samples[rows])
+
+        for _ in executor.map(load, np.split(order, borders)):
+            pass  # raises the error of a download
+
+    def _load_ranges(self, positions: Indices, samples: Indices) -> None:
+        """Read increasing `samples`, all of one shard."""
+        shard = int(self.index.shards_of(samples[0]))
+        wanted = spans(self.index, samples, self._max_gap)
+        for each, data in zip(wanted, self._ranges.read(shard, wanted), strict=True):
+            rows = slice(*np.searchsorted(samples, [each.first, each.last]))
+            images = self._ranges.images(each, data, samples[rows])
+            found = dict(zip(positions[rows].tolist(), images, strict=True))
             with self._changed:
                 self._ready |= found
                 self._changed.notify_all()
-
-        for _ in executor.map(load_shard, np.unique(shard_of).tolist()):
-            pass  # raises the error of a download
-
-    def _read(self, shard: Shard) -> bytes:
-        if self._store is None:
-            return _read_local(self.manifest, shard)
-        return self._store.read(shard.url, size=shard.filesize, sha256=shard.sha256)
-
-
-def _read_local(manifest: Manifest, shard: Shard) -> bytes:
-    path = manifest.folder / shard.url
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    if sha256(data) != shard.sha256:
-        raise DataError(f"{path}: damaged (sha256 differs); `bigan verify` lists the damage")
-    return data
