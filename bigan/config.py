@@ -28,6 +28,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from bigan.errors import UserError
+from bigan.urls import redacted
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -146,10 +147,7 @@ def validate(schema: type[M], data: dict[str, Any], where: str, touched: Iterabl
 
 
 def dump(config: BaseModel, context: Mapping[str, bool] | None = None) -> str:
-    """The YAML text of a config; the inverse of `load`.
-
-    Without the context `CREDENTIALS`, addresses have no passwords and signatures.
-    """
+    """The YAML text of a config, for `load`; URLs are complete with the context `CREDENTIALS`."""
     plain = config.model_dump(mode="json", context=context)
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
@@ -177,7 +175,7 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def _apply_override(data: dict[str, Any], override: str) -> str:
     key, equals, text = override.partition("=")
-    key = key.strip()
+    key, override = key.strip(), redacted(override)  # for messages
     parts = key.split(".")
     if equals and parts[0].isidentifier() and any(part.isdecimal() for part in parts[1:]):
         section = ".".join(itertools.takewhile(str.isidentifier, parts))
@@ -225,10 +223,10 @@ def _explain(
             chosen = "command line" if f"{section}.name" in touched else where
             return (
                 f"{chosen}: {section}.name = {name}: has no setting {leaf}; leave {key} = "
-                f"{detail['input']!r} out"
+                f"{redacted(repr(detail['input']))} out"
             )
         hint = _nearest_key(key, candidates)
-        return f"{where}: {key} = {detail['input']!r}: unknown key{hint}"
+        return f"{where}: {key} = {redacted(repr(detail['input']))}: unknown key{hint}"
     if detail["type"] == "missing":
         return f"{where}: {key}: this key is required and missing"
     message = detail["msg"].removeprefix("Value error, ")
@@ -246,9 +244,9 @@ def _explain(
             value = detail["input"]
         close = difflib.get_close_matches(str(value), options, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"{where}: {key} = {value!r}: expected one of {expected}{hint}"
+        return f"{where}: {key} = {redacted(repr(value))}: expected one of {expected}{hint}"
     value = detail["input"]
-    shown = f" = {value!r}" if not isinstance(value, dict) else ""
+    shown = f" = {redacted(repr(value))}" if not isinstance(value, dict) else ""
     return f"{where}: {key}{shown}: {message}"
 
 

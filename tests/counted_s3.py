@@ -18,6 +18,8 @@ import pytest
 class S3:
     """`url`: address of the server. `requests`: (method, path) of each request.
 
+    The method of a conditional PUT, which does not replace an object, is CREATE.
+
     `refuses(method, path)` may be set: a request for which it is a status is answered with it.
     """
 
@@ -46,7 +48,8 @@ def counted_s3() -> Iterator[S3]:
     s3, moto = S3(), DomainDispatcherApplication(create_backend_app)
 
     def application(environ: dict[str, Any], start_response: Any) -> Any:
-        request = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        create = "HTTP_IF_NONE_MATCH" in environ
+        request = "CREATE" if create else environ["REQUEST_METHOD"], environ["PATH_INFO"]
         s3.requests.append(request)
         if status := s3.refuses(*request):
             start_response(f"{status} Refused", [("Content-Length", "0")])

@@ -13,12 +13,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from commands import SMOKE
 from s3 import S3, s3_server
 from web import Web, served, serving
 
+from bigan.config import ConfigError
 from bigan.data import DataError
 from bigan.data.streaming import answers, outages, urls
 from bigan.data.streaming.stores import Store, join, shown
+from bigan.run_config import load_config
 
 CONTENT = bytes(range(256)) * 4_000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -132,6 +135,28 @@ def test_without_credentials_the_error_comes_at_once(base: str) -> None:
     assert "\n" not in str(got.value)
 
 
+@pytest.mark.parametrize(
+    ("base", "sent"),
+    [
+        ("az://c/a b/ü%20?sv=1&sig=a%2Fb", "/c/a%20b/%C3%BC%2520/m?sv=1&sig=a%2Fb"),
+        ("abfss://c@acc.dfs.core.windows.net/x?sig=q", "/c/x/m?sig=q"),
+        ("gs://bucket/a b/?", "/bucket/a%20b%2F%3F%2Fm"),
+        ("s3://bucket/a?b", "/bucket/a%3Fb/m"),
+    ],
+)
+def test_addresses_in_object_stores(base: str, sent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with recording({}) as (url, seen):
+        for name, value in S3(url).environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", url)
+        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "acc")
+        monkeypatch.setenv("GOOGLE_BASE_URL", url)
+        monkeypatch.setenv("GOOGLE_SKIP_SIGNATURE", "true")
+        with Store(base) as store:
+            assert store.read("m") == b"ok"
+    assert seen[0].path == sent
+
+
 def test_the_requester_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with recording({}) as (url, seen):
         for name, value in S3(url).environment.items():
@@ -206,10 +231,18 @@ def test_secrets_are_not_shown(url: str, text: str) -> None:
     assert shown(text) == text
 
 
+@pytest.mark.parametrize("key", ["data.pth", "data.mode", "data", "data.block", "data.path.a"])
+def test_messages_about_settings_show_no_secrets(key: str) -> None:
+    with pytest.raises(ConfigError) as got:
+        load_config(SMOKE, [f"{key}=https://anna:secret@host/set?sig=secret"])
+    assert "secret" not in str(got.value)
+
+
 def test_names_go_before_the_query() -> None:
     assert join("https://h/a/?s=1", "b.tar") == "https://h/a/b.tar?s=1"
     assert join("pipe:cat x?", "b") == "pipe:cat x?/b"
-    for url in ("https://h/a%20b/c%C3%BC.tar?s=1", "s3://b/x%/y.tar", "pipe:cat x"):
+    assert join("data/a?b", "c") == "data/a?b/c"
+    for url in ("https://h/a%20b/c%C3%BC.tar?s=1", "s3://b/a?b/c", "s3://b/x%/y.tar", "pipe:cat x"):
         base, name = urls.split_name(url)
         assert not name or join(base, name) == url
 

@@ -7,7 +7,7 @@ import datetime
 import re
 from collections.abc import AsyncIterator
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from bigan.data import DataError
 from bigan.data.streaming import urls
@@ -48,15 +48,17 @@ class ObjectStore:
         common: Any = {"retry_config": retries, "client_options": client_options(silence_seconds)}
         parts = urlsplit(base)
         options = store_options(kind, base)
-        prefix = base.partition("://")[2].partition("/")[2].strip("/") or None
+        path = base.partition("://")[2].partition("/")[2]
+        prefix = path.strip("/") or None
         try:
             if kind in ("s3", "s3a"):
                 return S3Store(parts.netloc, prefix=prefix, **options, **common)
             if kind == "gs":
                 return GCSStore(parts.netloc, prefix=prefix, **options, **common)
-            return AzureStore.from_url(base.partition("?")[0], **options, **common)
+            folder = quote(path.partition("?")[0])  # from_url decodes it
+            return AzureStore.from_url(f"{kind}://{parts.netloc}/{folder}", **options, **common)
         except Exception as error:
-            raise DataError(f"{self._shown}: {str(error).splitlines()[0][:200]}") from None
+            raise DataError(f"{self._shown}: {_first_line(str(error))}") from None
 
     async def get(
         self, name: str, part: Range | None = None, size: int | None = None
@@ -98,11 +100,13 @@ class ObjectStore:
 
         try:
             with self._errors(name):
+                if create:
+                    await obstore.put_async(self._store, name, data, mode="create")
+                    return True
                 if self._uploads is None:
                     self._uploads = self._open(UPLOAD_SECONDS, PART_RETRIES)
                 limits: Any = {"chunk_size": PART_BYTES, "max_concurrency": PARTS}
-                mode: Any = "create" if create else "overwrite"
-                await obstore.put_async(self._uploads, name, data, mode=mode, **limits)
+                await obstore.put_async(self._uploads, name, data, **limits)
         except (AlreadyExistsError, PreconditionError):
             return False
         except DataError as error:
@@ -146,7 +150,7 @@ def _refuse_object(text: str, where: str) -> None:
             raise PassingError(reason)
     if "Generic" in text and re.search(r"HTTP error|reqwest|hyper|body", text):
         raise PassingError("the connection failed")
-    raise DataError(f"{where}: cannot be read: {text.splitlines()[0].partition(' http')[0][:200]}")
+    raise DataError(f"{where}: cannot be read: {_first_line(text)}")
 
 
 _CONNECTION_ERRORS = {
@@ -156,3 +160,8 @@ _CONNECTION_ERRORS = {
     r"ConnectionReset|Connection reset|IncompleteMessage|UnexpectedEof|kind: (Decode|Body)|"
     r"error decoding response body|request or response body error": "the transfer was cut",
 }
+
+
+def _first_line(text: str) -> str:
+    """The beginning of an error of `obstore`, up to an address."""
+    return re.split(r"\S*https?://", text.splitlines()[0])[0].strip()[:200]

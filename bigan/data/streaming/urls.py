@@ -1,4 +1,4 @@
-"""URLs of data sets: which are supported, how file names are appended, how they are displayed."""
+"""URLs of data sets: which are supported, how file names are appended, how they are sent."""
 
 from __future__ import annotations
 
@@ -7,57 +7,26 @@ import re
 from urllib.parse import quote, unquote, urlsplit
 
 from bigan.data import DataError
+from bigan.urls import is_redacted, is_remote, scheme, shown
+
+__all__ = [
+    "check_url",
+    "encoded",
+    "is_redacted",
+    "is_remote",
+    "join",
+    "scheme",
+    "shown",
+    "split_name",
+]
 
 WEB = ("http", "https")
-OBJECT_STORES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss")
+AZURE = ("az", "azure", "adl", "abfs", "abfss")
+OBJECT_STORES = ("s3", "s3a", "gs", *AZURE)
 PROGRAMS = ("ais", "ftps", "sftp", "scp", "file")  # read through WebDataset's `gopen`
 
 _UNESCAPED = re.compile(r"%(?![0-9A-Fa-f]{2})")
-_SECRET_ARGUMENT = re.compile(
-    r"((?:(?<=\s)-u|--user|authorization:|\w*(?:key|secret|token|password)\w*\s*[=:])\s*)"
-    r"(?:(?:bearer|basic)\s+)?[^\s'\"]+",
-    re.IGNORECASE,
-)
 _SAFE_IN_PATH = "/%:@!$&'()*+,;=~-._"
-
-
-def is_remote(path: str) -> bool:
-    """Whether `path` is a URL, not a path in the file system."""
-    return "://" in path or path.startswith("pipe:")
-
-
-def scheme(url: str) -> str:
-    """The scheme of a URL in lower case, "pipe" for a command."""
-    return "pipe" if url.startswith("pipe:") else url.partition("://")[0].lower()
-
-
-def shown(url: str) -> str:
-    """The URL without user, password and the values of its query, for messages, logs and files.
-
-    A path in the file system is returned unchanged.
-    """
-    if url.startswith("pipe:"):
-        command = re.sub(r"[a-zA-Z][\w+.-]*://[^\s'\"]+", lambda found: shown(found[0]), url)
-        return _SECRET_ARGUMENT.sub(r"\1***", command)
-    head, separator, rest = url.partition("://")
-    if not separator:
-        return url
-    rest, mark, query = rest.partition("?")
-    authority, slash, path = rest.partition("/")
-    user, at, host = authority.rpartition("@")
-    if at and scheme(url) not in ("abfs", "abfss"):  # there it is the container
-        authority = f"***@{host}"
-    elif at:
-        authority = f"{user.partition(':')[0]}@{host}"
-    if query:
-        parts = [part.partition("=") for part in query.split("&")]
-        query = "&".join(f"{name}=***" if equals else "***" for name, equals, _ in parts)
-    return f"{head}://{authority}{slash}{path}{mark}{query}"
-
-
-def is_redacted(url: str) -> bool:
-    """Whether credentials of the URL were removed by `shown`."""
-    return is_remote(url) and bool(re.search(r"://\*\*\*@|[?&][^=&]*=\*\*\*(?=$|[&\s'\"])", url))
 
 
 def join(base: str, name: str) -> str:
@@ -66,10 +35,15 @@ def join(base: str, name: str) -> str:
     The name goes before the query of a signed URL, and is percent-encoded where `base` is an
     address of the web.
     """
-    path, mark, query = base.partition("?") if scheme(base) != "pipe" else (base, "", "")
+    path, mark, query = base.partition("?") if _has_query(base) else (base, "", "")
     if scheme(base) in (*WEB, "hf"):
         name = quote(name, safe="/:@!$&'()*+,;=~")
     return f"{path.rstrip('/')}/{name}{mark}{query}"
+
+
+def _has_query(url: str) -> bool:
+    """Whether "?" begins a query; elsewhere it is a character of a name."""
+    return scheme(url) in (*WEB, "hf", *AZURE)
 
 
 def split_name(url: str) -> tuple[str, str]:
@@ -77,7 +51,7 @@ def split_name(url: str) -> tuple[str, str]:
     kind = scheme(url)
     if kind not in (*WEB, *OBJECT_STORES, "hf"):
         return url, ""
-    path, mark, query = url.partition("?")
+    path, mark, query = url.partition("?") if _has_query(url) else (url, "", "")
     base, _, name = path.rpartition("/")
     return f"{base}{mark}{query}", name if kind in OBJECT_STORES else unquote(name)
 
@@ -121,8 +95,8 @@ def check_url(url: str, allow_pipe: bool) -> None:
     kind = scheme(url)
     if is_redacted(url):
         raise DataError(
-            f"{shown(url)}: the credentials of this address are not stored with a run; give the "
-            "complete address"
+            f"{shown(url)}: credentials are not stored with a run; give the complete address, "
+            "data.path=URL"
         )
     if kind == "pipe":
         if not allow_pipe:
