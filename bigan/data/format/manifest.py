@@ -370,8 +370,7 @@ def level_name(resolution: ImageSize) -> str:
 
 def level_folder(path: str, resolution: ImageSize) -> str:
     """Path or URL of one resolution of the pyramid at `path`."""
-    name = level_name(resolution)
-    return urls.join(path, name) if urls.is_remote(path) else f"{path.rstrip('/')}/{name}"
+    return urls.join(path, level_name(resolution))
 
 
 def _levels(folder: Path) -> list[str]:

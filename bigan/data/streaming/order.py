@@ -184,8 +184,8 @@ class Order:
             blocks = ends[:0]
             if self.lanes == 1:  # a shard belongs to the block in which it starts
                 borders = np.arange(self.block, self.num_samples, self.block)
-                after = ends[np.searchsorted(ends, borders)]
-                blocks = np.unique(np.append(after, self.num_samples))
+                after = np.append(ends[np.searchsorted(ends, borders)], self.num_samples)
+                blocks = after[np.diff(after, prepend=0) > 0]
             self._epochs[epoch] = (shards, ends, blocks)
             if len(self._epochs) > 2:
                 self._epochs.popitem(last=False)
