@@ -10,6 +10,7 @@ import contextlib
 import errno
 import mmap
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -354,5 +355,9 @@ def open_place(place: str | Path | Place) -> Iterator[Place]:
     elif isinstance(place, str) and is_remote(place):
         with Store(place, connections=CONNECTIONS) as store:
             yield Objects(store, place)
+    elif found := re.match(r"(s3|gs|az|https?):/", str(place)):
+        raise DataError(
+            f"{place}: is not a URL; begin with {found[0]}/ (in Python use a str, not a Path)"
+        )
     else:
         yield Folder(Path(place))

@@ -269,6 +269,17 @@ def test_a_url_that_can_only_be_read_is_refused(source: Path, s3: S3) -> None:
     one_line(error, s3.url, "can only be read")
 
 
+@pytest.mark.parametrize("path", [Path("s3://bucket/set"), "s3:/bucket/set"])
+def test_a_url_with_one_slash_is_no_folder(
+    path: str | Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as error:
+        pack(source, path, **OPTIONS)
+    one_line(error, "s3:/bucket/set", "s3://")
+    assert not list(tmp_path.iterdir())
+
+
 def test_unusable_images_are_listed_in_the_store(source: Path, local: Path, url: str) -> None:
     with pytest.raises(DataError) as error:
         pack(source, url, **{**OPTIONS, "max_bad": 0})
