@@ -213,19 +213,19 @@ class NodeCache:
         with self._counting:
             self._free -= needed * self._local_ranks
             self._downloading += needed
-            full = self._free < 0
         try:
-            if full:
-                self._evict(self.limit_bytes)
+            while self._free < 0 and self._evict(self.limit_bytes):
+                pass  # another thread may have reserved more meanwhile
             yield
         finally:
             with self._counting:
                 self._downloading -= needed
 
-    def _evict(self, limit: int) -> None:
+    def _evict(self, limit: int) -> bool:
         """Delete the least recently used chunks until all, and the downloads, are below the limit.
 
-        Then some more, so that the folder is not listed for every chunk.
+        Then some more, so that the folder is not listed for every chunk. Returns whether any was
+        deleted.
         """
         # Two processes that evict at once would delete too much.
         with self._locked("eviction.lock"):
@@ -234,16 +234,18 @@ class NodeCache:
                 with contextlib.suppress(FileNotFoundError):
                     status = path.stat()
                     found.append((status.st_mtime_ns, status.st_size, path))
+            found.sort()
+            held, deleted = sum(size for _, size, _ in found), 0
+            if held + self._downloading > limit:
+                limit_now = limit - limit // SPARE - self._downloading
+                while deleted < len(found) and held > limit_now:
+                    _, size, path = found[deleted]
+                    path.unlink(missing_ok=True)
+                    held -= size
+                    deleted += 1
             with self._counting:
-                total = sum(size for _, size, _ in found) + self._downloading
-            wanted = limit if total <= limit else limit - limit // SPARE
-            for _, size, path in sorted(found):
-                if total <= wanted:
-                    break
-                path.unlink(missing_ok=True)
-                total -= size
-            with self._counting:
-                self._free = limit - total
+                self._free = limit - held - self._downloading
+            return deleted > 0
 
 
 class ReadAhead:
