@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from typing import Any
 
 from bigan.cli.arguments import count, fraction, part, size
 
@@ -16,14 +16,17 @@ def pack_command(arguments: argparse.Namespace) -> int:
     from bigan.data.packing.options import PackOptions
     from bigan.data.packing.pack import pack
     from bigan.data.packing.summary import summary
+    from bigan.data.places import shown_place
 
-    destination = arguments.destination
+    destination = shown_place(arguments.destination)
     given = {n: v for n, v in vars(arguments).items() if n in PackOptions.__dataclass_fields__}
     given["exclude"] = tuple(given.get("exclude", ()))
     if given.get("encoding") == "jpeg":
         given["encoding"] = "jpg"
-    with _image_bar(f"packing {destination}") as progress:
-        packed = pack(arguments.source, destination, PackOptions(**given), progress=progress)
+    with _bar(f"packing {destination}", unit="image") as progress:
+        packed = pack(
+            arguments.source, arguments.destination, PackOptions(**given), progress=progress
+        )
     if not packed.complete:
         print(f"{destination}: this part is finished; the last part to finish writes the manifest")
     if packed.manifests:
@@ -34,8 +37,9 @@ def pack_command(arguments: argparse.Namespace) -> int:
 def verify_command(arguments: argparse.Namespace) -> int:
     """Verify a packed folder; prints the report. Returns 1 if there is a problem."""
     from bigan.data.packing.verify import verify
+    from bigan.data.places import shown_place
 
-    with _image_bar(f"verifying {arguments.folder}") as progress:
+    with _bar(f"verifying {shown_place(arguments.folder)}", unit="B", unit_scale=True) as progress:
         report = verify(
             arguments.folder, deep=arguments.deep, jobs=arguments.jobs, progress=progress
         )
@@ -44,11 +48,11 @@ def verify_command(arguments: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _image_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on the terminal, as a function of (images done, total images)."""
+def _bar(title: str, **options: Any) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar of tqdm on the terminal, as a function of (number done, total)."""
     from tqdm import tqdm
 
-    with tqdm(unit="image", disable=None, desc=title) as bar:
+    with tqdm(disable=None, desc=title, **options) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -65,7 +69,10 @@ def add_pack_arguments(command: argparse.ArgumentParser) -> None:
         "labels.csv, metadata.csv, metadata.jsonl or dataset.json); CIFAR-10/100 or MNIST as "
         "downloaded; WebDataset tars",
     )
-    command.add_argument("destination", type=Path, help="folder to write")
+    command.add_argument(
+        "destination",
+        help="folder to write, or its URL (s3://bucket/folder, gs://..., az://...)",
+    )
     _add_image_options(command.add_argument_group("images", argument_default=argparse.SUPPRESS))
     _add_storage_options(command.add_argument_group("storage", argument_default=argparse.SUPPRESS))
     _add_label_options(command.add_argument_group("labels", argument_default=argparse.SUPPRESS))
@@ -86,7 +93,8 @@ def add_pack_arguments(command: argparse.ArgumentParser) -> None:
         "--part",
         type=part,
         metavar="I/N",
-        help="pack every N-th shard only, to divide a pack among N processes or SLURM array tasks",
+        help="pack every N-th shard only, to divide a pack among N processes, machines or SLURM "
+        "array tasks, which write to the same destination",
     )
 
 
@@ -174,7 +182,9 @@ def _add_storage_options(storage: argparse._ArgumentGroup) -> None:
 
 def add_verify_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `bigan verify`."""
-    command.add_argument("folder", type=Path, help="folder that `bigan pack` wrote")
+    command.add_argument(
+        "folder", help="folder that `bigan pack` wrote, or its URL (s3://, gs://, az://, https://)"
+    )
     command.add_argument(
         "--deep",
         action="store_true",

@@ -5,6 +5,7 @@ packing/     `bigan pack` and `bigan verify`: sources of images, plan, shards, c
 streaming/   sample order, fetchers, remote shards and cache, batches on the device
 settings.py  the `data` section of a config
 permutation.py  random permutations that are equal on all platforms
+places.py    the folder or URL that a data set is packed to and verified in
 """
 
 from bigan.errors import UserError

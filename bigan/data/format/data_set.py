@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigan import atomic_files
 from bigan.data.format.manifest import COLUMNS, MANIFEST, Manifest, Shard, index_name
+from bigan.data.places import Place
 from bigan.hashes import sha256
 
 
 def write_data_set(
-    folder: Path,
+    place: Place,
     shards: Sequence[Shard],
     columns: Mapping[tuple[str, str], Sequence[NDArray[Any]]],
     **fields: Any,
@@ -26,7 +26,7 @@ def write_data_set(
     `columns[split, column]` has one array per shard of that split, in the order of `shards`;
     `fields` are the other fields of the manifest.
     """
-    (folder / "index").mkdir(exist_ok=True)
+    place.make_folder("index")
     index: dict[str, str] = {}
     counts: dict[str, tuple[int, ...]] = {}
     for (split, column), arrays in columns.items():
@@ -36,15 +36,15 @@ def write_data_set(
             counts[split] = tuple(np.bincount(values, minlength=len(fields["classes"])).tolist())
         np.save(buffer, values, allow_pickle=False)
         name = index_name(split, column)
-        atomic_files.write_atomic(folder / name, buffer.getvalue())
+        place.write(name, buffer.getvalue())
         index[name] = sha256(buffer.getvalue())
     manifest = Manifest(
-        folder=folder,
+        folder=Path(),
         fingerprint="",
         index=index,
         class_counts=counts,
         shardlist=tuple(shards),
         **fields,
     )
-    atomic_files.write_atomic(folder / MANIFEST, manifest.sealed().dump())
-    return Manifest.load(folder)
+    place.write(MANIFEST, manifest.sealed().dump())
+    return place.load_manifest()

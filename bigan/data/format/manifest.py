@@ -134,8 +134,18 @@ class Manifest(Frozen):
             state = "is an incomplete pack" if (folder / PLAN).is_file() else "is not a data set"
             raise DataError(f"{folder}: {state} (no {MANIFEST}); run `bigan pack`")
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            data = file.read_bytes()
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error}; pack the data again") from None
+        return cls.parse(data, folder)
+
+    @classmethod
+    def parse(cls, data: bytes, folder: Path) -> Manifest:
+        """The manifest of `folder` with the text `data`; raises `DataError` like `read`."""
+        file = folder / MANIFEST
+        try:
+            content = json.loads(data)
+        except ValueError as error:
             raise DataError(f"{file}: cannot be read: {error}; pack the data again") from None
         if not isinstance(content, dict) or content.get("__kind__") != "wids-shard-index-v1":
             raise DataError(f"{file}: is not a data manifest; pack the data again")

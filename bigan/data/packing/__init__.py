@@ -14,7 +14,7 @@ Sources of images
 Packing
     options.py      `PackOptions`, for the command, `pack` and the plan
     pack.py         `pack`; resumable, parallel over threads and over processes
-    destination.py  which pack a destination belongs to
+    destination.py  which pack a destination (../places.py: a folder or a store) belongs to
     pack_plan.py    which sample is written to which shard
     pack_shard.py   one shard and its record; pack_manifest.py: index and manifest
     summary.py      what was understood, as text

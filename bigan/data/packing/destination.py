@@ -1,4 +1,4 @@
-"""The destination folder of `bigan pack`: which pack it belongs to, and what is refused.
+"""The destination of `bigan pack`: which pack it belongs to, and what is refused.
 
 plan.json      the plan of this pack; written first, by exactly one process, and kept
 source.stamp   hash of the modification times of the source's files, until the pack is complete:
@@ -12,10 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bigan import atomic_files
 from bigan.data import DataError
 from bigan.data.format.manifest import PLAN, PYRAMID, Manifest
 from bigan.data.packing.pack_plan import Plan
+from bigan.data.places import Place
 
 STAMP = "source.stamp"
 FROM_FILES = {"identity", "listing", "shard_size"}  # keys of a plan that depend on the files
@@ -26,46 +26,53 @@ def plan_text(plan: Plan) -> str:
     return json.dumps(plan.description, indent=1) + "\n"
 
 
-def claim_destination(destination: Path, plan: Plan) -> tuple[Manifest, ...]:
-    """Write plan.json into `destination`, or check that an existing one describes the same plan.
+def claim_destination(place: Place, plan: Plan) -> tuple[Manifest, ...]:
+    """Write plan.json into `place`, or check that an existing one describes the same plan.
 
     Returns the manifests if the data set is complete, else (). Safe to call from several processes
     at once. Raises `DataError` for a folder with other content.
     """
-    refuse_file(destination)
-    file = destination / PLAN
-    if not file.is_file():
-        destination.mkdir(parents=True, exist_ok=True)
-        other = next((p for p in destination.iterdir() if not p.match(".*.tmp")), None)
+    refuse_unwritable(place)
+    content = place.read_if_exists(PLAN)
+    if content is None:
+        place.make_folder()
+        other = next((name for name in place.entries() if not _is_temporary(name)), None)
         # Look again: plan.json is the first file that a process which started just now writes.
-        if other is not None and not file.is_file():
+        if other is not None and not place.exists(PLAN):
             raise DataError(
-                f"{destination}: is not empty ({other.name}) and was not packed by bigan; "
+                f"{place.shown}: is not empty ({other.rstrip('/')}) and was not packed by bigan; "
                 "choose an empty or new folder"
             )
-        atomic_files.create_atomic(file, plan_text(plan))
+        place.create(PLAN, plan_text(plan))
+        content = place.read(PLAN)
     try:
-        existing = json.loads(file.read_text(encoding="utf-8"))
+        existing = json.loads(content)
     except ValueError:
         existing = None
     if not isinstance(existing, dict):
-        raise DataError(f"{file}: is damaged; choose another folder or delete this one")
+        raise DataError(
+            f"{place.where(PLAN)}: is damaged; choose another folder or delete this one"
+        )
     wanted = plan.description
-    manifests = _manifests(destination, plan)
+    manifests = _manifests(place, plan)
     if manifests:  # complete: other library versions may have written it
         existing = {**existing, "software": wanted["software"]}
     changed = [key for key in wanted if existing.get(key) != wanted[key]]
     if changed:
-        raise DataError(_difference(destination, existing, plan, changed, manifests))
+        raise DataError(_difference(place.shown, existing, plan, changed, manifests))
     if manifests:
-        remove_stamp(destination)  # the process that completed it may have been killed before this
+        place.delete(STAMP)  # the process that completed it may have been killed before this
     else:
-        _check_stamp(destination, plan.source.stamp)
+        _check_stamp(place, plan.source.stamp)
     return manifests
 
 
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.rstrip("/").endswith(".tmp")
+
+
 def _difference(
-    destination: Path,
+    destination: str,
     existing: dict[str, Any],
     plan: Plan,
     changed: list[str],
@@ -94,44 +101,41 @@ def _difference(
     return f"{destination}: already holds another pack ({what}); choose another folder or delete it"
 
 
-def _check_stamp(destination: Path, stamp: str) -> None:
+def _check_stamp(place: Place, stamp: str) -> None:
     """Write the stamp, or compare it with that of the process which started this pack."""
     if not stamp:
         return
-    file = destination / STAMP
-    try:
-        if not file.is_file():
-            atomic_files.create_atomic(file, stamp + "\n")
-        started = file.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:  # another process has completed the pack
-        return
-    if started != stamp:
+    started = place.read_if_exists(STAMP)
+    if started is None:
+        place.create(STAMP, stamp + "\n")
+        started = place.read_if_exists(STAMP)
+    # None: another process has completed the pack
+    if started is not None and started.decode(errors="replace").strip() != stamp:
         raise DataError(
-            f"{destination}: the source files were modified after this pack was started; delete "
-            f"{destination} and pack again"
+            f"{place.shown}: the source files were modified after this pack was started; delete "
+            f"{place.shown} and pack again"
         )
 
 
-def remove_stamp(destination: Path) -> None:
-    """Delete source.stamp, which a complete data set does not need."""
-    if (destination / STAMP).is_file():  # unlink would fail on a read-only disk
-        (destination / STAMP).unlink(missing_ok=True)
-
-
-def _manifests(destination: Path, plan: Plan) -> tuple[Manifest, ...]:
+def _manifests(place: Place, plan: Plan) -> tuple[Manifest, ...]:
     """The manifests of all levels, () unless all are complete."""
-    if plan.levels[0].folder and not (destination / PYRAMID).is_file():
+    if plan.levels[0].folder and not place.exists(PYRAMID):
         return ()
     try:
-        return tuple(Manifest.load(destination / level.folder) for level in plan.levels)
+        return tuple(place.folder(level.folder).load_manifest() for level in plan.levels)
     except DataError:  # incomplete, or a shard was deleted
         return ()
 
 
-def refuse_file(destination: Path) -> None:
-    """Raise `DataError` if `destination` is a file."""
-    if destination.exists() and not destination.is_dir():
-        raise DataError(f"{destination}: is a file; give a new folder to pack into")
+def refuse_unwritable(place: Place) -> None:
+    """Raise `DataError` if the destination is a file, or a URL that can only be read."""
+    if place.path is None and not place.can_list:
+        raise DataError(
+            f"{place.shown}: can only be read; give a folder, or s3://bucket/folder, gs://... or "
+            "az://..."
+        )
+    if place.path and place.path.exists() and not place.path.is_dir():
+        raise DataError(f"{place.shown}: is a file; give a new folder to pack into")
 
 
 def refuse_inside_source(source: Path, destination: Path) -> None:

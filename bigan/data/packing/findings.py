@@ -6,31 +6,40 @@ mean and standard deviation, and a contact sheet. None of them is an error.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigan import atomic_files
 from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, Pixels, decode_into
 from bigan.data.format.manifest import Manifest, Shard
 from bigan.data.format.tar import walk_tar
 from bigan.data.packing.contact_sheet import COLUMNS, MIN_LINES, ROWS, Row, contact_sheet
-from bigan.data.packing.shard_scan import Scan, mapped
+from bigan.data.packing.pack_shard import record_name
+from bigan.data.packing.shard_scan import Scan
 from bigan.data.permutation import permutation
+from bigan.data.places import Place, threads
 
 FEW = 10  # images; classes with fewer are reported
 NAMED = 10  # samples named in the text of a note; `Note.samples` has all
 SHEET = "contact_sheet.png"
 
 Kind = Literal[
-    "leftover", "leak", "conflict", "duplicate", "constant", "classes", "pixels", "sheet"
+    "leftover",
+    "unlisted",
+    "leak",
+    "conflict",
+    "duplicate",
+    "constant",
+    "classes",
+    "pixels",
+    "sheet",
 ]
 
 
@@ -44,28 +53,29 @@ class Note:
 
 
 def findings(
-    manifest: Manifest, scans: Sequence[Scan], destination: Path
-) -> tuple[list[Note], Path | None]:
-    """(notes, path of the contact sheet written into `destination`, None if there is none).
+    place: Place, manifest: Manifest, scans: Sequence[Scan], destination: Place
+) -> tuple[list[Note], str | None]:
+    """(notes, path or URL of the contact sheet in `destination`, None if there is none).
 
-    `scans` are those of the manifest's shards, made with `deep`. Samples have their original names
-    if the records of the pack exist, otherwise the names of shard and member.
+    `place` has the files of `manifest`. `scans` are those of its shards, made with `deep`. Samples
+    have their original names if the records of the pack exist, otherwise those of shard and member.
     """
     scans = [scan for scan in scans if scan.statistics is not None]
     if not any(scan.decoded.any() for scan in scans):
         return [], None
-    name = _namer(manifest)
+    name = _namer(place)
     notes = _duplicates(scans, name) + _constant(scans, name)
     notes += _classes(manifest, scans) + _pixels(scans)
-    sheet = contact_sheet(_title(manifest, scans), _rows(manifest, scans))
+    sheet = contact_sheet(_title(manifest, scans), _rows(place, manifest, scans))
     data = io.BytesIO()
     sheet.save(data, "PNG", optimize=True)
     try:
-        atomic_files.write_atomic(destination / SHEET, data.getvalue())
-    except OSError as error:
-        notes.append(Note("sheet", f"{SHEET} cannot be written: {error.strerror}"))
+        destination.write(SHEET, data.getvalue())
+    except (OSError, DataError) as error:
+        reason = getattr(error, "strerror", None) or error
+        notes.append(Note("sheet", f"{SHEET} cannot be written: {reason}"))
         return notes, None
-    return notes, destination / SHEET
+    return notes, destination.where(SHEET)
 
 
 # --- names --------------------------------------------------------------------------------------
@@ -73,24 +83,23 @@ def findings(
 _Namer = Callable[[Scan, int], str]  # (scan, row) -> name of the sample
 
 
-def _namer(manifest: Manifest) -> _Namer:
+def _namer(place: Place) -> _Namer:
     known: dict[str, dict[int, str]] = {}
 
     def name(scan: Scan, row: int) -> str:
         shard = scan.shard
         if shard.url not in known:
-            known[shard.url] = _recorded(manifest, shard) or _members(manifest, shard)
+            known[shard.url] = _recorded(place, shard) or _members(place, shard)
         offset = int(scan.offset[row])
         return known[shard.url].get(offset, f"{shard.url}: image at byte {offset}")
 
     return name
 
 
-def _recorded(manifest: Manifest, shard: Shard) -> dict[int, str]:
+def _recorded(place: Place, shard: Shard) -> dict[int, str]:
     """Offset -> original name, from the record of `bigan pack`; {} if it is unusable."""
-    file = manifest.folder / "index" / f"{Path(shard.url).stem}.json"
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(place.read(record_name(shard.url.removesuffix(".tar"))))
         offsets, keys = record["offsets"], record["keys"]
         if record["sha256"] != shard.sha256 or not all(isinstance(key, str) for key in keys):
             return {}
@@ -99,10 +108,10 @@ def _recorded(manifest: Manifest, shard: Shard) -> dict[int, str]:
         return {}
 
 
-def _members(manifest: Manifest, shard: Shard) -> dict[int, str]:
+def _members(place: Place, shard: Shard) -> dict[int, str]:
     found = {}
     try:
-        with mapped(manifest.folder / shard.url) as data:
+        with place.hashed(shard.url) as (data, _):
             for member in walk_tar(data, shard.url):
                 found[member.offset] = f"{shard.url}: {member.name}"
     except (OSError, DataError):
@@ -229,7 +238,7 @@ def _title(manifest: Manifest, scans: Sequence[Scan]) -> str:
     return f"{manifest.name}: {num:,} images, {size}, {manifest.encoder}"
 
 
-def _rows(manifest: Manifest, scans: Sequence[Scan]) -> list[Row]:
+def _rows(place: Place, manifest: Manifest, scans: Sequence[Scan]) -> list[Row]:
     """At most 16 evenly spaced classes with 12 random images each, more if there are few classes.
 
     The choice is deterministic.
@@ -241,22 +250,40 @@ def _rows(manifest: Manifest, scans: Sequence[Scan]) -> list[Row]:
         return []
     chosen = present[np.unique(np.linspace(0, len(present) - 1, ROWS).round().astype(int))]
     num_images = COLUMNS * max(1, MIN_LINES // len(chosen))
-    rows = []
-    for number in chosen.tolist():
-        members = np.flatnonzero(label == number)
-        picked = members[permutation(len(members), 0, f"contact-sheet/{number}")[:num_images]]
-        images = [_read(manifest, *locate(sample)) for sample in picked.tolist()]
-        shown = [image for image in images if image is not None]
-        rows.append(Row(manifest.classes[number], len(members), shown))
-    return rows
+    members = {number: np.flatnonzero(label == number) for number in chosen.tolist()}
+    picked = {}
+    for number, samples in members.items():
+        order = permutation(len(samples), 0, f"contact-sheet/{number}")
+        picked[number] = samples[order[:num_images]].tolist()
+    images = _read(place, manifest, {n: locate(n) for row in picked.values() for n in row})
+    return [
+        Row(manifest.classes[number], len(members[number]), [images[n] for n in row if n in images])
+        for number, row in picked.items()
+    ]
 
 
-def _read(manifest: Manifest, scan: Scan, row: int) -> Pixels | None:
-    pixels = np.empty(manifest.image_shape, np.uint8)
-    try:
-        with (manifest.folder / scan.shard.url).open("rb") as file:
-            file.seek(int(scan.offset[row]))
-            decode_into(pixels, file.read(int(scan.size[row])), manifest.encoder)
-    except (OSError, BadImageError):  # it decoded before: the folder is being changed
-        return None
-    return pixels
+def _read(
+    place: Place, manifest: Manifest, samples: Mapping[int, tuple[Scan, int]]
+) -> dict[int, Pixels]:
+    """The pixels of `samples`, number -> (scan, row); each shard is read once."""
+    shards: dict[str, list[int]] = {}
+    for number, (scan, _) in samples.items():
+        shards.setdefault(scan.shard.url, []).append(number)
+
+    def read(url: str) -> list[bytes]:
+        found = [samples[number] for number in shards[url]]
+        starts = [(int(scan.offset[row]), int(scan.size[row])) for scan, row in found]
+        try:
+            return place.read_ranges(url, [(start, start + size) for start, size in starts])
+        except (OSError, DataError):  # it was read before: the folder is being changed
+            return [b""] * len(found)
+
+    images = {}
+    with threads() as executor:
+        for numbers, encoded in zip(shards.values(), executor.map(read, shards), strict=True):
+            for number, data in zip(numbers, encoded, strict=True):
+                pixels = np.empty(manifest.image_shape, np.uint8)
+                with contextlib.suppress(BadImageError):
+                    decode_into(pixels, data, manifest.encoder)
+                    images[number] = pixels
+    return images

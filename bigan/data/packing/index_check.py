@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import numpy as np
 
 from bigan import hashes
+from bigan.data import DataError
 from bigan.data.format.manifest import COLUMNS, MANIFEST, PLAN, Manifest, Shard, index_name
-from bigan.data.packing.shard_scan import CHANGED, Columns, Problem, is_indexed_in_place
+from bigan.data.packing.shard_scan import CHANGED, Columns, Problem
+from bigan.data.places import Place, threads
 
 
 def read_index(
-    manifest: Manifest, shards: tuple[Shard, ...]
+    place: Place, manifest: Manifest, shards: tuple[Shard, ...]
 ) -> tuple[dict[str, Columns], list[Problem]]:
     """(the undamaged index rows of each of `shards` by file name, problems)."""
     found: dict[str, Columns] = {}
@@ -25,11 +26,13 @@ def read_index(
         for column, dtype in COLUMNS.items():
             name = index_name(split, column)
             try:
-                data = (manifest.folder / name).read_bytes()
+                data = place.read(name)
                 values = np.load(io.BytesIO(data), allow_pickle=False)
             except FileNotFoundError:
                 problems.append(Problem(name, "index file is missing"))
                 continue
+            except DataError:  # the store does not answer
+                raise
             except Exception as error:  # NumPy raises many kinds for a damaged file
                 problems.append(Problem(name, f"cannot be read: {error}"))
                 continue
@@ -53,38 +56,33 @@ def read_index(
     return found, problems
 
 
-def check_hashes(folder: Path, records: dict[str, str]) -> list[Problem]:
-    """Compare the files of `folder` with `records`, name -> sha256."""
-    problems = []
-    for name, expected in sorted(records.items()):
-        file = folder / name
-        if name != PLAN and name != f"index/{file.name}":
-            problems.append(
-                Problem(MANIFEST, f"lists {name!r}, which points outside of the folder")
-            )
-            continue
+def check_hashes(place: Place, records: dict[str, str]) -> list[Problem]:
+    """Compare the files of `place` with `records`, name -> sha256."""
+
+    def check(name: str) -> Problem | None:
+        if name != PLAN and name != f"index/{name.rpartition('/')[2]}":
+            return Problem(MANIFEST, f"lists {name!r}, which points outside of the folder")
         try:
-            data = file.read_bytes()
+            found = hashes.sha256(place.read(name))
         except FileNotFoundError:
-            problems.append(Problem(name, "is missing"))
-            continue
+            return Problem(name, "is missing")
         except OSError as error:
-            problems.append(Problem(name, f"cannot be read: {error.strerror}"))
-            continue
-        if hashes.sha256(data) != expected:
-            problems.append(Problem(name, CHANGED))
-    return problems
+            return Problem(name, f"cannot be read: {error.strerror}")
+        return None if found == records[name] else Problem(name, CHANGED)
+
+    with threads() as executor:
+        return [problem for problem in executor.map(check, sorted(records)) if problem]
 
 
-def check_records(manifest: Manifest) -> list[Problem]:
+def check_records(place: Place, manifest: Manifest, in_place: bool) -> list[Problem]:
     """plan.json and the record of each shard compared with their hashes; unlisted files in index/.
 
     Shards that were indexed in place have no records, and other files are allowed beside them.
     """
-    problems = check_hashes(manifest.folder, manifest.records)
+    problems = check_hashes(place, manifest.records)
     known = manifest.index.keys() | manifest.records.keys()
-    for file in sorted((manifest.folder / "index").glob("*")):
-        name = f"index/{file.name}"
-        if not (name in known or file.name.startswith(".") or is_indexed_in_place(manifest)):
+    for entry in sorted(place.entries("index")):
+        name = f"index/{entry.rstrip('/')}"
+        if not (name in known or entry.startswith(".") or in_place):
             problems.append(Problem(name, f"is not listed in {MANIFEST}: remove it"))
     return problems

@@ -44,6 +44,7 @@ from bigan.data.packing.tar_samples import (
     ignored,
     list_samples,
 )
+from bigan.data.places import Folder
 from bigan.hashes import sha256
 from bigan.image_size import image_size
 
@@ -207,7 +208,7 @@ def _write(
             columns.setdefault((split, name), []).append(np.asarray(values[name], dtype))
     try:
         return write_data_set(
-            folder,
+            Folder(folder),
             entries,
             columns,
             name=folder.resolve().name,

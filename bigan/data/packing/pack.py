@@ -5,7 +5,7 @@ record (offsets, hash, names, unusable images), which marks it as finished. A pa
 killed at any time and divided among processes and machines (`PackOptions.part`): the same call
 keeps finished shards and writes the others. The process that finds all shards finished writes the
 manifest last; its bytes do not depend on which process that is. Nothing outside the destination is
-written.
+written, except that Python objects for a store are spooled into a temporary folder.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,11 +28,11 @@ from bigan.data import DataError
 from bigan.data.format.manifest import PLAN, PYRAMID, Manifest
 from bigan.data.packing import sources
 from bigan.data.packing.destination import (
+    STAMP,
     claim_destination,
     plan_text,
-    refuse_file,
     refuse_inside_source,
-    remove_stamp,
+    refuse_unwritable,
 )
 from bigan.data.packing.listing import Skipped
 from bigan.data.packing.options import PackOptions, with_changes
@@ -43,9 +44,10 @@ from bigan.data.packing.pack_shard import (
     encoded_image,
     finished,
     printable,
-    record_file,
+    record_name,
     shard,
 )
+from bigan.data.places import Place, open_place
 from bigan.image_size import plain
 
 MAX_JOBS = 16
@@ -72,17 +74,18 @@ class Packed:
     complete: bool
     skipped: Skipped = ()
     changes: Mapping[str, int] = field(default_factory=dict)
+    bad_list: str = ""  # path or URL of bad.txt
 
 
 def pack(
     source: str | Path | Iterable[Any],
-    destination: Path,
+    destination: str | Path,
     options: PackOptions | None = None,
     *,
     progress: Progress | None = None,
     **changes: Any,
 ) -> Packed:
-    """Pack `source`, anything that `sources.open_source` takes, into `destination`.
+    """Pack `source`, anything that `sources.open_source` takes, into `destination`, a path or URL.
 
     Keyword arguments set single options: `pack("digits", folder, resolution=16)`. Calling it again
     with the same options writes the missing shards, if any.
@@ -92,32 +95,43 @@ def pack(
     content, or a full disk.
     """
     options = with_changes(options, changes)
-    destination = Path(destination)
-    if isinstance(source, str | Path) and source != "digits":
-        refuse_inside_source(Path(source), destination)
-    refuse_file(destination)
-    scratch = atomic_files.temporary_name(destination / "spool")
-    existed = destination.exists()
+    with open_place(destination) as place:
+        if place.path and isinstance(source, str | Path) and source != "digits":
+            refuse_inside_source(Path(source), place.path)
+        refuse_unwritable(place)
+        try:
+            with _spool(place, isinstance(source, str | Path)) as scratch:
+                opened = sources.open_source(source, options, scratch=scratch)
+                return pack_source(opened, place, options, progress=progress)
+        except OSError as error:
+            where = error.filename or place.shown
+            raise DataError(f"{where}: cannot be used: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _spool(place: Place, on_disk: bool) -> Iterator[Path]:
+    """A temporary name for a source that is not `on_disk`: it may be readable only once."""
+    folder = place.path or Path(tempfile.gettempdir())
+    name = "spool" if place.path else "bigan-spool"
+    scratch = atomic_files.temporary_name(folder / name)
+    existed = folder.exists()
     try:
-        if not isinstance(source, str | Path):  # spooled there: it may be readable only once
-            destination.mkdir(parents=True, exist_ok=True)
-        opened = sources.open_source(source, options, scratch=scratch)
-        return pack_source(opened, destination, options, progress=progress)
-    except OSError as error:
-        where = error.filename or destination
-        raise DataError(f"{where}: cannot be used: {error.strerror or error}") from error
+        if not on_disk:
+            folder.mkdir(parents=True, exist_ok=True)
+            atomic_files.remove_leftovers(folder, name, shared=True)
+        yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         with contextlib.suppress(OSError):
             scratch.unlink()
         if not existed:
             with contextlib.suppress(OSError):  # it is not empty
-                destination.rmdir()
+                folder.rmdir()
 
 
 def pack_source(
     source: sources.Source,
-    destination: Path,
+    destination: str | Path | Place,
     options: PackOptions | None = None,
     *,
     progress: Progress | None = None,
@@ -129,30 +143,34 @@ def pack_source(
     Unusable images are listed in `destination`/bad.txt. Otherwise like `pack`.
     """
     options = with_changes(options, changes)
-    destination = Path(destination)
     plan = make_plan(source, options)
     index, count = options.part or (0, 1)
     numbers = range(index % count, len(plan.names), count)
-    try:
-        manifests = claim_destination(destination, plan)
-        if manifests:
-            bad = _left_out(destination, plan, manifests[0]) if manifests[0].num_bad else []
-            _refuse(bad, options.max_bad, plan, destination)
-            if progress:
-                total = plan.num_images(numbers)
-                progress(total, total)
-            return Packed(manifests, tuple(bad), True, source.skipped)
-        bad = _write_shards(destination, plan, numbers, options, progress)
-        return _complete(destination, plan, bad, options.max_bad)
-    except OSError as error:
-        raise DataError(f"{destination}: cannot be written: {error.strerror or error}") from error
+    with open_place(destination) as place:
+        try:
+            manifests = claim_destination(place, plan)
+            if manifests:
+                bad = _left_out(place, plan, manifests[0]) if manifests[0].num_bad else []
+                _refuse(bad, options.max_bad, plan, place)
+                if progress:
+                    total = plan.num_images(numbers)
+                    progress(total, total)
+                return Packed(
+                    manifests, tuple(bad), True, source.skipped, bad_list=place.where(BAD)
+                )
+            bad = _write_shards(place, plan, numbers, options, progress)
+            return _complete(place, plan, bad, options.max_bad)
+        except OSError as error:
+            raise DataError(
+                f"{place.shown}: cannot be written: {error.strerror or error}"
+            ) from error
 
 
 # --- shards -------------------------------------------------------------------------------------
 
 
 def _write_shards(
-    destination: Path,
+    place: Place,
     plan: Plan,
     numbers: Sequence[int],
     options: PackOptions,
@@ -163,13 +181,13 @@ def _write_shards(
     Images of the next shard are decoded while a shard is written: memory holds two shards.
     """
     for level in plan.levels:
-        folder = destination / level.folder
-        (folder / "index").mkdir(parents=True, exist_ok=True)
-        if not (folder / PLAN).is_file():
-            atomic_files.write_atomic(folder / PLAN, plan_text(plan))
-    bad, missing = _finished_shards(destination, plan, numbers)
+        folder = place.folder(level.folder)
+        folder.make_folder("index")
+        if not folder.exists(PLAN):
+            folder.write(PLAN, plan_text(plan))
+    bad, missing = _finished_shards(place, plan, numbers)
     bad = _listed_bad(plan) + bad
-    _refuse(bad, options.max_bad, plan, destination, MAX_EXCESS_BAD)
+    _refuse(bad, options.max_bad, plan, place, MAX_EXCESS_BAD)
     total = plan.num_images(numbers)
     done = total - plan.num_images(missing)
     if progress:
@@ -183,43 +201,41 @@ def _write_shards(
                 encoded.append(image)
                 if isinstance(image, str):
                     bad.append((printable(plan.source.keys[i]), image))
-                    _refuse(bad, options.max_bad, plan, destination, MAX_EXCESS_BAD)
+                    _refuse(bad, options.max_bad, plan, place, MAX_EXCESS_BAD)
                 done += 1
                 if progress:
                     progress(done, total)
-            _write_shard(destination, plan, number, encoded)
+            _write_shard(place, plan, number, encoded)
     finally:
         executor.shutdown(cancel_futures=True)
     return bad
 
 
 def _finished_shards(
-    destination: Path, plan: Plan, numbers: Sequence[int]
+    place: Place, plan: Plan, numbers: Sequence[int]
 ) -> tuple[list[Bad], list[int]]:
     """(unusable images of the finished shards, numbers of the unfinished ones)."""
     bad: list[Bad] = []
     missing = []
-    for number in numbers:
-        name = plan.names[number]
-        records = [finished(destination / level.folder, name, plan.id) for level in plan.levels]
+    names = [plan.names[number] for number in numbers]
+    levels = [finished(place.folder(level.folder), names, plan.id) for level in plan.levels]
+    for number, *records in zip(numbers, *levels, strict=True):
         if records[0] and all(records):
-            bad += records[0].bad
+            bad += records[0][0].bad
         else:
             missing.append(number)
     return bad, missing
 
 
-def _write_shard(
-    destination: Path, plan: Plan, number: int, encoded: Sequence[Encoded | str]
-) -> None:
+def _write_shard(place: Place, plan: Plan, number: int, encoded: Sequence[Encoded | str]) -> None:
     """Write the tar of a shard and then its record, for every level."""
     name = plan.names[number]
     for n, level in enumerate(plan.levels):
-        folder = destination / level.folder
+        folder = place.folder(level.folder)
         tar, record = shard(plan, number, n, encoded)
         if record.nsamples:
-            atomic_files.write_atomic(folder / f"{name}.tar", tar)
-        atomic_files.write_atomic(record_file(folder, name), record.model_dump_json() + "\n")
+            folder.write(f"{name}.tar", tar)
+        folder.write(record_name(name), record.model_dump_json() + "\n")
 
 
 def _encode_ahead(
@@ -249,28 +265,26 @@ def _cores() -> int:
 # --- manifests ----------------------------------------------------------------------------------
 
 
-def _complete(destination: Path, plan: Plan, bad: list[Bad], max_bad: int) -> Packed:
+def _complete(place: Place, plan: Plan, bad: list[Bad], max_bad: int) -> Packed:
     """Write bad.txt and the manifests if the shards of all parts are finished."""
     levels: list[Contents] = []
     for level in plan.levels:
-        contents = collect(destination / level.folder, plan)
+        contents = collect(place.folder(level.folder), plan)
         if contents is None:
             return Packed((), tuple(bad), False, plan.source.skipped)
         levels.append(contents)
     bad = _listed_bad(plan) + levels[0].bad
-    _refuse(bad, max_bad, plan, destination)
+    _refuse(bad, max_bad, plan, place)
     if all(entry.split != "train" for entry in levels[0].shards):
         raise DataError(
             f"{plan.source.name}: no usable training image; repair images listed in "
-            f"{destination / BAD}"
+            f"{place.where(BAD)}"
         )
-    _write_bad(destination, bad)
-    for level in plan.levels:
-        folder = destination / level.folder
-        for place in (destination, folder, folder / "index"):
-            atomic_files.remove_leftovers(place, shared=True)
+    _write_bad(place, bad)
+    for folder in (place, *(place.folder(level.folder) for level in plan.levels)):
+        folder.remove_leftovers()
     manifests = tuple(
-        write_manifest(destination / level.folder, plan, level, contents, len(bad))
+        write_manifest(place.folder(level.folder), plan, level, contents, len(bad))
         for level, contents in zip(plan.levels, levels, strict=True)
     )
     if plan.levels[0].folder:
@@ -280,9 +294,11 @@ def _complete(destination: Path, plan: Plan, bad: list[Bad], max_bad: int) -> Pa
             "levels": [level.folder for level in plan.levels],
             "resolutions": [plain(level.resolution) for level in plan.levels],
         }
-        atomic_files.write_atomic(destination / PYRAMID, json.dumps(content, indent=1) + "\n")
-    remove_stamp(destination)
-    return Packed(manifests, tuple(bad), True, plan.source.skipped, levels[0].changes)
+        place.write(PYRAMID, json.dumps(content, indent=1) + "\n")
+    place.delete(STAMP)
+    return Packed(
+        manifests, tuple(bad), True, plan.source.skipped, levels[0].changes, place.where(BAD)
+    )
 
 
 # --- unusable originals -------------------------------------------------------------------------
@@ -293,29 +309,29 @@ def _listed_bad(plan: Plan) -> list[Bad]:
     return [(printable(name), printable(reason)) for name, reason in plan.source.bad]
 
 
-def _left_out(destination: Path, plan: Plan, manifest: Manifest) -> list[Bad]:
+def _left_out(place: Place, plan: Plan, manifest: Manifest) -> list[Bad]:
     """What a complete data set leaves out; other library versions may have packed it."""
-    records = (finished(manifest.folder, name, manifest.plan) for name in plan.names)
-    return _listed_bad(plan) + [bad for record in records if record for bad in record.bad]
+    records = finished(place.folder(plan.levels[0].folder), plan.names, manifest.plan)
+    return _listed_bad(plan) + [bad for found in records if found for bad in found[0].bad]
 
 
-def _write_bad(destination: Path, bad: list[Bad]) -> None:
+def _write_bad(place: Place, bad: list[Bad]) -> None:
     if bad:
         lines = "".join(f"{name}\t{reason}\n" for name, reason in bad)
-        atomic_files.write_atomic(destination / BAD, lines)
+        place.write(BAD, lines)
     else:
-        (destination / BAD).unlink(missing_ok=True)
+        place.delete(BAD)
 
 
-def _refuse(bad: list[Bad], max_bad: int, plan: Plan, destination: Path, excess: int = 0) -> None:
+def _refuse(bad: list[Bad], max_bad: int, plan: Plan, place: Place, excess: int = 0) -> None:
     """Write bad.txt and raise `DataError` if there are more than `max_bad + excess`."""
     if len(bad) <= max_bad + excess:
         return
-    _write_bad(destination, bad)
+    _write_bad(place, bad)
     first = "; ".join(f"{name}: {reason}" for name, reason in bad[:3])
     total = len(plan.source.keys) + len(plan.source.bad)
     raise DataError(
         f"{'at least ' if excess else ''}{len(bad)} of {total} images cannot be used (at most "
-        f"--max-bad {max_bad}): {first}; all are listed in {destination / BAD}; repair or remove "
-        f"them, delete {destination} and pack again, or leave them out with --max-bad {len(bad)}"
+        f"--max-bad {max_bad}): {first}; all are listed in {place.where(BAD)}; repair or remove "
+        f"them, delete {place.shown} and pack again, or leave them out with --max-bad {len(bad)}"
     )

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import collections
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from bigan.data.format.data_set import write_data_set
 from bigan.data.format.manifest import COLUMNS, PLAN, Manifest, Shard
 from bigan.data.packing.pack_plan import Level, Plan
-from bigan.data.packing.pack_shard import Bad, finished, record_file
-from bigan.hashes import sha256_of_file
+from bigan.data.packing.pack_shard import Bad, finished, record_name
+from bigan.data.places import Place
+from bigan.hashes import sha256
 from bigan.image_size import ratio
 
 
@@ -24,15 +24,17 @@ class Contents:
     columns: dict[tuple[str, str], list[np.ndarray]]  # (split, column): shard by shard
     bad: list[Bad]
     changes: collections.Counter[str]
+    records: dict[str, str]  # file name -> sha256
 
 
-def collect(folder: Path, plan: Plan) -> Contents | None:
+def collect(place: Place, plan: Plan) -> Contents | None:
     """Read the records of a level; None if a shard is not finished."""
-    contents = Contents([], collections.defaultdict(list), [], collections.Counter())
-    for name in plan.names:
-        record = finished(folder, name, plan.id)
-        if record is None:
+    contents = Contents([], collections.defaultdict(list), [], collections.Counter(), {})
+    contents.records[PLAN] = sha256(place.read(PLAN))
+    for name, found in zip(plan.names, finished(place, plan.names, plan.id), strict=True):
+        if found is None:
             return None
+        record, contents.records[record_name(name)] = found
         contents.bad.extend(record.bad)
         contents.changes.update(record.changes)
         if not record.nsamples:
@@ -58,14 +60,13 @@ def collect(folder: Path, plan: Plan) -> Contents | None:
 
 
 def write_manifest(
-    folder: Path, plan: Plan, level: Level, contents: Contents, num_bad: int
+    place: Place, plan: Plan, level: Level, contents: Contents, num_bad: int
 ) -> Manifest:
     """Write the index files of a level, then its manifest."""
     source = plan.source
     factor = ratio(source.resolution, level.resolution)
-    recorded = [folder / PLAN, *(record_file(folder, name) for name in plan.names)]
     return write_data_set(
-        folder,
+        place,
         contents.shards,
         contents.columns,
         name=source.name,
@@ -79,5 +80,5 @@ def write_manifest(
         samples_per_shard=plan.shard_size,
         num_bad=num_bad,
         plan=plan.id,
-        records={file.relative_to(folder).as_posix(): sha256_of_file(file) for file in recorded},
+        records=contents.records,
     )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,12 @@ from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, Pixels, encode, first_line
 from bigan.data.format.tar import index_shard, shard_bytes
 from bigan.data.packing.pack_plan import Plan
+from bigan.data.places import Place, threads
 from bigan.hashes import sha256
 from bigan.image_size import sides
 from bigan.transparency import has_alpha
+
+CHUNK = 256  # records that are read ahead
 
 Bad = tuple[str, str]  # (name of the original, reason)
 
@@ -140,19 +142,36 @@ def shard(
     )
 
 
-def record_file(folder: Path, name: str) -> Path:
-    """Path of the record of shard `name` (without .tar)."""
-    return folder / "index" / f"{name}.json"
+def record_name(name: str) -> str:
+    """File name of the record of shard `name` (without .tar), relative to its level."""
+    return f"index/{name}.json"
 
 
-def finished(folder: Path, name: str, plan: str) -> Record | None:
-    """The record of a shard if it belongs to the plan with this id and its tar has the right size.
+def finished(place: Place, names: Sequence[str], plan: str) -> Iterator[tuple[Record, str] | None]:
+    """(record, its sha256) of each of these shards of a level, None for an unfinished one.
 
-    The content of the tar is not read, which keeps resuming fast; `bigan verify` reads it.
+    A shard is finished if its record belongs to the plan with this id and its tar has the right
+    size. The content of the tar is not read, which keeps resuming fast; `bigan verify` reads it.
     """
-    try:
-        record = Record.model_validate_json(record_file(folder, name).read_bytes())
-        size = (folder / f"{name}.tar").stat().st_size if record.nsamples else 0
-    except (OSError, ValueError):  # missing, or damaged
-        return None
-    return record if record.plan == plan and size == record.filesize else None
+    sizes = place.sizes(file for name in names for file in (record_name(name), f"{name}.tar"))
+
+    def read(name: str) -> bytes | None:
+        if record_name(name) not in sizes:
+            return None
+        try:
+            return place.read(record_name(name))
+        except OSError:
+            return None
+
+    with threads() as executor:
+        for start in range(0, len(names), CHUNK):  # the records of all shards may be large
+            chunk = names[start : start + CHUNK]
+            for name, data in zip(chunk, executor.map(read, chunk), strict=True):
+                try:
+                    record = Record.model_validate_json(data or b"")
+                except ValueError:  # missing, or damaged
+                    yield None
+                    continue
+                size = sizes.get(f"{name}.tar") if record.nsamples else 0
+                whole = record.plan == plan and size == record.filesize
+                yield (record, sha256(data or b"")) if whole else None

@@ -6,32 +6,21 @@ behind a damaged tar header are found through the index.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import mmap
-import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigan import hashes
 from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, Pixels, decode_into
-from bigan.data.format.manifest import (
-    MANIFEST,
-    PLAN,
-    UNLABELLED,
-    UNLABELLED_PLAN,
-    Manifest,
-    Shard,
-)
+from bigan.data.format.manifest import MANIFEST, UNLABELLED, UNLABELLED_PLAN, Manifest, Shard
 from bigan.data.format.tar import Buffer, Member, group_samples, walk_tar
 from bigan.data.packing.tar_samples import TEXT, list_samples
+from bigan.data.places import Place
 
 MAX_PROBLEMS = 100  # reported per shard; further ones are counted
 CHANGED = f"sha256 differs from the one in {MANIFEST}: the file was changed"
@@ -90,56 +79,43 @@ class _Sample:
     label: int  # -1: unknown
 
 
-def is_indexed_in_place(manifest: Manifest) -> bool:
-    """Whether bigan did not write the shards but only indexed them (index_in_place.py).
+def scan_shard(
+    place: Place,
+    manifest: Manifest,
+    in_place: bool,
+    deep: bool,
+    shard: Shard,
+    index: Columns | None,
+) -> Scan:
+    """Check `shard` of `place`; `index` holds its samples (None: the index is damaged).
 
-    One of two marks is sufficient, since one may be lost in a damaged manifest.
-    """
-    packed = (manifest.folder / PLAN).is_file()
-    return manifest.is_indexed or (manifest.transform == "as-found-v1" and not packed)
-
-
-@contextlib.contextmanager
-def mapped(file: Path) -> Iterator[Buffer]:
-    """The memory-mapped bytes of `file`; raises `OSError`.
-
-    If another process truncates the file meanwhile, reading behind its end kills this process.
-    """
-    with file.open("rb") as stream:
-        if not os.fstat(stream.fileno()).st_size:  # an empty file cannot be mapped
-            yield b""
-            return
-        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield data
-
-
-def scan_shard(manifest: Manifest, deep: bool, shard: Shard, index: Columns | None) -> Scan:
-    """Check `shard` of `manifest.folder`; `index` holds its samples (None: the index is damaged).
-
-    With `deep` the result has `statistics`. Memory: one encoded and decoded image and about 100
-    bytes per sample, since the shard is memory-mapped.
+    `in_place`: bigan has only indexed the shard (index_in_place.py). With `deep` the result has
+    `statistics`. Memory: one encoded and decoded image and about 100 bytes per sample, since a
+    local shard is memory-mapped; for a store, also the shard.
     """
     scan = Scan(shard)
-    file = manifest.folder / shard.url
-    if not file.is_file():
-        scan.problems.append(Problem(shard.url, "shard is missing"))
-        return scan
     try:
-        # Read it before mapping it: a disk error raises here, but would send SIGBUS there.
-        sha256 = hashes.sha256_of_file(file)
-        with mapped(file) as data:
-            _scan(data, sha256, manifest, deep, scan, index)
+        with place.hashed(shard.url, shard.sha256) as (data, sha256):
+            _scan(data, sha256, manifest, in_place, deep, scan, index)
+    except FileNotFoundError:
+        scan.problems.append(Problem(shard.url, "shard is missing"))
     except OSError as error:
         scan.problems.append(Problem(shard.url, f"cannot be read: {error.strerror}"))
     return scan
 
 
 def _scan(
-    data: Buffer, sha256: str, manifest: Manifest, deep: bool, scan: Scan, index: Columns | None
+    data: Buffer,
+    sha256: str,
+    manifest: Manifest,
+    in_place: bool,
+    deep: bool,
+    scan: Scan,
+    index: Columns | None,
 ) -> None:
     shard = scan.shard
     problems: list[Problem] = []
-    if is_indexed_in_place(manifest):
+    if in_place:
         samples, intact = _indexed_samples(data, manifest, shard, index, problems)
     else:
         samples, intact = _samples(data, manifest, shard, problems)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import PurePath
 
 from bigan.data.format.manifest import UNLABELLED, Manifest
-from bigan.data.packing.pack import BAD, Packed
+from bigan.data.packing.pack import Packed
 from bigan.data.packing.split_names import mentions_splits
 from bigan.data.packing.trees import LABEL_FILES
+from bigan.data.streaming import stores
 from bigan.image_size import shown
 
 TABLES = {".csv", ".tsv", ".json", ".jsonl", ".parquet"}  # suffixes of files with labels
@@ -40,16 +41,15 @@ def summary(packed: Packed) -> str:
                 f"  labels are read from {', '.join(LABEL_FILES)} only: rename a file of them"
             )
     if packed.bad and packed.manifests:
-        folder = packed.manifests[0].folder
-        bad = (folder if (folder / BAD).is_file() else folder.parent) / BAD
-        lines.append(f"  left out {len(packed.bad):,} unusable images: see {bad}")
+        lines.append(f"  left out {len(packed.bad):,} unusable images: see {packed.bad_list}")
     return "\n".join(lines)
 
 
 def _size(manifest: Manifest) -> str:
     splits = ", ".join(f"{manifest.num_samples(split):,} {split}" for split in manifest.splits)
+    where = stores.shown(manifest.remote) if manifest.remote else manifest.folder
     return (
-        f"{manifest.folder}: {splits} images, {shown(manifest.resolution)} px, "
+        f"{where}: {splits} images, {shown(manifest.resolution)} px, "
         f"{manifest.channels} channel(s), {manifest.num_classes} "
         f"class{'' if manifest.num_classes == 1 else 'es'}"
     )

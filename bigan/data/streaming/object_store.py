@@ -22,31 +22,41 @@ from bigan.data.streaming.answers import (
 from bigan.data.streaming.credentials import client_options, store_options
 from bigan.data.streaming.outages import PassingError
 
+# Large files are uploaded in parts. obstore's time-out without an answer includes the time of
+# sending a part, and one part is repeated by obstore, since all would be repeated here.
+PART_BYTES = 2**23
+PARTS = 4  # in progress at a time
+UPLOAD_SECONDS = 120  # of all parts in progress; 32 MiB need at least 2.2 Mbit/s
+PART_RETRIES = 8
+
 
 class ObjectStore:
     """Files of a bucket on S3, Google Cloud Storage or Azure, through `obstore`."""
 
     def __init__(self, base: str) -> None:
+        self._base = base
+        self._shown = urls.shown(base)
+        self._store: Any = self._open(SILENCE_SECONDS, 0)
+        self._uploads: Any = None  # the same, with other limits
+
+    def _open(self, silence_seconds: int, num_retries: int) -> Any:
         from obstore.store import AzureStore, GCSStore, S3Store
 
-        self._shown = urls.shown(base)
-        kind = urls.scheme(base)
-        retries = {"max_retries": 0, "retry_timeout": datetime.timedelta(seconds=1)}
-        common: Any = {"retry_config": retries, "client_options": client_options(SILENCE_SECONDS)}
+        base, kind = self._base, urls.scheme(self._base)
+        limit = datetime.timedelta(seconds=silence_seconds if num_retries else 1)
+        retries = {"max_retries": num_retries, "retry_timeout": limit}
+        common: Any = {"retry_config": retries, "client_options": client_options(silence_seconds)}
         parts = urlsplit(base)
         options = store_options(kind, base)
         path = base.partition("://")[2].partition("/")[2]
         prefix = path.strip("/") or None
-        self._store: Any
         try:
             if kind in ("s3", "s3a"):
-                self._store = S3Store(parts.netloc, prefix=prefix, **options, **common)
-            elif kind == "gs":
-                self._store = GCSStore(parts.netloc, prefix=prefix, **options, **common)
-            else:
-                folder = quote(path.partition("?")[0])  # from_url decodes it
-                address = f"{kind}://{parts.netloc}/{folder}"
-                self._store = AzureStore.from_url(address, **options, **common)
+                return S3Store(parts.netloc, prefix=prefix, **options, **common)
+            if kind == "gs":
+                return GCSStore(parts.netloc, prefix=prefix, **options, **common)
+            folder = quote(path.partition("?")[0])  # from_url decodes it
+            return AzureStore.from_url(f"{kind}://{parts.netloc}/{folder}", **options, **common)
         except Exception as error:
             raise DataError(f"{self._shown}: {_first_line(str(error))}") from None
 
@@ -90,11 +100,27 @@ class ObjectStore:
 
         try:
             with self._errors(name):
-                mode = "create" if create else "overwrite"
-                await obstore.put_async(self._store, name, data, mode=mode)  # type: ignore[arg-type]
+                if create:
+                    await obstore.put_async(self._store, name, data, mode="create")
+                    return True
+                if self._uploads is None:
+                    self._uploads = self._open(UPLOAD_SECONDS, PART_RETRIES)
+                limits: Any = {"chunk_size": PART_BYTES, "max_concurrency": PARTS}
+                await obstore.put_async(self._uploads, name, data, **limits)
         except (AlreadyExistsError, PreconditionError):
             return False
+        except DataError as error:
+            if not create or "status 501" not in str(error):
+                raise
+            # The store has no conditional writes: two requests, between which another may write.
+            return await self.size(name) is None and await self.put(name, data, False)
         return True
+
+    async def delete(self, name: str) -> None:
+        import obstore
+
+        with contextlib.suppress(FileNotFoundError), self._errors(name):
+            await obstore.delete_async(self._store, name)
 
     async def close(self) -> None:
         pass

@@ -57,6 +57,9 @@ class Program:
     async def put(self, name: str, data: bytes, create: bool) -> bool:
         raise DataError(f"{self._shown}: cannot be written; use s3://, gs:// or az://")
 
+    async def delete(self, name: str) -> None:
+        raise DataError(f"{self._shown}: cannot be written; use s3://, gs:// or az://")
+
     async def close(self) -> None:
         pass
 

@@ -177,6 +177,10 @@ class Store:
         # The answer to an attempt that succeeded may have been lost.
         return created or (num > 1 and self.read(name) == data)
 
+    def delete(self, name: str) -> None:
+        """Delete a file if it exists; not on web servers."""
+        self._repeat(name, lambda: self._wait(self._transport.delete(name)))
+
     def close(self) -> None:
         """Cancel the requests in progress; every call raises `InterruptedError` from now on."""
         with self._lock:

@@ -87,6 +87,9 @@ class WebServer:
     async def put(self, name: str, data: bytes, create: bool) -> bool:
         raise DataError(f"{self._shown}: cannot be written; use s3://, gs:// or az://")
 
+    async def delete(self, name: str) -> None:
+        raise DataError(f"{self._shown}: cannot be written; use s3://, gs:// or az://")
+
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
