@@ -28,7 +28,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from bigan.errors import UserError
-from bigan.urls import redacted
+from bigan.urls import redacted_text
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -175,7 +175,7 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def _apply_override(data: dict[str, Any], override: str) -> str:
     key, equals, text = override.partition("=")
-    key, override = key.strip(), redacted(override)  # for messages
+    key, override = key.strip(), redacted_text(override)  # for messages
     parts = key.split(".")
     if equals and parts[0].isidentifier() and any(part.isdecimal() for part in parts[1:]):
         section = ".".join(itertools.takewhile(str.isidentifier, parts))
@@ -223,10 +223,10 @@ def _explain(
             chosen = "command line" if f"{section}.name" in touched else where
             return (
                 f"{chosen}: {section}.name = {name}: has no setting {leaf}; leave {key} = "
-                f"{redacted(repr(detail['input']))} out"
+                f"{redacted_text(repr(detail['input']))} out"
             )
         hint = _nearest_key(key, candidates)
-        return f"{where}: {key} = {redacted(repr(detail['input']))}: unknown key{hint}"
+        return f"{where}: {key} = {redacted_text(repr(detail['input']))}: unknown key{hint}"
     if detail["type"] == "missing":
         return f"{where}: {key}: this key is required and missing"
     message = detail["msg"].removeprefix("Value error, ")
@@ -244,9 +244,9 @@ def _explain(
             value = detail["input"]
         close = difflib.get_close_matches(str(value), options, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"{where}: {key} = {redacted(repr(value))}: expected one of {expected}{hint}"
+        return f"{where}: {key} = {redacted_text(repr(value))}: expected one of {expected}{hint}"
     value = detail["input"]
-    shown = f" = {redacted(repr(value))}" if not isinstance(value, dict) else ""
+    shown = f" = {redacted_text(repr(value))}" if not isinstance(value, dict) else ""
     return f"{where}: {key}{shown}: {message}"
 
 

@@ -16,9 +16,9 @@ def is_remote(path: str) -> bool:
     return "://" in path or path.startswith("pipe:")
 
 
-def redacted(text: str) -> str:
+def redacted_text(text: str) -> str:
     """A text without the credentials of the URLs in it."""
-    return re.sub(r"[a-zA-Z][\w+.-]*://[^\s'\"]+", lambda found: shown(found[0]), text)
+    return re.sub(r"[a-zA-Z][\w+.-]*://[^\s'\"]+", lambda found: redacted(found[0]), text)
 
 
 def scheme(url: str) -> str:
@@ -26,13 +26,13 @@ def scheme(url: str) -> str:
     return "pipe" if url.startswith("pipe:") else url.partition("://")[0].lower()
 
 
-def shown(url: str) -> str:
+def redacted(url: str) -> str:
     """The URL without user, password and the values of its query, for messages, logs and files.
 
     A path in the file system is returned unchanged.
     """
     if url.startswith("pipe:"):
-        return _SECRET_ARGUMENT.sub(r"\1***", redacted(url))
+        return _SECRET_ARGUMENT.sub(r"\1***", redacted_text(url))
     head, separator, rest = url.partition("://")
     if not separator:
         return url

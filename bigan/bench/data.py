@@ -19,7 +19,6 @@ from bigan.data.format.manifest import Index, Manifest, Shard
 from bigan.data.streaming.dataset import open_level
 from bigan.data.streaming.order import Order, default_lanes
 from bigan.data.streaming.ranges import ShardRanges
-from bigan.data.streaming.stores import is_remote, shown
 from bigan.data.streaming.stream import ShardStream
 from bigan.distributed.world import World
 from bigan.engine import Echo
@@ -27,6 +26,7 @@ from bigan.run.stages import final_config, stages
 from bigan.run.streams import order_seed
 from bigan.run.traffic import Source, facts, open_source, record, size
 from bigan.run_config import IMAGES, RunConfig, load_config
+from bigan.urls import is_remote, redacted
 
 SHARD_BYTES = 128 * 10**6  # of an assumed data set
 
@@ -140,7 +140,7 @@ def measure_data(
         "config": str(path),
         "overrides": list(overrides),
         "environment": environment(),
-        "path": shown(data.path),
+        "path": redacted(data.path),
         "batch": batch,
         "runs": runs,
         "first_batch_seconds": first_seconds,
@@ -150,7 +150,7 @@ def measure_data(
     if is_remote(data.path):
         result["received_bytes_per_image"] = summary(received)
     echo(
-        f"{shown(data.path)}: {summary(rates)['median']:,.0f} images/s, "
+        f"{redacted(data.path)}: {summary(rates)['median']:,.0f} images/s, "
         f"{summary(costs)['median']:,.0f} us of CPU time per image"
     )
     return result

@@ -32,12 +32,12 @@ from bigan.bench.workload import (
     measured_workload,
     median_of_means,
 )
-from bigan.data.streaming.urls import shown
 from bigan.engine import Echo
 from bigan.errors import UserError
 from bigan.run.stages import final_config
 from bigan.run.streams import check_data
 from bigan.run_config import RunConfig, accumulation_steps, load_config
+from bigan.urls import redacted
 from bigan.versions import num_cpus
 
 EMA = "averages"  # gathering of sharded weights for the EMAs, beside the exchanges of the phases
@@ -170,7 +170,7 @@ def measure(config: RunConfig, options: Options, echo: Echo) -> tuple[dict[str, 
 
 def image_paths(config: RunConfig) -> str:
     """Paths of the data streams, for people."""
-    return ", ".join(shown(data.path) for data in config.streams.values())
+    return ", ".join(redacted(data.path) for data in config.streams.values())
 
 
 def check(config: RunConfig, options: Options, ranks: Sequence[int]) -> None:

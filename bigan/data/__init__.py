@@ -2,7 +2,8 @@
 
 format/      what is on disk: manifest and index, tar shards, encoded images, conversion
 packing/     `bigan pack` and `bigan verify`: sources of images, plan, shards, checks
-streaming/   sample order, fetchers, remote shards and cache, batches on the device
+stores/      files at a URL: object stores, web servers, commands; outages, credentials
+streaming/   sample order, fetchers, cache, batches on the device
 settings.py  the `data` section of a config
 permutation.py  random permutations that are equal on all platforms
 places.py    the folder or URL that a data set is packed to and verified in

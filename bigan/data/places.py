@@ -20,8 +20,9 @@ from bigan import atomic_files, hashes
 from bigan.data import DataError
 from bigan.data.format.manifest import MANIFEST, PLAN, PYRAMID, Manifest
 from bigan.data.format.tar import DATA_SET_FILES, Buffer, nested_tar_files, tar_files
-from bigan.data.streaming.stores import MissingFileError, Store, is_remote, join, shown
-from bigan.data.streaming.urls import OBJECT_STORES, scheme
+from bigan.data.stores.store import MissingFileError, Store
+from bigan.data.stores.urls import OBJECT_STORES, join
+from bigan.urls import is_remote, redacted, scheme
 
 CONNECTIONS = 16  # requests of a process that are in progress at a time
 MAX_REQUESTS = 4  # for sizes of single objects; those of more are listed at once
@@ -186,7 +187,7 @@ class Objects(Place):
         self._store = store
         self._url = url  # of this folder
         self._start = start  # of its names in the store: "" or "folder/"
-        self.shown = shown(url)
+        self.shown = redacted(url)
         self.can_list = scheme(url) in OBJECT_STORES
 
     def where(self, name: str) -> str:
@@ -344,7 +345,7 @@ def threads(num: int = CONNECTIONS) -> Iterator[ThreadPoolExecutor]:
 
 def shown_place(place: str | Path) -> str:
     """A path or URL for messages, without secrets."""
-    return shown(place) if isinstance(place, str) and is_remote(place) else str(Path(place))
+    return redacted(place) if isinstance(place, str) and is_remote(place) else str(Path(place))
 
 
 @contextlib.contextmanager

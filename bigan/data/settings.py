@@ -8,8 +8,8 @@ from typing import Literal
 from pydantic import FieldSerializationInfo, field_serializer, field_validator
 
 from bigan.config import CREDENTIALS, Frozen, Positive
-from bigan.data.streaming import urls
 from bigan.image_size import ImageSize, num_pixels
+from bigan.urls import is_remote, redacted
 
 SMALL_PIXELS = 64 * 64
 
@@ -60,10 +60,10 @@ class DataConfig(Fetch):
     def _normalize(cls, value: object) -> object:
         """data/digits/ becomes data/digits; URLs stay unchanged."""
         text = str(value) if isinstance(value, str | Path) else value
-        local = isinstance(text, str) and not urls.is_remote(text)
+        local = isinstance(text, str) and not is_remote(text)
         return str(Path(text)) if local and text else text  # type: ignore[arg-type]
 
     @field_serializer("path", when_used="json")
     def _without_credentials(self, path: str, info: FieldSerializationInfo) -> str:
         """What is stored (config.yaml, MLflow) has no password and no signature."""
-        return path if info.context == CREDENTIALS else urls.shown(path)
+        return path if info.context == CREDENTIALS else redacted(path)

@@ -15,7 +15,6 @@ from bigan.data.streaming import resampled
 from bigan.data.streaming.dataset import open_level, open_manifest
 from bigan.data.streaming.resampled import ResampledStream
 from bigan.data.streaming.stream import Batch, Endless, ShardStream, lanes_of
-from bigan.data.streaming.urls import is_remote, shown
 from bigan.distributed.world import World, broadcast, gather, on_all_ranks
 from bigan.errors import UserError
 from bigan.image_size import ratio
@@ -24,6 +23,7 @@ from bigan.run.state import TrainState
 from bigan.run_config import IMAGES, RunConfig, load_config, misfits
 from bigan.run_folder import RunFolder
 from bigan.transparency import has_alpha
+from bigan.urls import is_remote, redacted
 
 NAMED_BAD_IMAGES = 10  # maximum per tick
 
@@ -59,7 +59,7 @@ def _check_stream(config: RunConfig, name: str, data: DataConfig) -> Images:
         if data.labels == "none" and num_classes > 1:
             raise UserError(f"data.labels = none needs model.num_classes = 1, not {num_classes}")
         classes = {str(label): 1 for label in range(num_classes)}
-        return Images(classes, f"resampled/{shown(data.path)}")
+        return Images(classes, f"resampled/{redacted(data.path)}")
     if config.growth is None:
         return _images(config, data, open_manifest(data.path, data))
     found = []
@@ -69,8 +69,8 @@ def _check_stream(config: RunConfig, name: str, data: DataConfig) -> Images:
         found.append(_images(config if full else level, data, manifest))
     if any(images.classes != found[0].classes for images in found):
         raise UserError(
-            f"{shown(data.path)}: the resolutions hold different images; pack them again, together "
-            "(`bigan pack --pyramid`)"
+            f"{redacted(data.path)}: the resolutions hold different images; pack them again, "
+            "together (`bigan pack --pyramid`)"
         )
     return Images(found[0].classes, "/".join(dict.fromkeys(i.fingerprint for i in found)))
 

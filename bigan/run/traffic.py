@@ -12,17 +12,18 @@ from bigan.config import ConfigError
 from bigan.data import DataError
 from bigan.data.format.manifest import MANIFEST, PYRAMID, Manifest
 from bigan.data.settings import DataConfig
+from bigan.data.stores.store import store_of
 from bigan.data.streaming import traffic
 from bigan.data.streaming.dataset import open_level
 from bigan.data.streaming.fetchers import resolve_mode
 from bigan.data.streaming.order import MAX_LANES, Order
 from bigan.data.streaming.ranges import ShardRanges
-from bigan.data.streaming.stores import is_remote, shown, store_of
 from bigan.data.streaming.stream import lanes_of
 from bigan.data.streaming.traffic import MAX_SAMPLES, Block, Kind, Readers, Traffic
 from bigan.run.stages import stages
 from bigan.run.streams import order_seed, resolve_lanes
 from bigan.run_config import RunConfig, accumulation_steps
+from bigan.urls import is_remote, redacted
 
 PATIENCE_SECONDS = 5  # for a store that does not answer: nothing depends on it
 NOTABLE = 1.3  # bytes read, relative to the set
@@ -204,7 +205,7 @@ def describe_traffic(
 def facts(source: Source) -> dict[str, Any]:
     """The data set and the order of a source, JSON values."""
     return {
-        "path": shown(source.settings.path),
+        "path": redacted(source.settings.path),
         "images": source.order.num_samples,
         "shards": len(source.data.shards),
         "set_bytes": sum(shard.filesize for shard in source.data.shards),

@@ -30,7 +30,7 @@ def test_simulated_traffic_of_an_assumed_set(capsys: pytest.CaptureFixture[str])
     assert fits["first_batch_bytes"] * 60 < one["first_batch_bytes"]
     assert fits["memory_bytes"] == 2 * 893 * 100_000  # 1/7 of a lane is a block
     assert fits["requests_per_second"] == pytest.approx(fits["requests"] / 100, rel=0.01)
-    assert "data.lanes=192" in more["warnings"][0]
+    assert "data.lanes=384" in more["warnings"][0]
     assert "data.lanes=512" in many["warnings"][0]
     assert many["requests"] > 10 * fits["requests"]
     assert "7" in refused["error"]

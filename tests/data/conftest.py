@@ -13,7 +13,7 @@ from verify_folders import CLASSES, picture, samples, write
 from web import Web, serving
 
 from bigan.data.packing.pack import pack
-from bigan.data.streaming import outages
+from bigan.data.stores import outages
 
 
 @pytest.fixture(autouse=True, scope="module")

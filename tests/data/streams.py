@@ -12,9 +12,9 @@ from web import Web
 
 from bigan.data.format.manifest import Manifest
 from bigan.data.settings import Fetch
+from bigan.data.stores.store import Store
 from bigan.data.streaming.cache import NodeCache
 from bigan.data.streaming.ranges import ShardRanges
-from bigan.data.streaming.stores import Store
 from bigan.data.streaming.stream import Batch, ShardStream
 from bigan.distributed.world import World
 

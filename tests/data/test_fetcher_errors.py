@@ -21,11 +21,11 @@ from web import Web
 from bigan.data import DataError
 from bigan.data.format.manifest import Manifest
 from bigan.data.settings import Fetch
+from bigan.data.stores.store import Store
 from bigan.data.streaming import cache, local_shards
 from bigan.data.streaming import fetchers as fetching
 from bigan.data.streaming.order import Order
 from bigan.data.streaming.ranges import ShardRanges
-from bigan.data.streaming.stores import Store
 from bigan.data.streaming.stream import ShardStream, sequential
 from bigan.data.streaming.streamed_shards import StreamedShards
 from bigan.distributed.world import World

@@ -19,9 +19,11 @@ from web import Web, served, serving
 
 from bigan.config import ConfigError
 from bigan.data import DataError
-from bigan.data.streaming import answers, outages, urls
-from bigan.data.streaming.stores import Store, join, shown
+from bigan.data.stores import answers, outages, urls
+from bigan.data.stores.store import Store
+from bigan.data.stores.urls import join
 from bigan.run_config import load_config
+from bigan.urls import redacted
 
 CONTENT = bytes(range(256)) * 4_000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -227,8 +229,8 @@ def test_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )  # fmt: skip
 def test_secrets_are_not_shown(url: str, text: str) -> None:
-    assert shown(url) == text
-    assert shown(text) == text
+    assert redacted(url) == text
+    assert redacted(text) == text
 
 
 @pytest.mark.parametrize("key", ["data.pth", "data.mode", "data", "data.block", "data.path.a"])

@@ -28,9 +28,9 @@ from bigan.data.packing.pack import pack
 from bigan.data.packing.summary import summary
 from bigan.data.packing.verify import verify
 from bigan.data.settings import Fetch
-from bigan.data.streaming import object_store, outages
+from bigan.data.stores import object_store, outages
+from bigan.data.stores.store import Store
 from bigan.data.streaming.dataset import open_level
-from bigan.data.streaming.stores import Store
 
 OPTIONS: dict[str, Any] = {"resolution": 16, "shard_size": 10, "max_bad": 1, "jobs": 2}
 
@@ -144,7 +144,7 @@ def test_a_complete_set_is_kept(
 KILLED = """
 import itertools, os, signal, sys
 from bigan.data.packing.pack import pack
-from bigan.data.streaming.stores import Store
+from bigan.data.stores.store import Store
 
 def pack_until(moment):
     real, count = Store.write, itertools.count(1)

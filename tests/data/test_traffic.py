@@ -130,7 +130,7 @@ def test_lanes_that_fit_are_read_by_one_rank_each() -> None:
     for world, batch in itertools.product((1, 2, 3, 8, 24, 64, 512), (1, 2, 6, 16)):
         lanes = traffic.fitting_lanes([batch * world, 4 * batch * world], world)
         assert traffic.ranks_per_lane(Readers(world, batch * world), lanes) == 1
-    assert traffic.fitting_lanes([2048], 64) == default_lanes([2048], 10**6) == 256
+    assert traffic.fitting_lanes([2048], 64) == default_lanes([2048], 10**6) == 512
     assert traffic.ranks_per_lane(Readers(12, 48), 16) > 1
 
 

@@ -10,7 +10,7 @@ from commands import ROOT, SMOKE, launch
 from faulty_proxy import Proxy, faulty
 from s3 import s3_server
 
-from bigan.data.streaming.stores import Store
+from bigan.data.stores.store import Store
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 TOTAL = 800

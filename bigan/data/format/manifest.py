@@ -33,9 +33,10 @@ from bigan.data import DataError
 from bigan.data.format import index_files
 from bigan.data.format.codec import StoredEncoding
 from bigan.data.format.tar import nested_tar_files, tar_files
-from bigan.data.streaming import urls
+from bigan.data.stores import urls
 from bigan.hashes import fingerprint
 from bigan.image_size import ImageSize, Resolution, sides
+from bigan.urls import redacted
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
@@ -190,7 +191,7 @@ class Manifest(Frozen):
     def location(self, shard: Shard) -> str:
         """Path or URL of a shard."""
         if self.remote is not None:
-            return urls.shown(urls.join(self.remote, shard.url))
+            return redacted(urls.join(self.remote, shard.url))
         return str(self.folder / shard.url)
 
     def shards(self, split: str) -> tuple[Shard, ...]:

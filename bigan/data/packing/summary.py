@@ -8,8 +8,8 @@ from bigan.data.format.manifest import UNLABELLED, Manifest
 from bigan.data.packing.pack import Packed
 from bigan.data.packing.split_names import mentions_splits
 from bigan.data.packing.trees import LABEL_FILES
-from bigan.data.streaming import stores
 from bigan.image_size import shown
+from bigan.urls import redacted
 
 TABLES = {".csv", ".tsv", ".json", ".jsonl", ".parquet"}  # suffixes of files with labels
 NUM_ENDS = 5  # classes at the start and the end of a long list
@@ -47,7 +47,7 @@ def summary(packed: Packed) -> str:
 
 def _size(manifest: Manifest) -> str:
     splits = ", ".join(f"{manifest.num_samples(split):,} {split}" for split in manifest.splits)
-    where = stores.shown(manifest.remote) if manifest.remote else manifest.folder
+    where = redacted(manifest.remote) if manifest.remote else manifest.folder
     return (
         f"{where}: {splits} images, {shown(manifest.resolution)} px, "
         f"{manifest.channels} channel(s), {manifest.num_classes} "

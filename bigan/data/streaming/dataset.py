@@ -16,9 +16,10 @@ from bigan.data.format.manifest import (
 from bigan.data.packing.index_in_place import index_in_place
 from bigan.data.packing.shard_files import in_folder
 from bigan.data.settings import Fetch
+from bigan.data.stores.store import MissingFileError
 from bigan.data.streaming import node_copy
-from bigan.data.streaming.stores import MissingFileError, is_remote, shown
 from bigan.image_size import ImageSize
+from bigan.urls import is_remote, redacted
 
 
 def open_manifest(data: str | Path | Manifest, fetch: Fetch | None = None) -> Manifest:
@@ -37,7 +38,7 @@ def open_manifest(data: str | Path | Manifest, fetch: Fetch | None = None) -> Ma
     if fetch.labels == "none":
         return manifest.without_labels()
     if manifest.plan == UNLABELLED_PLAN:
-        raise DataError(f"{shown(path)}: was indexed without its labels; set data.labels=none")
+        raise DataError(f"{redacted(path)}: was indexed without its labels; set data.labels=none")
     return manifest
 
 

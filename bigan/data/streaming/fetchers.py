@@ -29,11 +29,12 @@ from bigan.data import DataError
 from bigan.data.format.codec import BadImageError, Pixels, decode_into
 from bigan.data.format.manifest import Index, Manifest
 from bigan.data.settings import Fetch
+from bigan.data.stores.store import store_of
 from bigan.data.streaming.cache import NodeCache, ReadAhead
 from bigan.data.streaming.local_shards import LocalShards
 from bigan.data.streaming.ranges import MERGED_BYTES, ShardRanges
-from bigan.data.streaming.stores import shown, store_of
 from bigan.data.streaming.streamed_shards import StreamedShards
+from bigan.urls import redacted
 
 Indices = NDArray[np.int64]
 Blocks = Callable[[], Iterator[tuple[Indices, Indices]]]
@@ -163,7 +164,7 @@ class Resident:
         try:
             needed = num * int(np.prod(self.manifest.image_shape))
             if needed > limit_bytes:
-                place = shown(self.manifest.remote or str(self.manifest.folder))
+                place = redacted(self.manifest.remote or str(self.manifest.folder))
                 raise DataError(
                     f"{place}: {needed:,} bytes of pixels "
                     f"are more than data.resident_bytes = {limit_bytes:,}; raise it, or use "
@@ -225,8 +226,8 @@ def make_fetcher(
     on_disk = manifest.remote is None or fetch.cache is not None
     if mode == "random_access" and not on_disk:
         raise DataError(
-            f"{shown(manifest.remote or '')}: data.mode=random_access needs shards on a disk; set "
-            "data.cache=FOLDER, or use data.mode=stream"
+            f"{redacted(manifest.remote or '')}: data.mode=random_access needs shards on a disk; "
+            "set data.cache=FOLDER, or use data.mode=stream"
         )
     if manifest.remote is None and mode != "stream":
         manifest.verify_checksums(CHECKSUM_BYTES)

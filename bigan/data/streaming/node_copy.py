@@ -22,8 +22,9 @@ from bigan import atomic_files, hashes
 from bigan.data import DataError
 from bigan.data.format.manifest import MANIFEST, Manifest
 from bigan.data.settings import Fetch
-from bigan.data.streaming.stores import Store, shown, store_of
+from bigan.data.stores.store import Store, store_of
 from bigan.file_lock import locked
+from bigan.urls import redacted
 
 CHUNK_BYTES = 2**20
 _STARTED = time.time_ns()
@@ -47,7 +48,7 @@ def copied(base: str, fetch: Fetch) -> Manifest:
                 return _download(place, base, fetch)
     except OSError as error:
         raise DataError(
-            f"{place}: cannot store the index of {shown(base)}: {error.strerror}; set data.cache"
+            f"{place}: cannot store the index of {redacted(base)}: {error.strerror}; set data.cache"
         ) from None
     return _read(folder, base)
 
@@ -107,12 +108,12 @@ def _read(folder: Path, base: str) -> Manifest:
     try:
         return Manifest.read(folder).model_copy(update={"remote": base})
     except DataError as error:
-        raise DataError(f"{shown(base)}: {error}") from None
+        raise DataError(f"{redacted(base)}: {error}") from None
 
 
 def _address(base: str) -> str:
     """`base` without user, password and query."""
-    return shown(base).replace("://***@", "://").partition("?")[0].rstrip("/")
+    return redacted(base).replace("://***@", "://").partition("?")[0].rstrip("/")
 
 
 def _key(base: str) -> str:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from bigan.data import DataError
 from bigan.data.format import tar
 from bigan.data.format.manifest import Index, Manifest
-from bigan.data.streaming.stores import Store
+from bigan.data.stores.store import Store
 
 Indices = NDArray[np.int64]
 

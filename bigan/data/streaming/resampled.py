@@ -39,15 +39,16 @@ from bigan.data.packing.tar_samples import (
     read_label,
 )
 from bigan.data.settings import Fetch
+from bigan.data.stores.store import Store, store_of
+from bigan.data.stores.urls import check_url, split_name
 from bigan.data.streaming.device import HostBatch, Reading, Transfer, transfer_to
 from bigan.data.streaming.fetchers import MAX_REPLACEMENTS, BadSample
 from bigan.data.streaming.order import rank_positions
-from bigan.data.streaming.stores import Store, store_of
 from bigan.data.streaming.stream import Endless, delivered
-from bigan.data.streaming.urls import check_url, is_remote, shown, split_name
 from bigan.distributed.world import World
 from bigan.hashes import sha256
 from bigan.image_size import image_size
+from bigan.urls import is_remote, redacted
 
 SHUFFLE = 1_000  # samples in the shuffle buffer
 MAX_EMPTY = 20  # consecutive shards without a sample, at least, that are accepted
@@ -82,12 +83,12 @@ def expand(pattern: str, allow_pipe: bool, split: str = "train") -> tuple[str, .
             check_url(url, allow_pipe)
         elif not Path(url).is_file():
             raise DataError(f"{url}: no such shard; set data.path to a pattern of .tar files")
-    declared = splits(below([_place(url) for url in urls], root), shown(pattern))
+    declared = splits(below([_place(url) for url in urls], root), redacted(pattern))
     chosen = [url for url, of in zip(urls, declared, strict=True) if (of or "train") == split]
     if not chosen:
         others = ", ".join(sorted({of or "train" for of in declared})) or "none"
         raise DataError(
-            f"{shown(pattern)}: no shard is of data.split = {split}; their splits: {others}"
+            f"{redacted(pattern)}: no shard is of data.split = {split}; their splits: {others}"
         )
     return tuple(chosen)
 
@@ -98,7 +99,7 @@ def _place(url: str) -> str:
         return url
     words = url.split() if url.startswith("pipe:") else [url]
     word = next((word for word in words if ".tar" in word), url)
-    return shown(word).partition("?")[0]
+    return redacted(word).partition("?")[0]
 
 
 class ResampledStream(Endless):
@@ -134,7 +135,7 @@ class ResampledStream(Endless):
         self._draws = rng.numpy_generator(seed, f"resampled/{world.rank}", images_seen)
         self._stop = threading.Event()
         self._stores: dict[str, Store] = {}
-        names = tuple(map(shown, self._urls))
+        names = tuple(map(redacted, self._urls))
         inputs = f"{names}/{seed}/{batch}/{accumulation}/{images_seen}/{world.size}"
         self.fingerprint = sha256(inputs.encode())[:32]
 
@@ -278,10 +279,12 @@ class ResampledStream(Endless):
         empty, damaged = 0, set()
         while not self._stop.is_set():
             if empty >= max(MAX_EMPTY, 2 * len(self._urls)):
-                raise DataError(f"{shown(self._urls[0])} and {empty} more shards contain no sample")
+                raise DataError(
+                    f"{redacted(self._urls[0])} and {empty} more shards contain no sample"
+                )
             empty += 1
             url = self._urls[int(self._draws.bit_generator.random_raw() % len(self._urls))]
-            where = shown(url)
+            where = redacted(url)
             try:
                 with self._opened(url) as stream:
                     members = tar_file_expander([{"url": where, "stream": stream}])

@@ -7,18 +7,7 @@ import re
 from urllib.parse import quote, unquote, urlsplit
 
 from bigan.data import DataError
-from bigan.urls import is_redacted, is_remote, scheme, shown
-
-__all__ = [
-    "check_url",
-    "encoded",
-    "is_redacted",
-    "is_remote",
-    "join",
-    "scheme",
-    "shown",
-    "split_name",
-]
+from bigan.urls import is_redacted, redacted, scheme
 
 WEB = ("http", "https")
 AZURE = ("az", "azure", "adl", "abfs", "abfss")
@@ -84,7 +73,7 @@ def of_hugging_face(url: str) -> str:
     """The web address of hf://datasets/OWNER/NAME[@REVISION]/PATH; raises `DataError`."""
     found = re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)(?:@([^/]+))?/?(.*)", url)
     if not found:
-        raise DataError(f"{shown(url)}: is not of the form hf://datasets/OWNER/NAME/FOLDER")
+        raise DataError(f"{redacted(url)}: is not of the form hf://datasets/OWNER/NAME/FOLDER")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     revision = found[2] or "main"
     return f"{endpoint}/datasets/{found[1]}/resolve/{revision}/{found[3]}"
@@ -95,25 +84,25 @@ def check_url(url: str, allow_pipe: bool) -> None:
     kind = scheme(url)
     if is_redacted(url):
         raise DataError(
-            f"{shown(url)}: credentials are not stored with a run; give the complete address, "
+            f"{redacted(url)}: credentials are not stored with a run; give the complete address, "
             "data.path=URL"
         )
     if kind == "pipe":
         if not allow_pipe:
             raise DataError(
-                f"{shown(url)}: runs a shell command; if you trust it, set data.allow_pipe=true"
+                f"{redacted(url)}: runs a shell command; if you trust it, set data.allow_pipe=true"
             )
         return
     if kind in PROGRAMS:
         if os.environ.get("GOPEN_REWRITE") and not allow_pipe:
             raise DataError(
-                f"{shown(url)}: the variable GOPEN_REWRITE could turn it into a shell command; "
+                f"{redacted(url)}: the variable GOPEN_REWRITE could turn it into a shell command; "
                 "unset it, or set data.allow_pipe=true"
             )
         return
     if kind not in (*WEB, *OBJECT_STORES, "hf"):
-        raise DataError(f"{shown(url)}: unsupported URL scheme; use https://, s3:// or a folder")
+        raise DataError(f"{redacted(url)}: unsupported URL scheme; use https://, s3:// or a folder")
     if kind == "hf":
         of_hugging_face(url)
     elif not urlsplit(url).netloc.rpartition("@")[2]:
-        raise DataError(f"{shown(url)}: has no name of a server or a bucket")
+        raise DataError(f"{redacted(url)}: has no name of a server or a bucket")

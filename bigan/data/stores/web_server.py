@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bigan.data import DataError
-from bigan.data.streaming import urls
-from bigan.data.streaming.answers import (
+from bigan.data.stores import urls
+from bigan.data.stores.answers import (
     CHUNK_BYTES,
     SILENCE_SECONDS,
     Range,
@@ -27,16 +27,17 @@ from bigan.data.streaming.answers import (
     refuse,
     retry_after,
 )
-from bigan.data.streaming.outages import PassingError, WrongContentError
+from bigan.data.stores.outages import PassingError, WrongContentError
+from bigan.urls import redacted, scheme
 
 
 class WebServer:
     """Files of a web server, or of a Hugging Face data set."""
 
     def __init__(self, base: str) -> None:
-        self._shown = urls.shown(base)
+        self._shown = redacted(base)
         self._headers = {"Accept-Encoding": "identity"}
-        if urls.scheme(base) == "hf":
+        if scheme(base) == "hf":
             base = urls.of_hugging_face(base)
             if token := _hugging_face_token():
                 self._headers["Authorization"] = f"Bearer {token}"

@@ -10,8 +10,8 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from bigan.data import DataError
-from bigan.data.streaming import urls
-from bigan.data.streaming.answers import (
+from bigan.data.stores import urls
+from bigan.data.stores.answers import (
     CHUNK_BYTES,
     SILENCE_SECONDS,
     Range,
@@ -19,8 +19,9 @@ from bigan.data.streaming.answers import (
     decoder,
     refuse,
 )
-from bigan.data.streaming.credentials import client_options, store_options
-from bigan.data.streaming.outages import PassingError
+from bigan.data.stores.credentials import client_options, store_options
+from bigan.data.stores.outages import PassingError
+from bigan.urls import redacted, scheme
 
 # Large files are uploaded in parts. obstore's time-out without an answer includes the time of
 # sending a part, and one part is repeated by obstore, since all would be repeated here.
@@ -35,14 +36,14 @@ class ObjectStore:
 
     def __init__(self, base: str) -> None:
         self._base = base
-        self._shown = urls.shown(base)
+        self._shown = redacted(base)
         self._store: Any = self._open(SILENCE_SECONDS, 0)
         self._uploads: Any = None  # the same, with other limits
 
     def _open(self, silence_seconds: int, num_retries: int) -> Any:
         from obstore.store import AzureStore, GCSStore, S3Store
 
-        base, kind = self._base, urls.scheme(self._base)
+        base, kind = self._base, scheme(self._base)
         limit = datetime.timedelta(seconds=silence_seconds if num_retries else 1)
         retries = {"max_retries": num_retries, "retry_timeout": limit}
         common: Any = {"retry_config": retries, "client_options": client_options(silence_seconds)}

@@ -1,11 +1,4 @@
-"""Files of a data set at a URL: whole files and byte ranges, verified, through any outage.
-
-Store(base)                 a folder at https://, s3://, gs://, az://, hf:// or `pipe:`
-urls.py                     which URLs, how names are appended, how they are displayed
-transports.py               one attempt of one request
-outages.py                  how long failures are waited for, and how that is reported
-credentials.py              credentials and time-outs of the object stores
-"""
+"""A folder at a URL: whole files and byte ranges, verified, through outages."""
 
 from __future__ import annotations
 
@@ -20,12 +13,11 @@ from typing import IO, Any, TypeVar
 from bigan import hashes
 from bigan.data import DataError
 from bigan.data.settings import Fetch
-from bigan.data.streaming import outages, transports, urls
-from bigan.data.streaming.answers import CHUNK_BYTES, Range, RangesIgnoredError, is_html, not_a_page
-from bigan.data.streaming.outages import PassingError, WrongContentError
-from bigan.data.streaming.urls import check_url, is_remote, join, shown
-
-__all__ = ["Store", "check_url", "is_remote", "join", "shown", "store_of"]
+from bigan.data.stores import outages, transports, urls
+from bigan.data.stores.answers import CHUNK_BYTES, Range, RangesIgnoredError, is_html, not_a_page
+from bigan.data.stores.outages import PassingError, WrongContentError
+from bigan.data.stores.urls import check_url, join
+from bigan.urls import redacted, scheme
 
 T = TypeVar("T")
 
@@ -62,11 +54,11 @@ class Store:
         connections: int = 4,
     ) -> None:
         check_url(base, allow_pipe)
-        self.shown = shown(base)
+        self.shown = redacted(base)
         self._transport = transports.transport(base)
         self._connections = connections
         self._slots: asyncio.Semaphore | None = None  # created on the event loop
-        kind = urls.scheme(base)
+        kind = scheme(base)
         web = kind in (*urls.WEB, "hf")  # known after the first request
         self._ranges: bool | None = None if web else kind in urls.OBJECT_STORES
         self._known = "manifest.json"  # a file to find out whether ranges are supported

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 from bigan.data import DataError
 from bigan.data.format import compression
-from bigan.data.streaming.outages import PassingError, WrongContentError
+from bigan.data.stores.outages import PassingError, WrongContentError
 
 SILENCE_SECONDS = 20  # without a byte, after which a request has failed
 CHUNK_BYTES = 2**20

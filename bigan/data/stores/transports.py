@@ -11,11 +11,12 @@ import threading
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from bigan.data.streaming import urls
-from bigan.data.streaming.answers import Range
-from bigan.data.streaming.object_store import ObjectStore
-from bigan.data.streaming.program import Program
-from bigan.data.streaming.web_server import WebServer
+from bigan.data.stores import urls
+from bigan.data.stores.answers import Range
+from bigan.data.stores.object_store import ObjectStore
+from bigan.data.stores.program import Program
+from bigan.data.stores.web_server import WebServer
+from bigan.urls import scheme
 
 
 class Transport(Protocol):
@@ -66,7 +67,7 @@ def event_loop() -> asyncio.AbstractEventLoop:
 
 def transport(base: str) -> Transport:
     """The transport for files below `base`, a URL that `urls.check_url` accepts."""
-    kind = urls.scheme(base)
+    kind = scheme(base)
     if kind in urls.OBJECT_STORES:
         return ObjectStore(base)
     if kind in (*urls.WEB, "hf"):

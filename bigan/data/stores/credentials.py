@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bigan.data import DataError
-from bigan.data.streaming import urls
+from bigan.urls import redacted
 
 _TRUE = ("1", "true", "t", "yes", "y", "on")
 
@@ -59,7 +59,7 @@ def _s3(base: str) -> dict[str, Any]:
     if _machine("sys_vendor", "Amazon EC2") and not _is_set("AWS_EC2_METADATA_DISABLED"):
         return options  # the role of the machine
     raise DataError(
-        f"{urls.shown(base)}: no credentials for S3; set AWS_ACCESS_KEY_ID and "
+        f"{redacted(base)}: no credentials for S3; set AWS_ACCESS_KEY_ID and "
         "AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or AWS_SKIP_SIGNATURE=true for a public bucket"
     )
 
@@ -96,7 +96,7 @@ def _aws_profile(profile: str, section: dict[str, str], base: str) -> dict[str, 
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError:
         raise DataError(
-            f"{urls.shown(base)}: the AWS profile {profile!r} has no static keys; install boto3, "
+            f"{redacted(base)}: the AWS profile {profile!r} has no static keys; install boto3, "
             "which reads its roles and SSO"
         ) from None
     session = botocore.session.Session(profile=profile)
@@ -105,7 +105,7 @@ def _aws_profile(profile: str, section: dict[str, str], base: str) -> dict[str, 
         return {"credential_provider": Boto3CredentialProvider(session)}
     except Exception as error:
         raise DataError(
-            f"{urls.shown(base)}: no credentials from the AWS profile {profile!r} ({error})"
+            f"{redacted(base)}: no credentials from the AWS profile {profile!r} ({error})"
         ) from None
 
 
@@ -117,7 +117,7 @@ def _google(base: str) -> dict[str, Any]:
     if known or _machine("product_name", "Google Compute Engine"):
         return {}
     raise DataError(
-        f"{urls.shown(base)}: no credentials for Google Cloud Storage; set "
+        f"{redacted(base)}: no credentials for Google Cloud Storage; set "
         "GOOGLE_APPLICATION_CREDENTIALS, or GOOGLE_SKIP_SIGNATURE=true for a public bucket"
     )
 
@@ -136,7 +136,7 @@ def _azure(base: str) -> dict[str, Any]:
     if known or _machine("chassis_asset_tag", "7783-7084-3265-9085-8269-3286-77"):
         return options
     raise DataError(
-        f"{urls.shown(base)}: no credentials for Azure; set AZURE_STORAGE_ACCOUNT_NAME and "
+        f"{redacted(base)}: no credentials for Azure; set AZURE_STORAGE_ACCOUNT_NAME and "
         "AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN, or AZURE_SKIP_SIGNATURE=true"
     )
 

@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from bigan.data import DataError
-from bigan.data.streaming import urls
-from bigan.data.streaming.answers import CHUNK_BYTES, Range, RangesIgnoredError
-from bigan.data.streaming.outages import PassingError
+from bigan.data.stores import urls
+from bigan.data.stores.answers import CHUNK_BYTES, Range, RangesIgnoredError
+from bigan.data.stores.outages import PassingError
+from bigan.urls import redacted
 
 
 class Program:
@@ -19,7 +20,7 @@ class Program:
 
     def __init__(self, base: str) -> None:
         self._base = base
-        self._shown = urls.shown(base)
+        self._shown = redacted(base)
 
     async def get(
         self, name: str, part: Range | None = None, size: int | None = None
@@ -31,7 +32,7 @@ class Program:
         try:
             stream = await loop.run_in_executor(None, _gopen, url)
         except OSError as error:
-            raise _program_failure(error, urls.shown(url), b"") from None
+            raise _program_failure(error, redacted(url), b"") from None
         process = getattr(stream, "proc", None)
         try:
             while chunk := await loop.run_in_executor(None, stream.read, CHUNK_BYTES):
@@ -39,7 +40,7 @@ class Program:
             if hasattr(stream, "wait_for_child"):  # raises if the command failed
                 await loop.run_in_executor(None, stream.wait_for_child)
         except OSError as error:
-            raise _program_failure(error, urls.shown(url), b"") from None
+            raise _program_failure(error, redacted(url), b"") from None
         finally:
             if process is not None and process.poll() is None:
                 process.kill()  # the reader has stopped early
