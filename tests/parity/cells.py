@@ -50,6 +50,7 @@ CELLS: dict[str, list[str]] = {
     "lazy r1": ["objective.penalties=[{name: r1, weight: 10.0, every: 2}]"],
     "r1 + accumulation": [R1, MICRO],
     "wgan-gp + accumulation": [WGAN_GP, MICRO],
+    "lanes + mirror": [WGAN_GP, MICRO, "data.lanes=8", "data.mirror=true"],
     # The same groups of images at any world size: the reference has this micro_batch too.
     "local batchnorm": ["train.batchnorm=local", "train.micro_batch=5", "train.power_iterations=2"],
     "two d steps": [R1, "objective.discriminator_steps=2"],
