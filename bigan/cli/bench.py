@@ -49,7 +49,9 @@ def add_benchmarks(bench: argparse.ArgumentParser, common: argparse.ArgumentPars
 
 
 def _add_data(data: argparse.ArgumentParser) -> None:
-    data.add_argument("config", type=Path, help=CONFIG_HELP)
+    data.add_argument(
+        "config", type=Path, nargs="?", default=Path("configs/digits.yaml"), help=CONFIG_HELP
+    )
     data.add_argument("overrides", nargs="*", metavar="a.b=value", help=OVERRIDE_HELP)
     data.add_argument("--runs", type=int, default=5, help="timed runs, at least 5 (default 5)")
     data.add_argument(

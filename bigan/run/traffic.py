@@ -86,7 +86,7 @@ def open_source(config: RunConfig, name: str, max_samples: int = MAX_SAMPLES) ->
         raise DataError(f"data.mode={data.mode}: each process reads the whole split {what}")
     remote = is_remote(data.path)
     if not remote and not any((Path(data.path) / file).is_file() for file in (MANIFEST, PYRAMID)):
-        raise DataError(f"{data.path}: is not packed, or not indexed yet")
+        raise DataError(f"{data.path}: is not packed, or not indexed yet; run `bigan pack`")
     patience = min(PATIENCE_SECONDS, data.patience_seconds)
     quick = data.model_copy(update={"patience_seconds": patience})
     manifest = open_level(data.path, stages(config)[-1].config.model.resolution, quick)

@@ -242,7 +242,7 @@ def make_fetcher(
     elif manifest.remote is None:
         source = LocalShards(manifest, split)
     else:
-        source = _cached(manifest, split, blocks, fetch)
+        source = _cached(manifest, split, blocks, fetch, lanes)
     decoder = Decoder(source, stop, fetch.on_bad)
     if mode == "resident":
         return Resident(decoder, fetch.num_threads(manifest.resolution), fetch.resident_bytes)
@@ -254,15 +254,18 @@ def consecutive(start: int, stop: int, step: int) -> Iterator[Indices]:
     return (np.arange(i, min(i + step, stop)) for i in range(start, stop, step))
 
 
-def _ranges(manifest: Manifest, split: str, fetch: Fetch, keep_whole: bool = False) -> ShardRanges:
+def _ranges(manifest: Manifest, split: str, fetch: Fetch, keep_whole: bool) -> ShardRanges:
     store = store_of(manifest.remote, fetch) if manifest.remote else None
     return ShardRanges(manifest, split, manifest.load_index(split), store, keep_whole)
 
 
-def _cached(manifest: Manifest, split: str, blocks: Blocks, fetch: Fetch) -> LocalShards:
+def _cached(
+    manifest: Manifest, split: str, blocks: Blocks, fetch: Fetch, lanes: int
+) -> LocalShards:
     assert fetch.cache is not None
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    cache = NodeCache(fetch.cache, _ranges(manifest, split, fetch), fetch.cache_bytes, local_ranks)
+    ranges = _ranges(manifest, split, fetch, keep_whole=lanes > 1)
+    cache = NodeCache(fetch.cache, ranges, fetch.cache_bytes, local_ranks)
     ahead = ReadAhead(cache, blocks(), fetch.connections)
     return LocalShards(manifest, split, cache, ahead)
 
