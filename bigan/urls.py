@@ -50,5 +50,5 @@ def redacted(url: str) -> str:
 
 
 def is_redacted(url: str) -> bool:
-    """Whether credentials of the URL were removed by `shown`."""
+    """Whether `redacted` has removed credentials from the URL."""
     return is_remote(url) and bool(re.search(r"://\*\*\*@|[?&][^=&]*=\*\*\*(?=$|[&\s'\"])", url))

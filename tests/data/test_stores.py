@@ -1,4 +1,4 @@
-"""Files at a URL: object stores, web servers, addresses, outages, and what cannot pass."""
+"""Files at a URL: object stores, web servers, URLs, outages, and permanent failures."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_the_requester_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert seen[0].headers["x-amz-request-payer"] == "requester"
 
 
-# --- addresses
+# --- URLs
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ FAULTS = ["503", "429", "408", "cut", "close", "corrupt"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_can_pass_is_waited_for(web: Web, base: str, fault: str) -> None:
+def test_transient_failures_are_waited_for(web: Web, base: str, fault: str) -> None:
     web.fault = lambda number, name: fault if number in (1, 2) else ""
     with Store(base) as store:
         assert read(store) == CONTENT
@@ -337,7 +337,7 @@ def test_half_of_all_requests_fail_and_every_tenth_is_cut(web: Web, base: str) -
 
 def test_a_silent_server_is_noticed(web: Web, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("web_server", "object_store"):
-        monkeypatch.setattr(f"bigan.data.streaming.{module}.SILENCE_SECONDS", 1)
+        monkeypatch.setattr(f"bigan.data.stores.{module}.TIMEOUT_SECONDS", 1)
     web.fault = lambda number, name: "hang" if number == 1 else ""
     with Store(base) as store:
         assert read(store) == CONTENT
@@ -379,10 +379,12 @@ def test_patience_ends_with_one_line(
         assert "\n" not in str(got.value)
         lines = capsys.readouterr().err.splitlines()
         assert 2 <= len(lines) <= 5
-        assert all("silent since" in line and web.url in line and "503" in line for line in lines)
+        assert all(
+            "unavailable since" in line and web.url in line and "503" in line for line in lines
+        )
         web.fault = lambda number, name: ""
         read(store)
-    assert "answers again" in capsys.readouterr().err
+    assert "available again" in capsys.readouterr().err
     assert "secret" not in "".join(lines)
 
 

@@ -335,7 +335,7 @@ def test_a_slow_upload_is_not_taken_for_silence(
     source: Path, url: str, s3: S3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sending counts as time without an answer, so that uploads have a limit of their own."""
-    monkeypatch.setattr(object_store, "SILENCE_SECONDS", 1)
+    monkeypatch.setattr(object_store, "TIMEOUT_SECONDS", 1)
     slow = "/train-000000.tar"
 
     def refuses(method: str, path: str) -> int:
@@ -408,7 +408,7 @@ def test_secrets_are_not_printed(
     monkeypatch.setattr(outages.Patience, "repeat", lambda self, what, attempt: attempt())
     given = ["pack", str(source)] if command == "pack" else ["verify"]
     options = ["--resolution", "16", "--max-bad", "1"] if command == "pack" else []
-    with contextlib.suppress(outages.PassingError):
+    with contextlib.suppress(outages.TransientError):
         assert main([*given, url, *options]) == 2
     out = capfd.readouterr()
     assert "SECRET" not in out.out + out.err

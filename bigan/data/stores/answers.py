@@ -1,4 +1,4 @@
-"""The meaning of an answer of a store: what can pass, what cannot, and its encoding."""
+"""Responses of a store: transient and permanent failures, web pages, and content encodings."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from urllib.parse import unquote
 
 from bigan.data import DataError
 from bigan.data.format import compression
-from bigan.data.stores.outages import PassingError, WrongContentError
+from bigan.data.stores.outages import TransientError, WrongContentError
 
-SILENCE_SECONDS = 20  # without a byte, after which a request has failed
+TIMEOUT_SECONDS = 20  # without a byte, after which a request has failed
 CHUNK_BYTES = 2**20
 TOO_MANY = (408, 425, 429)
 NOT_SUPPORTED = (501, 505)
@@ -35,7 +35,7 @@ def refuse(status: int, body: str, where: str, retry_after_seconds: float) -> No
         raise WrongContentError("it ends before the range that was asked for")
     transient = code and code[1] in ("RequestTimeout", "SlowDown", "Throttling")
     if transient or status in TOO_MANY or (status >= 500 and status not in NOT_SUPPORTED):
-        raise PassingError(reason, retry_after_seconds)
+        raise TransientError(reason, retry_after_seconds)
     if re.search(r"ExpiredToken|[Ee]xpired", body):
         hint = "its signature or token has expired; give one that is valid now"
     elif status in (401, 403, 407):
@@ -43,7 +43,7 @@ def refuse(status: int, body: str, where: str, retry_after_seconds: float) -> No
     elif status in (301, 307, 308):
         hint = "the bucket is at another endpoint; set AWS_REGION or AWS_ENDPOINT_URL"
     else:
-        hint = "check the address"
+        hint = "check the URL"
     raise DataError(f"{where}: the store refuses the request ({reason}); {hint}")
 
 
@@ -57,7 +57,7 @@ def is_html(data: bytes) -> bool:
 def not_a_page(where: str) -> str:
     """The message for a web page in place of a file."""
     return (
-        f"{where}: the answer is a web page, such as a login page, not the file; check the address "
+        f"{where}: the response is a web page, such as a login page, not the file; check the URL "
         "and its credentials"
     )
 

@@ -21,8 +21,8 @@ _SAFE_IN_PATH = "/%:@!$&'()*+,;=~-._"
 def join(base: str, name: str) -> str:
     """The URL of file `name` in the folder `base`.
 
-    The name goes before the query of a signed URL, and is percent-encoded where `base` is an
-    address of the web.
+    The name goes before the query of a signed URL, and is percent-encoded where `base` is the
+    URL of a web server.
     """
     path, mark, query = base.partition("?") if _has_query(base) else (base, "", "")
     if scheme(base) in (*WEB, "hf"):
@@ -46,7 +46,7 @@ def split_name(url: str) -> tuple[str, str]:
 
 
 def encoded(url: str) -> str:
-    """A web address as it is sent: characters that a URL may not contain are percent-encoded.
+    """A web URL as it is sent: characters that a URL may not contain are percent-encoded.
 
     What is percent-encoded already stays. "#" is a character of the path or the query.
     """
@@ -59,7 +59,7 @@ def encoded(url: str) -> str:
 
 
 def without_user(url: str) -> tuple[str, tuple[str, str] | None]:
-    """A web address without its user and password, and those decoded, or None."""
+    """(a web URL without user and password, both of them decoded or None)."""
     head, _, rest = url.partition("://")
     authority, slash, path = rest.partition("/")
     user, at, host = authority.rpartition("@")
@@ -70,7 +70,7 @@ def without_user(url: str) -> tuple[str, tuple[str, str] | None]:
 
 
 def of_hugging_face(url: str) -> str:
-    """The web address of hf://datasets/OWNER/NAME[@REVISION]/PATH; raises `DataError`."""
+    """The web URL of hf://datasets/OWNER/NAME[@REVISION]/PATH; raises `DataError`."""
     found = re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)(?:@([^/]+))?/?(.*)", url)
     if not found:
         raise DataError(f"{redacted(url)}: is not of the form hf://datasets/OWNER/NAME/FOLDER")
@@ -84,7 +84,7 @@ def check_url(url: str, allow_pipe: bool) -> None:
     kind = scheme(url)
     if is_redacted(url):
         raise DataError(
-            f"{redacted(url)}: credentials are not stored with a run; give the complete address, "
+            f"{redacted(url)}: credentials are not stored with a run; give the complete URL, "
             "data.path=URL"
         )
     if kind == "pipe":
