@@ -49,10 +49,10 @@ def server() -> Iterator[S3]:
 
 
 @pytest.fixture
-def bucket(server: S3, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+def bucket(server: S3, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
-    return server.bucket(f"b{abs(hash(request.node.name))}")
+    return server.bucket()
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def web(tmp_path: Path) -> Iterator[Web]:
 
 @pytest.fixture(params=["http", "s3"])
 def base(web: Web, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Addresses of the files of `web`: as a web server, and as an endpoint of S3."""
+    """URLs of the files of `web`: as a web server, and as an endpoint of S3."""
     if request.param == "http":
         return web.url
     for name, value in S3(web.url).environment.items():

@@ -16,9 +16,9 @@ import boto3
 import numpy as np
 import pytest
 from commands import finish, python
-from counted_s3 import S3, counted_s3
 from data_helpers import one_line, tree
 from PIL import Image
+from s3 import S3, s3_server
 from streams import same, take
 from web import serving
 
@@ -37,14 +37,16 @@ OPTIONS: dict[str, Any] = {"resolution": 16, "shard_size": 10, "max_bad": 1, "jo
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[S3]:
-    with counted_s3() as server:
+    with s3_server() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
         yield server
 
 
 @pytest.fixture
 def url(s3: S3) -> Iterator[str]:
     """A folder, whose name has to be encoded, in a new bucket."""
-    yield f"s3://{s3.bucket()}/sets/my photos"
+    yield f"{s3.bucket()}/sets/my photos"
     s3.refuses = lambda method, path: 0
 
 
@@ -258,9 +260,10 @@ def test_other_objects_are_refused(name: str, source: Path, url: str) -> None:
 def test_the_object_of_an_empty_folder_is_accepted(source: Path, s3: S3) -> None:
     """Web consoles create an empty object "folder/" for a folder."""
     bucket = s3.bucket()
-    boto3.client("s3", endpoint_url=s3.url).put_object(Bucket=bucket, Key="set/", Body=b"")
-    assert pack(source, f"s3://{bucket}/set", **OPTIONS).complete
-    assert verify(f"s3://{bucket}/set").ok
+    name = bucket.removeprefix("s3://")
+    boto3.client("s3", endpoint_url=s3.url).put_object(Bucket=name, Key="set/", Body=b"")
+    assert pack(source, f"{bucket}/set", **OPTIONS).complete
+    assert verify(f"{bucket}/set").ok
 
 
 def test_a_url_that_can_only_be_read_is_refused(source: Path, s3: S3) -> None:
