@@ -36,11 +36,11 @@ class S3:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
-    def bucket(self) -> str:
-        """Create a bucket; returns its URL."""
+    def bucket(self, name: str = "") -> str:
+        """Create a bucket (default: with a new name); returns its URL."""
         import boto3
 
-        name = f"bucket-{next(self._numbers)}"
+        name = name or f"bucket-{next(self._numbers)}"
         client = boto3.client(
             "s3",
             endpoint_url=self.url,

@@ -27,7 +27,7 @@ def request(url: str, method: str = "GET", **headers: str) -> tuple[int, bytes, 
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A folder, and the address of its counting server."""
+    """A folder, and the URL of its counting server."""
     server = script("counting_server").make_server(tmp_path)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield tmp_path, f"http://127.0.0.1:{server.server_port}"
@@ -74,7 +74,7 @@ def test_bigan_is_measured_without_the_other_libraries(
     assert list(traffic) == ["1 machine", "2 machines", "1 machine, 2 ranks"]
     for row in traffic.values():
         assert (row["repeated"], row["lost"]) == (0, 0)
-        assert row["bytes"] > 0.9 * size
+        assert row["bytes"] > 0.7 * size  # a range ends with its last image
         assert row["requests"] >= 11
     assert traffic["2 machines"]["images_per_rank"] == [49, 52]
     assert traffic["2 machines"]["second_epoch_bytes_over_set"] > 0
