@@ -148,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
     _add_run_commands(commands)
     _add_evaluate(commands)
     bench = commands.add(
-        "bench", None, "measure speed and memory, as JSON", "See docs/benchmarks.md."
+        "bench", None, "measure speed, memory and data traffic, as JSON", "See docs/benchmarks.md."
     )
     add_benchmarks(bench, commands.common)
     return top
@@ -161,7 +161,8 @@ def _add_data_commands(commands: Commands) -> None:
             pack_command,
             "pack images into WebDataset shards with a manifest",
             "Examples: bigan pack digits data/digits; bigan pack photos/ data/photos --resolution "
-            "128 (one subfolder per class). After an interruption, run the same command again.",
+            "128 (one subfolder per class); bigan pack photos/ s3://bucket/photos --resolution "
+            "128. After an interruption, run the same command again.",
         )
     )
     add_verify_arguments(
@@ -170,7 +171,8 @@ def _add_data_commands(commands: Commands) -> None:
             verify_command,
             "check a packed data set, including every image",
             "Prints one line per problem: wrong checksums or counts, missing or unlisted shards, "
-            "images that do not decode. Exit code 1 if there is a problem.",
+            "images that do not decode. Exit code 1 if there is a problem, 2 if the data set "
+            "cannot be read.",
         )
     )
 
@@ -184,9 +186,15 @@ def _add_run_commands(commands: Commands) -> None:
     )
     _add_config(describe)
     describe.add_argument("--json", action="store_true", help="print JSON")
-    describe.add_argument("--world-size", type=count, default=1, help="processes (default 1)")
     describe.add_argument(
-        "--ranks-per-node", type=count, default=8, help="processes that share a disk (default 8)"
+        "--world-size", type=count, default=1, metavar="N", help="processes (default 1)"
+    )
+    describe.add_argument(
+        "--ranks-per-node",
+        type=count,
+        default=8,
+        metavar="N",
+        help="processes that share a node and its data.cache (default 8)",
     )
     train = commands.add(
         "train",
