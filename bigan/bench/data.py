@@ -105,8 +105,8 @@ def measure_data(
 ) -> dict[str, Any]:
     """Images/s and CPU time per image of the input pipeline of one process.
 
-    `received_bytes_per_image` is what the machine received over all its network interfaces: of a
-    URL's store if nothing else transfers data. Raises `UserError` for fewer than five runs, an
+    `received_bytes_per_image`, for a URL, counts all network interfaces of the machine, so other
+    transfers at the same time are included. Raises `UserError` for fewer than five runs, an
     unusable config or data.
     """
     require_runs(runs)
@@ -198,5 +198,5 @@ def _assumed_source(config: RunConfig, name: str, assumed: Assumed) -> Source:
         ShardRanges(manifest, data.split, index, None, False),
         order,
         "cache" if data.cache else "stream",
-        "as configured" if data.lanes else "the default of this number of images at a URL",
+        "from the config" if data.lanes else "the default of this number of images at a URL",
     )

@@ -34,7 +34,7 @@ SPARE = 16  # an eviction frees this part (1/16) of the limit
 
 
 class Chunks:
-    """The division of the shards of a split into chunks of `each` samples, numbered through.
+    """The division of the shards of a split into chunks of `each` samples, with running numbers.
 
     It depends on the data set only, so runs with other settings share the cache.
     """
