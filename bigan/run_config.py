@@ -26,6 +26,7 @@ from bigan.objectives.base import Setup
 from bigan.objectives.ema import EmaConfig
 from bigan.objectives.growth import GrowthConfig
 from bigan.optimizers import OptimizerConfig
+from bigan.urls import is_remote
 
 EngineName = Literal[
     "auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero1_offload", "zero2_offload", "zero3"
@@ -197,7 +198,8 @@ class RunConfig(Frozen):
         ]
         if ends and self.anneal_images is None:
             raise ValueError(f"{ends[0]} needs anneal_images, the images until it is reached")
-        longest = max(data.patience_seconds for data in self.streams.values())
+        stores = [data for data in self.streams.values() if is_remote(data.path)]
+        longest = max([data.patience_seconds for data in stores], default=0)
         if longest >= self.train.collective_timeout_seconds:
             raise ValueError(
                 f"data.patience_seconds = {longest}: must be less than "

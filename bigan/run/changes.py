@@ -99,7 +99,8 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
 def differences(old: RunConfig, new: RunConfig) -> list[Change]:
     """The settings of a run that `new` changes and that may not differ without notice."""
     found = configs.differences(fixed_settings(old), fixed_settings(new))
-    return [Change(*change) for change in found if not _may_change(change[0])]
+    changes = [Change(*change) for change in found if not _may_change(change[0])]
+    return [change for change in changes if not _is_default_of_lanes(change)]
 
 
 def _may_change(key: str) -> bool:
@@ -107,6 +108,15 @@ def _may_change(key: str) -> bool:
     if parts[0] == "data":  # data.<stream>.path
         key = ".".join(["data", *parts[2:]])
     return any(_is_below(key, free) for free in MAY_CHANGE)
+
+
+def _is_default_of_lanes(change: Change) -> bool:
+    """Whether `data.lanes` is not set now, so that those of the run are kept.
+
+    A run whose config has none was made with one lane.
+    """
+    is_lanes = change.key.startswith("data.") and change.key.endswith(".lanes")
+    return is_lanes and (change.new is None or (change.old, change.new) == (None, 1))
 
 
 def _is_below(key: str, section: str) -> bool:

@@ -91,30 +91,33 @@ def _images(config: RunConfig, data: DataConfig, manifest: Manifest) -> Images:
     return Images(dict(zip(manifest.classes, counts, strict=True)), manifest.fingerprint)
 
 
-def resolve_lanes(config: RunConfig) -> dict[str, int]:
+def resolve_lanes(config: RunConfig) -> dict[str, int | None]:
     """`data.lanes` of every stream: as set, else those of the run in `run_dir`, else the default.
+
+    None is one lane, of a folder.
 
     A run keeps its lanes when its data is moved. Raises `DataError` if the data cannot be opened.
     """
     stored = RunFolder(config.run_dir).config
     known = load_config(stored).streams if stored.exists() else {}
-    found = {}
+    found: dict[str, int | None] = {}
     for name, data in config.streams.items():
-        former = known.get(name)
-        lanes = data.lanes or (former.lanes if former else None)
-        found[name] = lanes or _default_lanes(config, data)
+        if data.lanes or name not in known:
+            found[name] = data.lanes or _default_lanes(config, data)
+        else:  # a run without had one lane
+            found[name] = known[name].lanes or (1 if is_remote(data.path) else None)
     return found
 
 
-def _default_lanes(config: RunConfig, data: DataConfig) -> int:
+def _default_lanes(config: RunConfig, data: DataConfig) -> int | None:
     if data.mode == "resampled" or not is_remote(data.path):
-        return 1
+        return None
     manifest = open_level(data.path, config.model.resolution, data)
     batches = [stage.config.train.batch for stage in stages(config)]
     return lanes_of(manifest, data.split, batches)
 
 
-def with_lanes(config: RunConfig, lanes: Mapping[str, int]) -> RunConfig:
+def with_lanes(config: RunConfig, lanes: Mapping[str, int | None]) -> RunConfig:
     """`config` with the lanes of each stream."""
     streams = {
         name: data.model_copy(update={"lanes": lanes[name]})

@@ -97,7 +97,7 @@ def open_source(config: RunConfig, name: str, max_samples: int = MAX_SAMPLES) ->
     if remote:
         with store_of(data.path, quick) as store:
             has_ranges = store.has_ranges
-    lanes = resolve_lanes(config)[name]
+    lanes = resolve_lanes(config)[name] or 1
     reason = _reason(config, lanes, lanes_of(manifest, data.split, _batches(config)), remote)
     shards = ShardRanges(manifest, data.split, manifest.load_index(data.split), None, False)
     order = _order(config, name, manifest, lanes)

@@ -74,7 +74,7 @@ def test_bigan_is_measured_without_the_other_libraries(
     assert list(traffic) == ["1 machine", "2 machines", "1 machine, 2 ranks"]
     for row in traffic.values():
         assert (row["repeated"], row["lost"]) == (0, 0)
-        assert row["bytes"] > 0.7 * size  # a range ends with its last image
+        assert row["bytes"] > 0.6 * size  # without the gaps between ranges
         assert row["requests"] >= 11
     assert traffic["2 machines"]["images_per_rank"] == [49, 52]
     assert traffic["2 machines"]["second_epoch_bytes_over_set"] > 0

@@ -39,7 +39,8 @@ def test_remote_modes_are_equal(
     digits8: Path, web: Web, tmp_path: Path, how: dict, lanes: int
 ) -> None:
     """Also if the server answers range requests with all of a file."""
-    settings: dict = {"lanes": lanes, "world": World(1, 3), "images_seen": 480}
+    world = World(1, 3) if lanes > 1 else World()
+    settings: dict = {"lanes": lanes, "world": world, "images_seen": 480}
     want = take(digits8, **settings)
     for ranges in (True, False):
         web.ranges = ranges
@@ -150,7 +151,7 @@ def test_rewritten_urls_must_be_allowed(web: Web, monkeypatch: pytest.MonkeyPatc
     assert take(web.url, 1)  # is not read through gopen
 
 
-@pytest.mark.parametrize("lanes", [1, 24])
+@pytest.mark.parametrize("lanes", [pytest.param(1, marks=pytest.mark.full), 24])
 def test_cache_downloads_every_byte_once(
     digits8: Path, web: Web, tmp_path: Path, lanes: int
 ) -> None:

@@ -65,8 +65,15 @@ def epoch(url: str, size: int, start: int = 0, stop: int = NUM, **changes: objec
     return found
 
 
-@pytest.mark.parametrize("ranges", [True, False])
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    ("ranges", "cached"),
+    [
+        (True, False),
+        (False, False),
+        (True, True),
+        pytest.param(False, True, marks=pytest.mark.full),
+    ],
+)
 def test_the_bytes_do_not_grow_with_the_number_of_ranks(
     web: Web, tmp_path: Path, ranges: bool, cached: bool
 ) -> None:
@@ -77,7 +84,7 @@ def test_the_bytes_do_not_grow_with_the_number_of_ranks(
     """
     web.ranges = ranges
     fetched = {}
-    for size in (1, 2, 3, 4, 8):
+    for size in (1, 3, 8):
         web.bytes.clear()
         for rank in range(size):
             cache = tmp_path / f"{size}-{rank}" if cached else None
@@ -92,8 +99,8 @@ def test_the_bytes_do_not_grow_with_the_number_of_ranks(
 
 
 def test_the_first_batch_needs_the_own_part_of_the_first_block(web: Web) -> None:
-    for ranks in (1, 2, 4, 8):
-        for rank in (0, ranks - 1):
+    for ranks in (1, 3, 8):
+        for rank in {0, ranks - 1}:
             web.bytes.clear()
             with stream(web.url, World(rank, ranks)) as opened:
                 next(opened)
@@ -134,9 +141,8 @@ def test_a_cache_keeps_what_its_ranks_need(web: Web, tmp_path: Path) -> None:
 
 
 def test_ranks_that_do_not_divide_the_lanes_read_every_image_once(web: Web) -> None:
-    found = epoch(web.url, 3, lanes=20)
+    found = epoch(web.url, 4, lanes=7)
     assert sorted(found) == list(range(NUM))
-    assert sorted(epoch(web.url, 4, lanes=7, accumulation=1)) == list(range(NUM))
 
 
 def test_a_small_cache_is_judged_by_the_part_of_the_rank(web: Web, tmp_path: Path) -> None:
@@ -148,4 +154,5 @@ def test_a_small_cache_is_judged_by_the_part_of_the_rank(web: Web, tmp_path: Pat
 
 def test_micro_batches_with_more_blocks_than_are_held(web: Web) -> None:
     """A batch that needs several blocks of each lane is read all the same."""
-    assert sorted(epoch(web.url, 2, block=24, lanes=8)) == list(range(NUM))
+    found = epoch(web.url, 2, 0, 10 * BATCH, block=24, lanes=8)
+    assert len(set(found)) == len(found) == 10 * BATCH

@@ -243,7 +243,8 @@ def test_messages_about_settings_show_no_secrets(key: str) -> None:
 def test_patience_is_shorter_than_collectives() -> None:
     seconds = load_config(SMOKE).train.collective_timeout_seconds
     with pytest.raises(ConfigError, match=r"patience_seconds.*collective_timeout_seconds"):
-        load_config(SMOKE, [f"data.patience_seconds={seconds}"])
+        load_config(SMOKE, ["data.path=https://127.0.0.1/x", f"data.patience_seconds={seconds}"])
+    assert load_config(SMOKE, [f"data.patience_seconds={seconds}"])  # no store
 
 
 def test_names_go_before_the_query() -> None:
@@ -378,7 +379,7 @@ def test_patience_ends_with_one_line(
         assert 1.0 < time.monotonic() - began < 10
         assert "\n" not in str(got.value)
         lines = capsys.readouterr().err.splitlines()
-        assert 2 <= len(lines) <= 5
+        assert 1 <= len(lines) <= 5
         assert all(
             "unavailable since" in line and web.url in line and "503" in line for line in lines
         )

@@ -106,7 +106,7 @@ def test_a_run_from_a_url_equals_the_run_from_the_folder(
         run(make_config(first, f"run_dir={tmp_path / 'e'}", url))
         run(make_config(length, f"run_dir={tmp_path / 'e'}"))  # moved to a folder
     run(make_config(length, f"run_dir={tmp_path / 'f'}"))
-    assert load_config(tmp_path / "f" / "config.yaml").streams["images"].lanes == 1
+    assert load_config(tmp_path / "f" / "config.yaml").streams["images"].lanes is None
     a, b, c, d, e, f = (weights(make_config(f"run_dir={tmp_path / name}")) for name in "abcdef")
     assert a == b == c == d == e != f
     with pytest.raises(UserError, match=r"data\.lanes"):
