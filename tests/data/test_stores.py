@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import hashlib
 import http.server
 import os
@@ -19,7 +21,7 @@ from web import Web, served, serving
 
 from bigan.config import ConfigError
 from bigan.data import DataError
-from bigan.data.stores import answers, outages, urls
+from bigan.data.stores import answers, outages, transports, urls
 from bigan.data.stores.store import Store
 from bigan.data.stores.urls import join
 from bigan.run_config import load_config
@@ -451,6 +453,21 @@ def test_close_ends_calls_at_once(web: Web, base: str, state: str) -> None:
     assert time.monotonic() - closed[0] < 1.0
     with pytest.raises(InterruptedError):
         store.read_ranges("a.tar", [(0, 1)])
+
+
+def test_close_before_ranges_begin_prints_nothing(
+    base: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(base)
+    read(store)
+    loop = transports.event_loop()
+    loop.call_soon_threadsafe(time.sleep, 0.3)  # all that follows waits
+    threading.Timer(0.1, store.close).start()
+    with pytest.raises(InterruptedError):
+        store.read_ranges("a.tar", [(0, 1), (5, 9)])
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0.1), loop).result()
+    gc.collect()
+    assert not caplog.records
 
 
 def test_ranges_are_cancelled_when_one_cannot_be_read(web: Web, base: str) -> None:

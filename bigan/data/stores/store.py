@@ -222,6 +222,8 @@ class Store:
         chunks, num = [], 0
         transfer: Any = self._transport.get(name, part, limit)
         async with self._slots, contextlib.aclosing(transfer):
+            if self._stopped.is_set():  # before this task, of a group, could be cancelled
+                raise asyncio.CancelledError
             async for chunk in transfer:
                 chunks.append(chunk)
                 num += len(chunk)
