@@ -68,12 +68,12 @@ def retry_after(value: str | None) -> float:
         return 0.0
     with contextlib.suppress(ValueError):
         return max(0.0, float(value))
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return 0.0
 
 
-def decoder(encoding: str, name: str) -> Any:
+def decoder(encoding: str, name: str, where: str) -> Any:
     """A function that undoes the Content-Encoding of a transfer, chunk by chunk.
 
     Some servers declare the compression of a .tar.gz file itself in this header; it stays.
@@ -81,7 +81,10 @@ def decoder(encoding: str, name: str) -> Any:
     if encoding in ("identity", "") or compression.by_name(unquote(name)):
         return bytes
     if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise DataError(f"{name}: the server compresses it with {encoding!r}, which is unsupported")
+        raise DataError(
+            f"{where}: the server compresses it with {encoding!r}; only gzip and deflate are "
+            "supported"
+        )
     decompress = zlib.decompressobj(wbits=47 if encoding != "deflate" else zlib.MAX_WBITS)
 
     def decode(chunk: bytes) -> bytes:

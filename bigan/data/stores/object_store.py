@@ -72,7 +72,7 @@ class ObjectStore:
             encoding = str(result.attributes.get("Content-Encoding", "identity")).lower()
             if part and encoding not in ("identity", ""):
                 raise RangesIgnoredError(name)
-            decode = decoder(encoding, name)
+            decode = decoder(encoding, name, urls.join(self._shown, name))
             async for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
                 if data := decode(bytes(chunk)):
                     yield data
@@ -137,6 +137,8 @@ class ObjectStore:
         except FileNotFoundError:
             raise FileNotFoundError(name) from None
         except BaseError as error:
+            if "non-partial response" in str(error):  # to a request for a range
+                raise RangesIgnoredError(name) from None
             _refuse_object(str(error), urls.join(self._shown, name))
 
 
