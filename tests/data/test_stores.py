@@ -404,6 +404,34 @@ def test_what_cannot_pass_ends_at_once(web: Web, base: str, fault: str, num: int
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "hint"),
+    [
+        (403, "RequestTimeTooSkewed", "clock"),
+        (403, "QuotaExceeded", "full"),
+        (507, "XMinioStorageFull", "full"),
+        (301, "PermanentRedirect", "AWS_REGION"),
+        (409, "BlobAlreadyExists", "409"),
+        (409, "OperationAborted", ""),
+        (409, "ConditionalRequestConflict", ""),
+        (400, "RequestTimeout", ""),
+    ],
+)
+def test_the_meaning_of_errors(status: int, code: str, hint: str) -> None:
+    """Without a hint, the error can pass."""
+    with pytest.raises(DataError if hint else outages.PassingError, match=hint or code):
+        answers.refuse(status, f"<Error><Code>{code}</Code></Error>", "s3://bucket/a", 0.0)
+
+
+@pytest.mark.parametrize("status", ["409", "412", "301"])
+def test_statuses_that_obstore_treats_differently(web: Web, base: str, status: str) -> None:
+    web.fault = lambda number, name: status
+    with Store(base) as store:
+        with pytest.raises(DataError, match=f"a.tar.*status {status}") as got:
+            read(store)
+    assert "\n" not in str(got.value)
+
+
 def test_patience_ends_with_one_line(
     web: Web, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

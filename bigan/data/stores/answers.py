@@ -17,7 +17,10 @@ from bigan.data.stores.outages import PassingError, WrongContentError
 SILENCE_SECONDS = 20  # without a byte, after which a request has failed
 CHUNK_BYTES = 2**20
 TOO_MANY = (408, 425, 429)
-NOT_SUPPORTED = (501, 505)
+STORAGE_FULL = 507
+LASTING = (501, 505, STORAGE_FULL)
+TRANSIENT = ("RequestTimeout", "SlowDown", "Throttling", "OperationAborted",
+             "ConditionalRequestConflict")  # fmt: skip
 Range = tuple[int, int]
 
 
@@ -33,11 +36,16 @@ def refuse(status: int, body: str, where: str, retry_after_seconds: float) -> No
         raise FileNotFoundError(where)
     if status == 416:
         raise WrongContentError("it ends before the range that was asked for")
-    transient = code and code[1] in ("RequestTimeout", "SlowDown", "Throttling")
-    if transient or status in TOO_MANY or (status >= 500 and status not in NOT_SUPPORTED):
+    transient = code and code[1] in TRANSIENT
+    is_full = status == STORAGE_FULL or (code and "Quota" in code[1])
+    if transient or status in TOO_MANY or (status >= 500 and status not in LASTING):
         raise PassingError(reason, retry_after_seconds)
     if re.search(r"ExpiredToken|[Ee]xpired", body):
         hint = "its signature or token has expired; give one that is valid now"
+    elif "RequestTimeTooSkewed" in body:
+        hint = "the clock of this machine is wrong"
+    elif is_full:
+        hint = "the store is full, or a quota is used up"
     elif status in (401, 403, 407):
         hint = "check the credentials and their permissions"
     elif status in (301, 307, 308):
