@@ -26,7 +26,7 @@ from bigan.run.stages import final_config, stages
 from bigan.run.streams import order_seed
 from bigan.run.traffic import Source, facts, open_source, record, size
 from bigan.run_config import IMAGES, RunConfig, load_config
-from bigan.urls import is_remote, redacted
+from bigan.urls import is_remote, redacted, redacted_text
 
 SHARD_BYTES = 128 * 10**6  # of an assumed data set
 
@@ -68,7 +68,7 @@ def simulate_data(
         "benchmark": "data",
         "simulated": True,
         "config": str(path),
-        "overrides": list(overrides),
+        "overrides": [redacted_text(override) for override in overrides],
         "images_per_second": images_per_second,
         "ranks_per_node": ranks_per_node,
         "data": facts(source) | ({"path": "an assumed data set"} if assumed else {}),
@@ -138,7 +138,7 @@ def measure_data(
         "benchmark": "data",
         "simulated": False,
         "config": str(path),
-        "overrides": list(overrides),
+        "overrides": [redacted_text(override) for override in overrides],
         "environment": environment(),
         "path": redacted(data.path),
         "batch": batch,

@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from bigan.cli.arguments import CONFIG_HELP, OVERRIDE_HELP, count, positive
 from bigan.cli.bench import add_benchmarks
@@ -27,6 +27,7 @@ from bigan.cli.pack import (
 )
 from bigan.distributed.signals import launched_as_rank_0
 from bigan.errors import REPORTED_ELSEWHERE, RunError, UserError, disk_is_full, unusable_file
+from bigan.urls import redacted_text
 
 if TYPE_CHECKING:
     from bigan.run_config import RunConfig
@@ -113,6 +114,13 @@ def _load(arguments: argparse.Namespace) -> RunConfig:
     return load_config(arguments.config, arguments.overrides)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its messages about arguments have no secrets."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(redacted_text(message))
+
+
 class Commands:
     """Adds commands to the parser; every one has a --help and the option --debug."""
 
@@ -137,7 +145,7 @@ class Commands:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="bigan",
         description="Train GANs and related generative models on one process or a cluster, from "
         "sharded WebDataset streams.",
@@ -273,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except (UserError, RunError) as error:
         if arguments.debug:
-            traceback.print_exc()
+            _print_error(traceback.format_exc().rstrip())
         elif not _printed_by_another_rank(error):
             notes = getattr(error, "__notes__", [])
             _print_error("\n".join([f"bigan: {' '.join(str(error).split())}", *notes]))
@@ -301,9 +309,9 @@ def _interrupted() -> int:
 
 
 def _print_error(line: str) -> None:
-    """Print a line to stderr; its file may be on a full disk."""
+    """Print a line to stderr without secrets of URLs; its file may be on a full disk."""
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        print(redacted_text(line), file=sys.stderr, flush=True)
 
 
 def _discard_output() -> None:

@@ -358,6 +358,13 @@ def test_a_bucket_that_does_not_exist(source: Path, s3: S3) -> None:
     one_line(error, "s3://no-such-bucket/set", "404")
 
 
+@pytest.mark.parametrize("status", [409, 412])
+def test_a_refused_write_is_an_error(status: int, url: str, s3: S3) -> None:
+    s3.refuses = lambda method, path: status if method == "PUT" else 0
+    with Store(url) as store, pytest.raises(DataError, match=f"status {status}"):
+        store.write("a", b"1")
+
+
 def test_an_upload_that_fails_for_good(
     source: Path, local: Path, url: str, s3: S3, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,7 +72,7 @@ class ObjectStore:
             encoding = str(result.attributes.get("Content-Encoding", "identity")).lower()
             if part and encoding not in ("identity", ""):
                 raise RangesIgnoredError(name)
-            decode = decoder(encoding, name)
+            decode = decoder(encoding, name, urls.join(self._shown, name))
             async for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
                 if data := decode(bytes(chunk)):
                     yield data
@@ -100,7 +100,7 @@ class ObjectStore:
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
         try:
-            with self._errors(name):
+            with self._errors(name, create):
                 if create:
                     await obstore.put_async(self._store, name, data, mode="create")
                     return True
@@ -127,16 +127,20 @@ class ObjectStore:
         pass
 
     @contextlib.contextmanager
-    def _errors(self, name: str) -> Any:
+    def _errors(self, name: str, create: bool = False) -> Any:
         from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
         try:
             yield
-        except (AlreadyExistsError, PreconditionError):
-            raise
         except FileNotFoundError:
             raise FileNotFoundError(name) from None
         except BaseError as error:
+            exists = create and isinstance(error, AlreadyExistsError | PreconditionError)
+            # Other conflicts are of two writers at once, of which none may have written.
+            if exists and not re.search("RequestConflict|OperationAborted", str(error)):
+                raise
+            if "non-partial response" in str(error):  # to a request for a range
+                raise RangesIgnoredError(name) from None
             _refuse_object(str(error), urls.join(self._shown, name))
 
 
@@ -146,6 +150,8 @@ def _refuse_object(text: str, where: str) -> None:
     if status:
         body = re.search(r"<\?xml.*?>.*|<Error>.*", text.partition("Debug source")[0], re.DOTALL)
         refuse(int(status[1] or status[2]), body[0] if body else "", where, 0.0)
+    if "Received redirect" in text:
+        refuse(301, "", where, 0.0)
     for pattern, reason in _CONNECTION_ERRORS.items():
         if re.search(pattern, text):
             raise TransientError(reason)

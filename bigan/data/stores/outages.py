@@ -23,6 +23,7 @@ T = TypeVar("T")
 FIRST_WAIT_SECONDS = 0.5  # upper limit of the first wait; doubles with each failure
 LONGEST_WAIT_SECONDS = 15.0
 REPORT_SECONDS = 30.0  # between two lines about an unavailable store
+FIRST_REPORT_SECONDS = 5.0  # before the first line: the URL may be mistyped
 WRONG_CONTENT_ATTEMPTS = 3  # a damaged transfer is transient, a wrong file is not
 POLL_SECONDS = 1.0
 
@@ -62,7 +63,7 @@ class Patience:
         self._lock = threading.Lock()
         self._down_since: float | None = None  # time.time()
         self._reason = ""
-        self._reported: float | None = None  # time.monotonic() of the last line, or of the failure
+        self._reported: float | None = None  # time.monotonic() of the last line
         self._num_lines = 0
 
     def repeat(self, what: str, attempt: Callable[[], T]) -> T:
@@ -124,7 +125,8 @@ class Patience:
             self._reason = reason
             if self._down_since is None:
                 self._down_since = time.time()
-                self._reported = time.monotonic()
+                early = max(0.0, REPORT_SECONDS - FIRST_REPORT_SECONDS)
+                self._reported = time.monotonic() - early
         self.report()
 
     def _answered(self) -> None:

@@ -127,6 +127,8 @@ class Store:
                     self._ranges = False
             if missing:
                 data = self._wait(self._collect(name, None))
+                if is_html(data):
+                    raise DataError(not_a_page(self._where(name)))
                 for start, stop in missing:
                     if stop > len(data):
                         raise _wrong_size(len(data), stop)

@@ -53,6 +53,7 @@ def encoded(url: str) -> str:
     head, _, rest = url.partition("://")
     rest, mark, query = rest.partition("?")
     authority, slash, path = rest.partition("/")
+    authority = authority.encode("idna").decode()
     path = quote(_UNESCAPED.sub("%25", path), safe=_SAFE_IN_PATH)
     query = quote(_UNESCAPED.sub("%25", query), safe=_SAFE_IN_PATH + "?")
     return f"{head.lower()}://{authority}{slash}{path}{mark}{query}"
@@ -104,5 +105,19 @@ def check_url(url: str, allow_pipe: bool) -> None:
         raise DataError(f"{redacted(url)}: unsupported URL scheme; use https://, s3:// or a folder")
     if kind == "hf":
         of_hugging_face(url)
-    elif not urlsplit(url).netloc.rpartition("@")[2]:
-        raise DataError(f"{redacted(url)}: has no name of a server or a bucket")
+    elif not _is_valid(url):
+        raise DataError(
+            f"{redacted(url)}: has no valid name of a server or a bucket, or no valid port; "
+            "percent-encode special characters in a user or password"
+        )
+
+
+def _is_valid(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        host = parts.netloc.rpartition("@")[2]
+        if scheme(url) in WEB:
+            host.encode("idna")
+        return bool(host) and not re.search(r"\s", host) and parts.port != 0
+    except ValueError:
+        return False

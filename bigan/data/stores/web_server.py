@@ -55,7 +55,7 @@ class WebServer:
             if part and (answer.status != 206 or encoding not in ("identity", "")):
                 await self._refuse_html(answer, name)
                 raise RangesIgnoredError(name)
-            decode = decoder(encoding, name)
+            decode = decoder(encoding, name, self._where(name))
             length, num = answer.headers.get("Content-Length"), 0
             async for chunk in answer.content.iter_chunked(CHUNK_BYTES):
                 num += len(chunk)
@@ -160,9 +160,10 @@ def _failure(error: Exception, where: str) -> Exception:
     """The meaning of an error of `aiohttp`."""
     import aiohttp
 
+    invalid = (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError, aiohttp.TooManyRedirects)
     if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
         return DataError(f"{where}: the certificate of the server is not accepted")
-    if isinstance(error, aiohttp.InvalidURL | aiohttp.TooManyRedirects):
+    if isinstance(error, invalid):
         return DataError(f"{where}: the URL, or one that it redirects to, is not valid")
     if isinstance(error, aiohttp.ClientHttpProxyError):
         if error.status in (401, 403, 407):
