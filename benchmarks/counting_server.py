@@ -2,8 +2,8 @@
 
     python benchmarks/counting_server.py FOLDER     prints its port; ends when stdin is closed
 
-It answers GET and HEAD with byte ranges, which is all that reading over HTTP needs, and all that
-reading an S3 bucket in path style needs: `http://127.0.0.1:PORT/bucket/key` and
+It answers GET and HEAD with byte ranges, enough for reading over HTTP
+and from an S3 bucket in path style: `http://127.0.0.1:PORT/bucket/key` and
 `s3://bucket/key` with that endpoint are the same file. Signatures are not checked.
 `GET /-/counts` returns {"bytes", "requests"} since the last such call. Counted are the bytes of
 bodies; the send buffer is small, so that an aborted transfer counts little more than what arrived.

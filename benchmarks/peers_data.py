@@ -1,32 +1,33 @@
 """Streaming from a store: bigan against mosaicml-streaming, litdata and webdataset.
 
-    python benchmarks/peers_data.py                      the tables, in about half an hour
-    python benchmarks/peers_data.py --quick              rough numbers of a small set
+    python benchmarks/peers_data.py                      all tables; takes about half an hour
+    python benchmarks/peers_data.py --quick              approximate numbers, with fewer images
     python benchmarks/peers_data.py --out result.json
 
-All libraries read the same JPEG images from one counting server on loopback
-(counting_server.py): bigan and webdataset over HTTP, the others, which do not read HTTP, from its
-S3 address. Each has them in its own format, with the same number of images per shard. They decode
-with the same decoder. The other libraries are installed into an environment of their own
-(`--environment`), with the versions of peers_data_requirements.txt.
+All libraries read the same JPEG images from one server on loopback that counts requests and bytes
+(counting_server.py): bigan and webdataset over HTTP, the others, which do not read HTTP, over S3.
+Each library reads its own format, with the same number of images per shard, and all use the same
+decoder. The other libraries are installed into a separate environment (`--environment`), with the
+versions of peers_data_requirements.txt.
 
-Measured are, for an epoch with empty caches:
+The benchmark measures for an epoch with empty caches:
 
-- traffic: bytes and requests at the server, of all ranks together, for ranks that are machines of
-  their own (a cache for each) and for ranks of one machine (one cache);
-- cost: images per second and CPU time per image of one rank, with opening, without imports;
-- samples repeated and lost in an epoch, without a stop, and with a stop of 8 ranks after 40 % that
-  4 ranks resume from the state that the library saves. Samples are identified by their pixels.
+- traffic: bytes and requests at the server, of all ranks together, with one rank per machine (each
+  has its own cache) and with all ranks on one machine (one cache);
+- cost: images per second and CPU time per image of one rank, including the opening of the data
+  set, without imports;
+- samples repeated and lost in an epoch, without a stop, and with a stop of 8 ranks after 40 % of
+  the epoch that 4 ranks resume from the state that the library saves. Samples are identified by
+  their pixels.
 
-Ranks are processes with the variables of a launcher. Ranks on machines of their own exchange
-nothing, so they run one after the other. The options of the libraries are those in peers_worker.py.
+Ranks are processes with the variables of a launcher. Machines are simulated: their ranks exchange
+nothing, so they run one after the other. peers_worker.py has the options of each library.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import itertools
 import json
 import os
@@ -34,125 +35,35 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from input_pipeline import picture  # noqa: E402
+from peers_setup import (  # noqa: E402
+    Images,
+    environment_python,
+    peer_versions,
+    server,
+    take_counts,
+    write_shards,
+)
 
 from bigan.bench.measuring import summary  # noqa: E402
 from bigan.bench.script import argument_parser, spread, write_record  # noqa: E402
-from bigan.data.packing import sources  # noqa: E402
-from bigan.data.packing.pack import pack_source  # noqa: E402
 from bigan.versions import cpu_name, num_cpus  # noqa: E402
 
-REQUIREMENTS = HERE / "peers_data_requirements.txt"
-PEERS = ("mosaicml-streaming", "litdata", "webdataset")
 LIBRARIES = (
     "bigan", "mosaicml-streaming", "litdata", "webdataset, split by node", "webdataset, resampled",
 )  # fmt: skip
-FORMATS = {"bigan": "shards", "mosaicml-streaming": "mds", "litdata": "litdata"}
 BATCH = 64  # per rank, with 8 ranks; fewer ranks of a resumed run have the same global batch
 STOP = 0.4  # share of the epoch after which the run stops
 TIMEOUT_SECONDS = 600
-
-
-@dataclass(frozen=True)
-class Images:
-    """The images in the folder `root`, in all formats, and the server's address."""
-
-    root: Path
-    num: int
-    names: tuple[str, ...]  # of the tar files
-    endpoint: str
-    block: int
-    digests: set[str] = field(default_factory=set)
-
-    def set_bytes(self, library: str) -> int:
-        """The size of all shards in the format that `library` reads."""
-        folder = self.root / "set" / FORMATS.get(library, "shards")
-        files = [file for file in folder.rglob("*") if file.is_file()]
-        if library.startswith("webdataset"):
-            files = [file for file in files if file.suffix == ".tar"]
-        return sum(file.stat().st_size for file in files)
-
-
-# --- the images, the environment and the server ---------------------------------------------------
-
-
-def write_shards(folder: Path, num: int, each: int, size: int) -> None:
-    """Pack `num` different JPEG images of `size` pixels, `each` per shard."""
-    generator = np.random.default_rng(0)
-    originals = [picture(generator, size) for _ in range(64)]
-
-    def image(i: int) -> np.ndarray:  # no two shifts of an original are equal
-        number, which = divmod(i, len(originals))
-        return np.roll(originals[which], divmod(number * 37 % size**2, size), (0, 1))
-
-    source = sources.Source(
-        name="pictures", transform="none", identity="pictures", resolution=size, channels=3,
-        classes=("all",), keys=tuple(f"{i:07d}" for i in range(num)), labels=(0,) * num,
-        splits=("train",) * num, read=image,
-    )  # fmt: skip
-    pack_source(source, folder, shard_size=each, encoding="jpg", quality=80)
-
-
-def environment_python(folder: Path) -> Path:
-    """The Python of an environment with the other libraries, which is made if it is missing.
-
-    Packages that it lacks (torch is large) come from the environment that runs the benchmark.
-    """
-    python, mark = folder / "bin" / "python", folder / "bigan-requirements.txt"
-    if mark.is_file() and mark.read_bytes() == REQUIREMENTS.read_bytes():
-        return python
-    print(f"{folder}: installing {', '.join(PEERS)}", file=sys.stderr)
-    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-    (packages,) = (folder / "lib").glob("python*/site-packages")
-    own = next(path for path in sys.path if path.endswith("site-packages"))
-    (packages / "zz-shared.pth").write_text(own + "\n")
-    install = ["-m", "pip", "install", "-qq", "--requirement", str(REQUIREMENTS)]
-    subprocess.run([str(python), *install], check=True)
-    shutil.copy(REQUIREMENTS, mark)
-    return python
-
-
-def peer_versions(python: Path) -> dict[str, str]:
-    """The versions of the other libraries and of what they read with."""
-    names = [*PEERS, "boto3", "obstore", "numpy", "torch", "simplejpeg"]
-    code = "import json, sys; from importlib.metadata import version\n"
-    code += "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
-    return json.loads(subprocess.check_output([str(python), "-c", code, *names]))
-
-
-@contextlib.contextmanager
-def server(folder: Path) -> Iterator[str]:
-    """The address of a counting server of `folder`, in a process of its own."""
-    command = [sys.executable, str(HERE / "counting_server.py"), str(folder)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-        finally:
-            process.stdin.close()
-            process.wait()
-
-
-def take_counts(endpoint: str) -> dict[str, int]:
-    """{"bytes", "requests"} that the server has answered since the last call."""
-    with urllib.request.urlopen(f"{endpoint}/-/counts") as answer:
-        return json.load(answer)
 
 
 # --- running ranks --------------------------------------------------------------------------------
@@ -188,7 +99,7 @@ class Runner:
     ) -> tuple[list[dict[str, Any]], dict[str, int]]:
         """(the result of each rank, the counts of the server) of the rest of an epoch.
 
-        `machines`: each rank is a machine of its own, else all are on one. `batch` is that of a
+        `machines`: one rank per machine, else all ranks on one machine. `batch` is that of a
         rank, None: `BATCH`.
         """
         folder = self._scratch / f"run-{next(self._numbers)}"
@@ -287,7 +198,7 @@ def traffic(
 
 
 def all_traffic(runner: Runner, library: str, worlds: Sequence[int]) -> dict[str, Any]:
-    """`traffic` for ranks on machines of their own, and for the most ranks on one machine."""
+    """`traffic` with one rank per machine, and with the most ranks on one machine."""
     most = max(worlds)
     found = {
         f"{world} machine{'s' * (world > 1)}": traffic(runner, library, world, later=world == most)

@@ -1,4 +1,4 @@
-"""One rank of `peers_data.py`: reads one epoch with one library and reports what it got.
+"""One rank of `peers_data.py`: reads one epoch with one library and reports its samples and costs.
 
     python benchmarks/peers_worker.py TASK.json
 

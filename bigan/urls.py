@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import re
 
+_NAMES = r"(?:authorization|bearer|cookie|credential|key|passw|secret|signature|token)"
 _SECRET_ARGUMENT = re.compile(
-    r"((?:(?<=\s)-u|--user|authorization:|\w*(?:key|secret|token|password)\w*\s*[=:])\s*)"
-    r"(?:(?:bearer|basic)\s+)?[^\s'\"]+",
+    # -u NAME:PASSWORD, --password SECRET, TOKEN=SECRET, 'Cookie: SECRET; SECRET'
+    r"((?:(?<=\s)-u|--[\w-]*(?:user|" + _NAMES + r")[\w-]*[\s=]|sshpass\s+-p)\s*|"
+    r"[\w-]*" + _NAMES + r"[\w-]*\s*=\s*)"
+    r"(?:'[^']*'|\"[^\"]*\"|[^\s'\"]+)"
+    r"|([\w-]*" + _NAMES + r"[\w-]*\s*:\s*)[^'\"]+",
     re.IGNORECASE,
 )
+# A user and a password with a "/" or "?" that should be percent-encoded.
+_UNENCODED_USER = re.compile(r"[^/?@\[\]]*:(?!\d*(?:[/?]|$))[^@\s]*@.*")
 
 
 def is_remote(path: str) -> bool:
@@ -17,8 +23,16 @@ def is_remote(path: str) -> bool:
 
 
 def redacted_text(text: str) -> str:
-    """A text without the credentials of the URLs in it."""
-    return re.sub(r"[a-zA-Z][\w+.-]*://[^\s'\"]+", lambda found: redacted(found[0]), text)
+    """A text without the credentials of the URLs and commands in it.
+
+    A URL may have lost a "/", as in a `Path`. Punctuation at its end belongs to the text.
+    """
+    text = re.sub(
+        r"([a-zA-Z][\w+.-]*:/)(/?)([^\s'\"]*[^\s'\",.;:)\]}])",
+        lambda found: redacted(f"{found[1]}/{found[3]}").replace("://", f":/{found[2]}", 1),
+        text,
+    )
+    return re.sub(r"\bpipe:.*", lambda found: _without_arguments(found[0]), text)
 
 
 def scheme(url: str) -> str:
@@ -32,10 +46,12 @@ def redacted(url: str) -> str:
     A path in the file system is returned unchanged.
     """
     if url.startswith("pipe:"):
-        return _SECRET_ARGUMENT.sub(r"\1***", redacted_text(url))
+        return redacted_text(url)
     head, separator, rest = url.partition("://")
     if not separator:
         return url
+    if _UNENCODED_USER.fullmatch(rest):
+        rest = f"***@{rest.rpartition('@')[2]}"
     rest, mark, query = rest.partition("?")
     authority, slash, path = rest.partition("/")
     user, at, host = authority.rpartition("@")
@@ -50,5 +66,9 @@ def redacted(url: str) -> str:
 
 
 def is_redacted(url: str) -> bool:
-    """Whether credentials of the URL were removed by `shown`."""
-    return is_remote(url) and bool(re.search(r"://\*\*\*@|[?&][^=&]*=\*\*\*(?=$|[&\s'\"])", url))
+    """Whether credentials of the URL were removed by `redacted`."""
+    return is_remote(url) and "***" in url
+
+
+def _without_arguments(command: str) -> str:
+    return _SECRET_ARGUMENT.sub(lambda found: f"{found[1] or found[2]}***", command)

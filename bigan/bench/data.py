@@ -26,7 +26,7 @@ from bigan.run.stages import final_config, stages
 from bigan.run.streams import order_seed
 from bigan.run.traffic import Source, facts, open_source, record, size
 from bigan.run_config import IMAGES, RunConfig, load_config
-from bigan.urls import is_remote, redacted
+from bigan.urls import is_remote, redacted, redacted_text
 
 SHARD_BYTES = 128 * 10**6  # of an assumed data set
 
@@ -68,7 +68,7 @@ def simulate_data(
         "benchmark": "data",
         "simulated": True,
         "config": str(path),
-        "overrides": list(overrides),
+        "overrides": [redacted_text(override) for override in overrides],
         "images_per_second": images_per_second,
         "ranks_per_node": ranks_per_node,
         "data": facts(source) | ({"path": "an assumed data set"} if assumed else {}),
@@ -105,8 +105,8 @@ def measure_data(
 ) -> dict[str, Any]:
     """Images/s and CPU time per image of the input pipeline of one process.
 
-    `received_bytes_per_image` is what the machine received over all its network interfaces: of a
-    URL's store if nothing else transfers data. Raises `UserError` for fewer than five runs, an
+    `received_bytes_per_image`, for a URL, counts all network interfaces of the machine, so other
+    transfers at the same time are included. Raises `UserError` for fewer than five runs, an
     unusable config or data.
     """
     require_runs(runs)
@@ -138,7 +138,7 @@ def measure_data(
         "benchmark": "data",
         "simulated": False,
         "config": str(path),
-        "overrides": list(overrides),
+        "overrides": [redacted_text(override) for override in overrides],
         "environment": environment(),
         "path": redacted(data.path),
         "batch": batch,
@@ -198,5 +198,5 @@ def _assumed_source(config: RunConfig, name: str, assumed: Assumed) -> Source:
         ShardRanges(manifest, data.split, index, None, False),
         order,
         "cache" if data.cache else "stream",
-        "as configured" if data.lanes else "the default of this number of images at a URL",
+        "from the config" if data.lanes else "the default of this number of images at a URL",
     )

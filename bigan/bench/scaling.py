@@ -37,7 +37,7 @@ from bigan.errors import UserError
 from bigan.run.stages import final_config
 from bigan.run.streams import check_data
 from bigan.run_config import RunConfig, accumulation_steps, load_config
-from bigan.urls import redacted
+from bigan.urls import redacted, redacted_text
 from bigan.versions import num_cpus
 
 EMA = "averages"  # gathering of sharded weights for the EMAs, beside the exchanges of the phases
@@ -105,7 +105,7 @@ def bench_scaling(
     record: dict[str, Any] = {
         "benchmark": "scaling",
         "config": str(path),
-        "overrides": list(overrides),
+        "overrides": [redacted_text(override) for override in overrides],
         "environment": environment(),
         "engine": engine_name(config),
     }

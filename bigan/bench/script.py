@@ -13,6 +13,7 @@ from typing import Any
 
 from bigan.bench.measuring import environment
 from bigan.run_config import RunConfig, load_config
+from bigan.urls import redacted_text
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
@@ -47,7 +48,8 @@ def write_record(
         return
     record: dict[str, Any] = {"benchmark": benchmark}
     if "config" in given:
-        record |= {"config": str(given.config), "overrides": given.overrides, "runs": given.runs}
+        record |= {"config": str(given.config), "runs": given.runs}
+        record["overrides"] = [redacted_text(override) for override in given.overrides]
     record |= {"environment": environment(), **options, **results}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -30,6 +30,7 @@ from bigan.errors import RunError, UserError
 from bigan.objectives.penalties import PenaltyConfig
 from bigan.run.stages import final_config
 from bigan.run_config import RunConfig, load_config, setup_of
+from bigan.urls import redacted_text
 
 MIN_RUNS = 5
 WARM_UP_STEPS = 3
@@ -55,7 +56,7 @@ def bench_step(path: Path, overrides: Sequence[str], runs: int, echo: Echo) -> d
     record: dict[str, Any] = {
         "benchmark": "step",
         "config": str(path),
-        "overrides": list(overrides),
+        "overrides": [redacted_text(override) for override in overrides],
         "environment": environment(),
         "batch": config.train.batch,
         "runs": runs,

@@ -29,9 +29,10 @@ def add_benchmarks(bench: argparse.ArgumentParser, common: argparse.ArgumentPars
     step.set_defaults(handler=step_command)
     data = kinds.add_parser(
         "data",
-        help="input pipeline of one process; simulated traffic of many ranks",
-        description="Measure the input pipeline of one process, or compute what many ranks read in "
-        "an epoch: bytes, requests, memory. Prints a table to stderr, JSON to stdout.",
+        help="input pipeline of one process, or with --simulate the traffic of many ranks",
+        description="Measure the input pipeline of one process: images/s, CPU time per image. "
+        "With --simulate, compute what many ranks read in an epoch: bytes, requests, memory. "
+        "Prints text to stderr, JSON to stdout.",
         parents=[common],
     )
     data.set_defaults(handler=data_command)
@@ -64,21 +65,38 @@ def _add_data(data: argparse.ArgumentParser) -> None:
     )
     simulated = data.add_argument_group("with --simulate")
     simulated.add_argument(
-        "--ranks", type=counts, default=[1, 8, 64], metavar="N,N", help="(default 1,8,64)"
+        "--ranks",
+        type=counts,
+        default=[1, 8, 64],
+        metavar="N,N",
+        help="numbers of ranks (default 1,8,64)",
     )
-    simulated.add_argument("--ranks-per-node", type=count, default=8, help="ranks (default 8)")
+    simulated.add_argument(
+        "--ranks-per-node",
+        type=count,
+        default=8,
+        metavar="N",
+        help="ranks that share a node and its data.cache (default 8)",
+    )
     simulated.add_argument(
         "--images-per-second",
         type=positive,
         default=1000.0,
         metavar="X",
-        help="of all ranks, for the requests per second (default 1000)",
+        help="training rate of all ranks, for the requests per second (default 1000)",
     )
     simulated.add_argument(
-        "--images", type=count, metavar="N", help="assume a data set at a URL of N images"
+        "--images",
+        type=count,
+        metavar="N",
+        help="assume a data set of N images at a URL, in place of data.path",
     )
     simulated.add_argument(
-        "--image-kb", type=positive, default=100.0, metavar="KB", help="of each (default 100)"
+        "--image-kb",
+        type=positive,
+        default=100.0,
+        metavar="KB",
+        help="with --images: size of each encoded image in kB (default 100)",
     )
 
 

@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from bigan.cli.arguments import CONFIG_HELP, OVERRIDE_HELP, count, positive
 from bigan.cli.bench import add_benchmarks
@@ -27,6 +27,7 @@ from bigan.cli.pack import (
 )
 from bigan.distributed.signals import launched_as_rank_0
 from bigan.errors import REPORTED_ELSEWHERE, RunError, UserError, disk_is_full, unusable_file
+from bigan.urls import redacted_text
 
 if TYPE_CHECKING:
     from bigan.run_config import RunConfig
@@ -113,6 +114,13 @@ def _load(arguments: argparse.Namespace) -> RunConfig:
     return load_config(arguments.config, arguments.overrides)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its messages about arguments have no secrets."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(redacted_text(message))
+
+
 class Commands:
     """Adds commands to the parser; every one has a --help and the option --debug."""
 
@@ -137,7 +145,7 @@ class Commands:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="bigan",
         description="Train GANs and related generative models on one process or a cluster, from "
         "sharded WebDataset streams.",
@@ -148,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
     _add_run_commands(commands)
     _add_evaluate(commands)
     bench = commands.add(
-        "bench", None, "measure speed and memory, as JSON", "See docs/benchmarks.md."
+        "bench", None, "measure speed, memory and data traffic, as JSON", "See docs/benchmarks.md."
     )
     add_benchmarks(bench, commands.common)
     return top
@@ -161,7 +169,8 @@ def _add_data_commands(commands: Commands) -> None:
             pack_command,
             "pack images into WebDataset shards with a manifest",
             "Examples: bigan pack digits data/digits; bigan pack photos/ data/photos --resolution "
-            "128 (one subfolder per class). After an interruption, run the same command again.",
+            "128 (one subfolder per class); bigan pack photos/ s3://bucket/photos --resolution "
+            "128. After an interruption, run the same command again.",
         )
     )
     add_verify_arguments(
@@ -170,7 +179,8 @@ def _add_data_commands(commands: Commands) -> None:
             verify_command,
             "check a packed data set, including every image",
             "Prints one line per problem: wrong checksums or counts, missing or unlisted shards, "
-            "images that do not decode. Exit code 1 if there is a problem.",
+            "images that do not decode. Exit code 1 if there is a problem, 2 if the data set "
+            "cannot be read.",
         )
     )
 
@@ -184,9 +194,15 @@ def _add_run_commands(commands: Commands) -> None:
     )
     _add_config(describe)
     describe.add_argument("--json", action="store_true", help="print JSON")
-    describe.add_argument("--world-size", type=count, default=1, help="processes (default 1)")
     describe.add_argument(
-        "--ranks-per-node", type=count, default=8, help="processes that share a disk (default 8)"
+        "--world-size", type=count, default=1, metavar="N", help="processes (default 1)"
+    )
+    describe.add_argument(
+        "--ranks-per-node",
+        type=count,
+        default=8,
+        metavar="N",
+        help="processes that share a node and its data.cache (default 8)",
     )
     train = commands.add(
         "train",
@@ -265,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except (UserError, RunError) as error:
         if arguments.debug:
-            traceback.print_exc()
+            _print_error(traceback.format_exc().rstrip())
         elif not _printed_by_another_rank(error):
             notes = getattr(error, "__notes__", [])
             _print_error("\n".join([f"bigan: {' '.join(str(error).split())}", *notes]))
@@ -293,9 +309,9 @@ def _interrupted() -> int:
 
 
 def _print_error(line: str) -> None:
-    """Print a line to stderr; its file may be on a full disk."""
+    """Print a line to stderr without secrets of URLs; its file may be on a full disk."""
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        print(redacted_text(line), file=sys.stderr, flush=True)
 
 
 def _discard_output() -> None:

@@ -291,7 +291,7 @@ class Objects(Place):
         try:
             yield
         except DataError as error:
-            text = str(error).replace(": cannot be read (", ": cannot be written (", 1)
+            text = str(error).replace(": cannot be read", ": cannot be written", 1)
             raise DataError(text) from None
 
     def read_manifest(self) -> Manifest:

@@ -1,4 +1,4 @@
-"""The traffic of a config's data streams: what its ranks read, from manifest and index alone."""
+"""The traffic of a config's data streams: what its ranks read, from manifest and index only."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Source:
 
 
 def open_source(config: RunConfig, name: str, max_samples: int = MAX_SAMPLES) -> Source:
-    """Read the manifest and the index of a stream, nothing is written into a local folder.
+    """Read the manifest and the index of a stream; nothing is written into a local data folder.
 
     Raises `DataError`, one line, if they are not available, or the mode has no traffic per epoch.
     """
@@ -116,11 +116,11 @@ def _batches(config: RunConfig) -> list[int]:
 
 def _reason(config: RunConfig, lanes: int, default: int, remote: bool) -> str:
     if lanes != default:
-        return "as configured, not the default"
+        return "from the config or the existing run, not the default"
     if not remote or default == 1:
         return "the default of a folder" if not remote else "the default of this URL"
     batches = ", ".join(f"{batch:,}" for batch in dict.fromkeys(_batches(config)))
-    return f"of the divisors of train.batch = {batches} up to {MAX_LANES} that with most divisors"
+    return f"the divisor of train.batch = {batches}, up to {MAX_LANES}, with most divisors itself"
 
 
 def warnings(source: Source, found: Traffic, world_size: int) -> list[str]:
@@ -137,9 +137,10 @@ def warnings(source: Source, found: Traffic, world_size: int) -> list[str]:
             stage.config.train.batch // accumulation_steps(stage.config.train, world_size)
             for stage in stages(source.config)
         ]
-        why = f"{world_size} processes do not divide data.lanes = {lanes}"
+        why = f"data.lanes = {lanes} is not divisible by {world_size} processes"
         if lanes % world_size == 0:
-            why = f"data.lanes = {lanes} and micro-batches of {readers.micro_batch} do not divide"
+            micro = f"micro-batches of {readers.micro_batch} images"
+            why = f"of data.lanes = {lanes} and {micro}, neither divides the other"
         fitting = traffic.fitting_lanes(micro_batches, world_size)
         lines.append(
             f"{why}: up to {found.ranks_per_lane} processes read the same part of the shards, "
@@ -256,7 +257,7 @@ SOURCES = {"stream": "the store", "cache": "the store into the caches", "files":
 
 
 def size(num_bytes: float) -> str:
-    """12.3 GB."""
+    """A number of bytes with three digits and a decimal unit, such as 12.3 GB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if num_bytes < 999.5 or unit == "TB":
             break

@@ -27,7 +27,7 @@ def request(url: str, method: str = "GET", **headers: str) -> tuple[int, bytes, 
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A folder, and the address of its counting server."""
+    """A folder, and the URL of its counting server."""
     server = script("counting_server").make_server(tmp_path)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield tmp_path, f"http://127.0.0.1:{server.server_port}"

@@ -208,6 +208,14 @@ def test_resampled_missing_and_disallowed_shards(tars: Path) -> None:
     assert len(resample(f"pipe:cat {tars}/set-0000.tar", 2, fetch=allowed)) == 2
 
 
+def test_resampled_shards_that_the_server_refuses(tars: Path) -> None:
+    with serving(tars) as web:
+        web.query = "sig=valid"
+        with pytest.raises(DataError, match=r"^http.*status 403") as got:
+            resample(f"{web.url}/set-{{0000..0001}}.tar?sig=other", 1)
+    assert "BufferedReader" not in str(got.value)
+
+
 def test_resampled_shards_without_samples_do_not_hang(tmp_path: Path) -> None:
     tmp_path.joinpath("empty").mkdir()
     add(tmp_path / "empty", "x.tar", {})

@@ -18,6 +18,7 @@ import torch
 from streams import BLOCK, data_threads, flip, node_cache, same, take
 from web import Web
 
+from bigan import atomic_files
 from bigan.data import DataError
 from bigan.data.format.manifest import Manifest
 from bigan.data.settings import Fetch
@@ -184,6 +185,10 @@ def test_cache_evicts_least_recently_used(digits8: Path, web: Web, tmp_path: Pat
     leftover.write_text("half a chunk")
     os.utime(leftover, (1, 1))
     node = node_cache(digits8, web.url, tmp_path / "cache")
+    download = atomic_files.temporary_name(tmp_path / "cache" / node.chunks.name(50))
+    for other in (download, tmp_path / "cache" / "my.notes-1"):  # not chunks
+        other.write_text("of another process")
+        os.utime(other, (1, 1))
     span = node.chunks.span(0)
     node.limit_bytes = 32 * (span.stop - span.start)
     files = [tmp_path / "cache" / node.chunks.name(chunk) for chunk in range(40)]
@@ -198,6 +203,8 @@ def test_cache_evicts_least_recently_used(digits8: Path, web: Web, tmp_path: Pat
     assert not files[1].exists()
     assert files[39].exists()
     assert not leftover.exists()
+    assert download.exists()
+    assert (tmp_path / "cache" / "my.notes-1").exists()
 
 
 def test_unusable_cache_folder(digits8: Path, tmp_path: Path) -> None:

@@ -179,6 +179,6 @@ def test_the_name_of_the_copy_has_no_secret() -> None:
         "https://user:password@host/set/",
         "https://user:other@host/set",
     ]
-    assert len({node_copy._address(url) for url in urls}) == 1
+    assert len({node_copy._bare(url) for url in urls}) == 1
     assert len({node_copy._key(url) for url in urls}) == 3, "a query may select one of two sets"
-    assert node_copy._address("abfs://a@host/set") != node_copy._address("abfs://b@host/set")
+    assert node_copy._bare("abfs://a@host/set") != node_copy._bare("abfs://b@host/set")

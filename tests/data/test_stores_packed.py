@@ -16,9 +16,9 @@ import boto3
 import numpy as np
 import pytest
 from commands import finish, python
-from counted_s3 import S3, counted_s3
 from data_helpers import one_line, tree
 from PIL import Image
+from s3 import S3, s3_server
 from streams import same, take
 from web import serving
 
@@ -37,14 +37,16 @@ OPTIONS: dict[str, Any] = {"resolution": 16, "shard_size": 10, "max_bad": 1, "jo
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[S3]:
-    with counted_s3() as server:
+    with s3_server() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
         yield server
 
 
 @pytest.fixture
 def url(s3: S3) -> Iterator[str]:
     """A folder, whose name has to be encoded, in a new bucket."""
-    yield f"s3://{s3.bucket()}/sets/my photos"
+    yield f"{s3.bucket()}/sets/my photos"
     s3.refuses = lambda method, path: 0
 
 
@@ -258,9 +260,10 @@ def test_other_objects_are_refused(name: str, source: Path, url: str) -> None:
 def test_the_object_of_an_empty_folder_is_accepted(source: Path, s3: S3) -> None:
     """Web consoles create an empty object "folder/" for a folder."""
     bucket = s3.bucket()
-    boto3.client("s3", endpoint_url=s3.url).put_object(Bucket=bucket, Key="set/", Body=b"")
-    assert pack(source, f"s3://{bucket}/set", **OPTIONS).complete
-    assert verify(f"s3://{bucket}/set").ok
+    name = bucket.removeprefix("s3://")
+    boto3.client("s3", endpoint_url=s3.url).put_object(Bucket=name, Key="set/", Body=b"")
+    assert pack(source, f"{bucket}/set", **OPTIONS).complete
+    assert verify(f"{bucket}/set").ok
 
 
 def test_a_url_that_can_only_be_read_is_refused(source: Path, s3: S3) -> None:
@@ -335,7 +338,7 @@ def test_a_slow_upload_is_not_taken_for_silence(
     source: Path, url: str, s3: S3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sending counts as time without an answer, so that uploads have a limit of their own."""
-    monkeypatch.setattr(object_store, "SILENCE_SECONDS", 1)
+    monkeypatch.setattr(object_store, "TIMEOUT_SECONDS", 1)
     slow = "/train-000000.tar"
 
     def refuses(method: str, path: str) -> int:
@@ -353,6 +356,13 @@ def test_a_bucket_that_does_not_exist(source: Path, s3: S3) -> None:
     with pytest.raises(DataError) as error:
         pack(source, "s3://no-such-bucket/set", **OPTIONS)
     one_line(error, "s3://no-such-bucket/set", "404")
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_a_refused_write_is_an_error(status: int, url: str, s3: S3) -> None:
+    s3.refuses = lambda method, path: status if method == "PUT" else 0
+    with Store(url) as store, pytest.raises(DataError, match=f"status {status}"):
+        store.write("a", b"1")
 
 
 def test_an_upload_that_fails_for_good(
@@ -408,7 +418,7 @@ def test_secrets_are_not_printed(
     monkeypatch.setattr(outages.Patience, "repeat", lambda self, what, attempt: attempt())
     given = ["pack", str(source)] if command == "pack" else ["verify"]
     options = ["--resolution", "16", "--max-bad", "1"] if command == "pack" else []
-    with contextlib.suppress(outages.PassingError):
+    with contextlib.suppress(outages.TransientError):
         assert main([*given, url, *options]) == 2
     out = capfd.readouterr()
     assert "SECRET" not in out.out + out.err

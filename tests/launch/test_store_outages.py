@@ -67,7 +67,7 @@ def test_a_run_survives_its_store(
     assert "Traceback" not in output
     assert "is slow" not in output
     if seconds > 30:
-        assert f"{url}: silent since" in output
+        assert f"{url}: unavailable since" in output
 
 
 def check_faults(proxy: Proxy) -> None:

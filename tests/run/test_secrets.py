@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,33 @@ def leaks(folder: Path, output: str) -> list[str]:
         for secret in SECRETS
         if secret.encode() in content
     ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["{}"],
+        ["describe", "{}"],
+        ["train", "{}"],
+        ["evaluate", "{}"],
+        ["verify", "{}", "{}"],
+        ["pack", "{}", "set", "--resolution", "8"],
+        ["pack", "digits", "{}"],
+        ["pack", "digits", "{}", "--debug"],
+        ["describe", str(SMOKE), "data.path={}", "data.pth={}", "--debug"],
+        ["verify", "{}", "--debug"],
+    ],
+)
+def test_messages_of_commands(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The port is not valid, so nothing is sent.
+    url = f"http://{USER}:{PASSWORD}@127.0.0.1:99999/set?sig={SIGNATURE}"
+    with pytest.raises(SystemExit, match="2"):  # of argparse, for unknown arguments
+        sys.exit(main([argument.replace("{}", url) for argument in arguments]))
+    output = "".join(capsys.readouterr())
+    assert output
+    assert not leaks(tmp_path, output)
 
 
 @pytest.mark.full

@@ -1,4 +1,4 @@
-"""The meaning of an answer of a store: what can pass, what cannot, and its encoding."""
+"""Responses of a store: transient and permanent failures, web pages, and content encodings."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from urllib.parse import unquote
 
 from bigan.data import DataError
 from bigan.data.format import compression
-from bigan.data.stores.outages import PassingError, WrongContentError
+from bigan.data.stores.outages import TransientError, WrongContentError
 
-SILENCE_SECONDS = 20  # without a byte, after which a request has failed
+TIMEOUT_SECONDS = 20  # without a byte, after which a request has failed
 CHUNK_BYTES = 2**20
 TOO_MANY = (408, 425, 429)
-NOT_SUPPORTED = (501, 505)
+STORAGE_FULL = 507
+LASTING = (501, 505, STORAGE_FULL)
+TRANSIENT = ("RequestTimeout", "SlowDown", "Throttling", "OperationAborted",
+             "ConditionalRequestConflict")  # fmt: skip
 Range = tuple[int, int]
 
 
@@ -33,17 +36,22 @@ def refuse(status: int, body: str, where: str, retry_after_seconds: float) -> No
         raise FileNotFoundError(where)
     if status == 416:
         raise WrongContentError("it ends before the range that was asked for")
-    transient = code and code[1] in ("RequestTimeout", "SlowDown", "Throttling")
-    if transient or status in TOO_MANY or (status >= 500 and status not in NOT_SUPPORTED):
-        raise PassingError(reason, retry_after_seconds)
+    transient = code and code[1] in TRANSIENT
+    is_full = status == STORAGE_FULL or (code and "Quota" in code[1])
+    if transient or status in TOO_MANY or (status >= 500 and status not in LASTING):
+        raise TransientError(reason, retry_after_seconds)
     if re.search(r"ExpiredToken|[Ee]xpired", body):
         hint = "its signature or token has expired; give one that is valid now"
+    elif "RequestTimeTooSkewed" in body:
+        hint = "the clock of this machine is wrong"
+    elif is_full:
+        hint = "the store is full, or a quota is used up"
     elif status in (401, 403, 407):
         hint = "check the credentials and their permissions"
     elif status in (301, 307, 308):
         hint = "the bucket is at another endpoint; set AWS_REGION or AWS_ENDPOINT_URL"
     else:
-        hint = "check the address"
+        hint = "check the URL"
     raise DataError(f"{where}: the store refuses the request ({reason}); {hint}")
 
 
@@ -57,7 +65,7 @@ def is_html(data: bytes) -> bool:
 def not_a_page(where: str) -> str:
     """The message for a web page in place of a file."""
     return (
-        f"{where}: the answer is a web page, such as a login page, not the file; check the address "
+        f"{where}: the response is a web page, such as a login page, not the file; check the URL "
         "and its credentials"
     )
 
@@ -68,12 +76,12 @@ def retry_after(value: str | None) -> float:
         return 0.0
     with contextlib.suppress(ValueError):
         return max(0.0, float(value))
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return 0.0
 
 
-def decoder(encoding: str, name: str) -> Any:
+def decoder(encoding: str, name: str, where: str) -> Any:
     """A function that undoes the Content-Encoding of a transfer, chunk by chunk.
 
     Some servers declare the compression of a .tar.gz file itself in this header; it stays.
@@ -81,7 +89,10 @@ def decoder(encoding: str, name: str) -> Any:
     if encoding in ("identity", "") or compression.by_name(unquote(name)):
         return bytes
     if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise DataError(f"{name}: the server compresses it with {encoding!r}, which is unsupported")
+        raise DataError(
+            f"{where}: the server compresses it with {encoding!r}; only gzip and deflate are "
+            "supported"
+        )
     decompress = zlib.decompressobj(wbits=47 if encoding != "deflate" else zlib.MAX_WBITS)
 
     def decode(chunk: bytes) -> bytes:

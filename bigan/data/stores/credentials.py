@@ -18,16 +18,16 @@ from bigan.urls import redacted
 _TRUE = ("1", "true", "t", "yes", "y", "on")
 
 
-def client_options(silence_seconds: int) -> dict[str, Any]:
+def client_options(timeout_seconds: int) -> dict[str, Any]:
     """Time-outs, and plain HTTP where an endpoint is given with it."""
     endpoints = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_ENDPOINT",
                  "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")  # fmt: skip
     plain = any(os.environ.get(name, "").startswith("http://") for name in endpoints)
     return {
         "allow_http": plain or _is_set("AZURE_STORAGE_USE_EMULATOR"),
-        "connect_timeout": f"{silence_seconds}s",
-        "read_timeout": f"{silence_seconds}s",
-        "timeout": "1day",  # of a whole transfer; a silent one ends earlier
+        "connect_timeout": f"{timeout_seconds}s",
+        "read_timeout": f"{timeout_seconds}s",
+        "timeout": "1day",  # of a complete transfer; `read_timeout` ends one without progress
     }
 
 

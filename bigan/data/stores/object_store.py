@@ -13,14 +13,14 @@ from bigan.data import DataError
 from bigan.data.stores import urls
 from bigan.data.stores.answers import (
     CHUNK_BYTES,
-    SILENCE_SECONDS,
+    TIMEOUT_SECONDS,
     Range,
     RangesIgnoredError,
     decoder,
     refuse,
 )
 from bigan.data.stores.credentials import client_options, store_options
-from bigan.data.stores.outages import PassingError
+from bigan.data.stores.outages import TransientError
 from bigan.urls import redacted, scheme
 
 # Large files are uploaded in parts. obstore's time-out without an answer includes the time of
@@ -37,16 +37,16 @@ class ObjectStore:
     def __init__(self, base: str) -> None:
         self._base = base
         self._shown = redacted(base)
-        self._store: Any = self._open(SILENCE_SECONDS, 0)
+        self._store: Any = self._open(TIMEOUT_SECONDS, 0)
         self._uploads: Any = None  # the same, with other limits
 
-    def _open(self, silence_seconds: int, num_retries: int) -> Any:
+    def _open(self, timeout_seconds: int, num_retries: int) -> Any:
         from obstore.store import AzureStore, GCSStore, S3Store
 
         base, kind = self._base, scheme(self._base)
-        limit = datetime.timedelta(seconds=silence_seconds if num_retries else 1)
+        limit = datetime.timedelta(seconds=timeout_seconds if num_retries else 1)
         retries = {"max_retries": num_retries, "retry_timeout": limit}
-        common: Any = {"retry_config": retries, "client_options": client_options(silence_seconds)}
+        common: Any = {"retry_config": retries, "client_options": client_options(timeout_seconds)}
         parts = urlsplit(base)
         options = store_options(kind, base)
         path = base.partition("://")[2].partition("/")[2]
@@ -72,7 +72,7 @@ class ObjectStore:
             encoding = str(result.attributes.get("Content-Encoding", "identity")).lower()
             if part and encoding not in ("identity", ""):
                 raise RangesIgnoredError(name)
-            decode = decoder(encoding, name)
+            decode = decoder(encoding, name, urls.join(self._shown, name))
             async for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
                 if data := decode(bytes(chunk)):
                     yield data
@@ -100,7 +100,7 @@ class ObjectStore:
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
         try:
-            with self._errors(name):
+            with self._errors(name, create):
                 if create:
                     await obstore.put_async(self._store, name, data, mode="create")
                     return True
@@ -127,42 +127,48 @@ class ObjectStore:
         pass
 
     @contextlib.contextmanager
-    def _errors(self, name: str) -> Any:
+    def _errors(self, name: str, create: bool = False) -> Any:
         from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
         try:
             yield
-        except (AlreadyExistsError, PreconditionError):
-            raise
         except FileNotFoundError:
             raise FileNotFoundError(name) from None
         except BaseError as error:
+            exists = create and isinstance(error, AlreadyExistsError | PreconditionError)
+            # Other conflicts are of two writers at once, of which none may have written.
+            if exists and not re.search("RequestConflict|OperationAborted", str(error)):
+                raise
+            if "non-partial response" in str(error):  # to a request for a range
+                raise RangesIgnoredError(name) from None
             _refuse_object(str(error), urls.join(self._shown, name))
 
 
 def _refuse_object(text: str, where: str) -> None:
-    """Raise for an error of `obstore`, whose text contains the complete address."""
+    """Raise for an error of `obstore`, whose text contains the complete URL."""
     status = re.search(r"status code: (\d{3})|status: (\d{3})", text)
     if status:
         body = re.search(r"<\?xml.*?>.*|<Error>.*", text.partition("Debug source")[0], re.DOTALL)
         refuse(int(status[1] or status[2]), body[0] if body else "", where, 0.0)
+    if "Received redirect" in text:
+        refuse(301, "", where, 0.0)
     for pattern, reason in _CONNECTION_ERRORS.items():
         if re.search(pattern, text):
-            raise PassingError(reason)
+            raise TransientError(reason)
     if "Generic" in text and re.search(r"HTTP error|reqwest|hyper|body", text):
-        raise PassingError("the connection failed")
+        raise TransientError("the connection failed")
     raise DataError(f"{where}: cannot be read: {_first_line(text)}")
 
 
 _CONNECTION_ERRORS = {
     r"dns error|failed to lookup": "the name of the server cannot be resolved",
     r"ConnectionRefused|Connection refused": "the connection was refused",
-    r"TimedOut|timed out|kind: Timeout": f"no answer for {SILENCE_SECONDS} s",
+    r"TimedOut|timed out|kind: Timeout": f"no answer for {TIMEOUT_SECONDS} s",
     r"ConnectionReset|Connection reset|IncompleteMessage|UnexpectedEof|kind: (Decode|Body)|"
     r"error decoding response body|request or response body error": "the transfer was cut",
 }
 
 
 def _first_line(text: str) -> str:
-    """The beginning of an error of `obstore`, up to an address."""
+    """The beginning of an error of `obstore`, up to a URL."""
     return re.split(r"\S*https?://", text.splitlines()[0])[0].strip()[:200]

@@ -1,8 +1,8 @@
-"""Waiting for a store that does not answer: backoff, jitter, and reports of the silence.
+"""Waiting for a store that is unavailable: exponential backoff, jitter, and reports.
 
-Each attempt of a transfer either succeeds, raises `PassingError` for a failure that can pass (an
-outage, too many requests, a cut transfer), `WrongContentError` for a complete answer that is not
-the expected file, or `DataError` for a failure that cannot pass.
+Each attempt of a transfer either succeeds, raises `TransientError` (an outage, too many
+requests, a cut transfer), `WrongContentError` for a complete response that is not the expected
+file, or `DataError` for a permanent failure.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ T = TypeVar("T")
 
 FIRST_WAIT_SECONDS = 0.5  # upper limit of the first wait; doubles with each failure
 LONGEST_WAIT_SECONDS = 15.0
-REPORT_SECONDS = 30.0  # between two lines about a silent store
-WRONG_CONTENT_ATTEMPTS = 3  # one damaged transfer can pass, a wrong file cannot
+REPORT_SECONDS = 30.0  # between two lines about an unavailable store
+FIRST_REPORT_SECONDS = 5.0  # before the first line: the URL may be mistyped
+WRONG_CONTENT_ATTEMPTS = 3  # a damaged transfer is transient, a wrong file is not
 POLL_SECONDS = 1.0
 
 # Not seeded: processes must differ, and the draws of training must not change.
 _jitter = random.Random()
 
 
-class PassingError(Exception):
-    """A failure that can pass.
+class TransientError(Exception):
+    """A failure of a request that may succeed when it is repeated.
 
-    `retry_after_seconds` is the wait that the store asks for; `progress`: a part of the answer has
-    arrived and is kept.
+    `retry_after_seconds` is the least wait, from `Retry-After`; `progress`: a part of the response
+    has arrived and is kept.
     """
 
     def __init__(self, reason: str, retry_after_seconds: float = 0.0) -> None:
@@ -44,7 +45,7 @@ class PassingError(Exception):
 
 
 class WrongContentError(Exception):
-    """A complete answer that is not the expected file."""
+    """A complete response that is not the expected file."""
 
     progress = False
 
@@ -52,7 +53,7 @@ class WrongContentError(Exception):
 class Patience:
     """The waiting of one process for one store, from several threads.
 
-    `shown` is the address without secrets, `stopped` ends every wait with `InterruptedError`.
+    `shown` is the URL without secrets, `stopped` ends every wait with `InterruptedError`.
     """
 
     def __init__(self, shown: str, seconds: float, stopped: threading.Event) -> None:
@@ -60,16 +61,16 @@ class Patience:
         self._seconds = seconds
         self._stopped = stopped
         self._lock = threading.Lock()
-        self._silent_since: float | None = None  # time.time()
+        self._down_since: float | None = None  # time.time()
         self._reason = ""
-        self._reported: float | None = None  # time.monotonic() of the last line, or of the failure
+        self._reported: float | None = None  # time.monotonic() of the last line
         self._num_lines = 0
 
     def repeat(self, what: str, attempt: Callable[[], T]) -> T:
-        """The result of `attempt`, repeated while its failures can pass; `what` names the file.
+        """The result of `attempt`, repeated after transient failures; `what` names the file.
 
-        Raises `DataError` after `seconds` without success, at once for a failure that cannot
-        pass, and `InterruptedError` once stopped.
+        Raises `DataError` after `seconds` without success, at once for a permanent failure, and
+        `InterruptedError` once stopped.
         """
         num, wrong, began = 0, 0, 0.0
         while True:
@@ -82,7 +83,7 @@ class Patience:
                         f"{what}: cannot be read ({error}, in {wrong} transfers); it is not the "
                         "file of the manifest: copy the data set to the store again"
                     ) from None
-            except PassingError as error:
+            except TransientError as error:
                 now = time.monotonic()
                 if error.progress or not began:
                     num, began = 0, now
@@ -101,40 +102,41 @@ class Patience:
                 return result
 
     def report(self) -> None:
-        """Print the line about a silent store if one is due; to be called while waiting."""
+        """Print the line about an unavailable store if one is due; to be called while waiting."""
         with self._lock:
-            if self._silent_since is None or self._reported is None:
+            if self._down_since is None or self._reported is None:
                 return
             if time.monotonic() - self._reported < REPORT_SECONDS:
                 return
             self._reported = time.monotonic()
             self._num_lines += 1
             line = (
-                f"{self._shown}: silent since {_clock(self._silent_since)} ({self._reason}); "
-                f"waiting for up to {self._seconds:.0f} s (data.patience_seconds)"
+                f"{self._shown}: unavailable since {_clock(self._down_since)} ({self._reason}); "
+                f"repeating requests for up to {self._seconds:.0f} s (data.patience_seconds)"
             )
         _print(line)
 
-    def is_silent(self) -> bool:
+    def is_down(self) -> bool:
         """Whether the last transfer failed."""
-        return self._silent_since is not None
+        return self._down_since is not None
 
     def _failed(self, reason: str) -> None:
         with self._lock:
             self._reason = reason
-            if self._silent_since is None:
-                self._silent_since = time.time()
-                self._reported = time.monotonic()
+            if self._down_since is None:
+                self._down_since = time.time()
+                early = max(0.0, REPORT_SECONDS - FIRST_REPORT_SECONDS)
+                self._reported = time.monotonic() - early
         self.report()
 
     def _answered(self) -> None:
-        if self._silent_since is None:
+        if self._down_since is None:
             return
         with self._lock:
-            since, num_lines = self._silent_since, self._num_lines
-            self._silent_since, self._num_lines = None, 0
+            since, num_lines = self._down_since, self._num_lines
+            self._down_since, self._num_lines = None, 0
         if since is not None and num_lines:
-            _print(f"{self._shown}: answers again, after {time.time() - since:.0f} s")
+            _print(f"{self._shown}: available again, after {time.time() - since:.0f} s")
 
     def _sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -145,7 +147,7 @@ class Patience:
 
 
 def wait_seconds(num_failures: int, retry_after_seconds: float) -> float:
-    """Exponential backoff with full jitter, after the time that the store asks for."""
+    """Exponential backoff with full jitter, after `retry_after_seconds`."""
     limit = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0 ** min(num_failures, 16))
     return retry_after_seconds + _jitter.uniform(0, limit)
 

@@ -11,12 +11,12 @@ from typing import Any
 from bigan.data import DataError
 from bigan.data.stores import urls
 from bigan.data.stores.answers import CHUNK_BYTES, Range, RangesIgnoredError
-from bigan.data.stores.outages import PassingError
+from bigan.data.stores.outages import TransientError
 from bigan.urls import redacted
 
 
 class Program:
-    """Files that a program writes to its output: `pipe:` and what else WebDataset's gopen reads."""
+    """The output of a command for each file; nothing can be written or listed."""
 
     def __init__(self, base: str) -> None:
         self._base = base
@@ -32,7 +32,7 @@ class Program:
         try:
             stream = await loop.run_in_executor(None, _gopen, url)
         except OSError as error:
-            raise _program_failure(error, redacted(url), b"") from None
+            raise _failure(error) from None
         process = getattr(stream, "proc", None)
         try:
             while chunk := await loop.run_in_executor(None, stream.read, CHUNK_BYTES):
@@ -40,7 +40,7 @@ class Program:
             if hasattr(stream, "wait_for_child"):  # raises if the command failed
                 await loop.run_in_executor(None, stream.wait_for_child)
         except OSError as error:
-            raise _program_failure(error, redacted(url), b"") from None
+            raise _failure(error) from None
         finally:
             if process is not None and process.poll() is None:
                 process.kill()  # the reader has stopped early
@@ -76,9 +76,10 @@ def _gopen(url: str) -> Any:
     return webdataset.gopen(url, "rb", bufsize=CHUNK_BYTES)
 
 
-def _program_failure(error: OSError, where: str, output: bytes) -> Exception:
+def _failure(error: OSError) -> Exception:
+    """The meaning of an error of `gopen`."""
     if isinstance(error, FileNotFoundError):
         return error
     text = " ".join(str(error).split())
     code = re.search(r"exit (-?\d+)", text)
-    return PassingError(f"the command ended with code {code[1]}" if code else text[:200])
+    return TransientError(f"the command ended with code {code[1]}" if code else text[:200])

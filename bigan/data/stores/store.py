@@ -1,4 +1,4 @@
-"""A folder at a URL: whole files and byte ranges, verified, through outages."""
+"""A folder at a URL: whole files and byte ranges, verified; outages are waited for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bigan.data import DataError
 from bigan.data.settings import Fetch
 from bigan.data.stores import outages, transports, urls
 from bigan.data.stores.answers import CHUNK_BYTES, Range, RangesIgnoredError, is_html, not_a_page
-from bigan.data.stores.outages import PassingError, WrongContentError
+from bigan.data.stores.outages import TransientError, WrongContentError
 from bigan.data.stores.urls import check_url, join
 from bigan.urls import redacted, scheme
 
@@ -39,10 +39,10 @@ def store_of(base: str, fetch: Fetch) -> Store:
 class Store:
     """A folder at a URL. Safe to use from several threads; each process needs its own.
 
-    A failure that can pass (an outage, too many requests, a cut transfer) is waited for, up to
-    `patience_seconds` per call; one that cannot pass raises `DataError`, one line, at once. Up to
-    `connections` requests are in progress at a time. After `close`, calls in progress and later
-    ones raise `InterruptedError`.
+    A request with a transient failure (an outage, too many requests, a cut transfer) is repeated
+    for up to `patience_seconds` per call; a permanent failure raises `DataError`, one line, at
+    once. Up to `connections` requests are in progress at a time. After `close`, calls in progress
+    and later ones raise `InterruptedError`.
     """
 
     def __init__(
@@ -127,6 +127,8 @@ class Store:
                     self._ranges = False
             if missing:
                 data = self._wait(self._collect(name, None))
+                if is_html(data):
+                    raise DataError(not_a_page(self._where(name)))
                 for start, stop in missing:
                     if stop > len(data):
                         raise _wrong_size(len(data), stop)
@@ -193,7 +195,7 @@ class Store:
         except FileNotFoundError:
             raise MissingFileError(
                 f"{self._where(name)}: cannot be read (status 404, it does not exist); check that "
-                "the address is right and is that of the packed files"
+                "the URL is right and is that of the packed files"
             ) from None
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -205,7 +207,7 @@ class Store:
             future = asyncio.run_coroutine_threadsafe(coroutine, transports.event_loop())
             self._running.add(future)
         try:
-            while self._patience.is_silent() and not future.done():
+            while self._patience.is_down() and not future.done():
                 futures.wait([future], outages.POLL_SECONDS)
                 self._patience.report()
             return future.result()
@@ -222,6 +224,8 @@ class Store:
         chunks, num = [], 0
         transfer: Any = self._transport.get(name, part, limit)
         async with self._slots, contextlib.aclosing(transfer):
+            if self._stopped.is_set():  # before this task, of a group, could be cancelled
+                raise asyncio.CancelledError
             async for chunk in transfer:
                 chunks.append(chunk)
                 num += len(chunk)
@@ -236,15 +240,15 @@ class Store:
     ) -> None:
         """Add each part to `found`; raises the first failure after the others have arrived.
 
-        A failure that cannot pass cancels the others.
+        A permanent failure cancels the others.
         """
-        failures: list[PassingError | WrongContentError] = []
+        failures: list[TransientError | WrongContentError] = []
         num = len(found)
 
         async def collect(part: Range) -> None:
             try:
                 found[part] = await self._collect(name, part)
-            except (PassingError, WrongContentError) as error:
+            except (TransientError, WrongContentError) as error:
                 failures.append(error)
 
         try:

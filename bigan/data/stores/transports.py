@@ -27,7 +27,7 @@ class Transport(Protocol):
     ) -> AsyncIterator[bytes]:
         """The bytes of a file, of `size` bytes if that is known, or of [start, stop) of it.
 
-        Raises `FileNotFoundError`, `PassingError`, `RangesIgnoredError` or `DataError`.
+        Raises `FileNotFoundError`, `TransientError`, `RangesIgnoredError` or `DataError`.
         """
 
     async def size(self, name: str) -> int | None: ...

@@ -21,8 +21,8 @@ _SAFE_IN_PATH = "/%:@!$&'()*+,;=~-._"
 def join(base: str, name: str) -> str:
     """The URL of file `name` in the folder `base`.
 
-    The name goes before the query of a signed URL, and is percent-encoded where `base` is an
-    address of the web.
+    The name goes before the query of a signed URL, and is percent-encoded where `base` is the
+    URL of a web server.
     """
     path, mark, query = base.partition("?") if _has_query(base) else (base, "", "")
     if scheme(base) in (*WEB, "hf"):
@@ -46,20 +46,21 @@ def split_name(url: str) -> tuple[str, str]:
 
 
 def encoded(url: str) -> str:
-    """A web address as it is sent: characters that a URL may not contain are percent-encoded.
+    """A web URL as it is sent: characters that a URL may not contain are percent-encoded.
 
     What is percent-encoded already stays. "#" is a character of the path or the query.
     """
     head, _, rest = url.partition("://")
     rest, mark, query = rest.partition("?")
     authority, slash, path = rest.partition("/")
+    authority = authority.encode("idna").decode()
     path = quote(_UNESCAPED.sub("%25", path), safe=_SAFE_IN_PATH)
     query = quote(_UNESCAPED.sub("%25", query), safe=_SAFE_IN_PATH + "?")
     return f"{head.lower()}://{authority}{slash}{path}{mark}{query}"
 
 
 def without_user(url: str) -> tuple[str, tuple[str, str] | None]:
-    """A web address without its user and password, and those decoded, or None."""
+    """(a web URL without user and password, both of them decoded or None)."""
     head, _, rest = url.partition("://")
     authority, slash, path = rest.partition("/")
     user, at, host = authority.rpartition("@")
@@ -70,7 +71,7 @@ def without_user(url: str) -> tuple[str, tuple[str, str] | None]:
 
 
 def of_hugging_face(url: str) -> str:
-    """The web address of hf://datasets/OWNER/NAME[@REVISION]/PATH; raises `DataError`."""
+    """The web URL of hf://datasets/OWNER/NAME[@REVISION]/PATH; raises `DataError`."""
     found = re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)(?:@([^/]+))?/?(.*)", url)
     if not found:
         raise DataError(f"{redacted(url)}: is not of the form hf://datasets/OWNER/NAME/FOLDER")
@@ -84,7 +85,7 @@ def check_url(url: str, allow_pipe: bool) -> None:
     kind = scheme(url)
     if is_redacted(url):
         raise DataError(
-            f"{redacted(url)}: credentials are not stored with a run; give the complete address, "
+            f"{redacted(url)}: credentials are not stored with a run; give the complete URL, "
             "data.path=URL"
         )
     if kind == "pipe":
@@ -104,5 +105,19 @@ def check_url(url: str, allow_pipe: bool) -> None:
         raise DataError(f"{redacted(url)}: unsupported URL scheme; use https://, s3:// or a folder")
     if kind == "hf":
         of_hugging_face(url)
-    elif not urlsplit(url).netloc.rpartition("@")[2]:
-        raise DataError(f"{redacted(url)}: has no name of a server or a bucket")
+    elif not _is_valid(url):
+        raise DataError(
+            f"{redacted(url)}: has no valid name of a server or a bucket, or no valid port; "
+            "percent-encode special characters in a user or password"
+        )
+
+
+def _is_valid(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        host = parts.netloc.rpartition("@")[2]
+        if scheme(url) in WEB:
+            host.encode("idna")
+        return bool(host) and not re.search(r"\s", host) and parts.port != 0
+    except ValueError:
+        return False

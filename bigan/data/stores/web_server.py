@@ -18,7 +18,7 @@ from bigan.data import DataError
 from bigan.data.stores import urls
 from bigan.data.stores.answers import (
     CHUNK_BYTES,
-    SILENCE_SECONDS,
+    TIMEOUT_SECONDS,
     Range,
     RangesIgnoredError,
     decoder,
@@ -27,7 +27,7 @@ from bigan.data.stores.answers import (
     refuse,
     retry_after,
 )
-from bigan.data.stores.outages import PassingError, WrongContentError
+from bigan.data.stores.outages import TransientError, WrongContentError
 from bigan.urls import redacted, scheme
 
 
@@ -55,7 +55,7 @@ class WebServer:
             if part and (answer.status != 206 or encoding not in ("identity", "")):
                 await self._refuse_html(answer, name)
                 raise RangesIgnoredError(name)
-            decode = decoder(encoding, name)
+            decode = decoder(encoding, name, self._where(name))
             length, num = answer.headers.get("Content-Length"), 0
             async for chunk in answer.content.iter_chunked(CHUNK_BYTES):
                 num += len(chunk)
@@ -64,10 +64,10 @@ class WebServer:
             ends = length is not None or answer.headers.get("Transfer-Encoding")
             expected = part[1] - part[0] if part else size or 0
             if not ends and num < expected:  # it ended with the connection
-                raise PassingError(f"the transfer was cut: {num:,} bytes arrived")
+                raise TransientError(f"the transfer was cut: {num:,} bytes arrived")
 
     async def size(self, name: str) -> int | None:
-        # Not HEAD: the signature of an address is often for GET only.
+        # Not HEAD: a signature is often valid for GET only.
         try:
             async with self._request(name, {"Range": "bytes=0-0"}) as answer:
                 total = answer.headers.get("Content-Range", "").rpartition("/")[2]
@@ -114,11 +114,11 @@ class WebServer:
         except aiohttp.ClientError as error:
             raise _failure(error, self._where(name)) from None
         except TimeoutError:
-            raise PassingError(f"no answer for {SILENCE_SECONDS} s") from None
+            raise TransientError(f"no answer for {TIMEOUT_SECONDS} s") from None
         except OSError as error:
             if isinstance(error, FileNotFoundError):
                 raise
-            raise PassingError(f"the connection failed: {error.strerror or error}") from None
+            raise TransientError(f"the connection failed: {error.strerror or error}") from None
 
     async def _refuse_html(self, answer: Any, name: str) -> None:
         if is_html(await answer.content.read(1024)):
@@ -143,7 +143,7 @@ class WebServer:
                 trust_env=True,  # HTTP_PROXY, HTTPS_PROXY, NO_PROXY, ~/.netrc
                 connector=aiohttp.TCPConnector(limit=0),
                 timeout=aiohttp.ClientTimeout(
-                    total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS
+                    total=None, sock_connect=TIMEOUT_SECONDS, sock_read=TIMEOUT_SECONDS
                 ),
             )
             weakref.finalize(self, _close, self._session, asyncio.get_running_loop())
@@ -160,23 +160,24 @@ def _failure(error: Exception, where: str) -> Exception:
     """The meaning of an error of `aiohttp`."""
     import aiohttp
 
+    invalid = (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError, aiohttp.TooManyRedirects)
     if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
         return DataError(f"{where}: the certificate of the server is not accepted")
-    if isinstance(error, aiohttp.InvalidURL | aiohttp.TooManyRedirects):
-        return DataError(f"{where}: the address, or one that it redirects to, is not valid")
+    if isinstance(error, invalid):
+        return DataError(f"{where}: the URL, or one that it redirects to, is not valid")
     if isinstance(error, aiohttp.ClientHttpProxyError):
         if error.status in (401, 403, 407):
             return DataError(f"{where}: the proxy refuses the request (status {error.status})")
-        return PassingError(f"the proxy answers with status {error.status}")
+        return TransientError(f"the proxy answers with status {error.status}")
     if isinstance(error, TimeoutError):
-        return PassingError(f"no answer for {SILENCE_SECONDS} s")
+        return TransientError(f"no answer for {TIMEOUT_SECONDS} s")
     if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return PassingError("the name of the server cannot be resolved")
+        return TransientError("the name of the server cannot be resolved")
     if isinstance(error, aiohttp.ClientProxyConnectionError):
-        return PassingError("the proxy cannot be reached")
+        return TransientError("the proxy cannot be reached")
     if isinstance(error, aiohttp.ClientConnectorError):
-        return PassingError(f"the connection failed: {error.strerror or 'refused'}")
-    return PassingError("the transfer was cut")
+        return TransientError(f"the connection failed: {error.strerror or 'refused'}")
+    return TransientError("the transfer was cut")
 
 
 def _hugging_face_token() -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,10 +32,11 @@ CHUNK_BYTES = 2**20  # of a chunk, at most, about
 CHUNKS = 2**14  # of a small data set, about: the parts of lanes do not begin at borders of chunks
 READ_SHARE = 4  # the next block is fetched once this part (1/4) of the current one was requested
 SPARE = 16  # an eviction frees this part (1/16) of the limit
+NAME = re.compile(r"[0-9a-f]{64}\.\d+-\d{6,}")  # of the file of a chunk, see `Chunks.name`
 
 
 class Chunks:
-    """The division of the shards of a split into chunks of `each` samples, numbered through.
+    """The division of the shards of a split into chunks of `each` samples, with running numbers.
 
     It depends on the data set only, so runs with other settings share the cache.
     """
@@ -230,7 +232,9 @@ class NodeCache:
         # Two processes that evict at once would delete too much.
         with self._locked("eviction.lock"):
             found = []
-            for path in self.folder.glob("*.*-*"):
+            for path in self.folder.iterdir():
+                if not NAME.fullmatch(path.name):  # another file, or a download in progress
+                    continue
                 with contextlib.suppress(FileNotFoundError):
                     status = path.stat()
                     found.append((status.st_mtime_ns, status.st_size, path))

@@ -26,9 +26,9 @@ def open_manifest(data: str | Path | Manifest, fetch: Fetch | None = None) -> Ma
     """The manifest of a data set, after checks that do not read the shards.
 
     A folder of tars that `bigan pack` did not write is indexed at its first use. With
-    `fetch.labels` "none" the images are of one class. The manifest and
-    the index of a remote data set are copied to the node (into `fetch.cache`, or the user's cache
-    folder), its shards are not. Raises `DataError`, one line.
+    `fetch.labels` "none" the images are of one class. The manifest and the index of a remote data
+    set are copied to the node (into `fetch.cache`, or the user's cache folder), its shards are not.
+    Raises `DataError`, one line.
     """
     if isinstance(data, Manifest):
         return data

@@ -52,8 +52,8 @@ class LocalShards:
 
     Each file is a shard. With a `cache` it is a chunk of a shard of a remote data set, and every
     image is compared with its crc32; `ahead` downloads the chunks of the next block while the
-    current one is read. The instances of a process share a quarter of the
-    descriptors that the process may have (`ulimit -n`).
+    current one is read. The instances of a process share a quarter of the descriptors that the
+    process may have (`ulimit -n`).
     """
 
     _instances: ClassVar[weakref.WeakSet[LocalShards]] = weakref.WeakSet()

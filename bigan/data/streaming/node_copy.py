@@ -1,10 +1,10 @@
 """Manifest and index of a remote data set, copied once to each node and shared by its processes.
 
-    <cache>/manifests/<address>/lock      held by the process that downloads
-                                latest    the URL, folder and time of the latest download
-                                <manifest>/manifest.json, index/...
+    <cache>/manifests/<url>/lock    held by the process that downloads
+                            latest  the URL, folder and time of the latest download
+                            <manifest>/manifest.json, index/...
 
-<address> is a hash of the URL without user, password and query, which may differ between runs;
+<url> is a hash of the URL without user, password and query, which may differ between runs;
 <manifest> is a hash of the manifest: a set that is packed again gets another folder, and processes
 that use the old one are not disturbed.
 """
@@ -39,7 +39,7 @@ def copied(base: str, fetch: Fetch) -> Manifest:
     packed again is noticed by the next run, and whenever a process opens the set again. Raises
     `DataError`.
     """
-    place = (fetch.cache or _user_cache()) / "manifests" / hashes.sha256(_address(base).encode())
+    place = (fetch.cache or _user_cache()) / "manifests" / hashes.sha256(_bare(base).encode())
     try:
         place.mkdir(parents=True, exist_ok=True)
         with (place / "lock").open("w") as file, locked(file.fileno()):
@@ -111,14 +111,14 @@ def _read(folder: Path, base: str) -> Manifest:
         raise DataError(f"{redacted(base)}: {error}") from None
 
 
-def _address(base: str) -> str:
+def _bare(base: str) -> str:
     """`base` without user, password and query."""
     return redacted(base).replace("://***@", "://").partition("?")[0].rstrip("/")
 
 
 def _key(base: str) -> str:
     """A hash of `base` with its query, which may select one of several sets."""
-    return hashes.sha256(f"{_address(base)}?{base.partition('?')[2]}".encode())
+    return hashes.sha256(f"{_bare(base)}?{base.partition('?')[2]}".encode())
 
 
 def _linked(file: Path, sha256: str) -> bool:

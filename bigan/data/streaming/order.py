@@ -9,8 +9,8 @@ Shuffling has two levels, so that nearby positions read few shards:
 1. The shards are permuted in every epoch: one sequence of N samples.
 2. Parts of this sequence of about `block` samples are permuted.
 
-With L lanes, position p is in lane p % L, and lane l reads a part of its own of the sequence of an
-epoch. The parts are consecutive, cover the sequence and differ by at most one sample. Ranks read
+With L lanes, position p is in lane p % L, and lane l has its own part of the sequence of an epoch.
+The parts are consecutive, cover the sequence and differ by at most one sample. Ranks read
 different lanes (`rank_positions`), hence different shards: the bytes that all of them fetch do not
 grow with their number. With one lane, consecutive positions are in the same block, which every rank
 reads.
@@ -169,12 +169,12 @@ class Order:
         """Samples low, ..., high - 1 of the permuted shards of `epoch`."""
         shards, ends, _ = self._epoch(epoch)
         start, stop = np.searchsorted(ends, [low, high - 1], side="right")
-        pieces = [np.empty(0, np.int64)]
+        parts = [np.empty(0, np.int64)]
         for shard, end in zip(shards[start : stop + 1], ends[start : stop + 1], strict=True):
             shift = self._first[shard] + self._sizes[shard] - end
             begin = max(low, int(end - self._sizes[shard]))
-            pieces.append(np.arange(begin + shift, min(high, int(end)) + shift))
-        return np.concatenate(pieces)
+            parts.append(np.arange(begin + shift, min(high, int(end)) + shift))
+        return np.concatenate(parts)
 
     def _epoch(self, epoch: int) -> Epoch:
         """(permuted shards, their ends in the sequence, ends of the blocks of a single lane)."""
@@ -246,13 +246,18 @@ def rank_positions(
 def default_lanes(batches: Iterable[int], num_samples: int) -> int:
     """The lanes of a remote data set, from the batches of a run.
 
-    Ranks read different lanes if their number divides the lanes. Therefore: of the common divisors
-    of the batches, up to `MAX_LANES` and `num_samples`, the one that has most divisors itself; of
-    several, the one with the largest power of two, then the largest.
+    Ranks read different lanes if their number divides the lanes. The default is therefore the
+    common divisor of the batches, up to `MAX_LANES` and `num_samples`, that has most divisors
+    itself; of several, the one that contains the largest power of two, then the largest.
     """
     common = int(np.gcd.reduce(list(batches)))
     divisors = [n for n in range(1, min(common, MAX_LANES, num_samples) + 1) if common % n == 0]
-    return max(divisors, key=lambda n: (sum(n % d == 0 for d in range(1, n + 1)), n & -n, n))
+    return max(divisors, key=lambda n: (num_divisors(n), n & -n, n))
+
+
+def num_divisors(n: int) -> int:
+    """The number of divisors of n >= 1, 1 and n included."""
+    return sum(n % d == 0 for d in range(1, n + 1))
 
 
 def rank_range(num: int, world: World) -> range:

@@ -300,7 +300,8 @@ class ResampledStream(Endless):
                         yield sample
                         if self._stop.is_set():
                             return
-            except (UnsuitableError, DataError):  # of a store: another shard is not better
+            except (UnsuitableError, DataError) as error:  # of a store: no other shard is better
+                error.args = error.args[:1]  # webdataset appends the stream and its address
                 raise
             except InterruptedError:  # closed
                 return

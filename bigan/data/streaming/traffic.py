@@ -2,14 +2,14 @@
 
 Nothing is read. The blocks of the order are divided among the ranks, and the requests of each block
 are counted as the readers make them:
-    stream      the spans of consecutive samples of a rank, one request each (ranges.py)
-    cache       the chunks that a node does not have, one request each (cache.py)
-    files       each image of a local folder, one read each
+    stream      one request for each span of consecutive samples of a rank (ranges.py)
+    cache       one request for each run of chunks that a node does not have (cache.py)
+    files       one read for each image of a local folder
 From a server that does not answer range requests, whole shards are read.
 
-The epoch is counted in isolation: what a rank reads ahead of the next one belongs to the next one.
-A cache is empty at its beginning; while it holds fewer bytes than its node reads, every epoch reads
-as much. Manifest and index, which each node reads once, are extra.
+What a rank reads ahead of the next epoch is not counted. A cache is empty at the beginning of the
+epoch; a later epoch reads as much if the cache is smaller than what its node reads. Manifest and
+index, which each node reads once, are extra.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bigan.data.format import tar
 from bigan.data.format.manifest import Index
 from bigan.data.streaming.cache import Chunks
 from bigan.data.streaming.fetchers import consecutive
-from bigan.data.streaming.order import MAX_LANES, Order, grouped, rank_positions
+from bigan.data.streaming.order import MAX_LANES, Order, grouped, num_divisors, rank_positions
 from bigan.data.streaming.ranges import MAX_BYTES, MERGED_BYTES, WHOLE_BYTES, ShardRanges
 from bigan.distributed.world import World
 
@@ -113,19 +113,15 @@ def ranks_per_lane(readers: Readers, lanes: int) -> int:
 
 
 def fitting_lanes(micro_batches: Iterable[int], world_size: int) -> int:
-    """Lanes with which each is read by one rank only, for micro-batches over all ranks.
+    """A number of lanes of which each is read by one rank; micro-batches are those of all ranks.
 
-    Of the multiples of `world_size` that divide all micro-batches, up to `MAX_LANES` if there is
-    one, that with most divisors.
+    It is a multiple of `world_size` that divides all micro-batches, up to `MAX_LANES` if there is
+    one: world_size * n for the n that has most divisors, of several the largest.
     """
     common = int(np.gcd.reduce(list(micro_batches))) // world_size
     limit = max(1, MAX_LANES // world_size)
     factors = [n for n in range(1, min(common, limit) + 1) if common % n == 0]
-
-    def num_divisors(n: int) -> int:
-        return sum(n % d == 0 for d in range(1, n + 1))
-
-    return max((n * world_size for n in factors), key=lambda n: (num_divisors(n), n))
+    return world_size * max(factors, key=lambda n: (num_divisors(n), n))
 
 
 def blocks_of_epoch(order: Order, epoch: int = 0, max_samples: int = MAX_SAMPLES) -> list[Block]:
