@@ -266,6 +266,30 @@ def test_addresses_that_are_not_valid(base: str) -> None:
     assert "secret" not in str(got.value)
 
 
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:1", "http://", "http://h:x", "s3://h"])
+def test_endpoints_that_are_not_valid(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in S3(endpoint).environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(DataError, match="AWS_ENDPOINT_URL"):
+        Store("s3://bucket")
+
+
+@pytest.mark.parametrize("proxy", ["127.0.0.1:1", "http://127.0.0.1:x"])
+def test_proxies_that_are_not_valid(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    monkeypatch.setenv("http_proxy", proxy)
+    with Store("http://h.example") as store, pytest.raises(DataError, match="proxy"):
+        store.read("a")
+
+
+def test_redirects_to_another_scheme() -> None:
+    location = {"Location": "file:///etc/passwd"}
+    refused = pytest.raises(DataError, match="redirects")
+    with recording(location, 302) as (url, _), Store(url) as store, refused:
+        store.read("a")
+
+
 def test_hosts_outside_of_ascii() -> None:
     assert urls.encoded("https://münchen.example:80/ü") == (
         "https://xn--mnchen-3ya.example:80/%C3%BC"

@@ -13,16 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from bigan.data import DataError
-from bigan.urls import redacted
+from bigan.data.stores.urls import WEB, is_valid
+from bigan.urls import redacted, scheme
 
 _TRUE = ("1", "true", "t", "yes", "y", "on")
 
 
 def client_options(timeout_seconds: int) -> dict[str, Any]:
-    """Time-outs, and plain HTTP where an endpoint is given with it."""
-    endpoints = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_ENDPOINT",
-                 "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")  # fmt: skip
-    plain = any(os.environ.get(name, "").startswith("http://") for name in endpoints)
+    """Time-outs, and plain HTTP where an endpoint is given with it.
+
+    Raises `DataError` for an endpoint that is not a URL, for which `obstore` panics.
+    """
+    names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_ENDPOINT",
+             "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")  # fmt: skip
+    endpoints = {name: value for name in names if (value := os.environ.get(name))}
+    for name, value in endpoints.items():
+        if scheme(value) not in WEB or not is_valid(value):
+            raise DataError(f"{name}: {redacted(value)}: is not a URL; use https://HOST")
+    plain = any(scheme(value) == "http" for value in endpoints.values())
     return {
         "allow_http": plain or _is_set("AZURE_STORAGE_USE_EMULATOR"),
         "connect_timeout": f"{timeout_seconds}s",

@@ -105,14 +105,15 @@ def check_url(url: str, allow_pipe: bool) -> None:
         raise DataError(f"{redacted(url)}: unsupported URL scheme; use https://, s3:// or a folder")
     if kind == "hf":
         of_hugging_face(url)
-    elif not _is_valid(url):
+    elif not is_valid(url):
         raise DataError(
             f"{redacted(url)}: has no valid name of a server or a bucket, or no valid port; "
             "percent-encode special characters in a user or password"
         )
 
 
-def _is_valid(url: str) -> bool:
+def is_valid(url: str) -> bool:
+    """Whether a URL has a valid name of a server or bucket, and a valid port, if any."""
     try:
         parts = urlsplit(url)
         host = parts.netloc.rpartition("@")[2]

@@ -115,6 +115,8 @@ class WebServer:
             raise _failure(error, self._where(name)) from None
         except TimeoutError:
             raise TransientError(f"no answer for {TIMEOUT_SECONDS} s") from None
+        except ValueError:
+            raise DataError(_not_valid(self._where(name))) from None
         except OSError as error:
             if isinstance(error, FileNotFoundError):
                 raise
@@ -164,7 +166,7 @@ def _failure(error: Exception, where: str) -> Exception:
     if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
         return DataError(f"{where}: the certificate of the server is not accepted")
     if isinstance(error, invalid):
-        return DataError(f"{where}: the URL, or one that it redirects to, is not valid")
+        return DataError(_not_valid(where))
     if isinstance(error, aiohttp.ClientHttpProxyError):
         if error.status in (401, 403, 407):
             return DataError(f"{where}: the proxy refuses the request (status {error.status})")
@@ -178,6 +180,10 @@ def _failure(error: Exception, where: str) -> Exception:
     if isinstance(error, aiohttp.ClientConnectorError):
         return TransientError(f"the connection failed: {error.strerror or 'refused'}")
     return TransientError("the transfer was cut")
+
+
+def _not_valid(where: str) -> str:
+    return f"{where}: the URL, one that it redirects to, or that of the proxy is not valid"
 
 
 def _hugging_face_token() -> str | None:
