@@ -21,7 +21,7 @@ from typing import Any
 from bigan import atomic_files
 from bigan import config as configs
 from bigan.config import ConfigError
-from bigan.run_config import RunConfig
+from bigan.run_config import IMAGES, RunConfig
 from bigan.run_folder import RunFolder
 
 # Settings that may differ between two attempts of a run: execution, logging, saving, and length.
@@ -125,7 +125,13 @@ def _is_below(key: str, section: str) -> bool:
 
 def is_named(change: Change, allowed: Iterable[str]) -> bool:
     """Whether `--allow-change` names the setting or its section."""
-    return any(_is_below(change.key, key) for key in allowed)
+    keys = (change.key, in_config(change.key))
+    return any(_is_below(key, section) for key in keys for section in allowed)
+
+
+def in_config(key: str) -> str:
+    """The key of a setting in the config of a run with one stream: data.block."""
+    return key.replace(f"data.{IMAGES}.", "data.", 1)
 
 
 def why_fixed(change: Change) -> str | None:

@@ -16,7 +16,7 @@ from bigan.distributed import signals
 from bigan.reporting.tracker import environment, read_metrics
 from bigan.run import changes
 from bigan.run.changes import Change, History
-from bigan.run_config import IMAGES, RunConfig, load_config
+from bigan.run_config import RunConfig, load_config
 from bigan.run_folder import RunFolder
 
 
@@ -98,7 +98,7 @@ def _refusal(config: RunConfig, refused: Sequence[Change]) -> ConfigError:
     change = min(refused, key=lambda change: not change.key.endswith(".name"))
     key, before = change.key, change.old
     if not isinstance(config.data, dict):
-        key = key.replace(f"data.{IMAGES}.", "data.")
+        key = changes.in_config(key)
     setting = before if isinstance(before, str) else json.dumps(before)
     may = "" if changes.why_fixed(change) else f", or --allow-change {key}=... to change it"
     return ConfigError(

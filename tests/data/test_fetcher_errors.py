@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import itertools
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -286,3 +288,31 @@ def test_a_running_command_is_killed() -> None:
     with store.open() as stream, pytest.raises(InterruptedError):
         stream.read()
     assert time.monotonic() - began < 10
+
+
+def test_cache_on_a_disk_that_becomes_read_only(
+    digits8: Path, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    node = node_cache(digits8, web.url, tmp_path / "cache")
+    node.fetch([0])
+    monkeypatch.setattr(os, "utime", read_only)
+    os.close(node.open(0))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_interrupted_while_a_resident_split_is_loaded(
+    web: Web, tmp_path: Path, cached: bool
+) -> None:
+    web.fault = lambda number, name: "503" if name.endswith(".tar") else ""
+    cache = tmp_path / "cache" if cached else None
+    fetch = Fetch(mode="resident", cache=cache, patience_seconds=40)
+    main = threading.main_thread().ident
+    timer = threading.Timer(1, signal.pthread_kill, (main, signal.SIGINT))
+    began = time.monotonic()
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        take(web.url, fetch=fetch)
+    assert time.monotonic() - began < 30

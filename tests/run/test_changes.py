@@ -102,6 +102,13 @@ def test_settings_that_cannot_change(make_config: MakeConfig, override: str, key
     assert RunFolder(changed.run_dir).config.read_text() == before
 
 
+def test_a_setting_of_the_data_is_named_as_in_the_config(make_config: MakeConfig) -> None:
+    folder.prepare(make_config("data.lanes=40"))
+    for key in ("data.lanes", "data.images.lanes", "data"):
+        with pytest.raises(ConfigError, match=r"^--allow-change data\.images\.lanes: "):
+            folder.check(make_config("data.lanes=4"), [key])
+
+
 @pytest.mark.parametrize(("level", "refused"), [("lr: 1e-5", False), ("batch: 16", True)])
 def test_only_learning_rates_of_a_growing_model_change(
     digits: Path, tmp_path: Path, level: str, refused: bool

@@ -146,7 +146,8 @@ class NodeCache:
             self.fetch([chunk])
             with contextlib.suppress(FileNotFoundError):  # evicted meanwhile
                 descriptor = os.open(self._file(chunk), os.O_RDONLY)
-                os.utime(descriptor)  # least recently used chunks are evicted first
+                with contextlib.suppress(OSError):  # a read-only disk
+                    os.utime(descriptor)  # least recently used chunks are evicted first
                 return descriptor
 
     def fetch(self, chunks: Iterable[int]) -> None:

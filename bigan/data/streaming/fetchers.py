@@ -17,7 +17,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -161,7 +161,7 @@ class Resident:
         self.index = decoder.index
         self.stop = threading.Event()
         num = len(self.index.label)
-        try:
+        with closing(decoder):
             needed = num * int(np.prod(self.manifest.image_shape))
             if needed > limit_bytes:
                 place = redacted(self.manifest.remote or str(self.manifest.folder))
@@ -176,11 +176,10 @@ class Resident:
             def load(chunk: Indices) -> list[BadSample]:
                 return decoder.read(chunk, chunk, self._pixels[chunk[0] : chunk[-1] + 1])
 
-            with ThreadPoolExecutor(threads) as executor:
+            # Closed first: threads may wait for a store.
+            with ThreadPoolExecutor(threads) as executor, closing(decoder):
                 for replaced in executor.map(load, consecutive(0, num, RESIDENT_CHUNK)):
                     self._bad |= {bad.position: bad for bad in replaced}
-        finally:
-            decoder.close()
 
     def read(self, positions: Indices, samples: Indices, out: Pixels) -> list[BadSample]:
         np.take(self._pixels, samples, axis=0, out=out, mode="clip")  # mode "raise" would buffer
