@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -156,3 +157,22 @@ def test_micro_batches_with_more_blocks_than_are_held(web: Web) -> None:
     """A batch that needs several blocks of each lane is read all the same."""
     found = epoch(web.url, 2, 0, 10 * BATCH, block=24, lanes=8)
     assert len(set(found)) == len(found) == 10 * BATCH
+
+
+def test_a_small_cache_is_judged_by_the_ranks_of_the_node(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    fetch = Fetch(cache=tmp_path / "cache", cache_bytes=size_of(web) // 6)
+    with pytest.raises(DataError, match="cannot hold two blocks"):
+        stream(web.url, World(0, 4), fetch=fetch)
+
+
+def test_a_failed_shard_is_reported_while_others_hang(numbered: Path, web: Web) -> None:
+    """The other downloads are cancelled, not waited for."""
+    missing, hanging = "train-000007.tar", {"train-000003.tar", "train-000011.tar"}
+    web.fault = lambda number, name: "404" if name == missing else "hang" if name in hanging else ""
+    began = time.monotonic()
+    with stream(web.url, World(), block=NUM) as opened, pytest.raises(DataError, match=missing):
+        numbers(opened, 30)
+    assert time.monotonic() - began < 15

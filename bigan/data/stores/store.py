@@ -257,6 +257,8 @@ class Store:
                     group.create_task(collect(part))
         except BaseExceptionGroup as error:
             raise error.exceptions[0] from None
+        if self._stopped.is_set():  # a group hides that its tasks were cancelled
+            raise asyncio.CancelledError
         if failures:
             failures[0].progress = len(found) > num
             raise failures[0]

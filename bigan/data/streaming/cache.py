@@ -35,6 +35,11 @@ SPARE = 16  # an eviction frees this part (1/16) of the limit
 NAME = re.compile(r"[0-9a-f]{64}\.\d+-\d{6,}")  # of the file of a chunk, see `Chunks.name`
 
 
+def local_ranks() -> int:
+    """The processes of this launch on this node, which share the cache."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
 class Chunks:
     """The division of the shards of a split into chunks of `each` samples, with running numbers.
 

@@ -13,7 +13,6 @@ read error is never skipped, otherwise a faulty disk would change the data.
 from __future__ import annotations
 
 import dataclasses
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +29,7 @@ from bigan.data.format.codec import BadImageError, Pixels, decode_into
 from bigan.data.format.manifest import Index, Manifest
 from bigan.data.settings import Fetch
 from bigan.data.stores.store import store_of
-from bigan.data.streaming.cache import NodeCache, ReadAhead
+from bigan.data.streaming.cache import NodeCache, ReadAhead, local_ranks
 from bigan.data.streaming.local_shards import LocalShards
 from bigan.data.streaming.ranges import MERGED_BYTES, ShardRanges
 from bigan.data.streaming.streamed_shards import StreamedShards
@@ -262,9 +261,8 @@ def _cached(
     manifest: Manifest, split: str, blocks: Blocks, fetch: Fetch, lanes: int
 ) -> LocalShards:
     assert fetch.cache is not None
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     ranges = _ranges(manifest, split, fetch, keep_whole=lanes > 1)
-    cache = NodeCache(fetch.cache, ranges, fetch.cache_bytes, local_ranks)
+    cache = NodeCache(fetch.cache, ranges, fetch.cache_bytes, local_ranks())
     ahead = ReadAhead(cache, blocks(), fetch.connections)
     return LocalShards(manifest, split, cache, ahead)
 

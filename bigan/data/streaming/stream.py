@@ -27,6 +27,7 @@ from torch import Tensor
 from bigan.data import DataError
 from bigan.data.format.manifest import Manifest
 from bigan.data.settings import Fetch
+from bigan.data.streaming.cache import local_ranks
 from bigan.data.streaming.dataset import open_manifest
 from bigan.data.streaming.device import HostBatch, Reading, Sent, Transfer, transfer_to
 from bigan.data.streaming.fetchers import BadSample, Fetcher, consecutive, fill_labels, make_fetcher
@@ -138,8 +139,10 @@ class ShardStream(Endless):
         # Not an attribute: a thread that refers to the stream would keep it alive.
         lanes = lanes or lanes_of(self.manifest, split, [batch])
         if fetch.cache_bytes is not None and self.manifest.remote is not None:
-            ranks = world.size if lanes % world.size == 0 else 1
-            _check_cache(self.manifest, split, -(-block // ranks), fetch.cache_bytes)
+            here = block
+            if lanes % world.size == 0:  # this node reads the part of its ranks
+                here = -(-block * min(local_ranks(), world.size) // world.size)
+            _check_cache(self.manifest, split, here, fetch.cache_bytes)
         inputs = (
             f"{ORDER_VERSION}/{self.manifest.fingerprint}/{split}/{seed}/{block}/{lanes}/"
             f"{batch}/{accumulation}/{images_seen}/{world.size}"
@@ -202,18 +205,18 @@ def lanes_of(manifest: Manifest, split: str, batches: Iterable[int]) -> int:
 
 
 def _check_cache(manifest: Manifest, split: str, block: int, cache_bytes: int) -> None:
-    """Raise `DataError` for a cache that cannot hold two blocks of `block` samples of a rank.
+    """Raise `DataError` for a cache that cannot hold two blocks: it would download them repeatedly.
 
-    It would download them repeatedly. Ranks that share a cache need more, up to all of a block.
+    `block` is the number of samples of a block that this node reads.
     """
     shards = manifest.shards(split)
     total = sum(shard.filesize for shard in shards)
     needed = min(total, 2 * total * block // manifest.num_samples(split))
     if cache_bytes < needed:
         raise DataError(
-            f"data.cache_bytes = {cache_bytes:,} cannot hold two blocks of this process, of "
-            f"{block:,} images each, about {needed:,} bytes; increase it, or start a new run with "
-            "a smaller data.block"
+            f"data.cache_bytes = {cache_bytes:,} cannot hold two blocks, of which this node reads "
+            f"{block:,} images each, about {needed:,} bytes; increase it, or start a new run with a "
+            "smaller data.block"
         )
 
 

@@ -107,15 +107,18 @@ class StreamedShards:
             with ThreadPoolExecutor(self._connections, "bigan-shard") as executor:
                 for number, (positions, samples) in enumerate(blocks):
                     self._wait_for_space(number, int(positions.min()))
-                    if self._stop.is_set():
+                    if self._stop.is_set() or self._error is not None:
                         return
                     self._load(number, positions, samples, executor)
-        except InterruptedError:
-            pass  # closed
         except Exception as error:
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """Raise `error` in the threads that read, and cancel the other downloads."""
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+        self._ranges.close()
 
     def _wait_for_space(self, number: int, first: int) -> None:
         """Wait until block `number`, from position `first` on, is to be loaded, or stopped."""
@@ -139,11 +142,16 @@ class StreamedShards:
         borders = np.flatnonzero(np.diff(self.index.shards_of(samples[order]))) + 1
 
         def load(rows: Indices) -> None:
-            if not self._stop.is_set():
+            if self._stop.is_set() or self._error is not None:
+                return
+            try:
                 self._load_ranges(positions[rows], samples[rows])
+            except InterruptedError:
+                pass  # closed, or another one has failed
+            except Exception as error:
+                self._fail(error)
 
-        for _ in executor.map(load, np.split(order, borders)):
-            pass  # raises the error of a download
+        list(executor.map(load, np.split(order, borders)))
 
     def _load_ranges(self, positions: Indices, samples: Indices) -> None:
         """Read increasing `samples`, all of one shard."""
