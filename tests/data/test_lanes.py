@@ -71,7 +71,7 @@ def epoch(url: str, size: int, start: int = 0, stop: int = NUM, **changes: objec
     [
         (True, False),
         (False, False),
-        (True, True),
+        pytest.param(True, True, marks=pytest.mark.full),
         pytest.param(False, True, marks=pytest.mark.full),
     ],
 )

@@ -23,6 +23,7 @@ from bigan import checkpoint
 from bigan.cli.main import main
 from bigan.errors import RunError
 from bigan.reporting.metrics_log import read_metrics
+from bigan.run import lock as lock_module
 from bigan.run.lock import STALE_SECONDS, LockedError, Owner, RunLock
 from bigan.run.trainer import train
 from bigan.run_config import RunConfig
@@ -127,6 +128,7 @@ def test_the_owner_on_another_machine_is_judged_by_its_heartbeat(
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.1)  # of an elastic launch, three are awaited
     path = write_lock(tmp_path / "run", elsewhere(attempts=owner), silent_seconds)
     content = path.read_text()
     if free:

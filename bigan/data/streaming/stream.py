@@ -215,8 +215,8 @@ def _check_cache(manifest: Manifest, split: str, block: int, cache_bytes: int) -
     if cache_bytes < needed:
         raise DataError(
             f"data.cache_bytes = {cache_bytes:,} cannot hold two blocks, of which this node reads "
-            f"{block:,} images each, about {needed:,} bytes; increase it, or start a new run with a "
-            "smaller data.block"
+            f"{block:,} images each, about {needed:,} bytes; increase it, or start a new run "
+            "with a smaller data.block"
         )
 
 
