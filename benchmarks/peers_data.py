@@ -219,11 +219,10 @@ def elastic(runner: Runner, library: str, before: int = 8, after: int = 4) -> di
     try:
         rest, _ = runner.epoch(library, after, batch=BATCH * before // after, state=state)
     except RuntimeError as error:
-        return {"stopped_after": seen, "state": state, "error": str(error).splitlines()[-1]}
+        return {"stopped_after": seen, "error": str(error).splitlines()[-1]}
     return {
         "stopped_after": seen,
         "has_state": resumes,
-        "state": state,
         **samples(runner.images, [*first, *rest]),
     }
 
