@@ -203,7 +203,11 @@ FULL = [
 
 @pytest.mark.parametrize(
     ("size", "lanes", "ranges", "cached"),
-    [*QUICK, *(pytest.param(*case, marks=pytest.mark.full) for case in FULL)],
+    [
+        *QUICK,
+        *(pytest.param(*case, marks=pytest.mark.full) for case in FULL[::7]),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in FULL if case not in FULL[::7]),
+    ],
 )
 def test_counts_are_those_of_real_streams(
     web: Web, images: Path, tmp_path: Path, size: int, lanes: int | None, ranges: bool, cached: bool
