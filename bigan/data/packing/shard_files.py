@@ -14,7 +14,7 @@ from bigan.data import DataError
 from bigan.data.format import compression
 from bigan.data.format.tar import nested_tar_files
 from bigan.data.packing.split_names import Split, split_of
-from bigan.urls import redacted
+from bigan.urls import is_remote, redacted
 
 MAX_SHARDS = 1_000_000  # of a brace pattern
 
@@ -45,7 +45,7 @@ def expand(pattern: str) -> list[Path]:
 
     Raises `DataError` for a URL, an invalid pattern and a missing file.
     """
-    if "://" in pattern or pattern.startswith("pipe:"):
+    if is_remote(pattern):
         raise DataError(f"{redacted(pattern)}: is not a local file; copy the shards here first")
     ranges = re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.-?\d+)?\}", pattern)
     if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > MAX_SHARDS:

@@ -23,14 +23,13 @@ from numpy.typing import NDArray
 from bigan import atomic_files
 from bigan.data import DataError
 from bigan.data.format import tar
-from bigan.data.streaming.ranges import MAX_BYTES, ShardRanges, Span, span
+from bigan.data.streaming.ranges import MAX_BYTES, READ_SHARE, ShardRanges, Span, span
 from bigan.file_lock import locked
 
 Indices = NDArray[np.int64]
 
 CHUNK_BYTES = 2**20  # of a chunk, at most, about
 CHUNKS = 2**14  # of a small data set, about: the parts of lanes do not begin at borders of chunks
-READ_SHARE = 4  # the next block is fetched once this part (1/4) of the current one was requested
 SPARE = 16  # an eviction frees this part (1/16) of the limit
 NAME = re.compile(r"[0-9a-f]{64}\.\d+-\d{6,}")  # of the file of a chunk, see `Chunks.name`
 
@@ -237,6 +236,9 @@ class NodeCache:
         """
         # Two processes that evict at once would delete too much.
         with self._locked("eviction.lock"):
+            with self._counting:  # before the listing: a download may end during it
+                downloading = self._downloading
+                self._free = limit - downloading
             found = []
             for path in self.folder.iterdir():
                 if not NAME.fullmatch(path.name):  # another file, or a download in progress
@@ -246,15 +248,15 @@ class NodeCache:
                     found.append((status.st_mtime_ns, status.st_size, path))
             found.sort()
             held, deleted = sum(size for _, size, _ in found), 0
-            if held + self._downloading > limit:
-                limit_now = limit - limit // SPARE - self._downloading
+            if held + downloading > limit:
+                limit_now = limit - limit // SPARE - downloading
                 while deleted < len(found) and held > limit_now:
                     _, size, path = found[deleted]
                     path.unlink(missing_ok=True)
                     held -= size
                     deleted += 1
             with self._counting:
-                self._free = limit - held - self._downloading
+                self._free -= held
             return deleted > 0
 
 

@@ -11,7 +11,7 @@ import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +22,12 @@ from bigan.data.format.manifest import Index, Manifest
 from bigan.data.stores.store import Store
 
 Indices = NDArray[np.int64]
+Data = TypeVar("Data", bytes, memoryview)
 
 MAX_BYTES = 2**24  # of a request, about: what is lost when a transfer is cut
 CALL_BYTES = 2**26  # of the spans that are held at a time
 MERGED_BYTES = 2**19  # a gap between two samples that is read because it costs less than a request
+READ_SHARE = 4  # the next block is read once this part (1/4) of the current one was requested
 ATTEMPTS = 3  # of a range whose images do not have their crc32
 WHOLE_BYTES = 2**30  # of whole shards kept in memory, if a server does not answer range requests
 
@@ -114,7 +116,7 @@ class ShardRanges:
         """The path or URL of a shard, without secrets."""
         return self.manifest.location(self.shards[shard])
 
-    def images(self, each: Span, data: bytes, samples: Indices) -> Iterator[bytes]:
+    def images(self, each: Span, data: Data, samples: Indices) -> Iterator[Data]:
         """The encoded images of `samples`, all in the span `each`, whose bytes are `data`."""
         offsets = (self.index.offset[samples].astype(np.int64) - each.start).tolist()
         for offset, size in zip(offsets, self.index.size[samples].tolist(), strict=True):
@@ -130,13 +132,11 @@ class ShardRanges:
         samples = np.arange(each.first, each.last)
         if len(data) != each.stop - each.start:
             return each.first
-        offsets = (self.index.offset[samples].astype(np.int64) - each.start).tolist()
-        sizes, sums = self.index.size[samples].tolist(), self.index.crc32[samples].tolist()
-        view = memoryview(data)
-        for sample, offset, size, crc32 in zip(
-            range(each.first, each.last), offsets, sizes, sums, strict=True
+        images = self.images(each, memoryview(data), samples)  # without a copy
+        for sample, image, crc32 in zip(
+            range(each.first, each.last), images, self.index.crc32[samples].tolist(), strict=True
         ):
-            if zlib.crc32(view[offset : offset + size]) != crc32:
+            if zlib.crc32(image) != crc32:
                 return sample
         return None
 

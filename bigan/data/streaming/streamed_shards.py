@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigan.data.format import tar
-from bigan.data.streaming.ranges import ShardRanges, span, spans
+from bigan.data.streaming.ranges import READ_SHARE, ShardRanges, span, spans
 
 Indices = NDArray[np.int64]
 
 POLL_SECONDS = 0.2  # between two checks of `stop` while waiting
-READ_SHARE = 4  # the next block is loaded once this part (1/4) of the current one has been read
 
 
 class StreamedShards:
