@@ -10,6 +10,7 @@
           DONE                           written last, when all images have been seen
           REQUEUE                        stopped before its end
           STOP                           made by a user: stop at the next step boundary
+          slurm/                         scripts, logs and attempts of its jobs (bigan/cluster)
 """
 
 from __future__ import annotations
@@ -83,6 +84,10 @@ class RunFolder:
     @property
     def stop(self) -> Path:
         return self.path / "STOP"
+
+    @property
+    def slurm(self) -> Path:
+        return self.path / "slurm"
 
     def sample_grid(self, images_seen: int, sampler: str | None = None) -> Path:
         """The sample grid of a sampler; None: the first one of the objective."""

@@ -1,0 +1,2 @@
+# shellcheck shell=bash
+# Settings of NCCL and Gloo, with the reason for each.
