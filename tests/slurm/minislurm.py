@@ -15,7 +15,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from commands import environment, free_port
@@ -23,7 +23,11 @@ from commands import environment, free_port
 INSTALL = "apt-get install -y --no-install-recommends slurm-wlm"
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "sinfo")
 NODES = ("n1", "n2")
+SBIN = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
+
+# Devices that exist stand for GPUs: SLURM sets CUDA_VISIBLE_DEVICES and counts them.
+GRES = "NodeName=n[1-2] Name=gpu Flags=nvidia_gpu_env File=/dev/null,/dev/zero\n"
 
 # cred_expire: the shortest, or each requeue waits two minutes. config_overrides: more CPUs than the
 # host has. MinJobAge: ended jobs stay visible to scontrol.
@@ -56,14 +60,19 @@ ReturnToService=2
 JobRequeue=1
 MinJobAge=3600
 KillWait=30
-SlurmdTimeout=10
+SlurmdTimeout=5
+GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
 SlurmctldTimeout=30
 InactiveLimit=0
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=4000
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=4000
-PartitionName=debug Nodes=n[1-2] Default=YES MaxTime=60 DefaultTime=10 State=UP
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=4000 Gres=gpu:2
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=4000 Gres=gpu:2
+PartitionName=debug Nodes=n[1-2] Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=60
+PartitionName=high Nodes=n[1-2] MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -72,6 +81,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._environment = {
             key: value
             for key, value in environment().items()
@@ -102,16 +112,64 @@ class Cluster:
         printed = self.run("sbatch", "--parsable", "--open-mode=append", output, *options, path)
         return int(printed.strip())
 
+    def start(self, name: str, command: Sequence[str]) -> None:
+        """Start a daemon as a child of the test."""
+        with (self.folder / "log" / "daemons.log").open("ab") as log:
+            self.daemons[name] = subprocess.Popen(
+                command, env=self._environment, stdout=log, stderr=log
+            )
+
+    def start_node(self, node: str) -> None:
+        """Start the slurmd of a node."""
+        slurmd = shutil.which("slurmd", path=SBIN)
+        config = self.folder / "slurm.conf"
+        self.start(node, [str(slurmd), "-D", "-f", str(config), "-N", node])
+
+    def kill_node(self, node: str) -> None:
+        """Kill the slurmd of a node and all its tasks, as a power failure does."""
+        self.daemons[node].kill()
+        self.daemons[node].wait()
+        for pid in self._processes_of(node):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _processes_of(self, node: str) -> list[int]:
+        """Tasks of a node, and the slurmstepd that started them."""
+        wanted = {f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.folder / 'slurm.conf'}"}
+        found = set()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if wanted <= set((process / "environ").read_text(errors="replace").split("\0")):
+                    found.add(int(process.name))
+                    parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+                    if "slurmstepd" in Path(f"/proc/{parent}/comm").read_text():
+                        found.add(parent)
+        return sorted(found)
+
+    def wait_until_idle(self) -> None:
+        """Until no node has a job, all respond."""
+        deadline, states = time.monotonic() + 60, ""
+        while states.split() != ["idle"] * len(NODES):
+            log = self.folder / "log"
+            assert time.monotonic() < deadline, f"the nodes are not idle but {states!r}; see {log}"
+            with contextlib.suppress(AssertionError):
+                states = self.run("sinfo", "-h", "-N", "-p", "debug", "-o", "%T")
+            time.sleep(0.1)
+
     def output(self, name: str = "job") -> Path:
         """The file of the job's output."""
         return self.folder / f"{name}.out"
 
-    def state(self, job: int) -> str:
+    def field(self, job: int | str, name: str) -> str:
+        """A field of `scontrol show job`, such as Restarts."""
+        return self.run("scontrol", "show", "job", job).partition(f" {name}=")[2].split()[0]
+
+    def state(self, job: int | str) -> str:
         """RUNNING, COMPLETED, ..."""
         printed = self.run("scontrol", "show", "job", job)
         return printed.partition("JobState=")[2].split()[0]
 
-    def wait(self, job: int, timeout: float) -> str:
+    def wait(self, job: int | str, timeout: float) -> str:
         """The final state of a job, which ends within `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while (state := self.state(job)) not in ENDED:
@@ -123,8 +181,7 @@ class Cluster:
 @contextlib.contextmanager
 def minislurm(folder: Path) -> Iterator[Cluster]:
     """Start a cluster in `folder` (empty, with a short path for sockets); stop it on exit."""
-    sbin = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-    found = {name: shutil.which(name, path=sbin) for name in NEEDED}
+    found = {name: shutil.which(name, path=SBIN) for name in NEEDED}
     missing = [name for name, path in found.items() if path is None]
     assert not missing, f"SLURM's {', '.join(missing)} not found; install it: {INSTALL}"
     host = socket.gethostname().partition(".")[0]
@@ -139,30 +196,25 @@ def minislurm(folder: Path) -> Iterator[Cluster]:
     (folder / "slurm.conf").write_text(config)
     # The only value that works with cgroup v1, v2 or none mounted; it changes nothing.
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+    (folder / "gres.conf").write_text(GRES)
     cluster = Cluster(folder)
     files = {"key": "key-file", "sock": "socket", "pid": "pid-file", "seed": "seed-file"}
     munge = [f"--{option}={folder / 'munge' / name}" for name, option in files.items()]
     munge += [f"--log-file={folder / 'log' / 'munged.log'}"]
-    config_file = ["-f", str(folder / "slurm.conf")]
-    commands = [
-        [found["munged"], "-F", "--force", *munge],
-        [found["slurmctld"], "-D", "-c", *config_file],
-        *([found["slurmd"], "-D", *config_file, "-N", node] for node in NODES),
-    ]
-    daemons: list[subprocess.Popen[bytes]] = []
     try:
-        for command in commands:
-            with (folder / "log" / "daemons.log").open("ab") as log:
-                daemon = subprocess.Popen(command, env=cluster._environment, stdout=log, stderr=log)
-            daemons.append(daemon)
-            if len(daemons) == 1:
-                _wait_for(folder / "munge" / "sock")
-        _wait_until_idle(cluster)
+        cluster.start("munged", [str(found["munged"]), "-F", "--force", *munge])
+        _wait_for(folder / "munge" / "sock")
+        controller = [str(found["slurmctld"]), "-D", "-c", "-f", str(folder / "slurm.conf")]
+        cluster.start("slurmctld", controller)
+        for node in NODES:
+            cluster.start_node(node)
+        cluster.wait_until_idle()
         yield cluster
     finally:
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
             cluster.run("scancel", "--full", "--signal=KILL", "--user", getpass.getuser())
             cluster.run("scancel", "--user", getpass.getuser())
+        daemons = cluster.daemons.values()
         for daemon in reversed(daemons):
             daemon.send_signal(signal.SIGTERM)
         for daemon in daemons:
@@ -178,13 +230,3 @@ def _wait_for(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} does not appear"
         time.sleep(0.02)
-
-
-def _wait_until_idle(cluster: Cluster) -> None:
-    deadline, states = time.monotonic() + 30, ""
-    while states.split() != ["idle"] * len(NODES):
-        log = cluster.folder / "log"
-        assert time.monotonic() < deadline, f"the nodes are not idle but {states!r}; see {log}"
-        with contextlib.suppress(AssertionError):
-            states = cluster.run("sinfo", "-h", "-N", "-o", "%T")
-        time.sleep(0.1)

@@ -1,5 +1,488 @@
-# shellcheck shell=bash
-# Ranks, signals and requeue of a job.
-train_job() { :; }
-evaluate_job() { :; }
-trial_job() { :; }
+# shellcheck shell=bash disable=SC2030,SC2031  # BIGAN_LOG_DIR is set for a subshell on purpose
+# A job of SLURM that trains or evaluates one run: ranks, logs, signals, requeue.
+#
+#   train_job CONFIG [a.b=value ...]      evaluate_job RUN [options of `bigan evaluate`]
+#   trial_job SWEEP_DIR                   an element of the job array of a sweep
+#
+# Variables (docs/cluster.md): BIGAN_RUN_DIR, BIGAN_LAUNCHER, BIGAN_PROCESSES, BIGAN_PYTHON,
+# BIGAN_CONTAINER, BIGAN_IMAGE, BIGAN_MOUNTS, BIGAN_CONTAINER_OPTIONS, BIGAN_LAUNCH_FILE,
+# BIGAN_MAX_REQUEUES, BIGAN_CHAIN, BIGAN_CHAIN_LINK, BIGAN_CHAIN_LENGTH, BIGAN_TRAINING_JOB.
+# The arguments of the user are words of "$@" everywhere: no shell reads them a second time.
+
+set -uo pipefail
+
+MAX_IDLE=3 # attempts in a row without a new checkpoint that are interrupted from outside
+SIGNALLED=""
+
+say() { printf 'bigan job %s: %s\n' "$JOB" "$*"; }
+
+fail() { # MESSAGE: end the job as FAILED, with the reason in the log and in attempts.tsv
+    say "FAILED: $1" >&2
+    record failed "$1"
+    if [ "$KIND" = trial ]; then on_trial end; fi
+    exit 1
+}
+
+# --- what the run folder has -------------------------------------------------------------------
+
+images_seen() { # of the newest complete checkpoint, or 0
+    local newest=0 folder name
+    for folder in "$BIGAN_RUN_DIR"/checkpoints/*/; do
+        name=${folder%/}
+        name=${name##*/}
+        case $name in *[!0-9]*) continue ;; esac
+        if [ -e "$folder/COMPLETE" ] && ((10#$name > newest)); then newest=$((10#$name)); fi
+    done
+    echo "$newest"
+}
+
+measured() { # number of evaluated snapshots
+    local found=("$BIGAN_RUN_DIR"/evaluation/*.json)
+    if [ -e "${found[0]}" ]; then echo "${#found[@]}"; else echo 0; fi
+}
+
+progress() { if [ "$KIND" = evaluate ]; then measured; else images_seen; fi; }
+
+record() { # EVENT REASON: append a line to attempts.tsv
+    local reason
+    reason=$(printf '%s' "${2:-}" | tr '\t\r\n' '   ' | cut -c 1-500)
+    printf '%s\t%s\t%s\t%s\t%s\t%s\t%s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$1" "$KIND" \
+        "$JOB" "$RESTART" "$(images_seen)" "$reason" >>"$BIGAN_RUN_DIR/slurm/attempts.tsv"
+}
+
+idle_attempts() { # attempts of this kind, this one included, that started where the run is now
+    awk -F '\t' -v kind="$KIND" -v now="$(images_seen)" '
+        $3 == kind && $2 == "started" { idle = $6 == now ? idle + 1 : 0 }
+        $3 == kind && ($2 == "failed" || $2 == "stopped") { idle = 0 }
+        END { print idle + 0 }' "$BIGAN_RUN_DIR/slurm/attempts.tsv"
+}
+
+first_failure() { # [KINDS]: the failure file that was written first, of these kinds
+    local file kind
+    for file in "$BIGAN_LOG_DIR"/failure-*-rank-*.txt; do # their names begin with the time
+        [ -e "$file" ] || return 1
+        IFS= read -r kind <"$file" || continue
+        if [ $# = 0 ] || [[ " $1 " == *" $kind "* ]]; then
+            echo "$file"
+            return 0
+        fi
+    done
+    return 1
+}
+
+reason_of() { sed -n 2p "$1"; } # FAILURE_FILE
+
+show_failure() { # the last lines of the rank that failed first
+    local file rank log
+    file=$(first_failure) || return 0
+    rank=${file##*-rank-}
+    rank=${rank%.txt}
+    log=$BIGAN_LOG_DIR/rank-$rank.log
+    say "rank $rank failed first: $(reason_of "$file")" >&2
+    if [ "$rank" != 0 ] && [ -s "$log" ]; then
+        printf -- '--- last lines of %s\n' "$log" >&2
+        tail -n 20 "$log" >&2
+        printf -- '---\n' >&2
+    fi
+}
+
+# --- the job and its nodes ----------------------------------------------------------------------
+
+enter_job() { # KIND: the names of this attempt, its log folder, its nodes
+    KIND=$1
+    BIGAN_RUN_DIR=${BIGAN_RUN_DIR%/}
+    export BIGAN_LOG_DIR=$BIGAN_RUN_DIR/slurm/logs/$JOB-$RESTART
+    mkdir -p "$BIGAN_LOG_DIR" || {
+        say "FAILED: $BIGAN_LOG_DIR cannot be made" >&2
+        exit 1
+    }
+    mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    NUM_NODES=${#NODES[@]}
+    container_commands
+    PROCESSES=${BIGAN_PROCESSES:-$((GPUS > 0 ? GPUS : 1))}
+    if [ "$GPUS" = 0 ]; then export ACCELERATE_USE_CPU=true; fi
+    if [ -z "${OMP_NUM_THREADS:-}" ]; then
+        local threads=$((${SLURM_CPUS_PER_TASK:-1} / PROCESSES))
+        export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
+    fi
+    find_address
+}
+
+find_address() { # ADDRESS of the first node, as the other nodes reach it
+    ADDRESS=127.0.0.1
+    if [ "$NUM_NODES" = 1 ]; then return; fi
+    ADDRESS=$(getent ahostsv4 "${NODES[0]}" | awk 'NR == 1 { print $1 }')
+    case $ADDRESS in
+    "" | 127.*) # its name does not resolve, or only to itself
+        ADDRESS=$(scontrol show node "${NODES[0]}" |
+            sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p' | head -n 1)
+        ADDRESS=${ADDRESS:-${NODES[0]}}
+        ;;
+    esac
+}
+
+free_port() { # [OFFSET]: a port of this job on which nothing listens; this is the first node
+    local port=$((20000 + (31 * SLURM_JOB_ID + ${1:-0}) % 12000))
+    while (exec 3<>"/dev/tcp/$ADDRESS/$port") 2>/dev/null; do port=$((port + 1)); done
+    echo "$port"
+}
+
+container_commands() { # SRUN: srun and its options; INSIDE: prefix of a command in a container
+    GPUS=${SLURM_GPUS_ON_NODE:-0}
+    SRUN=(srun --kill-on-bad-exit=1 --wait=60)
+    INSIDE=()
+    local options=("${BIGAN_CONTAINER_OPTIONS[@]+"${BIGAN_CONTAINER_OPTIONS[@]}"}")
+    case ${BIGAN_CONTAINER:-none} in
+    none) ;;
+    pyxis) # options of srun: in a container, the batch script could not call srun
+        SRUN+=("--container-image=$BIGAN_IMAGE")
+        if [ -n "${BIGAN_MOUNTS:-}" ]; then SRUN+=("--container-mounts=$BIGAN_MOUNTS"); fi
+        SRUN+=("${options[@]+"${options[@]}"}")
+        ;;
+    apptainer)
+        INSIDE=(apptainer exec)
+        if [ "$GPUS" != 0 ]; then INSIDE+=(--nv); fi
+        if [ -n "${BIGAN_MOUNTS:-}" ]; then INSIDE+=(--bind "$BIGAN_MOUNTS"); fi
+        INSIDE+=("${options[@]+"${options[@]}"}" "$BIGAN_IMAGE")
+        ;;
+    *) fail "BIGAN_CONTAINER=$BIGAN_CONTAINER is not none, pyxis or apptainer" ;;
+    esac
+    PYTHON=${BIGAN_PYTHON:-python}
+}
+
+on_each_node() { # COMMAND ...: one task per node
+    "${SRUN[@]}" --nodes="$NUM_NODES" --ntasks="$NUM_NODES" --ntasks-per-node=1 --overlap \
+        "${INSIDE[@]+"${INSIDE[@]}"}" "$@"
+}
+
+on_first_node() { # COMMAND ...: one task on this node
+    "${SRUN[@]}" --nodes=1 --ntasks=1 --nodelist="${NODES[0]}" --overlap \
+        "${INSIDE[@]+"${INSIDE[@]}"}" "$@"
+}
+
+launch() { # PORT COMMAND ...: `python -m bigan COMMAND ...` on all ranks
+    local port=$1 total=$((NUM_NODES * PROCESSES)) options=()
+    shift
+    # SIGUSR1 would kill a launcher, whose processes then continue without it: it is ignored.
+    if [ "$total" = 1 ]; then
+        # shellcheck disable=SC2016  # expanded on the node
+        on_each_node bash -c 'trap "" USR1; exec "$0" "$@"' "$PYTHON" -m bigan "$@"
+    elif [ "${BIGAN_LAUNCHER:-accelerate}" = srun ]; then
+        options=(--nodes="$NUM_NODES" --ntasks="$total" --ntasks-per-node="$PROCESSES" --overlap)
+        if ((${SLURM_CPUS_PER_TASK:-0} >= PROCESSES)); then
+            options+=(--cpus-per-task="$((SLURM_CPUS_PER_TASK / PROCESSES))")
+        else
+            unset SRUN_CPUS_PER_TASK
+            options+=(--overcommit)
+        fi
+        export MASTER_ADDR=$ADDRESS MASTER_PORT=$port
+        # shellcheck disable=SC2016
+        "${SRUN[@]}" "${options[@]}" "${INSIDE[@]+"${INSIDE[@]}"}" \
+            bash -c 'trap "" USR1; exec "$0" "$@"' "$PYTHON" -m bigan "$@"
+    else
+        options=(--config_file "$BIGAN_LAUNCH_FILE" --num_machines "$NUM_NODES"
+            --num_processes "$total" --main_process_ip "$ADDRESS" --main_process_port "$port")
+        # shellcheck disable=SC2016
+        on_each_node bash -c 'trap "" USR1
+            exec "$0" -m accelerate.commands.launch --machine_rank "$SLURM_NODEID" "$@"' \
+            "$PYTHON" "${options[@]}" -m bigan "$@"
+    fi
+}
+
+# --- signals ------------------------------------------------------------------------------------
+
+stop_file() { # CONTENT: a stop request, unless there is one
+    (set -o noclobber && printf '%s\n' "$1" >"$BIGAN_RUN_DIR/STOP") 2>/dev/null
+}
+
+is_own_stop() { [ -s "$BIGAN_RUN_DIR/STOP" ] && grep -q '^SLURM job' "$BIGAN_RUN_DIR/STOP"; }
+
+is_users_stop() { [ -e "$BIGAN_RUN_DIR/STOP" ] && ! is_own_stop; }
+
+on_signal() { # NAME: ask the run to save and stop
+    if [ -z "$SIGNALLED" ]; then say "signal $1: the run saves and stops"; fi
+    SIGNALLED+=" $1"
+    if [ "$KIND" = evaluate ]; then
+        kill -TERM "$CHILD" 2>/dev/null
+        return
+    fi
+    # A trainer that is starting deletes STOP: it is written again until the trainer has ended.
+    if [ -z "${KEEPER:-}" ]; then
+        (while kill -0 $$ 2>/dev/null; do
+            stop_file "SLURM job $JOB: signal $1"
+            sleep 2
+        done) &
+        KEEPER=$!
+    fi
+}
+
+supervise() { # COMMAND ...: run it to its end, also if a signal arrives; sets CODE
+    trap 'on_signal USR1' USR1
+    trap 'on_signal TERM' TERM
+    "$@" &
+    CHILD=$!
+    : >>"$BIGAN_LOG_DIR/rank-0.log"
+    tail -n +1 --sleep-interval=1 --pid="$CHILD" -F "$BIGAN_LOG_DIR/rank-0.log" 2>/dev/null &
+    local tail=$!
+    while :; do # a signal ends `wait`, not the child
+        wait "$CHILD"
+        CODE=$?
+        kill -0 "$CHILD" 2>/dev/null || break
+    done
+    trap '' USR1 TERM # what follows is short
+    if [ -n "${KEEPER:-}" ]; then
+        kill "$KEEPER" 2>/dev/null
+        wait "$KEEPER" 2>/dev/null
+        KEEPER=""
+    fi
+    while kill -0 "$tail" 2>/dev/null; do wait "$tail" 2>/dev/null; done
+}
+
+# --- after an attempt -----------------------------------------------------------------------------
+
+node_is_lost() { # whether a node of the job has failed or does not respond
+    local state
+    state=$(sinfo -h -N -o %T -n "$SLURM_JOB_NODELIST" 2>/dev/null) || return 1
+    [[ $state == *down* || $state == *fail* || $state == *\** ]]
+}
+
+job_field() { # NAME: of `scontrol show job`
+    scontrol show job "$JOB" 2>/dev/null | sed -n "s/.*\\b$1=\\([^ ]*\\).*/\\1/p" | head -n 1
+}
+
+is_preempted() { [[ $(job_field PreemptTime) == [0-9]* ]]; }
+
+leave_if_slurm_ends_job() { # it was requeued, cancelled or timed out: nothing is left to decide
+    if [ "$(job_field JobState)" != COMPLETING ]; then return; fi
+    if [ "$(job_field Restarts)" -gt "$RESTART" ] 2>/dev/null; then
+        record requeued "by SLURM"
+        say "requeued by SLURM at images_seen = $(images_seen)"
+    elif [[ $SIGNALLED == *USR1* ]]; then
+        record limit "the time limit was reached before the run had saved; raise --signal"
+    else
+        record stopped "cancelled"
+        say "cancelled at images_seen = $(images_seen)"
+    fi
+    exit 1
+}
+
+is_interrupted() { # whether something outside of the run ended this attempt
+    [[ $SIGNALLED == *TERM* ]] || [ -e "$BIGAN_RUN_DIR/REQUEUE" ] || is_preempted || node_is_lost
+}
+
+require_restart() { # BEFORE: end the job as FAILED unless another attempt makes sense
+    local file after why idle
+    file=$(first_failure "input run taken_over") && fail "$(reason_of "$file")"
+    after=$(progress)
+    if file=$(first_failure); then
+        why=$(reason_of "$file")
+    elif [ -n "$SIGNALLED" ]; then
+        why="signal$SIGNALLED"
+    else
+        why="exit code $CODE without a message; see the end of the logs in $BIGAN_LOG_DIR"
+    fi
+    if [ "$after" -le "$1" ]; then
+        if ! is_interrupted; then
+            if [ -n "$SIGNALLED" ]; then
+                why="the time limit ended this attempt before its first checkpoint: raise --time, or lower train.checkpoint_images"
+            fi
+            fail "$why"
+        fi
+        idle=$(idle_attempts)
+        if [ "$idle" -ge "$MAX_IDLE" ]; then
+            fail "$idle attempts in a row made no progress; the last one: $why"
+        fi
+    fi
+    WHY=$why
+}
+
+restart() { # run the job again, or leave that to the next link of a chain; does not return
+    local answer
+    if [ -n "${BIGAN_CHAIN:-}" ]; then
+        if [ "$BIGAN_CHAIN_LINK" -lt "$BIGAN_CHAIN_LENGTH" ]; then
+            record limit "$WHY"
+            say "link $BIGAN_CHAIN_LINK of $BIGAN_CHAIN_LENGTH ends at images_seen = $(images_seen); the next link continues"
+            exit 0
+        fi
+        fail "the last link of the chain ended at images_seen = $(images_seen) ($WHY); submit the same command again"
+    fi
+    if [ "$RESTART" -ge "${BIGAN_MAX_REQUEUES:-50}" ]; then
+        fail "restarted $RESTART times (BIGAN_MAX_REQUEUES); the last attempt: $WHY"
+    fi
+    record requeued "$WHY"
+    say "requeued at images_seen = $(images_seen) ($WHY)"
+    # An element of an array by its number: its SLURM_JOB_ID may be that of the whole array.
+    answer=$(scontrol requeue "$JOB" 2>&1) ||
+        fail "SLURM does not requeue this job ($answer); submit a chain instead: bigan submit ... --chain N"
+    trap - TERM
+    sleep 120 # until SLURM ends this script
+    exit 1
+}
+
+# --- training -------------------------------------------------------------------------------------
+
+begin_attempt() { # resolve what earlier attempts left
+    if [ -e "$BIGAN_RUN_DIR/DONE" ] && [ "${BIGAN_CHAIN_LINK:-1}" -gt 1 ]; then
+        say "the run is complete"
+        exit 0
+    fi
+    if is_own_stop; then rm -f "$BIGAN_RUN_DIR/STOP"; fi
+    if [ "${BIGAN_CHAIN_LINK:-1}" -gt 1 ] || [ "$RESTART" -gt 0 ]; then
+        if is_users_stop; then
+            record stopped "STOP"
+            say "STOP: not continued; to continue, submit the same command again"
+            exit 0
+        fi
+    fi
+    if [ "${BIGAN_CHAIN_LINK:-1}" -gt 1 ]; then
+        local last
+        last=$(awk -F '\t' '$3 == "train"' "$BIGAN_RUN_DIR/slurm/attempts.tsv" | tail -n 1)
+        case $last in
+        *$'\t'failed$'\t'*) fail "not continued after the failure of an earlier link: ${last##*$'\t'}" ;;
+        *$'\t'stopped$'\t'*) exit 0 ;;
+        esac
+    fi
+    record started "$(hostname -s)"
+    say "attempt $((RESTART + 1)) on ${SLURM_JOB_NODELIST}: $NUM_NODES node(s) of $PROCESSES process(es), from images_seen = $(images_seen)"
+}
+
+train() { # CONFIG [a.b=value ...]: returns if the run is complete or was stopped on purpose
+    local before
+    before=$(images_seen)
+    if printf '%s\n' "$@" | cat - "$1" 2>/dev/null | grep -qw cache; then
+        on_each_node "$PYTHON" -m bigan stage "$@" || fail "staging the shards failed"
+    fi
+    supervise launch "$(free_port)" train "$@"
+    OUTCOME=""
+    if [ -e "$BIGAN_RUN_DIR/DONE" ]; then
+        OUTCOME=completed
+    elif is_users_stop; then
+        OUTCOME=stopped
+    fi
+    if is_own_stop; then rm -f "$BIGAN_RUN_DIR/STOP"; fi
+    if [ -z "$OUTCOME" ]; then
+        leave_if_slurm_ends_job
+        show_failure
+        require_restart "$before"
+        restart
+    fi
+}
+
+name_job() {
+    JOB=$SLURM_JOB_ID RESTART=${SLURM_RESTART_COUNT:-0}
+    if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+}
+
+find_run_dir() { # CONFIG [a.b=value ...]: set BIGAN_RUN_DIR, unless it is set
+    name_job
+    if [ -n "${BIGAN_RUN_DIR:-}" ]; then return; fi
+    mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    container_commands
+    BIGAN_RUN_DIR=$(on_first_node "$PYTHON" -m bigan.cluster.run_dir "$@") || {
+        say "FAILED: the config has no run folder; see above" >&2
+        exit 1
+    }
+}
+
+train_job() { # CONFIG [a.b=value ...]
+    name_job
+    enter_job train
+    begin_attempt
+    train "$@"
+    record "$OUTCOME"
+    say "$OUTCOME at images_seen = $(images_seen)"
+}
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+training_has_ended() { # whether none of the jobs BIGAN_TRAINING_JOB is queued or running
+    local job answer
+    IFS=, read -ra jobs <<<"$BIGAN_TRAINING_JOB"
+    for job in "${jobs[@]}"; do
+        if answer=$(squeue -h -j "$job" -o %T 2>&1); then
+            if [ -n "$answer" ]; then return 1; fi
+        elif [[ $answer != *"Invalid job id"* ]]; then
+            return 1 # the controller does not answer
+        fi
+    done
+}
+
+watch_training() { # make the file that ends the evaluator, once training has ended
+    until training_has_ended; do sleep "${BIGAN_POLL_SECONDS:-15}"; done
+    : >"$BIGAN_LOG_DIR/training-ended"
+}
+
+evaluate_job() { # RUN [options of `bigan evaluate`]
+    local before watcher="" ending=()
+    name_job
+    BIGAN_RUN_DIR=${BIGAN_RUN_DIR:-$1}
+    enter_job evaluate
+    record started "$(hostname -s)"
+    before=$(progress)
+    if [ -n "${BIGAN_TRAINING_JOB:-}" ]; then
+        watch_training &
+        watcher=$!
+        ending=(--watch --until "$BIGAN_LOG_DIR/training-ended")
+    fi
+    supervise launch "$(free_port)" evaluate "$@" "${ending[@]+"${ending[@]}"}"
+    if [ -n "$watcher" ]; then kill "$watcher" 2>/dev/null; fi
+    if [ "$CODE" = 0 ]; then
+        record completed
+        say "$(measured) snapshots are measured"
+        exit 0
+    fi
+    leave_if_slurm_ends_job
+    show_failure
+    if [ -n "${BIGAN_TRAINING_JOB:-}" ] && [ -n "$SIGNALLED" ] && ! training_has_ended; then
+        WHY="signal$SIGNALLED while training continues" # also if there was nothing to measure
+    else
+        require_restart "$before"
+    fi
+    restart
+}
+
+# --- sweeps -----------------------------------------------------------------------------------------
+
+on_trial() { # begin | watch | end: of the trial of this element (bigan/cluster/trial.py)
+    on_first_node "$PYTHON" -m bigan.cluster.trial "$1" "$SWEEP" "$INDEX"
+}
+
+evaluate_trial() { # [OPTIONS]: with logs of its own beside those of the trainer
+    (
+        export BIGAN_LOG_DIR=$BIGAN_LOG_DIR/evaluate
+        mkdir -p "$BIGAN_LOG_DIR"
+        launch "$(free_port 1)" evaluate "$BIGAN_RUN_DIR" "$@"
+    )
+}
+
+trial_job() { # SWEEP_DIR: the trial of this element
+    local when evaluator="" ended
+    SWEEP=$1 INDEX=$SLURM_ARRAY_TASK_ID
+    name_job
+    BIGAN_RUN_DIR=$SWEEP/$(printf '%03d' "$INDEX")
+    enter_job trial
+    begin_attempt
+    when=$(on_trial begin) || fail "the trial could not be set up; see above"
+    ended=$BIGAN_LOG_DIR/training-ended
+    if [ "${when##*$'\n'}" = during ]; then
+        evaluate_trial --watch --until "$ended" &
+        evaluator=$!
+        on_trial watch &
+    fi
+    train "$SWEEP/slurm/trials/$(printf '%03d' "$INDEX").yaml"
+    if [ "$OUTCOME" = stopped ] && ! grep -q pruned "$BIGAN_RUN_DIR/STOP"; then
+        record stopped
+        say "stopped at images_seen = $(images_seen); submit the sweep again to continue"
+        exit 0
+    fi
+    : >"$ended"
+    if [ -n "$evaluator" ]; then
+        wait "$evaluator" || say "the evaluator ended with exit code $?"
+    else
+        evaluate_trial || fail "the evaluation failed; see $BIGAN_LOG_DIR/evaluate"
+    fi
+    on_trial end || fail "the result could not be recorded"
+    record "$OUTCOME"
+    say "trial $INDEX: $OUTCOME at images_seen = $(images_seen)"
+    exit 0 # also ends `watch`
+}

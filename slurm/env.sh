@@ -1,0 +1,1 @@
+../bigan/cluster/templates/env.sh

@@ -1,0 +1,1 @@
+../bigan/cluster/templates/job.sh

@@ -1,0 +1,249 @@
+"""slurm/train.sbatch and evaluate.sbatch on a real SLURM, with a trainer that needs no torch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import ROOT
+from slurm.minislurm import Cluster
+
+pytestmark = pytest.mark.full
+
+
+@dataclass
+class Toy:
+    """A run of the toy trainer (toy.py), submitted with slurm/train.sbatch."""
+
+    cluster: Cluster
+    run: Path
+    python: Path
+
+    def submit(
+        self,
+        *arguments: str,
+        script: str = "train",
+        options: Sequence[str] = (),
+        nodes: int = 1,
+        extra: dict[str, str] | None = None,
+        **settings: Any,
+    ) -> str:
+        """The id of a job that trains `settings` (see toy.py)."""
+        self.run.mkdir(exist_ok=True)
+        config = self.run.with_suffix(".json")
+        defaults = {"run_dir": str(self.run), "total": 40, "every": 20, "seconds": 0.05}
+        config.write_text(json.dumps(defaults | settings))
+        first = [str(config)] if script == "train" else [str(self.run)]
+        printed = self.cluster.run(
+            "sbatch", "--parsable", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10",
+            f"--nodes={nodes}",
+            f"--output={self.log}", f"--chdir={ROOT}", *options,
+            ROOT / "slurm" / f"{script}.sbatch", *first, *arguments,
+            extra={"BIGAN_PYTHON": str(self.python), "BIGAN_POLL_SECONDS": "1",
+                   "BIGAN_SLURM": str(ROOT / "slurm"), **(extra or {})},
+        )  # fmt: skip
+        return printed.strip()
+
+    @property
+    def log(self) -> Path:
+        return self.run.with_suffix(".log")
+
+    @property
+    def events(self) -> list[tuple[str, str, int]]:
+        """(event, restart, images_seen) of each line of attempts.tsv."""
+        lines = (self.run / "slurm" / "attempts.tsv").read_text().splitlines()
+        fields = [line.split("\t") for line in lines]
+        assert all(len(found) == 7 for found in fields), lines
+        return [(event, restart, int(seen)) for _, event, _, _, restart, seen, _ in fields]
+
+    @property
+    def reason(self) -> str:
+        return (self.run / "slurm" / "attempts.tsv").read_text().splitlines()[-1].split("\t")[6]
+
+    def wait(self, job: str, timeout: float = 60) -> str:
+        try:
+            return self.cluster.wait(job, timeout)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; {self.log.read_text()}") from error
+
+    def wait_for(self, path: str, containing: str = "", timeout: float = 60) -> None:
+        deadline, file = time.monotonic() + timeout, self.run / path
+        while not file.exists() or containing not in file.read_text():
+            log = self.log.read_text() if self.log.exists() else ""
+            assert time.monotonic() < deadline, f"{path} does not appear: {log}"
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def toys(cluster: Cluster, tmp_path: Path) -> Callable[[], Toy]:
+    """Makes runs."""
+    python = tmp_path / "python"
+    toy = ROOT / "tests" / "slurm" / "toy.py"
+    python.write_text(f'#!/bin/bash\nexec "{sys.executable}" "{toy}" "$@"\n')
+    python.chmod(0o755)
+    numbers = itertools.count()
+    return lambda: Toy(cluster, tmp_path / f"run {next(numbers)}", python)
+
+
+@pytest.fixture
+def toy(toys: Callable[[], Toy]) -> Toy:
+    return toys()
+
+
+def test_a_run_completes(toy: Toy) -> None:
+    odd = "a.b=$(touch executed) 'x' \"y\"; z"
+    job = toy.submit(odd)
+    assert toy.wait(job) == "COMPLETED"
+    assert toy.events == [("started", "0", 0), ("completed", "0", 40)]
+    assert odd in (toy.run / "slurm" / "logs" / f"{job}-0" / "rank-0.log").read_text()
+    assert odd in toy.log.read_text(), "the log of rank 0 is in the log of the job"
+
+
+@pytest.mark.parametrize("launcher", ["accelerate", "srun"])
+def test_two_nodes_know_each_other(toy: Toy, launcher: str) -> None:
+    job = toy.submit(nodes=2, extra={"BIGAN_LAUNCHER": launcher})
+    assert toy.wait(job) == "COMPLETED"
+    logs = toy.run / "slurm" / "logs" / f"{job}-0"
+    assert {path.name for path in logs.glob("rank-*")} == {"rank-0.log", "rank-1.log"}
+    if launcher == "accelerate":
+        options = [json.loads((logs / f"launcher-{n}.json").read_text()) for n in range(2)]
+        assert options[0][2:] == options[1][2:]
+        found = dict(zip(options[0][::2], options[0][1::2], strict=True))
+        assert found["--num_machines"] == found["--num_processes"] == "2"
+        assert found["--main_process_ip"] == "127.0.0.1"
+        assert 20_000 <= int(found["--main_process_port"]) < 32_768
+
+
+@pytest.mark.parametrize(
+    ("ends", "reason"),
+    [
+        ("input\nconfig.yaml: train.batch = 30: wrong", "config.yaml: train.batch = 30: wrong"),
+        ("run\nthe loss is not finite", "the loss is not finite"),
+    ],
+)
+def test_failure_that_would_happen_again_is_final(toy: Toy, ends: str, reason: str) -> None:
+    """Although the run made progress in this attempt."""
+    job = toy.submit(ends={"30": ends})
+    assert toy.wait(job) == "FAILED"
+    assert toy.events == [("started", "0", 0), ("failed", "0", 20)]
+    assert toy.reason == reason
+    assert f"FAILED: {reason}" in toy.log.read_text()
+
+
+def test_crash_after_progress_is_requeued(toys: Callable[[], Toy]) -> None:
+    """Several jobs at once: a requeued job waits for seconds."""
+    how = ("crash", "kill", "bug\nRuntimeError: CUDA error", "lost\nrank 1")
+    runs = [(toy, toy.submit(ends={"30": end})) for end in how for toy in [toys()]]
+    ends = dict.fromkeys(("30", "50", "70"), "crash")
+    bounded = toys()
+    runs.append((bounded, bounded.submit(total=80, ends=ends, extra={"BIGAN_MAX_REQUEUES": "1"})))
+    assert [toy.wait(job) for toy, job in runs] == [*["COMPLETED"] * 4, "FAILED"]
+    for toy, _ in runs[:4]:
+        expected = [("started", "0", 0), ("requeued", "0", 20)]
+        assert toy.events == [*expected, ("started", "1", 20), ("completed", "1", 40)]
+        assert (toy.run / "seen.txt").read_text().split() == ["10", "20", "30", "30", "40"]
+    assert [event for event, *_ in bounded.events] == ["started", "requeued", "started", "failed"]
+    assert "BIGAN_MAX_REQUEUES" in bounded.reason
+
+
+def test_crash_without_progress_is_final(toy: Toy) -> None:
+    assert toy.wait(toy.submit(ends={"10": "crash"})) == "FAILED"
+    assert toy.events == [("started", "0", 0), ("failed", "0", 0)]
+    assert "exit code" in toy.reason
+
+
+def test_users_stop_is_not_requeued(toy: Toy) -> None:
+    job = toy.submit(total=100_000)
+    toy.wait_for("checkpoints/20/COMPLETE")
+    (toy.run / "STOP").touch()
+    assert toy.wait(job) == "COMPLETED"
+    assert [event for event, *_ in toy.events] == ["started", "stopped"]
+
+
+def test_time_limit_too_short_for_a_checkpoint_is_final(toy: Toy) -> None:
+    job = toy.submit(total=2000, every=2000, hangs=True)
+    toy.wait_for("seen.txt")
+    toy.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    state = toy.wait(job)
+    assert (state, [event for event, *_ in toy.events]) == ("FAILED", ["started", "failed"])
+
+
+def test_interrupted_runs_continue_where_they_stopped(toys: Callable[[], Toy]) -> None:
+    """The signal before the time limit, `scontrol requeue`, and a job of higher priority."""
+    runs = [toys() for _ in range(3)]
+    limit, requeue, preempted = (toy.submit(total=3000, every=2000) for toy in runs)
+    for toy in runs:
+        toy.wait_for("seen.txt")
+    cluster = runs[0].cluster
+    cluster.run("scancel", "--batch", "--signal=USR1", limit)
+    cluster.run("scontrol", "requeue", requeue)
+    runs[0].wait_for("slurm/attempts.tsv", containing="requeued")
+    runs[1].wait_for("slurm/attempts.tsv", containing="requeued")
+    script = cluster.folder / "important.sbatch"
+    script.write_text("#!/bin/bash\nsleep 1\n")
+    cluster.run("sbatch", "--partition=high", "--exclusive", "--nodes=2", script)
+    for toy, job in zip(runs, (limit, requeue, preempted), strict=True):
+        assert toy.wait(job, 120) == "COMPLETED"
+        starts = [found for found in toy.events if found[0] == "started"]
+        assert len(starts) >= 2
+        assert all(seen > 0 for *_, seen in starts[1:])
+        seen = [int(line) for line in (toy.run / "seen.txt").read_text().split()]
+        assert seen == list(range(10, 3010, 10))
+        assert not (toy.run / "STOP").exists()
+
+
+def test_cancelled_job_stays_cancelled(toy: Toy) -> None:
+    job = toy.submit(total=100_000)
+    toy.wait_for("checkpoints/20/COMPLETE")
+    toy.cluster.run("scancel", job)
+    assert toy.wait(job) == "CANCELLED"
+    toy.wait_for("slurm/attempts.tsv", containing="cancelled")
+    assert [event for event, *_ in toy.events] == ["started", "stopped"]
+
+
+def test_chain_replaces_requeue(toy: Toy) -> None:
+    """Three links, of which the second completes the run; no link requeues itself."""
+    jobs: list[str] = []
+    for link in (1, 2, 3):
+        chain = {"BIGAN_CHAIN": "c", "BIGAN_CHAIN_LINK": str(link), "BIGAN_CHAIN_LENGTH": "3"}
+        after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
+        options = ["--no-requeue", *after]
+        jobs.append(toy.submit(ends={"30": "crash"}, options=options, extra=chain))
+    assert [toy.wait(job) for job in jobs] == ["COMPLETED"] * 3
+    expected = [("started", "0", 0), ("limit", "0", 20)]
+    assert toy.events == [*expected, ("started", "0", 20), ("completed", "0", 40)]
+
+
+def test_failure_ends_a_chain(toy: Toy) -> None:
+    jobs: list[str] = []
+    for link in (1, 2):
+        chain = {"BIGAN_CHAIN": "c", "BIGAN_CHAIN_LINK": str(link), "BIGAN_CHAIN_LENGTH": "2"}
+        after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
+        jobs.append(toy.submit(ends={"30": "input\nwrong"}, options=after, extra=chain))
+    assert [toy.wait(job) for job in jobs] == ["FAILED", "FAILED"]
+    assert [event for event, *_ in toy.events] == ["started", "failed", "failed"]
+
+
+def test_evaluator_follows_and_ends_with_training(toys: Callable[[], Toy]) -> None:
+    """Also where the training job fails, so that DONE never appears."""
+    complete, failing = toys(), toys()
+    jobs = []
+    for toy, ends in ((complete, {}), (failing, {"30": "run\nnot finite"})):
+        settings = {"ends": ends, "seconds": 0.3}
+        train = toy.submit(**settings)
+        options = [f"--dependency=after:{train}"]
+        extra = {"BIGAN_TRAINING_JOB": train, "BIGAN_RUN_DIR": str(toy.run)}
+        jobs += [
+            train,
+            toy.submit(script="evaluate", options=options, extra=extra, ends=ends, seconds=0.3),
+        ]
+    assert [complete.wait(job) for job in jobs] == ["COMPLETED", "COMPLETED", "FAILED", "COMPLETED"]
+    for toy, names in ((complete, ["20", "40"]), (failing, ["20"])):
+        assert sorted(path.stem for path in (toy.run / "evaluation").iterdir()) == names
