@@ -25,8 +25,16 @@ from bigan.cli.pack import (
     pack_command,
     verify_command,
 )
+from bigan.distributed.job_logs import failures_written, write_failure
 from bigan.distributed.signals import launched_as_rank_0
-from bigan.errors import REPORTED_ELSEWHERE, RunError, UserError, disk_is_full, unusable_file
+from bigan.errors import (
+    INPUT,
+    REPORTED_ELSEWHERE,
+    RunError,
+    UserError,
+    disk_is_full,
+    unusable_file,
+)
 from bigan.urls import redacted_text
 
 if TYPE_CHECKING:
@@ -118,6 +126,7 @@ class _Parser(argparse.ArgumentParser):
     """Its messages about arguments have no secrets."""
 
     def error(self, message: str) -> NoReturn:
+        write_failure(INPUT, message)
         super().error(redacted_text(message))
 
 
@@ -276,8 +285,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _interrupted()
     try:
-        code: int = arguments.handler(arguments)
-        sys.stdout.flush()  # here, where an error is reported
+        with failures_written():
+            code: int = arguments.handler(arguments)
+            sys.stdout.flush()  # here, where an error is reported
         return code
     except (UserError, RunError) as error:
         if arguments.debug:

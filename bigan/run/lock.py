@@ -28,7 +28,7 @@ from pathlib import Path
 
 from bigan import atomic_files
 from bigan.distributed.world import World, on_all_ranks
-from bigan.errors import RunError, UserError, writing
+from bigan.errors import TAKEN_OVER, RunError, UserError, writing
 from bigan.file_lock import try_lock
 from bigan.run_folder import RunFolder
 
@@ -46,6 +46,8 @@ class LockedError(UserError):
 
 class TakenOverError(RunError):
     """Another trainer has taken the run over: this one must not write any more."""
+
+    kind = TAKEN_OVER
 
 
 @dataclass(frozen=True)
