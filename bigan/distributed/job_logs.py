@@ -1,5 +1,6 @@
 """Files that a process of a batch job writes for the job's script, in the folder BIGAN_LOG_DIR.
 
+    rank-<rank>.log                        output of the process
     failure-<time in ns>-rank-<rank>.txt   why the process failed: a kind (`errors.kind_of`), the
                                            message, and for a bug the traceback; one per line
 
@@ -9,6 +10,7 @@ The files of `bigan evaluate` have the prefix "evaluate-": a job may train and e
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import time
@@ -17,11 +19,35 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bigan.atomic_files import write_atomic
-from bigan.distributed.signals import launched_rank
+from bigan.distributed.signals import launched_rank, print_line
 from bigan.errors import BUG, LOST, kind_of
 from bigan.urls import redacted_text
 
 FOLDER = "BIGAN_LOG_DIR"
+LOGGED = ("train", "evaluate")  # commands with a log of each rank
+
+
+def redirect_output() -> None:
+    """Append stdout and stderr to the log of this rank, if the job has a folder for it.
+
+    The file descriptors are redirected, so that the output of C++ libraries and of child processes
+    is included. If the file cannot be written, the output stays where it is.
+    """
+    folder = os.environ.get(FOLDER)
+    if not folder or not set(sys.argv[1:2]) & set(LOGGED):
+        return
+    path = Path(folder, f"{_prefix()}rank-{launched_rank(os.environ)}.log")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError as error:
+        print_line(f"{path}: cannot be written ({error.strerror}); the output of this rank is here")
+        return
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    os.close(descriptor)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a line is in the file when it is printed
 
 
 def write_failure(kind: str, message: str, details: str = "") -> None:

@@ -6,6 +6,7 @@ import errno
 from pathlib import Path
 
 import pytest
+from commands import python
 
 from bigan.cli.main import main
 from bigan.config import ConfigError
@@ -107,3 +108,49 @@ def test_a_folder_that_cannot_be_written_hides_no_error(
     logs.parent.write_text("a file")
     assert main(["train", "missing.yaml"]) == 2
     assert "missing.yaml" in capsys.readouterr().err
+
+
+RUN = """
+import os, sys
+from bigan.__main__ import run
+import bigan.cli.main
+def main():
+    print("printed")
+    os.write(1, b"library\\n")  # as a C++ library does
+    os.system("echo child >&2")
+    print("error", file=sys.stderr)
+    os._exit(3)  # without a flush
+bigan.cli.main.main = main
+run()
+"""
+
+
+def started(logs: Path, *arguments: str, **variables: str) -> tuple[str, str]:
+    """(stdout, stderr) of a command whose `main` prints and exits."""
+    process = python(RUN, *arguments, BIGAN_LOG_DIR=str(logs), **variables)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 3, err
+    return out, err
+
+
+def test_each_rank_has_a_log(tmp_path: Path) -> None:
+    """Of train and evaluate, in different files; a later process appends."""
+    logs, lines = tmp_path / "logs" / "7-0", ["printed", "library", "child", "error"]
+    assert started(logs, "train", "a.yaml") == ("", "")
+    assert started(logs, "train", "a.yaml", RANK="0", SLURM_PROCID="5") == ("", "")
+    assert started(logs, "evaluate", "run", SLURM_PROCID="1") == ("", "")
+    assert {path.name: path.read_text().splitlines() for path in logs.iterdir()} == {
+        "rank-0.log": lines * 2,
+        "evaluate-rank-1.log": lines,
+    }
+    assert "library" in started(logs, "describe", "a.yaml")[0]
+    assert len(list(logs.iterdir())) == 2
+
+
+def test_output_stays_where_the_log_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    out, err = started(tmp_path / "file" / "7-0", "train", "a.yaml")
+    assert "library" in out
+    first, *rest = err.splitlines()
+    assert str(tmp_path / "file" / "7-0" / "rank-0.log") in first
+    assert rest == ["child", "error"]
