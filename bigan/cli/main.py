@@ -80,6 +80,8 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
         raise UserError("--snapshot selects the snapshot for --truncations; give both")
     if arguments.timeout and not arguments.watch:
         raise UserError("--timeout limits the time that --watch waits; give both")
+    if arguments.until and not arguments.watch:
+        raise UserError("--until ends the wait of --watch; give both")
     # A watcher's ranks wait for rank 0 to find work.
     _, world = connect(timeout_seconds=24 * 3600, join_seconds=600)
     echo = functools.partial(print, flush=True)
@@ -99,6 +101,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
             overrides=arguments.overrides,
             watch=arguments.watch,
             timeout_seconds=arguments.timeout,
+            until=arguments.until,
             poll_seconds=arguments.poll_seconds,
             echo=echo,
         )
@@ -275,6 +278,13 @@ def _add_evaluate(commands: Commands) -> None:
         metavar="SECONDS",
         help="with --watch: exit with code 1 after this time without a change in the run folder "
         "(default: wait forever)",
+    )
+    evaluate.add_argument(
+        "--until",
+        type=Path,
+        metavar="FILE",
+        help="with --watch: end with code 0 once FILE exists and every snapshot is measured, even "
+        "if the run is not complete; for a job beside training",
     )
 
 
