@@ -4,7 +4,7 @@
     failure-<time in ns>-rank-<rank>.txt   why the process failed: a kind (`errors.kind_of`), the
                                            message, and for a bug the traceback; one per line
 
-The files of `bigan evaluate` have the prefix "evaluate-": a job may train and evaluate at once.
+A job that trains and evaluates at once gives its evaluator another folder.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def redirect_output() -> None:
     folder = os.environ.get(FOLDER)
     if not folder or not set(sys.argv[1:2]) & set(LOGGED):
         return
-    path = Path(folder, f"{_prefix()}rank-{launched_rank(os.environ)}.log")
+    path = Path(folder, f"rank-{launched_rank(os.environ)}.log")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -60,7 +60,7 @@ def write_failure(kind: str, message: str, details: str = "") -> None:
         return
     lines = [kind, " ".join(message.split()), *details.splitlines()]
     content = "".join(f"{redacted_text(line)}\n" for line in lines)
-    name = f"{_prefix()}failure-{time.time_ns()}-rank-{launched_rank(os.environ)}.txt"
+    name = f"failure-{time.time_ns()}-rank-{launched_rank(os.environ)}.txt"
     with contextlib.suppress(OSError):
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_atomic(Path(folder, name), content.encode(errors="backslashreplace"), sync=False)
@@ -88,7 +88,3 @@ def _kind(error: Exception) -> str:
 
         return LOST if is_communication_error(error) else BUG
     return kind
-
-
-def _prefix() -> str:
-    return "evaluate-" if sys.argv[1:2] == ["evaluate"] else ""

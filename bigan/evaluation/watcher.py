@@ -49,8 +49,8 @@ def evaluate(
     All ranks call it. With `watch` it waits for the run folder and for new snapshots, and returns
     once `DONE` or the file `until` exists and every snapshot is measured. While the run folder does
     not change, a line reports it at growing intervals. `echo` prints one line per snapshot, on
-    rank 0. `device` defaults to that of `world`. `overrides` ("a.b=value") change the config of the run for this
-    evaluation. Returns images_seen -> metrics of all snapshots, on every rank.
+    rank 0. `device` defaults to that of `world`. `overrides` ("a.b=value") change the config of the
+    run for this evaluation. Returns images_seen -> metrics of all snapshots, on every rank.
 
     Raises `UserError`: no run folder or no snapshot (without `watch`), missing or wrong extractor
     weights, data that is missing, damaged or does not match the model, a full disk. `RunError`:
