@@ -25,6 +25,9 @@ def run() -> int:
     """Run the command of `sys.argv`; returns its exit code."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else ignored, as by nohup
         signal.signal(signal.SIGINT, _interrupt)
+    from bigan.distributed.job_logs import redirect_output
+
+    redirect_output()
     from bigan.cli.main import main
 
     return main()

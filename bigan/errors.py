@@ -3,6 +3,13 @@
 Anything that the user can correct (a config key, a shard folder, an image, a checkpoint, the launch
 environment) is a `UserError`: one line with where, what is wrong and what to do. The command line
 prints it without a traceback and exits with code 2. Any other exception is a bug.
+
+The kind of an error (`kind_of`) decides whether a batch job is worth another attempt:
+
+    input, run   the same command fails again
+    lost         a rank, a connection or a server was lost: the next attempt can succeed
+    taken_over   another trainer continues the run
+    bug          unknown
 """
 
 from __future__ import annotations
@@ -15,6 +22,12 @@ from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, the limit of a file's size
 _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+# Of a disk, a server or a network that answers again later.
+_PASSING = (
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNREFUSED, errno.ECONNRESET,
+    errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+)  # fmt: skip
+INPUT, RUN, LOST, TAKEN_OVER, BUG = "input", "run", "lost", "taken_over", "bug"
 REPORTED_ELSEWHERE = "reported by another rank"  # a note on an error that rank 0 prints
 
 
@@ -24,6 +37,7 @@ class UserError(Exception):
     `everywhere`: every rank raises the same error, so that rank 0 alone prints it.
     """
 
+    kind = INPUT
     everywhere = False
 
 
@@ -31,6 +45,13 @@ class LaunchError(UserError):
     """A launch that cannot work, or ranks that differ."""
 
     everywhere = True
+
+
+class JoinError(LaunchError):
+    """Ranks that could not be connected: a port in use, a rank that is late, a network."""
+
+    kind = LOST
+    everywhere = False
 
 
 class PeerError(RuntimeError):
@@ -42,6 +63,27 @@ class RunError(Exception):
 
     The last checkpoint is intact.
     """
+
+    kind = RUN
+
+
+class LostError(RunError):
+    """A rank, its connection or its weights were lost; resuming from the checkpoint can succeed."""
+
+    kind = LOST
+
+
+def kind_of(error: BaseException) -> str:
+    """The kind of an error, from the error that it reports where that one passes."""
+    reported = error.__cause__ or error.__context__
+    for each in (error, reported):
+        if isinstance(each, OSError) and each.errno in _PASSING:
+            return LOST
+        if isinstance(each, UserError | RunError) and each.kind == LOST:
+            return LOST
+    if isinstance(error, UserError | RunError):
+        return error.kind
+    return INPUT if isinstance(error, OSError) and unusable_file(error) else BUG
 
 
 @contextlib.contextmanager

@@ -25,8 +25,16 @@ from bigan.cli.pack import (
     pack_command,
     verify_command,
 )
+from bigan.distributed.job_logs import failures_written, write_failure
 from bigan.distributed.signals import launched_as_rank_0
-from bigan.errors import REPORTED_ELSEWHERE, RunError, UserError, disk_is_full, unusable_file
+from bigan.errors import (
+    INPUT,
+    REPORTED_ELSEWHERE,
+    RunError,
+    UserError,
+    disk_is_full,
+    unusable_file,
+)
 from bigan.urls import redacted_text
 
 if TYPE_CHECKING:
@@ -72,6 +80,8 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
         raise UserError("--snapshot selects the snapshot for --truncations; give both")
     if arguments.timeout and not arguments.watch:
         raise UserError("--timeout limits the time that --watch waits; give both")
+    if arguments.until and not arguments.watch:
+        raise UserError("--until ends the wait of --watch; give both")
     # A watcher's ranks wait for rank 0 to find work.
     _, world = connect(timeout_seconds=24 * 3600, join_seconds=600)
     echo = functools.partial(print, flush=True)
@@ -91,6 +101,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
             overrides=arguments.overrides,
             watch=arguments.watch,
             timeout_seconds=arguments.timeout,
+            until=arguments.until,
             poll_seconds=arguments.poll_seconds,
             echo=echo,
         )
@@ -118,6 +129,7 @@ class _Parser(argparse.ArgumentParser):
     """Its messages about arguments have no secrets."""
 
     def error(self, message: str) -> NoReturn:
+        write_failure(INPUT, message)
         super().error(redacted_text(message))
 
 
@@ -267,6 +279,13 @@ def _add_evaluate(commands: Commands) -> None:
         help="with --watch: exit with code 1 after this time without a change in the run folder "
         "(default: wait forever)",
     )
+    evaluate.add_argument(
+        "--until",
+        type=Path,
+        metavar="FILE",
+        help="with --watch: end with code 0 once FILE exists and every snapshot is measured, even "
+        "if the run is not complete; for a job beside training",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -276,8 +295,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _interrupted()
     try:
-        code: int = arguments.handler(arguments)
-        sys.stdout.flush()  # here, where an error is reported
+        with failures_written():
+            code: int = arguments.handler(arguments)
+            sys.stdout.flush()  # here, where an error is reported
         return code
     except (UserError, RunError) as error:
         if arguments.debug:

@@ -9,8 +9,14 @@ permutation.py  random permutations that are equal on all platforms
 places.py    the folder or URL that a data set is packed to and verified in
 """
 
-from bigan.errors import UserError
+from bigan.errors import LOST, UserError
 
 
 class DataError(UserError):
     """Images, shards or a data folder that cannot be used, in one line."""
+
+
+class OutageError(DataError):
+    """A store that has not answered for `data.patience_seconds`."""
+
+    kind = LOST

@@ -23,9 +23,10 @@ from types import TracebackType
 
 import torch.distributed as dist
 
+from bigan.distributed.job_logs import write_failure
 from bigan.distributed.signals import exit_process, print_line
 from bigan.distributed.world import World, gather, on_all_ranks
-from bigan.errors import REPORTED_ELSEWHERE, PeerError, RunError
+from bigan.errors import LOST, REPORTED_ELSEWHERE, LostError, PeerError
 
 BEAT_SECONDS = 1.0
 SILENT_BEATS = 2.5  # without a change, after which a rank is reported as silent
@@ -267,9 +268,9 @@ class Heartbeat:
             return f"a collective failed, but no rank is lost ({first_line}); {RESUME_HINT}"
         return f"{describe(known, self._members)}; {RESUME_HINT}"
 
-    def lost_rank_error(self, error: BaseException) -> RunError:
+    def lost_rank_error(self, error: BaseException) -> LostError:
         """`explain(error)` as an error to raise, with a note if another rank prints it."""
-        problem = RunError(self.explain(error))
+        problem = LostError(self.explain(error))
         if self._threads and self.world.rank not in reporting_ranks(self._known(), self._members):
             problem.add_note(REPORTED_ELSEWHERE)
         return problem
@@ -348,8 +349,10 @@ class Heartbeat:
                         exit_process(1, partial(self._report_and_stop, known))
 
     def _report_and_stop(self, known: Report) -> None:
+        line = f"{describe(known, self._members)}; stopping; {RESUME_HINT}"
         if self.world.rank in reporting_ranks(known, self._members):
-            self._echo(f"{describe(known, self._members)}; stopping; {RESUME_HINT}")
+            self._echo(line)
+        write_failure(LOST, line)
         if self.world.is_rank_0 and not self._gone:
             self._over = True
             self._wake.set()

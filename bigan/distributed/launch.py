@@ -31,7 +31,7 @@ from bigan.distributed.launch_env import (
 )
 from bigan.distributed.rendezvous import Place, meet
 from bigan.distributed.world import World, broadcast, on_all_ranks
-from bigan.errors import LaunchError
+from bigan.errors import JoinError, LaunchError
 from bigan.versions import version
 
 __all__ = [
@@ -165,14 +165,13 @@ def _join(place: Place, join_seconds: float, timeout_seconds: float) -> None:
             timeout=timedelta(seconds=timeout_seconds),
         )
     except RuntimeError as error:
-        problem = LaunchError(
+        problem = JoinError(
             f"launch environment: rank {place.rank} of {place.size} on {socket.gethostname()} "
             f"reached the store at {place.where} but not the other ranks "
             f"({str(error).strip().splitlines()[0][:200]}); the nodes must resolve and reach each "
             "other's host names; with several networks, export GLOO_SOCKET_IFNAME and "
             "NCCL_SOCKET_IFNAME"
         )
-        problem.everywhere = False  # the message differs between ranks
         raise problem from error
 
 

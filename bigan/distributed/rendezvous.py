@@ -18,7 +18,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from bigan.distributed.signals import print_line
-from bigan.errors import REPORTED_ELSEWHERE, LaunchError
+from bigan.errors import REPORTED_ELSEWHERE, JoinError
 
 LINE_SECONDS = 60.0  # between two lines about missing ranks
 POLL_SECONDS = 0.5  # between two reads of the store, at most
@@ -100,7 +100,7 @@ def meet(
 ) -> dist.Store:
     """The store of the launch, once all ranks have registered in it; a collective.
 
-    Raises `LaunchError`: the port is in use, ranks do not come within `timeout_seconds`, two
+    Raises `JoinError`: the port is in use, ranks do not come within `timeout_seconds`, two
     processes have the same rank, or the world sizes differ.
     """
     wait = Wait(timeout_seconds, line_seconds, echo)
@@ -109,7 +109,7 @@ def meet(
         _register(place, store)
         _wait_for_all(place, store, wait)
     except RuntimeError as error:  # the store has gone: its host reports why it ended
-        problem = LaunchError(
+        problem = JoinError(
             f"launch environment: rank {place.rank} of {place.size} on {socket.gethostname()} lost "
             f"the store at {place.where}, whose process has ended ({_first_line(error)})"
         )
@@ -163,7 +163,7 @@ def _connected(place: Place, wait: Wait) -> dist.Store:
             store, reason = None, _first_line(error)
         if store is not None:
             return store
-    problem = LaunchError(
+    problem = JoinError(
         f"launch environment: rank {place.rank} of {place.size} on {socket.gethostname()} could "
         f"not connect to {place.where} in {wait.passed:.0f} s ({reason}); start rank 0 on the "
         "host MASTER_ADDR, with the same MASTER_PORT as all others, and let that host accept "
@@ -197,11 +197,10 @@ def _store(place: Place, timeout_seconds: float) -> dist.Store:
         why = port_problem(place.port) if place.hosts_store else ""
         if not why:
             raise
-        problem = LaunchError(
+        problem = JoinError(
             f"launch environment: MASTER_PORT = {place.port}: {why} on {socket.gethostname()}; "
             f"export MASTER_PORT={free_port(place.port)}, which is free there, for all ranks"
         )
-        problem.everywhere = False
         raise problem from error
 
 
@@ -229,7 +228,7 @@ def _in_time(
 
 
 def _register(place: Place, store: dist.Store) -> None:
-    """Enter this rank into the store; raises `LaunchError` if another process has its rank."""
+    """Enter this rank into the store; raises `JoinError` if another process has its rank."""
     own = f"{socket.gethostname()}, pid {os.getpid()}"
     first = store.compare_set(f"rank/{place.rank}", "", own).decode()
     size = store.compare_set("size", "", str(place.size)).decode()
@@ -239,11 +238,10 @@ def _register(place: Place, store: dist.Store) -> None:
     elif size != str(place.size):
         what = f"WORLD_SIZE = {place.size}, but another rank has WORLD_SIZE = {size}"
     if what:
-        problem = LaunchError(
+        problem = JoinError(
             f"launch environment: {what}; give each process ({own}) a RANK of its own from 0 to "
             "WORLD_SIZE - 1, and all the same WORLD_SIZE"
         )
-        problem.everywhere = False
         raise problem
     store.add("num_joined", 1)
 
@@ -267,7 +265,7 @@ def _wait_for_all(place: Place, store: dist.Store, wait: Wait) -> None:
     while store.add("num_joined", 0) < place.size:
         if not wait.left:
             text = describe()
-            problem = LaunchError(
+            problem = JoinError(
                 f"launch environment: {text} after {wait.seconds:.0f} s; start a process for each "
                 "rank, with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE"
             )
@@ -277,8 +275,7 @@ def _wait_for_all(place: Place, store: dist.Store, wait: Wait) -> None:
         seconds = min(2 * seconds, POLL_SECONDS)
 
 
-def _printed_if(prints: bool, problem: LaunchError) -> LaunchError:
-    problem.everywhere = False
+def _printed_if(prints: bool, problem: JoinError) -> JoinError:
     if not prints:
         problem.add_note(REPORTED_ELSEWHERE)
     return problem

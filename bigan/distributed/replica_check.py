@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bigan.distributed.world import World, gather, reported_by_rank_0
-from bigan.errors import RunError
+from bigan.errors import LostError
 
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # by size in bytes
 
@@ -35,7 +35,7 @@ def fingerprint(network: nn.Module) -> Tensor:
 
 
 def check_replicas(world: World, networks: Mapping[str, nn.Module], images_seen: int) -> None:
-    """Compare the networks of all ranks; raises `RunError` on all ranks if they differ.
+    """Compare the networks of all ranks; raises `LostError` on all ranks if they differ.
 
     The weights that most ranks have are taken as correct; in a tie, those of rank 0. A collective.
     """
@@ -51,7 +51,7 @@ def check_replicas(world: World, networks: Mapping[str, nn.Module], images_seen:
     for rank, row in enumerate(rows):
         names = [n for n, own, good in zip(networks, row, right, strict=True) if own != good]
         wrong += [f"rank {rank} ({', '.join(names)})"] if names else []
-    problem = RunError(
+    problem = LostError(
         f"the ranks no longer hold the same weights at images_seen = {images_seen}: "
         f"{', '.join(wrong)} {'differs' if len(wrong) == 1 else 'differ'} from the others; this "
         "state is not saved; the same command resumes from the last checkpoint. If it happens "

@@ -40,8 +40,13 @@ def print_line(line: str) -> None:
 
 def launched_as_rank_0(environment: Mapping[str, str]) -> bool:
     """Whether this process is rank 0, which prints messages that are equal on all ranks."""
+    return launched_rank(environment) == "0"
+
+
+def launched_rank(environment: Mapping[str, str]) -> str:
+    """The rank that a launcher gave this process, "0" without one."""
     names = ("RANK", "SLURM_PROCID", *MPI.values())
-    return next((environment[name] for name in names if environment.get(name)), "0") == "0"
+    return next((environment[name] for name in names if environment.get(name)), "0")
 
 
 def exit_process(code: int, cleanup: Callable[[], None]) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from bigan.distributed.world import World
 from bigan.engine.wrapped import Networks
-from bigan.errors import RunError
+from bigan.errors import LostError
 from bigan.objectives.base import Phase, Tensors, Terms
 
 OTHERS_SECONDS = 120.0  # a failure of one rank is a failure of all within this time
@@ -36,7 +36,7 @@ def compile_now(
 
     Phases are pure and gradients are computed without being accumulated, so this changes no state
     and triggers no hook of an engine. If compilation fails on one rank, the phase is eager on all
-    ranks. Raises `RunError` if it fails on this rank while others wait for it inside the phase.
+    ranks. Raises `LostError` if it fails on this rank while others wait for it inside the phase.
     """
     began = time.monotonic()
     why = ""
@@ -74,7 +74,7 @@ def all_ranks_compiled(world: World, why: str) -> bool:
             store.wait(keys, timedelta(seconds=OTHERS_SECONDS))
         return not any(store.get(key) for key in keys)
     except RuntimeError as error:
-        raise RunError(
+        raise LostError(
             f"rank {world.rank} cannot compile phase ({why or error}) while others can; mend that "
             "node, or use compile=eager"
         ) from None

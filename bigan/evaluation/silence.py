@@ -1,4 +1,4 @@
-"""How long a watched run has been silent: a trainer that has ended, or a path without a run."""
+"""When the watch of a run ends: how long it has been silent, and a file that ends it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,24 @@ class Silence:
 
     Clocks of other hosts are not compared: the silence begins when a change is first seen.
     timeout_seconds: after which `check` raises; None: never.
+    until: a file that exists once the trainer has ended, even if the run is not complete.
     """
 
-    def __init__(self, run_dir: Path, timeout_seconds: float | None, echo: Echo) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        timeout_seconds: float | None,
+        echo: Echo,
+        until: Path | None = None,
+    ) -> None:
         self._run_dir, self._timeout, self._echo = run_dir, timeout_seconds, echo
+        self._until = until
         self._last: tuple[int, str] | None = None
         self._since = self._next = 0.0
+
+    def has_ended(self) -> bool:
+        """Whether the file that ends the watch exists; read it before the snapshots are listed."""
+        return self._until is not None and self._until.exists()
 
     def check(self) -> None:
         """Call while waiting. Prints a line at doubling intervals; `RunError` at the timeout."""

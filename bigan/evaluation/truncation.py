@@ -49,7 +49,7 @@ def sweep(
     that the sampler does not support.
     """
     run_dir = Path(run_dir)
-    config = read_config(run_dir, overrides, world, silence=None, poll_seconds=0.0, echo=echo)
+    config = read_config(run_dir, overrides, world)
     evaluator = Evaluator(run_dir, config, world, torch.device(device or world.device))
     for truncation in truncations:
         evaluator.check_truncation(truncation)

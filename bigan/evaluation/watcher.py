@@ -39,6 +39,7 @@ def evaluate(
     overrides: Sequence[str] = (),
     watch: bool,
     timeout_seconds: float | None = None,
+    until: Path | None = None,
     device: torch.device | str | None = None,
     poll_seconds: float = 2.0,
     echo: Echo,
@@ -46,18 +47,24 @@ def evaluate(
     """Measure every complete snapshot of `run_dir` that is not yet measured, oldest first.
 
     All ranks call it. With `watch` it waits for the run folder and for new snapshots, and returns
-    once `DONE` exists and every snapshot is measured. While the run folder does not change, a line
-    reports it at growing intervals. `echo` prints one line per snapshot, on rank 0. `device`
-    defaults to that of `world`. `overrides` ("a.b=value") change the config of the run for this
-    evaluation. Returns images_seen -> metrics of all snapshots, on every rank.
+    once `DONE` or the file `until` exists and every snapshot is measured. While the run folder does
+    not change, a line reports it at growing intervals. `echo` prints one line per snapshot, on
+    rank 0. `device` defaults to that of `world`. `overrides` ("a.b=value") change the config of the
+    run for this evaluation. Returns images_seen -> metrics of all snapshots, on every rank.
 
     Raises `UserError`: no run folder or no snapshot (without `watch`), missing or wrong extractor
     weights, data that is missing, damaged or does not match the model, a full disk. `RunError`:
     the folder has not changed for `timeout_seconds` of waiting.
     """
     run_dir = Path(run_dir)
-    silence = Silence(run_dir, timeout_seconds, echo) if watch else None
-    config = read_config(run_dir, overrides, world, silence, poll_seconds, echo)
+    silence = Silence(run_dir, timeout_seconds, echo, until) if watch else None
+    config = (
+        wait_for_config(run_dir, overrides, world, silence, poll_seconds, echo)
+        if silence
+        else read_config(run_dir, overrides, world)
+    )
+    if config is None:
+        return {}
     truncation = config.evaluation.truncation
     evaluator = Evaluator(run_dir, config, world, torch.device(device or world.device))
     records = Records(run_dir, evaluator.folder, evaluator.protocol(truncation))
@@ -141,48 +148,69 @@ def log_once(
 
 def next_task(records: Records, silence: Silence | None) -> tuple[Task | None, bool]:
     """As `Records.next_task`; raises `RunError` if a watched run has been silent for too long."""
+    ended = silence is not None and silence.has_ended()
     task, finished = records.next_task()
+    finished = finished or ended
     if silence is not None and task is None and not finished:
         silence.check()
     return task, finished
 
 
-def read_config(
-    run_dir: Path,
-    overrides: Sequence[str],
-    world: World,
-    silence: Silence | None,
-    poll_seconds: float,
-    echo: Echo,
-) -> RunConfig:
-    """The config of the run, on every rank; with `silence` it waits until there is one."""
+def read_config(run_dir: Path, overrides: Sequence[str], world: World) -> RunConfig:
+    """The config of a run that has a snapshot, on every rank; else `UserError`."""
     path = RunFolder(run_dir).config
 
-    def find() -> RunConfig | None:
-        if path.is_file() and (silence or snapshots.find(run_dir)):
+    def read() -> RunConfig:
+        if path.is_file() and snapshots.find(run_dir):
             return load_config(path, overrides)
-        if silence is not None:
-            silence.check()
-            return None
         hint = suggestion(run_dir)
         if not run_dir.is_dir():
             raise UserError(
                 f"{run_dir}: no such run folder; give the run_dir of a training run{hint}"
             )
         if not path.is_file():
-            raise UserError(f"{run_dir}: not a run folder (no config.yaml in it){hint}")
+            raise UserError(
+                f"{run_dir}: not a run folder, or its run has not started (no config.yaml in it)"
+                f"{hint}"
+            )
         raise UserError(
             f"{run_dir}: has no complete snapshot yet; train longer (train.snapshot_images is the "
             "interval between snapshots), or wait for one with --watch"
         )
 
+    return on_rank_0(world, read)
+
+
+def wait_for_config(
+    run_dir: Path,
+    overrides: Sequence[str],
+    world: World,
+    silence: Silence,
+    poll_seconds: float,
+    echo: Echo,
+) -> RunConfig | None:
+    """The config of the run once there is one, on every rank; None if the watch ends before."""
+    path = RunFolder(run_dir).config
+
+    def look() -> tuple[RunConfig | None, bool]:
+        ended = silence.has_ended()
+        if path.is_file():
+            return load_config(path, overrides), True
+        if not ended:
+            silence.check()
+        return None, ended
+
     waiting = False
-    while (config := on_rank_0(world, find)) is None:
+    while True:
+        config, ended = on_rank_0(world, look)
+        if world.is_rank_0 and ended and config is None:
+            echo(f"{run_dir}: the training has ended before it wrote {path.name}")
+        if ended:
+            return config
         if world.is_rank_0 and not waiting:
             echo(f"waiting for {path}: the run has not started{suggestion(run_dir)}")
         waiting = True
         time.sleep(poll_seconds)
-    return config
 
 
 def summary(content: Mapping[str, Any]) -> str:

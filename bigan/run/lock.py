@@ -6,10 +6,11 @@ Rank 0 of a launch holds it, from before anything else is written until the end.
 (`flock`) and touched every `BEAT_SECONDS`. A LOCK whose owner was killed does not block the next
 start: on the same machine the kernel has released the lock and the process is gone. Of a process on
 another machine only the heartbeat is known: its LOCK is taken over after `STALE_SECONDS` without
-one, measured on the clock of the file system; at once by a later attempt of the same SLURM job or
-elastic launch, whose scheduler has ended the former one; and by the same attempt, which a launcher
-starts again on other machines, after `WATCHED_BEATS` intervals without one. The owner of a LOCK
-that was taken over finds another token in it and must not write any more (`RunLock.taken_by`).
+one, measured on the clock of the file system; and by the same attempt, which an elastic launch
+starts again on other machines, after `WATCHED_BEATS` intervals without one. A later attempt of the
+same SLURM job, chain of jobs or elastic launch takes a LOCK over at once: the scheduler has ended
+the former attempt, or lost it and cannot end it. The owner of a LOCK that was taken over finds
+another token in it and must not write any more (`RunLock.taken_by`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pathlib import Path
 
 from bigan import atomic_files
 from bigan.distributed.world import World, on_all_ranks
-from bigan.errors import RunError, UserError, writing
+from bigan.errors import TAKEN_OVER, RunError, UserError, writing
 from bigan.file_lock import try_lock
 from bigan.run_folder import RunFolder
 
@@ -47,6 +48,8 @@ class LockedError(UserError):
 class TakenOverError(RunError):
     """Another trainer has taken the run over: this one must not write any more."""
 
+    kind = TAKEN_OVER
+
 
 @dataclass(frozen=True)
 class Owner:
@@ -58,7 +61,7 @@ class Owner:
     boot: str  # id of the machine's boot, "" if unknown
     born: str  # start time of the process, in clock ticks since the boot, "" if unknown
     since: str  # local time at which it took the lock
-    attempts: dict[str, int] = field(default_factory=dict)  # "SLURM job 7" -> number of requeues
+    attempts: dict[str, int] = field(default_factory=dict)  # see `_attempts`
     token: str = ""
 
     @classmethod
@@ -90,7 +93,7 @@ class Owner:
         return owner if valid else None
 
     def __str__(self) -> str:
-        jobs = "".join(f", {name}" for name in self.attempts if name.startswith("SLURM"))
+        jobs = "".join(f", {name}" for name in self.attempts if name.startswith("SLURM job"))
         return f"host {self.host}, pid {self.pid} (since {self.since}{jobs})"
 
     @property
@@ -209,22 +212,24 @@ class RunLock:
         silent = 0.0  # without meaning where the kernel knows whether the owner lives
         if not found.is_here or held is None:
             silent = self._clock() - os.fstat(descriptor).st_mtime
-        if not found.lives(held, silent) or (not found.is_here and self._follows(found)):
+        if not found.lives(held, silent) or self._follows(found):
             self.former = found
         else:
             raise self._refusal(found, silent)
 
     def _follows(self, owner: Owner) -> bool:
-        """Whether this attempt continues that of a process of the same job on another machine.
+        """Whether this attempt continues that of `owner`, which lives or is on another machine.
 
-        A requeued job does. An elastic launch that has lost a machine may start the same attempt
-        again, and two launches may have one id: there a few heartbeats decide.
+        A requeued job and a later link of a chain do. An elastic launch that has lost a machine may
+        start the same attempt again, and two launches may have one id: there a few heartbeats
+        decide, if the owner is on another machine.
         """
         restarts = owner.restarts(self._owner)
         if not restarts or max(restarts.values()) < 0:
             return False
-        requeued = any(num > 0 for name, num in restarts.items() if name.startswith("SLURM"))
-        return requeued or not self._beats()
+        if any(num > 0 for name, num in restarts.items() if name.startswith("SLURM")):
+            return True
+        return not owner.is_here and not self._beats()
 
     def _beats(self) -> bool:
         """Whether the LOCK gets a heartbeat within the next few intervals."""
@@ -314,11 +319,17 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _attempts(environment: Mapping[str, str]) -> dict[str, int]:
-    """Job or elastic launch -> how often its scheduler has started it again."""
+    """Job, chain or elastic launch -> how often its scheduler has started it again.
+
+    An element of a job array has a job id of its own, which it keeps when it is requeued. The links
+    of a chain are jobs that start one after the other and share a token.
+    """
     found = {}
-    job = environment.get("SLURM_JOB_ID")
+    job, chain = environment.get("SLURM_JOB_ID"), environment.get("BIGAN_CHAIN")
     if job:
         found[f"SLURM job {job}"] = _count(environment, "SLURM_RESTART_COUNT")
+    if chain:
+        found[f"SLURM chain {chain}"] = _count(environment, "BIGAN_CHAIN_LINK")
     launch = environment.get("TORCHELASTIC_RUN_ID") or "none"
     if launch != "none":  # of static rendezvous: the same for every launch
         found[f"launch {launch}"] = _count(environment, "TORCHELASTIC_RESTART_COUNT")

@@ -187,6 +187,17 @@ def test_folder_that_is_not_a_run_is_refused(make_config: MakeConfig) -> None:
     assert [p.name for p in config.run_dir.iterdir()] == ["thesis.tex"]
 
 
+def test_a_run_that_was_submitted_has_not_started(make_config: MakeConfig) -> None:
+    """Its folder has the files of its job, and a stop request of a cancelled earlier one."""
+    config = make_config()
+    (config.run_dir / "slurm").mkdir(parents=True)
+    (config.run_dir / "STOP").touch()
+    assert not run_folder.check(config).resumes
+    run_folder.prepare(config)
+    assert not (config.run_dir / "STOP").exists()
+    assert (config.run_dir / "slurm").exists()
+
+
 def test_finished_run_is_reported_and_its_marker_restored(make_config: MakeConfig) -> None:
     config = make_config()
     quiet(config)

@@ -310,6 +310,26 @@ def test_a_run_whose_trainer_is_gone_is_left_after_the_timeout(
     assert "REQUEUE" in watch()
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_file_ends_the_watch_of_a_run_that_is_not_complete(
+    tmp_path: Path, digits: Path, begun: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The training has failed, or was cancelled before it began; the folder of its job is there."""
+    config = evaluated(tmp_path / "run", digits)
+    (config.run_dir / "slurm").mkdir(parents=True)
+    command = ["evaluate", str(config.run_dir), "--until", str(config.run_dir / "slurm" / "ended")]
+    if begun:
+        start_run(config)
+        write_snapshot(config, 100)
+    else:  # a wait, not an error
+        assert main([*command, "--watch", "--timeout", "0.1", "--poll-seconds", "0.02"]) == 1
+    (config.run_dir / "slurm" / "ended").touch()
+    capsys.readouterr()
+    assert main([*command, "--watch"]) == 0
+    assert ("images_seen 100 " in capsys.readouterr().out) == begun
+    assert main(command) == 2  # without --watch
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("run", "no run for"), ("digit-a", "digits-a"), ("", "digits-a"), ("no/run", "no folder")],

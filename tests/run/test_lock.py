@@ -72,6 +72,11 @@ def elsewhere(**changes: object) -> Owner:
     return replace(other, **changes)  # type: ignore[arg-type]
 
 
+def chain(token: str, link: str) -> dict[str, str]:
+    """The variables of a link of a chain of jobs."""
+    return {"BIGAN_CHAIN": token, "BIGAN_CHAIN_LINK": link}
+
+
 def write_lock(run: Path, owner: Owner, silent_seconds: float = 0.0) -> Path:
     run.mkdir(exist_ok=True)
     path = run / "LOCK"
@@ -108,6 +113,20 @@ def test_a_living_owner_is_named_and_a_killed_one_is_replaced_at_once(
         (0, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, {"SLURM job 7": 0}, True),
         (0, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, {"SLURM job 7": 2}, False),
         (0, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}, {"SLURM job 7": 0}, False),
+        # A later link of the same chain of jobs; not an earlier one, not another chain.
+        (0, {"SLURM_JOB_ID": "8", **chain("c", "2")}, {"SLURM job 7": 3, "SLURM chain c": 1}, True),
+        (
+            0,
+            {"SLURM_JOB_ID": "8", **chain("c", "2")},
+            {"SLURM job 9": 0, "SLURM chain c": 3},
+            False,
+        ),
+        (
+            0,
+            {"SLURM_JOB_ID": "8", **chain("c", "2")},
+            {"SLURM job 7": 0, "SLURM chain d": 1},
+            False,
+        ),
         (
             0,
             {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "2"},
@@ -146,6 +165,25 @@ def test_the_owner_on_another_machine_is_judged_by_its_heartbeat(
     assert str(path) in str(refused.value)
     assert path.read_text() == content
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["LOCK"]
+
+
+def test_a_requeued_job_takes_over_from_a_task_that_survived_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon of the node had died; the task has lost its lock and stops writing."""
+    for name in ("SLURM_RESTART_COUNT", "BIGAN_CHAIN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    lost = RunLock(tmp_path / "run")
+    with pytest.raises(LockedError, match=f"pid {os.getpid()} "):
+        RunLock(tmp_path / "run")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    lock = RunLock(tmp_path / "run")
+    assert lost.taken_by() is not None
+    lost.release()
+    assert lock.taken_by() is None
+    assert (tmp_path / "run" / "LOCK").exists()
+    lock.release()
 
 
 @pytest.mark.parametrize("text", ["x", "", "-1", "1.5"])

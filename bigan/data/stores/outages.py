@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from bigan.data import DataError
+from bigan.data import DataError, OutageError
 
 T = TypeVar("T")
 
@@ -69,8 +69,8 @@ class Patience:
     def repeat(self, what: str, attempt: Callable[[], T]) -> T:
         """The result of `attempt`, repeated after transient failures; `what` names the file.
 
-        Raises `DataError` after `seconds` without success, at once for a permanent failure, and
-        `InterruptedError` once stopped.
+        Raises `OutageError` after `seconds` without success, `DataError` at once for a permanent
+        failure, and `InterruptedError` once stopped.
         """
         num, wrong, began = 0, 0, 0.0
         while True:
@@ -90,7 +90,7 @@ class Patience:
                 self._failed(str(error))
                 left = began + self._seconds - now
                 if left <= 0:
-                    raise DataError(
+                    raise OutageError(
                         f"{what}: cannot be read ({error}; repeated for {now - began:.0f} s); "
                         "when the store answers again, run the same command again "
                         "(data.patience_seconds is how long to wait)"
