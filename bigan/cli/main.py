@@ -1,4 +1,4 @@
-"""The command line: `bigan pack | verify | describe | train | evaluate | bench`.
+"""The command line: `bigan pack | verify | describe | train | evaluate | submit | bench`.
 
 Exit codes: 0 done, 1 the run had to stop or a data set is damaged, 2 bad input (one line, nothing
 written), 128 + n stopped by signal n with a checkpoint.
@@ -26,6 +26,7 @@ from bigan.cli.pack import (
     verify_command,
 )
 from bigan.distributed.job_logs import failures_written, write_failure
+from bigan.cli.submit import EPILOG, add_submit_arguments, submit_command
 from bigan.distributed.signals import launched_as_rank_0
 from bigan.errors import (
     INPUT,
@@ -167,6 +168,9 @@ def parser() -> argparse.ArgumentParser:
     _add_data_commands(commands)
     _add_run_commands(commands)
     _add_evaluate(commands)
+    add_submit_arguments(
+        commands.add("submit", submit_command, "train a config in jobs of SLURM", EPILOG)
+    )
     bench = commands.add(
         "bench", None, "measure speed, memory and data traffic, as JSON", "See docs/benchmarks.md."
     )

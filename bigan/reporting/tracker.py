@@ -13,6 +13,7 @@ runs there so that they can be compared:
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import subprocess
@@ -117,15 +118,19 @@ def environment() -> dict[str, Any]:
         "host": platform.node(),
         "platform": platform.platform(),
         "devices": hardware(),
-        "git": _git(Path(__file__).resolve()),
+        "git": revision(Path(__file__).resolve().parents[1] / "__init__.py"),
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
 
 
-def _git(source: Path) -> dict[str, Any] | None:
+REVISION = "revision.json"  # beside a package that `bigan submit` has copied (cluster/freeze.py)
+
+
+def revision(source: Path) -> dict[str, Any] | None:
     """{"commit", "dirty"} of the checkout that tracks the file `source`, or None.
 
-    A package that is installed inside an unrelated checkout is not tracked by it.
+    A frozen copy of the package has a record of it. A package that is installed inside an unrelated
+    checkout is not tracked by it.
     """
 
     def ask(*arguments: str) -> str:
@@ -133,6 +138,9 @@ def _git(source: Path) -> dict[str, Any] | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         return done.stdout.strip()
 
+    with contextlib.suppress(OSError, ValueError):
+        recorded = json.loads((source.parent.parent / REVISION).read_text())
+        return {name: recorded.get(name) for name in ("commit", "dirty")}
     try:
         ask("ls-files", "--error-unmatch", source.name)
         dirty = bool(ask("status", "--porcelain", "--untracked-files=no"))

@@ -466,13 +466,13 @@ def test_commit_is_recorded_only_for_a_tracked_source(tmp_path: Path) -> None:
     source, installed = tmp_path / "source.py", tmp_path / "installed.py"
     source.write_text("1")
     installed.write_text("1")
-    assert tracking._git(source) is None
+    assert tracking.revision(source) is None
     git("init", "-q")
     git("add", "source.py")
     git("commit", "-q", "-m", "one")
-    assert tracking._git(source) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    assert tracking.revision(source) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     source.write_text("2")
-    found = tracking._git(source)
+    found = tracking.revision(source)
     assert found is not None
     assert found["dirty"] is True
-    assert tracking._git(installed) is None
+    assert tracking.revision(installed) is None

@@ -1,0 +1,255 @@
+"""`bigan submit`: freeze code and config of a run, render its scripts, hand them to sbatch."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import shlex
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigan import atomic_files
+from bigan.cluster import freeze, jobs, slurm
+from bigan.cluster.plan import (
+    Job,
+    Places,
+    Request,
+    check_options,
+    check_places,
+    check_times,
+    jobs_of,
+)
+from bigan.cluster.profiles import Profile
+from bigan.cluster.render import source
+from bigan.config import ConfigError
+from bigan.distributed.launch_env import chosen_engine
+from bigan.errors import UserError, writing
+from bigan.run import folder as folders
+from bigan.run.stages import stages
+from bigan.run_config import RunConfig, accumulation_steps, check_groups, load_config
+from bigan.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from bigan.cluster.sweep import Sweep
+
+Echo = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A request that has been validated."""
+
+    request: Request
+    profile: Profile
+    frozen_config: str
+    sweep: Sweep | None
+    code: freeze.Code
+    run_dir: Path  # as in the config
+    jobs: tuple[Job, ...]
+
+    @property
+    def absolute(self) -> Path:
+        return self.run_dir.absolute()
+
+    def places(self, folder: Path) -> Places:
+        code = self.code.folder(RunFolder(self.absolute).slurm)
+        return Places(self.absolute, folder, code, Path.cwd())
+
+
+def submit(request: Request, profile: Profile, echo: Echo) -> list[str]:
+    """Submit the jobs of a request; returns their ids.
+
+    Raises `UserError` before anything is submitted if request, config, profile and run folder do
+    not fit together, and `SlurmError` if SLURM refuses a job; jobs that were submitted before it
+    are cancelled then.
+    """
+    checked = _check(request, profile, echo)
+    _refuse_second(checked)
+    folder = _write(checked)
+    ids = _submit(checked, checked.places(folder), echo)
+    run = shlex.quote(str(checked.run_dir))
+    echo(f"bigan status {run}    # queue, progress, last error")
+    echo(f"bigan logs {run}      # output of the jobs")
+    echo(f"bigan cancel {run}    # end them")
+    if checked.sweep:
+        echo(f"bigan sweep-report {run}    # results so far")
+    return ids
+
+
+def dry_run(request: Request, profile: Profile, echo: Echo) -> None:
+    """Print scripts and commands; writes nothing and needs no SLURM."""
+    checked = _check(request, profile, echo)
+    places = checked.places(_next_folder(checked.absolute))
+    names = [f"JOB_{number}" for number, _ in enumerate(checked.jobs, 1)]
+    for number, job in enumerate(checked.jobs):
+        echo(f"# {'-' * 20} {places.folder / job.script}")
+        echo(job.rendered(places, profile, names[:number]))
+    if len(names) > 1:
+        echo(f"# Commands; {', '.join(names[:-1])}: the id that the command of this number prints")
+    else:
+        echo("# Command")
+    for number, job in enumerate(checked.jobs):
+        echo(shlex.join(job.command(places, names[:number])))
+
+
+def test_only(request: Request, profile: Profile, echo: Echo) -> None:
+    """Print when and where SLURM would start each job; writes nothing. Raises `SlurmError`."""
+    checked = _check(request, profile, echo)
+    places = checked.places(_next_folder(checked.absolute))
+    names = ["1"] * len(checked.jobs)
+    for job in checked.jobs:
+        script = job.rendered(places, profile, names)
+        echo(f"{job}: {slurm.would_start(job.arguments(places), script)}")
+
+
+def _check(request: Request, profile: Profile, echo: Echo) -> _Checked:
+    check_options(request)
+    sweep = None
+    if request.sweep:
+        sweep, config = _load_sweep(request.sweep, request)
+        request = dataclasses.replace(request, parallel=request.parallel or sweep.parallel)
+    else:
+        config = load_config(request.config, request.overrides)
+    run_dir = config.run_dir.absolute()
+    check_places(run_dir, Path.cwd(), profile)
+    times = [("--time", request.time), ("--evaluate-time", request.evaluate_time)]
+    check_times(times, profile)
+    if not sweep:
+        folders.check(config)
+    elif RunFolder(run_dir).config.exists():
+        raise ConfigError(
+            f"{config.run_dir}: is a run; use another run_dir=... for the folder of a sweep"
+        )
+    _check_processes(request, config)
+    if not request.gpus:
+        echo(
+            f"no --gpus: trains on CPUs, {request.processes_per_node} process(es) on each of "
+            f"{request.nodes} node(s)"
+        )
+    return _Checked(
+        request,
+        profile,
+        freeze.frozen_config(config),
+        sweep,
+        freeze.current_code(),
+        config.run_dir,
+        jobs_of(request, profile, run_dir, sweep.num_trials if sweep else 0),
+    )
+
+
+def _load_sweep(path: Path, request: Request) -> tuple[Sweep, RunConfig]:
+    """The sweep in a file, and the config of its base."""
+    from bigan.cluster.sweep import load_sweep
+    from bigan.cluster.sweep_check import resolved
+
+    sweep = load_sweep(path)
+    return sweep, resolved(sweep, request.config, request.overrides)[2]
+
+
+def _check_processes(request: Request, config: RunConfig) -> None:
+    size = request.world_size
+    try:
+        accumulation_steps(config.train, size)
+        for stage in stages(config):
+            check_groups(stage.config, size)
+        chosen_engine(config.engine, {}, size)
+    except UserError as error:
+        raise ConfigError(
+            f"{request.nodes} node(s) of {request.processes_per_node} process(es): {error}"
+        ) from None
+
+
+def _refuse_second(checked: _Checked) -> None:
+    """Raises `UserError` if a job of the run is in the queue: both would train the same run."""
+    known = {job["job"] for job in jobs.read(checked.absolute)}
+    if not known:
+        return
+    queued = known & set(slurm.run("squeue", "--noheader", "--me", "--format=%A").split())
+    if queued:
+        raise UserError(
+            f"{checked.run_dir}: job {', '.join(sorted(queued, key=int))} of this run is in the "
+            f"queue; wait for its end, or end it: bigan cancel {shlex.quote(str(checked.run_dir))}"
+        )
+
+
+def _next_folder(run_dir: Path) -> Path:
+    """`<run_dir>/slurm/<n>` after the existing numbers."""
+    slurm_folder = RunFolder(run_dir).slurm
+    found = [int(path.name) for path in slurm_folder.glob("[0-9]*") if path.name.isdecimal()]
+    return slurm_folder / f"{max(found, default=0) + 1:03d}"
+
+
+def _write(checked: _Checked) -> Path:
+    """Write the files of a submission but its scripts; returns its folder."""
+    run = RunFolder(checked.absolute)
+    with writing(run.slurm):
+        (run.slurm / "logs").mkdir(parents=True, exist_ok=True)  # or SLURM discards the output
+        freeze.freeze_code(checked.code, run.slurm)
+        while True:
+            folder = _next_folder(checked.absolute)
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:  # of another `bigan submit`
+                continue
+        places = checked.places(folder)
+        atomic_files.write_atomic(places.config(), checked.frozen_config)
+        atomic_files.write_atomic(places.launch_file(), source("accelerate.yaml"))
+    if checked.sweep:
+        from bigan.cluster.sweep_check import freeze as freeze_sweep
+
+        request = checked.request
+        freeze_sweep(checked.sweep, request.config, request.overrides, run.path)
+    return folder
+
+
+def _submit(checked: _Checked, places: Places, echo: Echo) -> list[str]:
+    """Submit the jobs, all of them or none."""
+    ids: list[str] = []
+    try:
+        for job in checked.jobs:
+            script = places.folder / job.script
+            with writing(script):
+                text = job.rendered(places, checked.profile, ids)
+                atomic_files.write_atomic(script, text)
+            command = job.command(places, ids)
+            ids.append(slurm.sbatch(command[2:]))
+            with writing(jobs.path_of(places.run_dir)):
+                jobs.append(places.run_dir, _record(job, ids[-1], command, checked.code, places))
+            echo(f"job {ids[-1]} submitted: {job}")
+    except BaseException:
+        _undo(ids, places.folder, echo)
+        raise
+    return ids
+
+
+def _undo(ids: Sequence[str], folder: Path, echo: Echo) -> None:
+    if not ids:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    try:
+        slurm.run("scancel", *ids)
+        echo(f"cancelled: {', '.join(ids)}, because a later job could not be submitted")
+    except slurm.SlurmError as error:
+        echo(f"{error}; these jobs are still in the queue, cancel them: scancel {' '.join(ids)}")
+
+
+def _record(
+    job: Job, number: str, command: list[str], code: freeze.Code, places: Places
+) -> dict[str, Any]:
+    """A line of jobs.jsonl."""
+    return {
+        "job": number,
+        "kind": job.kind,
+        "link": job.link,
+        "links": job.links,
+        "script": str((places.folder / job.script).relative_to(places.run_dir)),
+        "command": command,
+        "submitted": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "nodes": job.nodes,
+        "gpus": job.gpus,
+        "code": code.as_dict(),
+    }
