@@ -25,8 +25,8 @@ from bigan.cli.pack import (
     pack_command,
     verify_command,
 )
-from bigan.distributed.job_logs import failures_written, write_failure
 from bigan.cli.submit import EPILOG, add_submit_arguments, submit_command
+from bigan.distributed.job_logs import failures_written, write_failure
 from bigan.distributed.signals import launched_as_rank_0
 from bigan.errors import (
     INPUT,

@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2030,SC2031  # BIGAN_LOG_DIR is set for a subshell on purpose
+# shellcheck shell=bash disable=SC2030,SC2031  # BIGAN_LOG_DIR differs in a subshell on purpose
 # A job of SLURM that trains or evaluates one run: ranks, logs, signals, requeue.
 #
 #   train_job CONFIG [a.b=value ...]      evaluate_job RUN [options of `bigan evaluate`]
