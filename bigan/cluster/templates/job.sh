@@ -347,10 +347,13 @@ begin_attempt() { # resolve what earlier attempts left
 }
 
 train() { # CONFIG [a.b=value ...]: returns if the run is complete or was stopped on purpose
-    local before
+    local before file
     before=$(images_seen)
-    if printf '%s\n' "$@" | cat - "$1" 2>/dev/null | grep -qw cache; then
-        on_each_node "$PYTHON" -m bigan stage "$@" || fail "staging the shards failed"
+    if printf '%s\n' "$@" | cat - "$1" 2>/dev/null | grep -w cache | grep -qv null; then
+        on_each_node "$PYTHON" -m bigan stage "$@" || {
+            file=$(first_failure) && fail "$(reason_of "$file")"
+            fail "staging the shards failed; see above"
+        }
     fi
     supervise launch "$(free_port)" train "$@"
     OUTCOME=""
@@ -461,10 +464,15 @@ trial_job() { # SWEEP_DIR: the trial of this element
     name_job
     BIGAN_RUN_DIR=$SWEEP/$(printf '%03d' "$INDEX")
     enter_job trial
-    begin_attempt
     when=$(on_trial begin) || fail "the trial could not be set up; see above"
+    when=${when##*$'\n'}
+    if [ "$when" = ended ]; then
+        say "trial $INDEX has a result"
+        exit 0
+    fi
+    begin_attempt
     ended=$BIGAN_LOG_DIR/training-ended
-    if [ "${when##*$'\n'}" = during ]; then
+    if [ "$when" = during ]; then
         evaluate_trial --watch --until "$ended" &
         evaluator=$!
         on_trial watch &
