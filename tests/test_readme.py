@@ -29,6 +29,9 @@ ELSEWHERE = {
     "make test": ".ci/run",
     ".venv/bin/python benchmarks/input_pipeline.py --quick": "tests/bench/test_input_benchmark.py",
     ".venv/bin/bigan bench scaling configs/digits.yaml --ranks 1,2": "tests/bench/",
+    ".venv/bin/bigan submit configs/biggan-128.yaml --nodes 4 --gpus 8 --time 24:00:00 "
+    "--evaluate during": "tests/slurm/",
+    ".venv/bin/bigan status runs/biggan-128": "tests/slurm/",
 }
 SMALL = (
     "train.total_images=80 train.batch=40 train.micro_batch=20 train.snapshot_images=40 "
