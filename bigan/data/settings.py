@@ -54,7 +54,7 @@ class Fetch(Frozen):
             if not os.environ.get(name):
                 raise DataError(
                     f"data.cache = {self.cache}: {name} is not set on {socket.gethostname()}; "
-                    "export it there, or use another data.cache"
+                    "export it there, or use another data.cache (null: none)"
                 )
             return os.environ[name]
 
