@@ -15,6 +15,7 @@ from commands import ROOT, SMOKE, environment
 from data_helpers import one_line, tree
 from web import Web
 
+from bigan.atomic_files import pid_scope
 from bigan.cli.main import main
 from bigan.config import dump
 from bigan.data import DataError
@@ -78,13 +79,14 @@ def test_what_is_missing_is_copied_again(source: Manifest, tmp_path: Path) -> No
     first, second = source.shards("train")[:2]
     (folder / first.url).unlink()
     (folder / second.url).write_bytes(b"")
-    (folder / f".{first.url}.0-0-0.tmp").write_bytes(b"")
+    killed = f"{pid_scope()}-{2**22 + 1}"  # above the highest process number
+    (folder / f".{first.url}.00000000-{killed}.tmp").write_bytes(b"")
     assert not is_staged(source, "train", fetch)
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
     stage(source, "train", fetch, lambda _: None)
     after = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
     assert {name for name in after if after[name] != before.get(name)} == {first.url, second.url}
-    assert {name: data for name, data in tree(folder).items() if name in complete} == complete
+    assert tree(folder) == complete
     (folder / "COMPLETE").unlink()
     assert not is_staged(source, "train", fetch)
     stage(source, "train", fetch, lambda _: None)
