@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from commands import ROOT, environment, free_port
 from PIL import Image
 
 import bigan
+from bigan.cli.main import parser
 
 README = (ROOT / "README.md").read_text()
 
@@ -29,6 +31,9 @@ ELSEWHERE = {
     "make test": ".ci/run",
     ".venv/bin/python benchmarks/input_pipeline.py --quick": "tests/bench/test_input_benchmark.py",
     ".venv/bin/bigan bench scaling configs/digits.yaml --ranks 1,2": "tests/bench/",
+    ".venv/bin/bigan submit configs/biggan-128.yaml --nodes 4 --gpus 8 --time 24:00:00 "
+    "--evaluate during": "tests/slurm/",
+    ".venv/bin/bigan status runs/biggan-128": "tests/slurm/",
 }
 SMALL = (
     "train.total_images=80 train.batch=40 train.micro_batch=20 train.snapshot_images=40 "
@@ -122,6 +127,17 @@ def test_every_command_is_known() -> None:
     assert len(commands()) == len(set(commands()))
     unknown = [c for c in commands() if c not in ELSEWHERE and not any(p in c for p in PARTS)]
     assert not unknown
+
+
+def test_commands_of_the_cluster_page_are_accepted() -> None:
+    """By the parser, with all their options; tests/slurm/ executes such commands."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.S)
+    lines = [line for block in blocks for line in block.splitlines()]
+    found = [shlex.split(line, comments=True) for line in lines if line.startswith("bigan ")]
+    assert {command[1] for command in found} >= {"submit", "status", "logs"}
+    for command in found:
+        _, rest = parser().parse_known_args(command[1:])
+        assert all("=" in word and not word.startswith("-") for word in rest), command
 
 
 @pytest.mark.full

@@ -23,6 +23,7 @@ from bigan.cli.pack import (
     add_pack_arguments,
     add_verify_arguments,
     pack_command,
+    stage_command,
     verify_command,
 )
 from bigan.cli.submit import EPILOG, add_submit_arguments, submit_command
@@ -202,6 +203,15 @@ def _add_data_commands(commands: Commands) -> None:
 
 
 def _add_run_commands(commands: Commands) -> None:
+    _add_config(
+        commands.add(
+            "stage",
+            stage_command,
+            "copy the shards that a config reads to data.cache on this node",
+            "For shards in a slow shared folder; once per node, before training: "
+            "bigan stage CONFIG data.cache=/local/bigan",
+        )
+    )
     describe = commands.add(
         "describe",
         describe_command,

@@ -1,14 +1,16 @@
-"""The commands `bigan pack` and `bigan verify`."""
+"""The commands `bigan pack`, `bigan verify` and `bigan stage`."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from bigan.cli.arguments import count, fraction, part, size
+from bigan.urls import is_remote
 
 
 def pack_command(arguments: argparse.Namespace) -> int:
@@ -45,6 +47,33 @@ def verify_command(arguments: argparse.Namespace) -> int:
         )
     print(json.dumps(report.as_dict(), indent=2) if arguments.json else report.as_text())
     return 0 if report.ok else 1
+
+
+def stage_command(arguments: argparse.Namespace) -> int:
+    """Copy the shards of a config to a disk of this node; at once if there is nothing to copy."""
+    from bigan import config as configs
+
+    content, _ = configs.read(arguments.config, arguments.overrides)
+    if not _has_cached_folder(content.get("data")):
+        print("nothing to stage: data.cache is not set, or data.path is a URL")
+        return 0
+    from bigan.data.streaming.staging import stage
+    from bigan.run.streams import staged_splits
+    from bigan.run_config import load_config
+
+    for manifest, data in staged_splits(load_config(arguments.config, arguments.overrides)):
+        stage(manifest, data.split, data, functools.partial(print, flush=True))
+    return 0
+
+
+def _has_cached_folder(data: Any) -> bool:
+    """Whether the `data` section of a config, or a stream in it, has a folder and a cache."""
+    sections = [data, *data.values()] if isinstance(data, dict) else []
+    return any(
+        isinstance(section, dict) and section.get("cache") and not is_remote(str(section["path"]))
+        for section in sections
+        if isinstance(section, dict) and "path" in section
+    )
 
 
 @contextlib.contextmanager

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
+import socket
 from pathlib import Path
 from typing import Literal
 
 from pydantic import FieldSerializationInfo, field_serializer, field_validator
 
 from bigan.config import CREDENTIALS, Frozen, Positive
+from bigan.data import DataError
 from bigan.image_size import ImageSize, num_pixels
 from bigan.urls import is_remote, redacted
 
@@ -31,12 +35,30 @@ class Fetch(Frozen):
     prefetch: Positive = 3  # batches read ahead per process
     on_bad: Literal["stop", "skip"] = "stop"  # skip: replace an undecodable sample by the next one
     allow_pipe: bool = False  # allow `pipe:` URLs to run shell commands
-    cache: Path | None = None  # folder on a disk of the node, for random access to a URL
+    # Folder on a disk of the node: what was read from a URL, or a copy of the shards of a folder
+    # (`bigan stage`). It may contain environment variables of the node, as in $TMPDIR/bigan.
+    cache: Path | None = None
     cache_bytes: Positive | None = None  # upper limit of the cache; None: no limit
     resident_bytes: Positive = 8 * 2**30  # upper limit of resident mode per process
     connections: Positive = 4  # concurrent downloads per process
     # How long a store that does not answer is waited for; less than the time-out of collectives.
     patience_seconds: Positive = 300
+
+    def cache_folder(self) -> Path | None:
+        """`cache` on this node; raises `DataError` for an environment variable that is not set."""
+        if self.cache is None:
+            return None
+
+        def value(found: re.Match[str]) -> str:
+            name = found[1] or found[2]
+            if not os.environ.get(name):
+                raise DataError(
+                    f"data.cache = {self.cache}: {name} is not set on {socket.gethostname()}; "
+                    "export it there, or use another data.cache (null: none)"
+                )
+            return os.environ[name]
+
+        return Path(re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, str(self.cache))).expanduser()
 
     def num_threads(self, resolution: ImageSize) -> int:
         """`threads`, or the default for images of this size."""

@@ -148,8 +148,8 @@ class RunLock:
         return found if found is not None and found.token != self._owner.token else None
 
     def remarks(self) -> list[str]:
-        """A line if the lock of a process on another machine was taken over."""
-        if self.former is None or self.former.is_here:
+        """A line if the lock was taken over from another machine, or from an earlier attempt."""
+        if self.former is None or (self.former.is_here and not self._follows(self.former)):
             return []
         return [f"{self._run_dir}: taken over from {self.former}, which did not release it"]
 

@@ -9,10 +9,12 @@ from bigan.data.format.manifest import MANIFEST
 from bigan.data.packing.index_in_place import understood
 from bigan.data.streaming import resampled
 from bigan.data.streaming.dataset import open_manifest
+from bigan.data.streaming.staging import is_staged
 from bigan.layers.batchnorm import normalization_layers
 from bigan.layers.spectral import spectral_layers
 from bigan.run import traffic
 from bigan.run.state import TrainState
+from bigan.run.streams import staged_splits
 
 
 def remarks(state: TrainState) -> list[str]:
@@ -20,6 +22,7 @@ def remarks(state: TrainState) -> list[str]:
     return [
         *([resampled.NOTE] if _is_resampled(state) else []),
         *_existing_shards(state),
+        *_staging(state),
         *_traffic(state),
         *_unused_streams(state),
         *_batchnorm(state),
@@ -43,6 +46,18 @@ def _existing_shards(state: TrainState) -> list[str]:
             manifest = open_manifest(folder, data)
             lines += [understood(manifest)] if manifest.is_indexed else []
     return lines
+
+
+def _staging(state: TrainState) -> list[str]:
+    """Folders that are read although `data.cache` is set: the node of rank 0 has no copy."""
+    if not state.world.is_rank_0:
+        return []
+    return [
+        f"{manifest.folder} ({data.split}): data.cache is set, but this node has no copy of the "
+        "shards; they are read from their folder (`bigan stage CONFIG` copies them)"
+        for manifest, data in staged_splits(state.run_config)
+        if not is_staged(manifest, data.split, data)
+    ]
 
 
 def _traffic(state: TrainState) -> list[str]:

@@ -91,6 +91,24 @@ def _images(config: RunConfig, data: DataConfig, manifest: Manifest) -> Images:
     return Images(dict(zip(manifest.classes, counts, strict=True)), manifest.fingerprint)
 
 
+def staged_splits(config: RunConfig) -> list[tuple[Manifest, DataConfig]]:
+    """The data sets, of all resolutions of a growing model, that `data.cache` has a copy of.
+
+    Those in a folder: of a URL, the cache keeps what was read. Raises `DataError`.
+    """
+    found = []
+    for data in config.streams.values():
+        if data.cache is None or data.mode == "resampled" or is_remote(data.path):
+            continue
+        if config.growth is None:
+            found.append((open_manifest(data.path, data), data))
+            continue
+        levels = {stage.resolution: stage.config.model.resolution for stage in stages(config)}
+        opened = [open_level(data.path, level, data) for level in levels.values()]
+        found += [(manifest, data) for manifest in {m.folder: m for m in opened}.values()]
+    return found
+
+
 def resolve_lanes(config: RunConfig) -> dict[str, int | None]:
     """`data.lanes` of every stream: as set, else those of the run in `run_dir`, else the default.
 

@@ -109,6 +109,7 @@ def train(
     *,
     num_processes: int = 2,
     options: Sequence[str] = (),
+    logs: Path | None = None,
     timeout: float = 120,
 ) -> tuple[int, list[str]]:
     """One attempt of a run; returns the exit code and the lines on stderr."""
@@ -119,7 +120,7 @@ def train(
         command += ["--main_process_port", str(free_port()), *options]
     process = subprocess.Popen(
         [*command, *program(faults, arguments)],
-        env=VARIABLES,
+        env=VARIABLES | ({"BIGAN_LOG_DIR": str(logs)} if logs else {}),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -173,6 +174,7 @@ class Attempt:
     code: int
     lines: list[str]  # on stderr
     saved: int  # images_seen of the newest checkpoint
+    failures: list[tuple[str, str]]  # (rank, kind) of each failure file, in the order of writing
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +186,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def attempts(digits: Path, run: Path) -> list[Attempt]:
     """One run with a fault in each attempt: a launch takes longer than all its steps."""
     found = []
-    for faults, options in FAULTS:
-        code, lines = train(settings(digits, run, TOTAL), faults, options=options)
-        found.append(Attempt(code, lines, int(newest(run).name)))
+    for number, (faults, options) in enumerate(FAULTS):
+        logs = run.parent / f"logs-{number}"
+        code, lines = train(settings(digits, run, TOTAL), faults, options=options, logs=logs)
+        files = sorted(logs.glob("failure-*-rank-*.txt"))
+        failures = [(f.stem.rpartition("-")[2], f.read_text().split("\n")[0]) for f in files]
+        found.append(Attempt(code, lines, int(newest(run).name), failures))
     return found
 
 
@@ -205,6 +210,7 @@ def test_drifted_replica_stops_the_run_before_it_is_saved(attempts: list[Attempt
     (line,) = with_words(attempts[0].lines, "bigan: the ranks no longer hold the same weights")
     assert "images_seen = 400: rank 1 (discriminator) differs" in line
     assert attempts[0].saved == 200
+    assert sorted(attempts[0].failures) == [("0", "lost"), ("1", "lost")]
 
 
 def test_process_that_fails_is_named_with_its_reason(attempts: list[Attempt]) -> None:
@@ -214,6 +220,7 @@ def test_process_that_fails_is_named_with_its_reason(attempts: list[Attempt]) ->
     assert line.startswith(f"bigan: rank 1 (host {socket.gethostname()}, pid ")
     assert line.endswith(f"failed: RuntimeError: an error of its own; {RESUME_HINT}")
     assert attempts[1].saved == 400
+    assert attempts[1].failures == [("1", "bug"), ("0", "lost")]
 
 
 def test_killed_process_is_restarted_by_the_launcher(attempts: list[Attempt], run: Path) -> None:
@@ -222,6 +229,7 @@ def test_killed_process_is_restarted_by_the_launcher(attempts: list[Attempt], ru
     resumed = with_words(attempt.lines, "resuming")
     assert [line.rpartition(" ")[2] for line in resumed] == ["400", "600"]
     assert attempt.saved == TOTAL
+    assert attempt.failures == [("0", "lost")]
     assert checkpoint.read_progress(newest(run)).attempt == len(FAULTS) + 1
 
 

@@ -168,12 +168,15 @@ def test_unusable_options_exit_with_2(option: list[str]) -> None:
     assert left.value.code == 2
 
 
-def test_remarks_on_what_a_config_implies(make_config: MakeConfig) -> None:
+def test_remarks_on_what_a_config_implies(make_config: MakeConfig, tmp_path: Path) -> None:
     lines: list[str] = []
-    config = make_config("train.total_images=90", "train.micro_batch=10")
+    cache = f"data.cache={tmp_path / 'local'}"
+    config = make_config("train.total_images=90", "train.micro_batch=10", cache)
     assert train(config, lines.append, lambda *_: None) == 0
     assert any("BatchNorm sees 10 images" in line for line in lines)
     assert any("ends at images_seen = 120" in line for line in lines)
+    assert sum("`bigan stage CONFIG`" in line for line in lines) == 1
+    assert not (tmp_path / "local").exists()
     assert [p.name for p in snapshots.find(config.run_dir)] == ["120"]
 
 

@@ -180,6 +180,7 @@ def test_a_requeued_job_takes_over_from_a_task_that_survived_on_this_machine(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     lock = RunLock(tmp_path / "run")
     assert lost.taken_by() is not None
+    assert any(f"pid {os.getpid()} " in line for line in lock.remarks())
     lost.release()
     assert lock.taken_by() is None
     assert (tmp_path / "run" / "LOCK").exists()

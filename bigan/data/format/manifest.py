@@ -87,6 +87,7 @@ class Manifest(Frozen):
 
     folder: Path = Field(exclude=True)
     remote: str | None = Field(default=None, exclude=True)  # URL of the folder with the shards
+    shard_folder: Path | None = Field(default=None, exclude=True)  # of a copy of the shards
     labelled: bool = Field(default=True, exclude=True)  # False: `without_labels`
     kind: Literal["wids-shard-index-v1"] = Field(
         default="wids-shard-index-v1",
@@ -192,7 +193,7 @@ class Manifest(Frozen):
         """Path or URL of a shard."""
         if self.remote is not None:
             return redacted(urls.join(self.remote, shard.url))
-        return str(self.folder / shard.url)
+        return str((self.shard_folder or self.folder) / shard.url)
 
     def shards(self, split: str) -> tuple[Shard, ...]:
         """The shards of `split` in order; raises `DataError` for an unknown split."""
@@ -250,7 +251,7 @@ class Manifest(Frozen):
         done = 0
         self.verify_index()
         for shard in self.shardlist:
-            index_files.check_hash(self.folder / shard.url, shard.sha256)
+            index_files.check_hash(Path(self.location(shard)), shard.sha256)
             done += shard.filesize
             if progress:
                 progress(done, total)

@@ -32,6 +32,7 @@ from bigan.data.stores.store import store_of
 from bigan.data.streaming.cache import NodeCache, ReadAhead, local_ranks
 from bigan.data.streaming.local_shards import LocalShards
 from bigan.data.streaming.ranges import MERGED_BYTES, ShardRanges
+from bigan.data.streaming.staging import with_staged_shards
 from bigan.data.streaming.streamed_shards import StreamedShards
 from bigan.urls import redacted
 
@@ -221,6 +222,7 @@ def make_fetcher(
     compared with their checksums now, remote shards when they arrive.
     """
     mode, stop = resolve_mode(manifest, fetch), threading.Event()
+    manifest = with_staged_shards(manifest, split, fetch)
     on_disk = manifest.remote is None or fetch.cache is not None
     if mode == "random_access" and not on_disk:
         raise DataError(
@@ -260,9 +262,10 @@ def _ranges(manifest: Manifest, split: str, fetch: Fetch, keep_whole: bool) -> S
 def _cached(
     manifest: Manifest, split: str, blocks: Blocks, fetch: Fetch, lanes: int
 ) -> LocalShards:
-    assert fetch.cache is not None
+    folder = fetch.cache_folder()
+    assert folder is not None
     ranges = _ranges(manifest, split, fetch, keep_whole=lanes > 1)
-    cache = NodeCache(fetch.cache, ranges, fetch.cache_bytes, local_ranks())
+    cache = NodeCache(folder, ranges, fetch.cache_bytes, local_ranks())
     ahead = ReadAhead(cache, blocks(), fetch.connections)
     return LocalShards(manifest, split, cache, ahead)
 

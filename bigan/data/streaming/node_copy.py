@@ -39,7 +39,7 @@ def copied(base: str, fetch: Fetch) -> Manifest:
     packed again is noticed by the next run, and whenever a process opens the set again. Raises
     `DataError`.
     """
-    place = (fetch.cache or _user_cache()) / "manifests" / hashes.sha256(_bare(base).encode())
+    place = _cache(fetch) / "manifests" / hashes.sha256(_bare(base).encode())
     try:
         place.mkdir(parents=True, exist_ok=True)
         with (place / "lock").open("w") as file, locked(file.fileno()):
@@ -136,5 +136,12 @@ def _has(file: Path, sha256: str) -> bool:
     return file.is_file() and hashes.sha256_of_file(file) == sha256
 
 
-def _user_cache() -> Path:
+def _cache(fetch: Fetch) -> Path:
+    """`data.cache`, else the user's cache; the same on a machine without the variables of a node.
+
+    A login node describes and submits runs whose cache is in $SLURM_TMPDIR.
+    """
+    with contextlib.suppress(DataError):
+        if folder := fetch.cache_folder():
+            return folder
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bigan"

@@ -143,7 +143,7 @@ class ShardRanges:
     def _bytes(self, shard: int, spans: Sequence[Span]) -> list[bytes]:
         name = self.shards[shard].url
         if self.store is None:
-            return _read_local(self.manifest.folder / name, spans)
+            return _read_local(Path(self.location(shard)), spans)
         if self.has_ranges:
             return self.store.read_ranges(name, [(each.start, each.stop) for each in spans])
         whole = self._read_whole(shard)
