@@ -121,5 +121,5 @@ def load_profile(path: Path | None) -> Profile:
 
     Raises `ConfigError`: file, key, what is expected.
     """
-    path = path or Path(os.environ.get(VARIABLE, ""))
+    path = path or Path(os.environ.get(VARIABLE, "")).expanduser()
     return Profile() if path == Path() else configs.load(Profile, path)

@@ -28,7 +28,7 @@ def test_test_only_reports_what_slurm_would_do(cluster: Cluster, tmp_path: Path)
 
 def test_submitted_job_is_the_recorded_one(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
     """In a run folder whose name has spaces, quotes, %j and $(...)."""
-    run = tmp_path / "it's a \"run\" %j $(touch executed) ü"
+    run = tmp_path / 'it\'s a "run" %j $(touch executed) ü'
     quoted = str(run).replace('"', '\\"')
     output = submit(cluster, f'run_dir="{quoted}"', f"data.path={digits}", "--time", 10)
     (job,) = jobs.read(run)
