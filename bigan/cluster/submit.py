@@ -21,6 +21,7 @@ from bigan.cluster.plan import (
     check_places,
     check_times,
     jobs_of,
+    remarks,
 )
 from bigan.cluster.profiles import Profile
 from bigan.cluster.render import source
@@ -124,11 +125,8 @@ def _check(request: Request, profile: Profile, echo: Echo) -> _Checked:
             f"{config.run_dir}: is a run; use another run_dir=... for the folder of a sweep"
         )
     _check_processes(request, config)
-    if not request.gpus:
-        echo(
-            f"no --gpus: trains on CPUs, {request.processes_per_node} process(es) on each of "
-            f"{request.nodes} node(s)"
-        )
+    for line in remarks(request, profile):
+        echo(line)
     return _Checked(
         request,
         profile,

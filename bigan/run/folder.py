@@ -49,8 +49,9 @@ def require_usable(folder: Path) -> None:
             f"{run.config}: is missing, but the folder has the checkpoint "
             f"{found[0].name}{copy}; restore the file to resume, or use another run_dir"
         )
-    # A killed first start leaves at most its lock and a temporary file; `bigan submit` slurm/.
-    known = (run.lock.name, run.slurm.name)
+    # Before the first start: `bigan submit` and `bigan cancel`. If that start is killed, it leaves
+    # at most its lock and a temporary file.
+    known = {run.lock.name, run.stop.name, run.slurm.name}
     if any(p.name not in known and not p.name.endswith(".tmp") for p in folder.iterdir()):
         raise ConfigError(
             f"{folder}: not empty and not a run (no config.yaml in it); use another run_dir"

@@ -464,11 +464,45 @@ def test_dry_run_needs_no_slurm_and_writes_nothing(capsys: pytest.CaptureFixture
     assert lines.count('train_job "$@"') == 1
 
 
-def test_without_gpus_is_stated(fake: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
-    assert submit("--time", 30, "--dry-run") == 0
-    assert "CPUs" in capsys.readouterr().out.splitlines()[0]
-    assert submit("--time", 30, "--gpus", 1, "--dry-run") == 0
-    assert "CPUs" not in capsys.readouterr().out.splitlines()[0]
+@pytest.mark.parametrize(
+    ("options", "fact"),
+    [((), "no --gpus"), (("--gpus", 1), "no --cpus"), (("--gpus", 1, "--cpus", 8), None)],
+)
+def test_missing_gpus_and_cpus_are_stated(
+    fake: FakeSlurm,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[object, ...],
+    fact: str | None,
+) -> None:
+    assert submit("--time", 30, "--dry-run", *options) == 0
+    stated = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no --")]
+    assert [line.partition(":")[0] for line in stated] == ([fact] if fact else [])
+
+
+@pytest.mark.parametrize(
+    ("request_", "cpus", "evaluator"),
+    [
+        ({"gpus": 8, "cpus": 64, "memory": "800G"}, "64", ("8", "100G")),
+        ({"gpus": 8}, "32", ("4", None)),
+        ({"processes": 2}, "2", (None, None)),
+        ({"cpus": 3, "memory": "0"}, "3", ("3", "0")),
+        ({"gpus": 8, "memory": "0"}, "32", ("4", "0")),
+        ({"gpus": 8, "cpus": 4, "evaluate_gpus": 0}, "4", ("4", None)),
+    ],
+)
+def test_cores_and_memory(
+    request_: dict[str, Any], cpus: str, evaluator: tuple[str | None, str | None]
+) -> None:
+    """Of the evaluator: its share of what a training node has."""
+
+    def option(job: plan.Job, name: str) -> str | None:
+        found = [o.partition("=")[2] for o in job.options if o.startswith(f"--{name}=")]
+        return found[0] if found else None
+
+    request = plan.Request(SMOKE, **request_, evaluate="after")
+    train, evaluate = plan.jobs_of(request, Profile(cpus_per_gpu=4), Path("/r"))
+    assert option(train, "cpus-per-task") == cpus
+    assert (option(evaluate, "cpus-per-task"), option(evaluate, "mem")) == evaluator
 
 
 def test_test_only_leaves_no_trace(fake: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
