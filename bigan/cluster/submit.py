@@ -183,6 +183,11 @@ def _next_folder(run_dir: Path) -> Path:
 def _write(checked: _Checked) -> Path:
     """Write the files of a submission but its scripts; returns its folder."""
     run = RunFolder(checked.absolute)
+    if checked.sweep:
+        from bigan.cluster.sweep_check import freeze as freeze_sweep
+
+        request = checked.request
+        freeze_sweep(checked.sweep, request.config, request.overrides, run.path)
     with writing(run.slurm):
         (run.slurm / "logs").mkdir(parents=True, exist_ok=True)  # or SLURM discards the output
         freeze.freeze_code(checked.code, run.slurm)
@@ -196,11 +201,6 @@ def _write(checked: _Checked) -> Path:
         places = checked.places(folder)
         atomic_files.write_atomic(places.config(), checked.frozen_config)
         atomic_files.write_atomic(places.launch_file(), source("accelerate.yaml"))
-    if checked.sweep:
-        from bigan.cluster.sweep_check import freeze as freeze_sweep
-
-        request = checked.request
-        freeze_sweep(checked.sweep, request.config, request.overrides, run.path)
     return folder
 
 
