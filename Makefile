@@ -64,12 +64,15 @@ test-full: setup system  ## run the tests that start launchers, SLURM and networ
 test-slow: setup system  ## run the long tests
 	$(BIN)/python -m pytest -m "slow and not gpu $(WITHOUT_SLURM)"
 
-lint: setup  ## ruff, mypy, import-linter and codespell
+SCRIPTS := .ci/run launch/demo.sh $(wildcard slurm/*.sbatch bigan/cluster/templates/*.sh)
+
+lint: setup  ## ruff, mypy, import-linter, codespell and shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache >/dev/null || $(BIN)/lint-imports --no-cache
 	$(BIN)/codespell
+	$(BIN)/shellcheck --external-sources --source-path=. $(SCRIPTS)
 
 bench: setup  ## measure the training step and the input pipeline into benchmarks/results/
 	@mkdir -p benchmarks/results

@@ -147,7 +147,7 @@ def jobs_of(
     name = request.name or job_name(run_dir)
     links = request.chain or 1
     size = (request.nodes, request.gpus, request.processes_per_node)
-    cpus = request.cpus or (None if request.gpus else request.processes_per_node)
+    cpus = training_cpus(request, profile)
     resources = _resources(profile, request.nodes, request.gpus, cpus, request.memory, request.time)
     options = (f"--job-name={name}", *resources, *_common(profile, requeue=request.chain is None))
     if request.sweep:
@@ -181,9 +181,9 @@ def _evaluator(request: Request, profile: Profile, name: str) -> list[Job]:
     if not request.evaluate:
         return []
     nodes, gpus = request.evaluate_nodes or 1, evaluation_gpus(request)
-    cpus, memory = request.cpus, request.memory
-    if gpus and request.gpus:  # its share of a node
-        cpus = cpus and max(1, cpus * gpus // request.gpus)
+    cpus, memory = request.cpus or _cpus_of(gpus, profile), request.memory
+    if gpus and request.gpus:  # its share of what a training node has
+        cpus = max(1, request.cpus * gpus // request.gpus) if request.cpus else cpus
         memory = memory and _share(memory, gpus, request.gpus)
     time = request.evaluate_time or request.time
     options = (
@@ -194,6 +194,17 @@ def _evaluator(request: Request, profile: Profile, name: str) -> list[Job]:
     wait: Wait = "start" if request.evaluate == "during" else "success"
     size = (nodes, gpus, gpus or 1)
     return [Job("evaluate", "evaluate.sbatch", *size, options, waits_for=wait)]
+
+
+def training_cpus(request: Request, profile: Profile) -> int | None:
+    """CPU cores per node that are requested for training; None: the default of the cluster."""
+    if request.cpus or request.gpus:
+        return request.cpus or _cpus_of(request.gpus, profile)
+    return request.processes_per_node
+
+
+def _cpus_of(gpus: int, profile: Profile) -> int | None:
+    return gpus * profile.cpus_per_gpu if gpus and profile.cpus_per_gpu else None
 
 
 def evaluation_gpus(request: Request) -> int:
@@ -293,6 +304,21 @@ def check_options(request: Request) -> None:
         )
     if wrong:
         raise ConfigError(f"command line: {wrong}")
+
+
+def remarks(request: Request, profile: Profile) -> list[str]:
+    """Lines about what the user may not expect."""
+    if not request.gpus:
+        return [
+            f"no --gpus: trains on CPUs, {request.processes_per_node} process(es) on each of "
+            f"{request.nodes} node(s)"
+        ]
+    if training_cpus(request, profile) is None:
+        return [
+            "no --cpus: each node has the cluster's default number of cores, often one for all "
+            "processes; --cpus N sets it, or cpus_per_gpu in the profile"
+        ]
+    return []
 
 
 def check_places(run_dir: Path, working: Path, profile: Profile) -> None:

@@ -22,7 +22,7 @@ VARIABLE = "BIGAN_SLURM_PROFILE"  # file of the profile where --profile is not g
 Launcher = Literal["accelerate", "srun"]
 Name = Annotated[str, AfterValidator(words.name)]
 # Options of sbatch with a key of their own, or that `bigan submit` determines.
-_KEYS = {"partition", "account", "qos", "constraint"}
+_KEYS = {"partition", "account", "qos", "constraint", "cpus-per-gpu"}
 _DETERMINED = {
     "array", "begin", "chdir", "cpus-per-task", "dependency", "error", "gpus", "gpus-per-node",
     "help", "input", "job-name", "kill-on-invalid-dep", "mem", "no-requeue", "nodes", "ntasks",
@@ -33,7 +33,7 @@ _DETERMINED = {
 
 def _option_name(text: str) -> str:
     if text in _KEYS:
-        raise ValueError(f"{text!r} is a key of its own, not one of options")
+        raise ValueError(f"{text!r} has a key of its own, {text.replace('-', '_')}")
     if text in _DETERMINED:
         raise ValueError(f"{text!r} is set by bigan submit")
     if not re.fullmatch(r"[a-z][a-z0-9-]+", text):
@@ -90,6 +90,9 @@ class Profile(Frozen):
     # How GPUs are requested: --gpus-per-node=8 or --gres=gpu:8.
     gpus: Literal["gpus-per-node", "gres"] = "gpus-per-node"
     gpu_type: Name | None = None  # --gpus-per-node=a100:8
+    # CPU cores requested per GPU where --cpus is not given. None: that of the cluster, often one
+    # core for all processes of a node.
+    cpus_per_gpu: Positive | None = None
     # Further options of sbatch by their long names: {exclusive: true, mem-per-gpu: 100G}.
     options: dict[
         Annotated[str, AfterValidator(_option_name)],
@@ -121,5 +124,5 @@ def load_profile(path: Path | None) -> Profile:
 
     Raises `ConfigError`: file, key, what is expected.
     """
-    path = path or Path(os.environ.get(VARIABLE, ""))
+    path = path or Path(os.environ.get(VARIABLE, "")).expanduser()
     return Profile() if path == Path() else configs.load(Profile, path)

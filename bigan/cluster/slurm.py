@@ -35,7 +35,11 @@ def sbatch(arguments: Sequence[str]) -> str:
     """
     command = ["sbatch", "--parsable", *arguments]
     answer = _finished(command, TIMEOUT_SECONDS, env=_outside_of_jobs(os.environ)).stdout
-    return answer.strip().partition(";")[0]
+    # A site may print messages before it; in a federation, the name of the cluster follows.
+    job = (answer.split() or [""])[-1].partition(";")[0]
+    if not job.isdecimal():
+        raise SlurmError(f"sbatch: printed {answer.strip()!r}, not the id of a job")
+    return job
 
 
 def would_start(options: Sequence[str], script: str) -> str:

@@ -21,6 +21,7 @@ from bigan.cluster.plan import (
     check_places,
     check_times,
     jobs_of,
+    remarks,
 )
 from bigan.cluster.profiles import Profile
 from bigan.cluster.render import source
@@ -124,11 +125,8 @@ def _check(request: Request, profile: Profile, echo: Echo) -> _Checked:
             f"{config.run_dir}: is a run; use another run_dir=... for the folder of a sweep"
         )
     _check_processes(request, config)
-    if not request.gpus:
-        echo(
-            f"no --gpus: trains on CPUs, {request.processes_per_node} process(es) on each of "
-            f"{request.nodes} node(s)"
-        )
+    for line in remarks(request, profile):
+        echo(line)
     return _Checked(
         request,
         profile,
@@ -185,6 +183,11 @@ def _next_folder(run_dir: Path) -> Path:
 def _write(checked: _Checked) -> Path:
     """Write the files of a submission but its scripts; returns its folder."""
     run = RunFolder(checked.absolute)
+    if checked.sweep:
+        from bigan.cluster.sweep_check import freeze as freeze_sweep
+
+        request = checked.request
+        freeze_sweep(checked.sweep, request.config, request.overrides, run.path)
     with writing(run.slurm):
         (run.slurm / "logs").mkdir(parents=True, exist_ok=True)  # or SLURM discards the output
         freeze.freeze_code(checked.code, run.slurm)
@@ -198,11 +201,6 @@ def _write(checked: _Checked) -> Path:
         places = checked.places(folder)
         atomic_files.write_atomic(places.config(), checked.frozen_config)
         atomic_files.write_atomic(places.launch_file(), source("accelerate.yaml"))
-    if checked.sweep:
-        from bigan.cluster.sweep_check import freeze as freeze_sweep
-
-        request = checked.request
-        freeze_sweep(checked.sweep, request.config, request.overrides, run.path)
     return folder
 
 

@@ -140,7 +140,9 @@ def revision(source: Path) -> dict[str, Any] | None:
 
     with contextlib.suppress(OSError, ValueError):
         recorded = json.loads((source.parent.parent / REVISION).read_text())
-        return {name: recorded.get(name) for name in ("commit", "dirty")}
+        return (
+            {name: recorded[name] for name in ("commit", "dirty")} if recorded["commit"] else None
+        )
     try:
         ask("ls-files", "--error-unmatch", source.name)
         dirty = bool(ask("status", "--porcelain", "--untracked-files=no"))

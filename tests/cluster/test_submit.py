@@ -17,8 +17,9 @@ from commands import ROOT, SMOKE
 
 from bigan import config as configs
 from bigan.cli.main import main
-from bigan.cluster import freeze, jobs, plan, words
+from bigan.cluster import freeze, jobs, plan, slurm, words
 from bigan.cluster.profiles import Profile, load_profile
+from bigan.reporting.tracker import revision
 from bigan.run_config import load_config
 
 FAKE = """#!/bin/bash
@@ -139,8 +140,8 @@ def test_frozen_code_is_what_the_job_runs(fake: FakeSlurm, tmp_path: Path) -> No
     (code,) = (run / "slurm" / "code").iterdir()
     assert records()[0]["code"]["hash"] == code.name
     assert [path.name for path in sorted((run / "slurm").glob("0*"))] == ["001", "002"]
-    revision = json.loads((code / "revision.json").read_text())
-    assert {"version", "commit", "dirty"} == set(revision)
+    recorded = json.loads((code / "revision.json").read_text())
+    assert {"version", "commit", "dirty"} == set(recorded)
     copied = {str(p.relative_to(code)) for p in code.rglob("*") if p.is_file()}
     assert not [name for name in copied if "__pycache__" in name]
     assert {"bigan/__init__.py", "bigan/cluster/templates/job.sh", "bigan/py.typed"} <= copied
@@ -158,6 +159,8 @@ def test_frozen_code_is_what_the_job_runs(fake: FakeSlurm, tmp_path: Path) -> No
     file, git = json.loads(output.stdout)
     assert file == str(code / "bigan" / "__init__.py")
     assert git == {"commit": "abc", "dirty": True}
+    (code / "revision.json").write_text('{"version": "1", "commit": null, "dirty": null}')
+    assert revision(code / "bigan" / "__init__.py") is None
 
 
 def test_hash_changes_with_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +284,39 @@ def test_a_refused_second_job_cancels_the_first(
     assert (fake.folder / "cancelled").read_text().split() == ["1"]
     assert "cancelled: 1" in capsys.readouterr().out
     assert [job["job"] for job in records()] == ["1"]
+
+
+def test_an_interrupt_cancels_what_was_submitted(
+    fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sbatch = slurm.sbatch
+
+    def interrupted(arguments: list[str]) -> str:
+        if fake.calls():
+            raise KeyboardInterrupt
+        return sbatch(arguments)
+
+    monkeypatch.setattr(slurm, "sbatch", interrupted)
+    assert submit("--time", 30, "--chain", 2) == 130
+    assert (fake.folder / "cancelled").read_text().split() == ["1"]
+
+
+def test_jobs_that_cannot_be_cancelled_are_named(
+    fake: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (fake.folder / "fail-3").touch()
+    (fake.folder / "scancel").write_text("#!/bin/bash\nexit 1\n")
+    assert submit("--time", 30, "--chain", 3) == 2
+    assert "scancel 1 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("answer", ["echo", "echo hello", "echo 'Submitted batch job'"])
+def test_an_answer_without_id_is_an_error(
+    fake: FakeSlurm, capsys: pytest.CaptureFixture[str], answer: str
+) -> None:
+    (fake.folder / "sbatch").write_text(f"#!/bin/bash\n{answer}\n")
+    assert submit("--time", 30) == 2
+    assert "not the id of a job" in capsys.readouterr().err
 
 
 def test_a_run_in_the_queue_is_not_submitted_again(
@@ -428,11 +464,45 @@ def test_dry_run_needs_no_slurm_and_writes_nothing(capsys: pytest.CaptureFixture
     assert lines.count('train_job "$@"') == 1
 
 
-def test_without_gpus_is_stated(fake: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
-    assert submit("--time", 30, "--dry-run") == 0
-    assert "CPUs" in capsys.readouterr().out.splitlines()[0]
-    assert submit("--time", 30, "--gpus", 1, "--dry-run") == 0
-    assert "CPUs" not in capsys.readouterr().out.splitlines()[0]
+@pytest.mark.parametrize(
+    ("options", "fact"),
+    [((), "no --gpus"), (("--gpus", 1), "no --cpus"), (("--gpus", 1, "--cpus", 8), None)],
+)
+def test_missing_gpus_and_cpus_are_stated(
+    fake: FakeSlurm,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[object, ...],
+    fact: str | None,
+) -> None:
+    assert submit("--time", 30, "--dry-run", *options) == 0
+    stated = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no --")]
+    assert [line.partition(":")[0] for line in stated] == ([fact] if fact else [])
+
+
+@pytest.mark.parametrize(
+    ("request_", "cpus", "evaluator"),
+    [
+        ({"gpus": 8, "cpus": 64, "memory": "800G"}, "64", ("8", "100G")),
+        ({"gpus": 8}, "32", ("4", None)),
+        ({"processes": 2}, "2", (None, None)),
+        ({"cpus": 3, "memory": "0"}, "3", ("3", "0")),
+        ({"gpus": 8, "memory": "0"}, "32", ("4", "0")),
+        ({"gpus": 8, "cpus": 4, "evaluate_gpus": 0}, "4", ("4", None)),
+    ],
+)
+def test_cores_and_memory(
+    request_: dict[str, Any], cpus: str, evaluator: tuple[str | None, str | None]
+) -> None:
+    """Of the evaluator: its share of what a training node has."""
+
+    def option(job: plan.Job, name: str) -> str | None:
+        found = [o.partition("=")[2] for o in job.options if o.startswith(f"--{name}=")]
+        return found[0] if found else None
+
+    request = plan.Request(SMOKE, **request_, evaluate="after")
+    train, evaluate = plan.jobs_of(request, Profile(cpus_per_gpu=4), Path("/r"))
+    assert option(train, "cpus-per-task") == cpus
+    assert (option(evaluate, "cpus-per-task"), option(evaluate, "mem")) == evaluator
 
 
 def test_test_only_leaves_no_trace(fake: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:

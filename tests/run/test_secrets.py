@@ -43,6 +43,7 @@ def leaks(folder: Path, output: str) -> list[str]:
         ["pack", "digits", "{}", "--debug"],
         ["describe", str(SMOKE), "data.path={}", "data.pth={}", "--debug"],
         ["verify", "{}", "--debug"],
+        ["submit", str(SMOKE), "data.path={}", "--debug"],
     ],
 )
 def test_messages_of_commands(
