@@ -19,12 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from bigan.errors import UserError
@@ -112,6 +107,14 @@ def load(
 
     Raises `ConfigError` for an unreadable file, an unknown key or a value of the wrong type.
     """
+    data, touched = read(path, overrides)
+    if complete is not None:
+        data = complete(data, str(path))
+    return validate(schema, data, str(path), touched)
+
+
+def read(path: Path | str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], list[str]]:
+    """(content of a YAML file with `overrides` applied, their key paths); not validated."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -124,10 +127,7 @@ def load(
     data = parse_yaml(text, str(path)) or {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values")
-    touched = [_apply_override(data, override) for override in overrides]
-    if complete is not None:
-        data = complete(data, str(path))
-    return validate(schema, data, str(path), touched)
+    return data, [_apply_override(data, override) for override in overrides]
 
 
 def validate(schema: type[M], data: dict[str, Any], where: str, touched: Iterable[str] = ()) -> M:

@@ -25,6 +25,7 @@ from bigan.cli.pack import (
     pack_command,
     verify_command,
 )
+from bigan.cli.sweep import add_sweep
 from bigan.distributed.signals import launched_as_rank_0
 from bigan.errors import REPORTED_ELSEWHERE, RunError, UserError, disk_is_full, unusable_file
 from bigan.urls import redacted_text
@@ -155,6 +156,7 @@ def parser() -> argparse.ArgumentParser:
     _add_data_commands(commands)
     _add_run_commands(commands)
     _add_evaluate(commands)
+    add_sweep(commands)
     bench = commands.add(
         "bench", None, "measure speed, memory and data traffic, as JSON", "See docs/benchmarks.md."
     )
