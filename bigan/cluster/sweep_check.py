@@ -20,7 +20,7 @@ from bigan.cluster.sweep import Bayesian, Hyperband, Parameters, Range, Sweep, a
 from bigan.cluster.sweep_folder import SweepFolder
 from bigan.config import ConfigError
 from bigan.errors import writing
-from bigan.run_config import RunConfig, check_groups, load_config
+from bigan.run_config import FROM_DATA, RunConfig, check_groups, load_config
 from bigan.urls import redacted_text
 
 MAX_POINTS = 256  # that are loaded; of more, each value with the first ones of the others
@@ -75,8 +75,9 @@ def resolved(
             "use environment variables (docs/data.md)"
         )
     sweep = _with_defaults(sweep, config)
+    known = _from_data(sweep, base, config)
     for parameters in _points(sweep):
-        _check_point(config_path, [*overrides, *as_overrides(parameters)], parameters)
+        _check_point(config_path, [*overrides, *known, *as_overrides(parameters)], parameters)
     return sweep, base, config
 
 
@@ -154,6 +155,18 @@ def _points(sweep: Sweep) -> Iterator[Parameters]:
         for value in found[1:]:
             yield {**first, key: value}
     yield {key: found[-1] for key, found in ends.items()}
+
+
+def _from_data(sweep: Sweep, base: dict[str, Any], config: RunConfig) -> list[str]:
+    """Overrides with what the base config has from the manifest, which is then read once.
+
+    Empty if settings of the data or of the model vary.
+    """
+    if any(key.partition(".")[0] in ("data", "model") for key in sweep.parameters):
+        return []
+    model = config.model.model_dump(mode="json")
+    given = base.get("model") or {}
+    return as_overrides({f"model.{key}": model[key] for key in FROM_DATA if key not in given})
 
 
 def _check_point(path: Path, overrides: Sequence[str], parameters: Parameters) -> None:

@@ -28,6 +28,7 @@ POLL_SECONDS = 0.2
 WATCH_SECONDS = 2.0  # between two looks at the metric of a trial that may be pruned
 DELIVERY_SECONDS = 60.0  # to MLflow, at the end
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+COMMAND = (sys.executable, "-m", "bigan")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Echo = Callable[[str], None]
@@ -134,7 +135,7 @@ class LocalTrial:
     def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
         with self._log.open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "bigan", *arguments],
+                [*COMMAND, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

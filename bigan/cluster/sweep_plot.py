@@ -100,9 +100,10 @@ def _mark_best(axes: Any, sweep: Sweep, complete: Sequence[Trial]) -> None:
     if found is None or found.value is None:
         return
     above = sweep.goal == "maximize"
+    axes.plot([found.index], [found.value], "o", color=_VERMILION, markersize=8, label="best")
     axes.annotate(
         f"{found.value:.4g}", (found.index, found.value), xytext=(0, 8 if above else -15),
-        textcoords="offset points", ha="center", fontsize=10, fontweight="bold", color=_BLUE,
+        textcoords="offset points", ha="center", fontsize=10, fontweight="bold", color=_VERMILION,
     )  # fmt: skip
 
 
