@@ -202,8 +202,10 @@ def shown(parameters: Mapping[str, Any]) -> str:
 
 
 def shown_value(value: Any) -> str:
-    """A value with at most four digits after the first."""
-    return f"{value:.5g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+    """A value with at most four digits after the first; text without quotes."""
+    if isinstance(value, float | str):
+        return f"{value:.5g}" if isinstance(value, float) else value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _grid_point(sweep: Sweep, index: int) -> Parameters:

@@ -92,7 +92,10 @@ def _over_trials(axes: Any, sweep: Sweep, trials: Sequence[Trial]) -> None:
     axes.set_xlabel("trial")
     axes.set_ylabel(sweep.metric)
     if shown or failed:
-        axes.legend(frameon=False, fontsize=9, loc="best")
+        axes.legend(
+            frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1.01, 1.0), ncols=5,
+            borderaxespad=0.2, columnspacing=1.2, handletextpad=0.4,
+        )  # fmt: skip
 
 
 def _mark_best(axes: Any, sweep: Sweep, complete: Sequence[Trial]) -> None:
@@ -148,7 +151,7 @@ def _over_parameter(axes: Any, sweep: Sweep, trials: Sequence[Trial], key: str) 
     else:
         names = [json.dumps(value) for value in parameter]
         places = [float(names.index(json.dumps(t.parameters[key]))) for t in shown]
-        labels = [shown_value(value).strip('"')[:16] for value in parameter]
+        labels = [shown_value(value)[:16] for value in parameter]
         axes.set_xticks(range(len(labels)), labels)
         axes.set_xlim(-0.6, len(labels) - 0.4)
     found = best(list(trials), sweep.goal)
