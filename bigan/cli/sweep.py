@@ -46,11 +46,13 @@ def add_sweep(commands: Commands) -> None:
 def sweep_command(arguments: argparse.Namespace) -> int:
     from bigan.cluster.sweep import load_sweep
     from bigan.cluster.sweep_check import freeze
-    from bigan.cluster.sweep_local import run_sweep
+    from bigan.cluster.sweep_local import check_here, run_sweep
+    from bigan.run_config import load_config
 
     sweep = load_sweep(arguments.file)
     if sweep.config is None:
         raise UserError(f"{arguments.file}: config: is required here, the path of the base config")
+    check_here(sweep, load_config(sweep.config, [*sweep.overrides, *arguments.overrides]))
     folder = freeze(sweep, sweep.config, arguments.overrides)
     progress = Progress(sweep.num_trials)
     try:

@@ -7,6 +7,7 @@ continues.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -19,20 +20,38 @@ import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
+
 from bigan.cluster import trial as trials
 from bigan.cluster.sweep import Sweep, shown
 from bigan.cluster.sweep_folder import SweepFolder, Trial
 from bigan.cluster.sweep_report import publish
+from bigan.run_config import RunConfig
 
 POLL_SECONDS = 0.2
 WATCH_SECONDS = 2.0  # between two looks at the metric of a trial that may be pruned
 DELIVERY_SECONDS = 60.0  # to MLflow, at the end
+_LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 COMMAND = (sys.executable, "-m", "bigan")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Echo = Callable[[str], None]
 Tick = Callable[[list[Trial]], None]
+
+
+def check_here(sweep: Sweep, config: RunConfig) -> None:
+    """Raises `UserError` if the data or the weights of the extractor are not on this machine.
+
+    `config` is the base config. Data that varies is checked by the trials.
+    """
+    from bigan.evaluation import extractors
+    from bigan.run.streams import check_data
+
+    settings = config.evaluation
+    extractors.create(settings.extractor, settings.weights_path, torch.device("cpu"))
+    if not any(key.partition(".")[0] in ("data", "model") for key in sweep.parameters):
+        check_data(config)
 
 
 def run_sweep(folder: SweepFolder, jobs: int, echo: Echo, tick: Tick) -> int:
@@ -45,16 +64,21 @@ def run_sweep(folder: SweepFolder, jobs: int, echo: Echo, tick: Tick) -> int:
     waiting = _unfinished(folder, sweep)
     running: dict[int, LocalTrial] = {}  # by place
     with _Stop() as stop:
+        tick(folder.read_all())
         while running or (waiting and not stop.number):
+            changed = False
             for place in range(jobs):
                 if place not in running and waiting and not stop.number:
                     running[place] = LocalTrial(folder, sweep, waiting.pop(0), place, jobs, echo)
+                    changed = True
             for place, trial in list(running.items()):
                 if stop.number:
                     trial.stop(kill=stop.is_second)
                 if trial.poll():
                     del running[place]
-            tick(folder.read_all())
+                    changed = True
+            if changed:
+                tick(folder.read_all())
             time.sleep(POLL_SECONDS)
         if stop.number:
             echo(f"stopped by signal {stop.number}; the same command continues")
@@ -92,7 +116,8 @@ class LocalTrial:
         if self._trainer is not None:
             if self._sweep.prunes and time.monotonic() - self._observed > WATCH_SECONDS:
                 self._observed = time.monotonic()
-                trials.observe(self._folder, self._index)
+                with contextlib.suppress(OSError, ValueError):  # of a shared file system
+                    trials.observe(self._folder, self._index)
             if self._trainer.poll() is None:
                 return False
             if self._stopped or not self._run.done.exists():  # nothing is left to evaluate
@@ -201,15 +226,13 @@ def _gpus(environment: Mapping[str, str]) -> list[str]:
     given = environment.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [name for name in given.split(",") if name]
-    import torch
-
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
 def _end_with_parent(parent: int) -> None:
     """In a child process: SIGTERM when the parent is killed, so that no trial is left alone."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # it has ended before
             os._exit(1)
 

@@ -69,7 +69,7 @@ def _with(section: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "misspelled method": (_with({"method": {"name": "gird"}}), "method.name.*'grid'"),
+    "misspelled method": (_with({"method": {"name": "grid2"}}), "method.name.*'grid'"),
     "no trials": (_with({"method": {"name": "random"}}), r"method\.trials"),
     "no parameters": (_with({"parameters": {}}), "parameters"),
     "range in a grid": (_with({"parameters": {LR: {"min": 1, "max": 2}}}), f"{LR}.*grid"),

@@ -121,7 +121,7 @@ def test_sweep_without_a_complete_trial_has_exit_code_1(tmp_path: Path) -> None:
 
 
 def test_pruned_trials_end_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAKE_SECONDS", "0.6")
+    monkeypatch.setenv("FAKE_SECONDS", "0.4")
     method: dict[str, Any] = {"name": "optuna", "trials": 6, "startup_trials": 6, "seed": 0}
     method["prune"] = {"name": "median", "startup_trials": 1}
     folder = frozen(tmp_path, **{**OPTUNA, "method": method})
@@ -137,7 +137,9 @@ def test_pruned_trials_end_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert trial.images_seen == 200
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)]
+)
 def test_stopped_sweep_saves_and_continues(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +168,7 @@ def test_stopped_sweep_saves_and_continues(
     assert "continues" in lines[-1]
 
 
+@pytest.mark.full
 def test_trials_end_with_a_killed_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_SECONDS", "60")
     folder = frozen(tmp_path, **GRID)

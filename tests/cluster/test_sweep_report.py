@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from sweeps import GRID, LR, OPTUNA, SEED, fake_run, frozen
+from sweeps import GRID, LR, OPTUNA, SEED, fake_run, frozen, sweep_file
 
 from bigan.cli.main import main
 from bigan.cluster import study, trial
-from bigan.cluster.sweep_folder import SweepFolder
+from bigan.cluster.sweep_folder import SweepFolder, best
 
 
 def _ended(folder: SweepFolder, values: Sequence[float | None]) -> SweepFolder:
@@ -46,11 +46,10 @@ def test_report_names_the_best_run(tmp_path: Path, capsys: pytest.CaptureFixture
         assert picture.width > 1000
 
 
-@pytest.mark.parametrize("content", [GRID, OPTUNA], ids=["grid", "optuna"])
 def test_report_of_a_sweep_that_has_hardly_begun(
-    content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = frozen(tmp_path, **content)
+    folder = frozen(tmp_path, **OPTUNA)
     out = tmp_path / "elsewhere"
     for num_begun in range(2):
         assert main(["sweep-report", str(folder.path), "--out", str(out)]) == 0
@@ -68,8 +67,6 @@ def test_folder_of_no_sweep_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_goal_and_value_are_those_of_the_sweep(tmp_path: Path) -> None:
-    from bigan.cluster.sweep_folder import best
-
     maximized = {"goal": "maximize", "metric": "eval/fd/digits8-cnn-v1"}
     folder = _ended(frozen(tmp_path, **GRID, **maximized), [3.0, 1.5, 3.0])
     found = best(folder.read_all(), folder.sweep().goal)
@@ -98,9 +95,24 @@ def test_damaged_record_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert str(path) in capsys.readouterr().err
 
 
-def test_sweep_needs_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from sweeps import sweep_file
-
-    path = sweep_file(tmp_path, **{**GRID, "config": None})
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        ({"config": None}, "config"),
+        ({"overrides": ["run_dir=runs/none", "data.path=no/such/data"]}, "no/such/data"),
+        (
+            {"overrides": [
+                "run_dir=runs/none",
+                "evaluation.extractor=inception-v3-compat",
+                "evaluation.weights_path=no/weights.pth",
+            ]},
+            "no/weights.pth",
+        ),
+    ],
+)  # fmt: skip
+def test_sweep_on_this_machine_needs_config_data_and_weights(
+    change: dict[str, Any], fact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = sweep_file(tmp_path, **{**GRID, **change})
     assert main(["sweep", str(path)]) == 2
-    assert "config" in capsys.readouterr().err
+    assert fact in capsys.readouterr().err

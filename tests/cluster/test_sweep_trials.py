@@ -73,14 +73,15 @@ def test_trials_that_begin_at_once_are_different(tmp_path: Path) -> None:
     assert sorted(t.user_attrs["index"] for t in _optuna_trials(folder)) == list(range(6))
 
 
+@pytest.mark.full
 def test_serial_study_is_reproducible_and_uses_its_results(tmp_path: Path) -> None:
-    content = {**OPTUNA, "method": {"name": "optuna", "trials": 16, "startup_trials": 4}}
+    content = {**OPTUNA, "method": {"name": "optuna", "trials": 12, "startup_trials": 4}}
     one, two = (
         _serial(frozen(tmp_path / name, **content), lambda p: abs(p[LR] - 0.01)) for name in "ab"
     )
     assert [t.parameters for t in one] == [t.parameters for t in two]
     errors = [t.value or 0.0 for t in one]
-    assert sum(errors[8:]) < sum(errors[:8])
+    assert sum(errors[6:]) < sum(errors[:6])
 
 
 @pytest.mark.parametrize(
@@ -205,6 +206,7 @@ def test_trial_that_ends_before_it_stops_is_complete(tmp_path: Path) -> None:
     assert trial.end(folder, 0).state == "complete"
 
 
+@pytest.mark.full
 def test_hyperband_prunes_the_worse_trials(tmp_path: Path) -> None:
     prune = {"name": "hyperband", "min_images": 100, "reduction_factor": 2}
     method = {"name": "optuna", "trials": 12, "startup_trials": 4, "prune": prune}
