@@ -142,14 +142,14 @@ def _study(folder: SweepFolder, sweep: Sweep, index: int) -> Any:
         n_startup_trials=sweep.method.startup_trials,
         constant_liar=True,  # trials that run at once do not get the same parameters
     )
-    return optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(folder.journal))),
-        study_name=STUDY,
-        direction=sweep.goal,
-        sampler=sampler,
-        pruner=_pruner(sweep.method),
-        load_if_exists=True,
-    )
+    storage = JournalStorage(JournalFileBackend(str(folder.journal)))
+    parts = {"storage": storage, "sampler": sampler, "pruner": _pruner(sweep.method)}
+    try:  # first: `create_study` appends a line even if there is a study
+        return optuna.load_study(study_name=STUDY, **parts)
+    except KeyError:
+        return optuna.create_study(
+            study_name=STUDY, direction=sweep.goal, load_if_exists=True, **parts
+        )
 
 
 def _pruner(method: Bayesian) -> Any:

@@ -57,7 +57,7 @@ def _over_trials(axes: Any, sweep: Sweep, trials: Sequence[Trial]) -> None:
     """The value of each trial, and the best one so far."""
     from matplotlib.ticker import MaxNLocator
 
-    _style(axes, f"{sweep.metric} of each trial, {sweep.value} snapshot")
+    _style(axes, f"Value of each trial ({sweep.value} snapshot)")
     shown = _with_value(trials)
     if not shown:
         axes.text(
@@ -93,7 +93,7 @@ def _over_trials(axes: Any, sweep: Sweep, trials: Sequence[Trial]) -> None:
     axes.set_ylabel(sweep.metric)
     if shown or failed:
         axes.legend(
-            frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1.01, 1.0), ncols=5,
+            frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1.01, 1.0), ncols=4,
             borderaxespad=0.2, columnspacing=1.2, handletextpad=0.4,
         )  # fmt: skip
 
@@ -103,7 +103,7 @@ def _mark_best(axes: Any, sweep: Sweep, complete: Sequence[Trial]) -> None:
     if found is None or found.value is None:
         return
     above = sweep.goal == "maximize"
-    axes.plot([found.index], [found.value], "o", color=_VERMILION, markersize=8, label="best")
+    axes.plot([found.index], [found.value], "o", color=_VERMILION, markersize=8)
     axes.annotate(
         f"{found.value:.4g}", (found.index, found.value), xytext=(0, 8 if above else -15),
         textcoords="offset points", ha="center", fontsize=10, fontweight="bold", color=_VERMILION,

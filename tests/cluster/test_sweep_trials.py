@@ -178,14 +178,19 @@ def test_trial_is_pruned_once(tmp_path: Path) -> None:
         fake_run(folder, index, {400: value}, done=index == 0)
         if index == 0:
             assert not trial.observe(folder, index)
+            before = folder.journal.stat().st_size
+            assert not trial.observe(folder, index)
+            assert folder.journal.stat().st_size == before
             trial.end(folder, 0)
     stop = folder.run(1).stop
     assert not stop.exists()
     assert trial.observe(folder, 1)
     assert stop.read_text() == trial.PRUNED
+    journal = folder.journal.read_bytes()
     stop.unlink()  # by the start of another attempt
     assert trial.observe(folder, 1)
     assert stop.exists()
+    assert folder.journal.read_bytes() == journal  # nothing is reported twice
     again = trial.begin(folder, 1)  # requeued before its end was recorded
     assert (again.state, again.value, again.images_seen) == ("pruned", 2.0, 400)
     assert trial.when_to_evaluate(folder.sweep(), again) == "ended"
