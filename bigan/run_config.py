@@ -112,6 +112,9 @@ class EvaluationConfig(Frozen):
 class TrackingConfig(Frozen):
     mlflow: bool = True
     experiment: str = "bigan"
+    # Folder of the sweep that the run is a trial of, relative to run_dir: its MLflow run is the
+    # parent of this one, and the local store is next to it.
+    parent: Path | None = None
 
 
 def _stream_kind(value: Any) -> str:

@@ -27,6 +27,7 @@ from bigan.cli.pack import (
     verify_command,
 )
 from bigan.cli.submit import EPILOG, add_submit_arguments, submit_command
+from bigan.cli.sweep import add_sweep
 from bigan.distributed.job_logs import failures_written, write_failure
 from bigan.distributed.signals import launched_as_rank_0
 from bigan.errors import (
@@ -172,6 +173,7 @@ def parser() -> argparse.ArgumentParser:
     add_submit_arguments(
         commands.add("submit", submit_command, "train a config in jobs of SLURM", EPILOG)
     )
+    add_sweep(commands)
     bench = commands.add(
         "bench", None, "measure speed, memory and data traffic, as JSON", "See docs/benchmarks.md."
     )

@@ -21,7 +21,10 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
+import yaml
+
 from bigan import atomic_files
+from bigan.config import leaves
 from bigan.file_lock import locked
 from bigan.reporting import local_store
 from bigan.run_folder import RunFolder
@@ -59,24 +62,43 @@ class Record:
         atomic_files.write_atomic(RunFolder(run_dir).mlflow, text)
 
 
-def open_run(run_dir: Path, experiment: str, role: Role) -> tuple[Any, Record]:
+PARENT_TAG = "mlflow.parentRunId"  # of MLflow: the run is shown below its parent
+SWEEP_FILE = "sweep.yaml"  # in the folder of a sweep
+
+
+def quiet_environment() -> None:
+    """Set variables before MLflow is imported: no retries, no INFO lines, no telemetry."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+def open_run(
+    run_dir: Path, experiment: str, role: Role, parent: Path | None = None
+) -> tuple[Any, Record]:
     """(MlflowClient, record) of the run recorded in `run_dir`, created if there is none.
 
     Call it under the lock of the run folder (`exclusive`). Store: `MLFLOW_TRACKING_URI`, else the
     recorded one, else `mlflow.db` next to the run folder, shared by all runs there. A trainer with
-    another store continues there in a new run; the evaluator uses the recorded store. Raises what
-    MLflow raises.
+    another store continues there in a new run; the evaluator uses the recorded store. With the
+    folder `parent` of a sweep, the run is a child of the run of that folder, which is created if
+    there is none, and the local store is that of the parent. Raises what MLflow raises.
     """
     record = Record.read(run_dir)
-    uri, local = _store(run_dir, record, role)
-    client = _connect(uri, _local_store(run_dir) if local else None)
+    database = (parent or run_dir).resolve().parent / local_store.DATABASE
+    uri, local = _store(database, record, role)
+    client = _connect(uri, database if local else None)
     if not _exists(client, record.run_id):
-        artifacts = run_dir.resolve().parent / local_store.ARTIFACTS if local else None
-        tags = {"mlflow.source.name": "bigan", "run_dir": str(run_dir.resolve())}
+        artifacts = database.parent / local_store.ARTIFACTS if local else None
+        name, tags = run_dir.resolve().name, {"run_dir": str(run_dir.resolve())}
+        if parent is not None:
+            name = f"{parent.resolve().name}/{name}"
+            tags[PARENT_TAG] = open_parent(parent, experiment)[1].run_id
         created = client.create_run(
             _experiment_id(client, experiment, artifacts),
-            run_name=run_dir.resolve().name,
-            tags=tags,
+            run_name=name,
+            tags={"mlflow.source.name": "bigan", **tags},
         )
         record = Record(created.info.run_id, _without_credentials(uri), local)
         try:
@@ -92,6 +114,23 @@ def open_run(run_dir: Path, experiment: str, role: Role) -> tuple[Any, Record]:
     return client, record
 
 
+def open_parent(folder: Path, experiment: str) -> tuple[Any, Record]:
+    """`open_run` of a sweep; a new run gets the content of its sweep.yaml as parameters.
+
+    Takes the lock of the folder: the trials of a sweep may call it at once.
+    """
+    from mlflow.entities import Param
+
+    with exclusive(folder):
+        known = Record.read(folder).run_id
+        client, record = open_run(folder, experiment, "train")
+        if record.run_id != known:
+            settings = yaml.safe_load((folder / SWEEP_FILE).read_text(encoding="utf-8"))
+            params = [Param(key, str(value)[:500]) for key, value in leaves(settings)]
+            client.log_batch(record.run_id, params=params[:100])
+    return client, record
+
+
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Holds the lock of a run folder, or of the folder of a local store."""
@@ -103,8 +142,8 @@ def exclusive(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _store(run_dir: Path, record: Record, role: Role) -> tuple[str, bool]:
-    """(tracking URI, whether it is the local file next to the run folder)."""
+def _store(database: Path, record: Record, role: Role) -> tuple[str, bool]:
+    """(tracking URI, whether it is the local file `database`)."""
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
     recorded = record.uri
     follows = role == "evaluation" and recorded and recorded != _without_credentials(given)
@@ -112,11 +151,7 @@ def _store(run_dir: Path, record: Record, role: Role) -> tuple[str, bool]:
         return given, False
     if recorded and not record.local:
         return recorded, False
-    return f"sqlite:///{_local_store(run_dir)}", True
-
-
-def _local_store(run_dir: Path) -> Path:
-    return run_dir.resolve().parent / local_store.DATABASE
+    return f"sqlite:///{database}", True
 
 
 def _connect(uri: str, local: Path | None) -> Any:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import posixpath
 import re
 import threading
@@ -30,7 +29,7 @@ import yaml
 from bigan import atomic_files
 from bigan.config import leaves
 from bigan.reporting import metrics_log
-from bigan.reporting.mlflow_run import Record, Role, exclusive, open_run
+from bigan.reporting.mlflow_run import Record, Role, exclusive, open_run, quiet_environment
 from bigan.run_folder import RunFolder
 
 _logger = logging.getLogger(__name__)
@@ -55,13 +54,12 @@ _Point = tuple[str, float, int, int]  # key, value, unix milliseconds, images_se
 class MlflowWriter:
     """Copies the folder of a run. Every method except `close` returns at once."""
 
-    def __init__(self, run_dir: Path, experiment: str, role: Role) -> None:
-        # Retries are made here, not by MLflow; no INFO lines; no telemetry.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    def __init__(
+        self, run_dir: Path, experiment: str, role: Role, parent: Path | None = None
+    ) -> None:
+        quiet_environment()  # retries are made here, not by MLflow
         self._run_dir, self._experiment, self._role = run_dir, experiment, role
+        self._parent = parent
         self._client: Any = None
         self._record = Record()
         self._has_params = False
@@ -169,7 +167,9 @@ class MlflowWriter:
         # Another process may have delivered more, or have created the run in another store.
         record = Record.read(self._run_dir)
         if self._client is None or record.run_id != self._record.run_id:
-            self._client, record = open_run(self._run_dir, self._experiment, self._role)
+            self._client, record = open_run(
+                self._run_dir, self._experiment, self._role, self._parent
+            )
             self._has_params = False
             if self._role == "train":
                 self._client.update_run(record.run_id, status="RUNNING")

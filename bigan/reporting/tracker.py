@@ -24,7 +24,7 @@ from typing import Any
 
 from bigan.reporting import metrics_log
 from bigan.reporting.metrics_log import read_metrics, series
-from bigan.reporting.mlflow_run import Role
+from bigan.reporting.mlflow_run import SWEEP_FILE, Role
 from bigan.reporting.mlflow_writer import MlflowWriter, Status
 from bigan.run_config import TrackingConfig
 from bigan.versions import hardware, versions
@@ -48,7 +48,12 @@ class Tracker:
         self._num_unwritten = 0
         with contextlib.suppress(OSError):  # if it fails, every line is counted as unwritten
             run_dir.mkdir(parents=True, exist_ok=True)
-        self._mlflow = MlflowWriter(run_dir, config.experiment, role) if config.mlflow else None
+        self._mlflow: MlflowWriter | None = None
+        if config.mlflow:
+            parent = run_dir.resolve() / config.parent if config.parent else None
+            if parent and not (parent / SWEEP_FILE).is_file():  # the run was moved out of it
+                parent = None
+            self._mlflow = MlflowWriter(run_dir, config.experiment, role, parent)
 
     def log(self, images_seen: int, metrics: Mapping[str, float]) -> None:
         """Append {key: number} at `images_seen` to the metrics log."""

@@ -1,0 +1,127 @@
+"""The folder of a sweep: the one place that knows its layout.
+
+<sweep_dir>/sweep.yaml    the sweep, every default filled in; the last file of `freeze`
+            base.yaml     the config that the trials vary
+            study.journal of Optuna
+            mlflow.json   the parent run
+            report.md  report.csv  sweep.png    written by `bigan sweep-report`
+            000/          the run folder of trial 0
+            slurm/trials/000.yaml   its config
+                         000.json   its record: parameters, state, value
+            slurm/logs/local-000.log    its output, if `bigan sweep` ran it
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from bigan import atomic_files
+from bigan.cluster.sweep import Parameters, Sweep, load_sweep
+from bigan.errors import UserError
+from bigan.run_folder import RunFolder
+
+# running: begun and not ended, also while its job waits for a requeue
+State = Literal["running", "complete", "pruned", "failed"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The record of a trial that has begun."""
+
+    index: int
+    parameters: Parameters
+    state: State = "running"
+    value: float | None = None  # of the metric; of a pruned trial, the last one
+    images_seen: int = 0
+    error: str = ""
+    begun: float = field(default_factory=time.time)  # unix time
+    ended: float | None = None
+    pruned_at: int | None = None  # images_seen at which the pruner decided
+
+    @property
+    def seconds(self) -> float | None:
+        """From its first start to its end, including the wait for a requeue."""
+        return None if self.ended is None else self.ended - self.begun
+
+    def end(self, state: State, **values: Any) -> Trial:
+        return replace(self, state=state, ended=time.time(), **values)
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """Paths and records below the folder `path`."""
+
+    path: Path
+
+    @property
+    def sweep_file(self) -> Path:
+        return self.path / "sweep.yaml"
+
+    @property
+    def base(self) -> Path:
+        return self.path / "base.yaml"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "study.journal"
+
+    @property
+    def trials(self) -> Path:
+        return self.path / "slurm" / "trials"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "slurm" / "logs"
+
+    def name(self, index: int) -> str:
+        return f"{index:03d}"
+
+    def run(self, index: int) -> RunFolder:
+        return RunFolder(self.path / self.name(index))
+
+    def trial_config(self, index: int) -> Path:
+        return self.trials / f"{self.name(index)}.yaml"
+
+    def sweep(self) -> Sweep:
+        """The frozen sweep; `UserError` if the folder is not that of a sweep."""
+        if not self.sweep_file.is_file():
+            raise UserError(f"{self.path}: not the folder of a sweep (no sweep.yaml in it)")
+        return load_sweep(self.sweep_file)
+
+    def read(self, index: int) -> Trial | None:
+        """The record of a trial; None if it has not begun."""
+        try:
+            return Trial(**json.loads(self._record(index).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self._record(index)}: damaged ({error}); delete it") from None
+
+    def read_all(self) -> list[Trial]:
+        """The records of all trials that have begun, by index."""
+        if not self.trials.is_dir():
+            return []
+        names = (re.fullmatch(r"(\d{3,})\.json", path.name) for path in self.trials.iterdir())
+        found = [self.read(index) for index in sorted(int(name[1]) for name in names if name)]
+        return [trial for trial in found if trial is not None]
+
+    def write(self, trial: Trial) -> None:
+        self.trials.mkdir(parents=True, exist_ok=True)
+        atomic_files.write_atomic(
+            self._record(trial.index), json.dumps(asdict(trial), indent=1) + "\n"
+        )
+
+    def _record(self, index: int) -> Path:
+        return self.trials / f"{self.name(index)}.json"
+
+
+def best(trials: list[Trial], goal: str | None) -> Trial | None:
+    """The complete trial with the best value; the first of equal ones."""
+    complete = [t for t in trials if t.state == "complete" and t.value is not None]
+    sign = -1.0 if goal == "maximize" else 1.0
+    return min(complete, key=lambda t: sign * (t.value or 0.0), default=None)
