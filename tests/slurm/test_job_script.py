@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import ROOT
+from commands import ROOT, SMOKE
 from slurm.minislurm import Cluster
 
 pytestmark = pytest.mark.full
@@ -86,7 +87,10 @@ def toys(cluster: Cluster, tmp_path: Path) -> Callable[[], Toy]:
     """Makes runs."""
     python = tmp_path / "python"
     toy = ROOT / "tests" / "slurm" / "toy.py"
-    python.write_text(f'#!/bin/bash\nexec "{sys.executable}" "{toy}" "$@"\n')
+    python.write_text(
+        f'#!/bin/bash\nif [ "$2" = bigan.cluster.trial ]; then exec "{sys.executable}" "$@"; fi\n'
+        f'exec "{sys.executable}" "{toy}" "$@"\n'
+    )
     python.chmod(0o755)
     numbers = itertools.count()
     return lambda: Toy(cluster, tmp_path / f"run {next(numbers)}", python)
@@ -247,3 +251,41 @@ def test_evaluator_follows_and_ends_with_training(toys: Callable[[], Toy]) -> No
     assert [complete.wait(job) for job in jobs] == ["COMPLETED", "COMPLETED", "FAILED", "COMPLETED"]
     for toy, names in ((complete, ["20", "40"]), (failing, ["20"])):
         assert sorted(path.stem for path in (toy.run / "evaluation").iterdir()) == names
+
+
+def submit_sweep(toy: Toy, method: str, parameters: str, *overrides: str) -> str:
+    """The id of the job array of a sweep over a real config, with the toy trainer."""
+    sweep, profile = toy.run.with_suffix(".sweep.yaml"), toy.run.with_suffix(".profile.yaml")
+    sweep.write_text(f"method: {method}\nparameters: {parameters}\n")
+    profile.write_text(f"python: {toy.python}\n")
+    toy.cluster.run(
+        sys.executable, "-m", "bigan", "submit", SMOKE, f"run_dir={toy.run}", *overrides,
+        f"--sweep={sweep}", f"--profile={profile}", "--time=10:00", timeout=120,
+    )  # fmt: skip
+    lines = (toy.run / "slurm" / "jobs.jsonl").read_text().splitlines()
+    return str(json.loads(lines[-1])["job"])
+
+
+def test_sweeps_are_job_arrays(toys: Callable[[], Toy], digits: Path) -> None:
+    """A grid, of which one element is requeued alone, and a Bayesian search."""
+    grid, bayesian = toys(), toys()
+    data = f"data.path={digits}"
+    lrs = "optimizer.generator.lr: [0.001, 0.002], optimizer.discriminator.lr: [0.1, 0.2]"
+    first = submit_sweep(grid, "{name: grid}", f"{{{lrs}}}", data)
+    grid.wait_for("002/checkpoints/20/COMPLETE")
+    grid.cluster.run("scontrol", "requeue", f"{first}_2")
+    lr = "{optimizer.generator.lr: {min: 0.0001, max: 0.01, log: true}}"
+    second = submit_sweep(bayesian, "{name: optuna, trials: 6, startup_trials: 3}", lr, data)
+    for toy, job, num in ((grid, first, 4), (bayesian, second, 6)):
+        elements = [f"{job}_{index}" for index in range(num)]
+        states = [toy.cluster.wait(element, 120) for element in elements]
+        logs = toy.run / "slurm" / "logs"
+        assert states == ["COMPLETED"] * num, [p.read_text() for p in logs.glob("*.log")]
+        done = toy.cluster.run(sys.executable, "-m", "bigan", "sweep-report", toy.run)
+        rows = list(csv.DictReader((toy.run / "report.csv").open()))
+        assert [row["state"] for row in rows] == ["complete"] * num
+        best = min(rows, key=lambda row: float(row["eval/fd/digits8-cnn-v1"]))
+        assert str(toy.run / f"{int(best['trial']):03d}") in done
+    restarts = [grid.cluster.field(f"{first}_{index}", "Restarts") for index in range(4)]
+    assert restarts == ["0", "0", "1", "0"]
+    assert float(best["optimizer.generator.lr"]) != 0.003

@@ -2,7 +2,8 @@
 
 A config is JSON: {"run_dir", "total", "every", "seconds", "ends"}. A step of `seconds` adds 10
 images; there is a checkpoint each `every` images. `ends`: images -> how the trainer ends there,
-once: "crash", "kill", or the text of a failure file.
+once: "crash", "kill", or the text of a failure file. Of a config of bigan, the run folder and the
+learning rate of the generator are used: the metric is its distance from 0.003.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 STEP = 10
 signals: list[int] = []
@@ -50,8 +54,13 @@ def rank() -> int:
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
+def settings(path: str) -> dict[str, Any]:
+    config = yaml.safe_load(Path(path).read_text())
+    return {"total": 40, "every": 20, "seconds": 0.05} | config
+
+
 def train(arguments: list[str]) -> int:
-    config = json.loads(Path(arguments[0]).read_text())
+    config = settings(arguments[0])
     run = Path(config["run_dir"])
     with (log_folder() / f"rank-{rank()}.log").open("a") as log:
         print(f"rank {rank()} of {os.environ['SLURM_NTASKS']}:", *arguments[1:], file=log)
@@ -61,6 +70,7 @@ def train(arguments: list[str]) -> int:
     for name in ("STOP", "REQUEUE"):
         (run / name).unlink(missing_ok=True)
     (run / "checkpoints").mkdir(exist_ok=True)
+    (run / "config.yaml").write_text(Path(arguments[0]).read_text())
     seen = newest(run)
     while seen < config["total"]:
         time.sleep(config["seconds"])
@@ -90,7 +100,10 @@ def evaluate(arguments: list[str]) -> int:
     while True:
         over = until is None or until.exists() or (run / "DONE").exists()
         for complete in run.glob("checkpoints/*/COMPLETE"):
-            (run / "evaluation" / f"{complete.parent.name}.json").write_text("{}")
+            optimizer = settings(str(run / "config.yaml")).get("optimizer", {})
+            value = abs(optimizer.get("generator", {}).get("lr", 0) - 0.003)
+            record = json.dumps({"metrics": {"fd/digits8-cnn-v1": value}})
+            (run / "evaluation" / f"{complete.parent.name}.json").write_text(record)
         if over:
             return 0
         time.sleep(0.2)

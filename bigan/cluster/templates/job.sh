@@ -72,18 +72,24 @@ first_failure() { # [KINDS]: the failure file that was written first, of these k
 
 reason_of() { sed -n 2p "$1"; } # FAILURE_FILE
 
-show_failure() { # the last lines of the rank that failed first
-    local file rank log
-    file=$(first_failure) || return 0
+show_failure() { # the last lines of the rank that failed first, or of the launchers
+    local file rank
+    if [ -n "$SIGNALLED" ]; then return; fi
+    if ! file=$(first_failure); then
+        for file in "$BIGAN_LOG_DIR"/launcher-*.log; do show_end "$file"; done
+        return
+    fi
     rank=${file##*-rank-}
     rank=${rank%.txt}
-    log=$BIGAN_LOG_DIR/rank-$rank.log
     say "rank $rank failed first: $(reason_of "$file")" >&2
-    if [ "$rank" != 0 ] && [ -s "$log" ]; then
-        printf -- '--- last lines of %s\n' "$log" >&2
-        tail -n 20 "$log" >&2
-        printf -- '---\n' >&2
-    fi
+    if [ "$rank" != 0 ]; then show_end "$BIGAN_LOG_DIR/rank-$rank.log"; fi
+}
+
+show_end() { # LOG: its last lines
+    if [ ! -s "$1" ]; then return; fi
+    printf -- '--- last lines of %s\n' "$1" >&2
+    tail -n 20 "$1" >&2
+    printf -- '---\n' >&2
 }
 
 # --- the job and its nodes ----------------------------------------------------------------------
@@ -182,8 +188,10 @@ launch() { # PORT COMMAND ...: `python -m bigan COMMAND ...` on all ranks
     else
         options=(--config_file "$BIGAN_LAUNCH_FILE" --num_machines "$NUM_NODES"
             --num_processes "$total" --main_process_ip "$ADDRESS" --main_process_port "$port")
+        # The launcher prints tracebacks of its own, also at a preemption: into a log of its own.
         # shellcheck disable=SC2016
         on_each_node bash -c 'trap "" USR1
+            exec >>"$BIGAN_LOG_DIR/launcher-$SLURM_NODEID.log" 2>&1
             exec "$0" -m accelerate.commands.launch --machine_rank "$SLURM_NODEID" "$@"' \
             "$PYTHON" "${options[@]}" -m bigan "$@"
     fi
