@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import ROOT, launch
+from commands import ROOT, SMOKE, launch
 from slurm.minislurm import Cluster
 
 pytestmark = pytest.mark.full
@@ -128,18 +128,22 @@ def lose_daemon(cluster: Cluster, job: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("interrupt", [requeue, preempt, lose_node, lose_daemon])
+@pytest.mark.parametrize(
+    ("interrupt", "total"),
+    [(requeue, SHORT), (preempt, SHORT), (lose_node, SHORT), (lose_daemon, LONG)],
+)
 def test_interrupted_run_gives_the_bits_of_an_uninterrupted_one(
     cluster: Cluster,
     digits: Path,
     tmp_path: Path,
     uninterrupted: Callable[[int], bytes],
     interrupt: Callable[[Cluster, str], None],
+    total: int,
 ) -> None:
     """So that every image was seen exactly once, in the same order."""
     run = tmp_path / "run"
     data = f"data.path={digits}"
-    [job] = submit(cluster, BIGGAN, data, f"run_dir={run}", *length(SHORT), "--nodes=2")
+    [job] = submit(cluster, BIGGAN, data, f"run_dir={run}", *length(total), "--nodes=2")
     name = str(job["job"])
     wait_for_checkpoint(run, 0)
     interrupt(cluster, name)
@@ -148,7 +152,7 @@ def test_interrupted_run_gives_the_bits_of_an_uninterrupted_one(
     assert found[0] == "started"
     assert found[-1] == "completed"
     assert found.count("started") >= 2
-    assert weights(run) == uninterrupted(SHORT)
+    assert weights(run) == uninterrupted(total)
 
 
 @pytest.mark.slow
@@ -201,3 +205,44 @@ def test_deterministic_failure_ends_at_once(
     assert reason in last.split("\t")[6]
     assert "FAILED" in log_of(run, name)
     assert cluster.field(name, "Restarts") == "0"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_sweeps_of_real_runs_have_one_experiment(
+    cluster: Cluster, digits: Path, tmp_path: Path
+) -> None:
+    """A 2 x 2 grid and a Bayesian search with pruning, each with a parent run in MLflow."""
+    from mlflow import MlflowClient
+
+    lrs = "optimizer.{}.lr: [2.0e-4, 2.0e-3]"
+    methods = {
+        "grid": f"method: {{name: grid}}\nparameters: {{{lrs.format('generator')}, "
+        f"{lrs.format('discriminator')}}}\n",
+        "optuna": "method: {name: optuna, trials: 6, startup_trials: 3, prune: {name: median, "
+        "startup_trials: 2}}\nparallel: 2\n"
+        "parameters: {optimizer.generator.lr: {min: 1.0e-5, max: 1.0e-2, log: true}}\n",
+    }
+    jobs = {}
+    for name, text in methods.items():
+        sweep, run = tmp_path / f"{name}.yaml", tmp_path / "runs" / name
+        sweep.write_text(f"experiment: search\n{text}")
+        jobs[name] = submit(
+            cluster, SMOKE, f"data.path={digits}", f"run_dir={run}", f"--sweep={sweep}",
+            "tracking.mlflow=true", "train.total_images=800", "train.snapshot_images=400",
+        )[0]["job"]  # fmt: skip
+    for (name, job), num in zip(jobs.items(), (4, 6), strict=True):
+        logs = tmp_path / "runs" / name / "slurm" / "logs"
+        states = [cluster.wait(f"{job}_{index}", 600) for index in range(num)]
+        assert states == ["COMPLETED"] * num, [log.read_text() for log in logs.glob("*.log")]
+        done = cluster.run(sys.executable, "-m", "bigan", "sweep-report", tmp_path / "runs" / name)
+        assert str(tmp_path / "runs" / name / "00") in done
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("search")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=100)
+    parents = {run.info.run_id: run.info.run_name for run in runs if run.info.run_name in jobs}
+    assert sorted(parents.values()) == ["grid", "optuna"]
+    children = [parents[run.data.tags["mlflow.parentRunId"]] for run in runs
+                if run.info.run_id not in parents]  # fmt: skip
+    assert (children.count("grid"), children.count("optuna")) == (4, 6)
