@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bigan.errors import UserError
 
@@ -21,16 +22,64 @@ def is_available() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def run(*command: str | os.PathLike[str], timeout_seconds: float = TIMEOUT_SECONDS) -> str:
-    """stdout of a command; raises `SlurmError`, one line."""
-    name = str(command[0])
+def run(
+    *command: str | os.PathLike[str],
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """stdout of a command; raises `SlurmError`, one line. environment: None for that of here."""
+    return _finished([str(part) for part in command], timeout_seconds, env=environment).stdout
+
+
+def sbatch(arguments: Sequence[str]) -> str:
+    """Submit a job; returns its id. `arguments`: options and script.
+
+    The job does not inherit the variables of a job in which this process runs: SLURM does not set
+    all of them, and a job with the restart count or the array index of another one goes wrong.
+    """
+    command = ["sbatch", "--parsable", *arguments]
+    answer = _finished(command, TIMEOUT_SECONDS, env=_outside_of_jobs(os.environ)).stdout
+    # A site may print messages before it; in a federation, the name of the cluster follows.
+    job = (answer.split() or [""])[-1].partition(";")[0]
+    if not job.isdecimal():
+        raise SlurmError(f"sbatch: printed {answer.strip()!r}, not the id of a job")
+    return job
+
+
+def would_start(options: Sequence[str], script: str) -> str:
+    """SLURM's answer to `sbatch --test-only`: when and where the job would start.
+
+    `script` is the text of the script. Raises `SlurmError` if SLURM would refuse the job.
+    """
+    command = ["sbatch", "--test-only", *options]
+    environment = _outside_of_jobs(os.environ)
+    done = _finished(command, TIMEOUT_SECONDS, env=environment, input=script)
+    return " ".join(f"{done.stdout} {done.stderr}".split()).removeprefix("sbatch: ")
+
+
+_SETTINGS = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT"}
+
+
+def _outside_of_jobs(environment: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in _SETTINGS or not name.startswith(("SLURM_", "SRUN_"))
+    }
+
+
+def _finished(
+    command: list[str], timeout_seconds: float, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    name = command[0]
     try:
         done = subprocess.run(
-            [str(part) for part in command],
+            command,
             capture_output=True,
             text=True,
             timeout=timeout_seconds,
             check=False,
+            **options,
         )
     except FileNotFoundError:
         raise SlurmError(
@@ -40,9 +89,4 @@ def run(*command: str | os.PathLike[str], timeout_seconds: float = TIMEOUT_SECON
         raise SlurmError(f"{name}: no answer within {timeout_seconds:g} s; try again") from None
     if done.returncode != 0:
         raise SlurmError(f"{name}: {' '.join(done.stderr.split()) or done.returncode}")
-    return done.stdout
-
-
-def sbatch(arguments: Sequence[str]) -> str:
-    """Submit a job; returns its id. `arguments`: options and script."""
-    return run("sbatch", "--parsable", *arguments).strip().partition(";")[0]
+    return done
