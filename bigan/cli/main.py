@@ -1,4 +1,4 @@
-"""The command line: `bigan pack | verify | describe | train | evaluate | bench`.
+"""The command line: `bigan pack | verify | describe | train | ...`.
 
 Exit codes: 0 done, 1 the run had to stop or a data set is damaged, 2 bad input (one line, nothing
 written), 128 + n stopped by signal n with a checkpoint.
@@ -25,6 +25,7 @@ from bigan.cli.pack import (
     pack_command,
     verify_command,
 )
+from bigan.cli.status import add_job_commands
 from bigan.distributed.signals import launched_as_rank_0
 from bigan.errors import REPORTED_ELSEWHERE, RunError, UserError, disk_is_full, unusable_file
 from bigan.urls import redacted_text
@@ -155,6 +156,7 @@ def parser() -> argparse.ArgumentParser:
     _add_data_commands(commands)
     _add_run_commands(commands)
     _add_evaluate(commands)
+    add_job_commands(commands)
     bench = commands.add(
         "bench", None, "measure speed, memory and data traffic, as JSON", "See docs/benchmarks.md."
     )
