@@ -1,4 +1,4 @@
-"""The command line: `bigan pack | verify | describe | train | evaluate | submit | bench`.
+"""The command line: `bigan pack | verify | describe | train | ...`.
 
 Exit codes: 0 done, 1 the run had to stop or a data set is damaged, 2 bad input (one line, nothing
 written), 128 + n stopped by signal n with a checkpoint.
@@ -26,6 +26,7 @@ from bigan.cli.pack import (
     stage_command,
     verify_command,
 )
+from bigan.cli.status import add_job_commands
 from bigan.cli.submit import EPILOG, add_submit_arguments, submit_command
 from bigan.cli.sweep import add_sweep
 from bigan.distributed.job_logs import failures_written, write_failure
@@ -174,6 +175,7 @@ def parser() -> argparse.ArgumentParser:
         commands.add("submit", submit_command, "train a config in jobs of SLURM", EPILOG)
     )
     add_sweep(commands)
+    add_job_commands(commands)
     bench = commands.add(
         "bench", None, "measure speed, memory and data traffic, as JSON", "See docs/benchmarks.md."
     )

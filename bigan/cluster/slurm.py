@@ -22,9 +22,13 @@ def is_available() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def run(*command: str | os.PathLike[str], timeout_seconds: float = TIMEOUT_SECONDS) -> str:
-    """stdout of a command; raises `SlurmError`, one line."""
-    return _finished([str(part) for part in command], timeout_seconds).stdout
+def run(
+    *command: str | os.PathLike[str],
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """stdout of a command; raises `SlurmError`, one line. environment: None for that of here."""
+    return _finished([str(part) for part in command], timeout_seconds, env=environment).stdout
 
 
 def sbatch(arguments: Sequence[str]) -> str:

@@ -15,11 +15,12 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from bigan.file_lock import locked
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FILENAME = "metrics.jsonl"
 
@@ -30,7 +31,7 @@ _LINE_BYTES = 1 << 16  # an upper bound of the length of a line
 def append(path: Path, images_seen: int, seconds: float, values: Mapping[str, float]) -> None:
     """Append one line to the metrics log `path`. seconds: unix time. Raises OSError (full disk)."""
     record: dict[str, float | str] = {"images_seen": images_seen, "time": seconds}
-    record |= {key: _plain(value) for key, value in values.items()}
+    record |= {key: plain(value) for key, value in values.items()}
     line = json.dumps(record, allow_nan=False).encode() + b"\n"
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
@@ -72,17 +73,36 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [record for line in lines if (record := parse(line)) is not None]
 
 
+def read_tail(run_dir: Path, num_bytes: int = 4 * _LINE_BYTES) -> list[dict[str, Any]]:
+    """As `read_metrics`, but only the records in the last `num_bytes` of the file.
+
+    A file that cannot be read has none.
+    """
+    try:
+        with (run_dir / FILENAME).open("rb") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - num_bytes)
+            file.seek(start)
+            lines = file.read(num_bytes).splitlines()
+    except OSError:
+        return []
+    if start > 0:  # the first line is incomplete, although its end may look like a record
+        del lines[:1]
+    return [record for line in lines if (record := parse(line)) is not None]
+
+
 def series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
     """(images_seen int64 [n], values float64 [n]) of one key, in order of images_seen.
 
     A resumed run repeats the ticks after its checkpoint: the last value of each is returned.
     """
+    import numpy as np  # here: the status of a run needs no arrays
+
     last = {record["images_seen"]: record[key] for record in records if key in record}
     steps = sorted(last)
     return np.array(steps, dtype=np.int64), np.array([last[s] for s in steps], dtype=np.float64)
 
 
-def _plain(value: float) -> float | str:
+def plain(value: float) -> float | str:
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

@@ -26,12 +26,15 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bigan import atomic_files
-from bigan.distributed.world import World, on_all_ranks
 from bigan.errors import TAKEN_OVER, RunError, UserError, writing
 from bigan.file_lock import try_lock
 from bigan.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from bigan.distributed.world import World
 
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0  # without a heartbeat, after which the process of another machine is dead
@@ -294,6 +297,8 @@ def exclusive(world: World, run_dir: Path) -> Iterator[RunLock | None]:
 
     Raises `LockedError` on all ranks if another process trains there.
     """
+    from bigan.distributed.world import on_all_ranks  # here: reading a LOCK needs no torch
+
     take = writing(run_dir)(RunLock)
     lock = on_all_ranks(world, lambda: take(run_dir) if world.is_rank_0 else None)
     try:

@@ -70,6 +70,32 @@ def test_run_without_metrics_log_is_empty(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
 
 
+def test_tail_of_a_large_log_is_read_alone(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with path.open("wb") as file:
+        file.truncate(100 << 20)  # zeros, which take no space
+        file.seek(0, os.SEEK_END)
+        file.writelines(b'{"images_seen": %d, "time": 0.0}\n' % number for number in range(5000))
+    tail = metrics_log.read_tail(tmp_path, 1000)
+    assert [record["images_seen"] for record in tail] == list(range(5000 - len(tail), 5000))
+    assert 20 < len(tail) < 40
+    times = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        metrics_log.read_tail(tmp_path)
+        times.append(time.perf_counter() - begun)
+    assert min(times) < 0.1
+    assert metrics_log.read_tail(tmp_path / "nowhere") == []
+
+
+def test_tail_of_a_short_log_is_all_of_it(tmp_path: Path) -> None:
+    for number in range(3):
+        metrics_log.append(tmp_path / "metrics.jsonl", number, 0.0, {"a": 1.0})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"images_seen": 3, "ti')
+    assert metrics_log.read_tail(tmp_path) == read_metrics(tmp_path)
+
+
 def test_last_line_of_a_repeated_tick_is_returned() -> None:
     records = [
         {"images_seen": 10, "a": 1.0},

@@ -1,0 +1,168 @@
+"""Stop a run or a sweep: STOP for what trains, scancel for the jobs that wait."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from bigan.atomic_files import write_atomic
+from bigan.cluster import records, slurm
+from bigan.cluster.discovery import require_run
+from bigan.cluster.facts import Facts, read_facts
+from bigan.cluster.job_states import Job, ask, join
+from bigan.cluster.queue import QueuedJob
+from bigan.cluster.records import FINAL, JobRecord
+from bigan.cluster.slurm import SlurmError
+from bigan.cluster.sweep_status import trials_of
+from bigan.errors import writing
+from bigan.run_folder import RunFolder
+
+COMMAND_SECONDS = 20.0
+PASSES = 3  # a job that waited may have started meanwhile
+
+Echo = Callable[[str], None]
+Folders = Mapping[Path, Sequence[JobRecord]]  # the run, or a sweep and its trials
+
+
+def cancel(run: Path, *, now: bool, echo: Echo) -> int:
+    """Stop a run, or all trials of a sweep; prints a line per job with `echo`.
+
+    A trainer saves a checkpoint at the next step boundary, and its job ends without a requeue;
+    `now` cancels it at once. Jobs that wait are cancelled. Returns 0, or 1 if SLURM could not be
+    asked or did not cancel a job. Raises `UserError` for a folder without a run.
+    """
+    require_run(run)
+    paths = [run, *(trials_of(run) if records.is_sweep(run) else [])]
+    folders = {path: records.read_jobs(path) for path in paths}
+    done: set[tuple[str, bool]] = set()
+    ok, found = True, False
+    for attempt in range(PASSES):
+        queue, away = ask({job.id for known in folders.values() for job in known})
+        facts = {path: read_facts(path) for path in folders}
+        jobs = _live_jobs(folders, queue)
+        if attempt == 0:  # before the jobs: a link that starts meanwhile finds STOP and ends
+            found = _write_stops(folders, facts, jobs, away is not None, echo) or bool(jobs)
+        new = {each: job for each, job in jobs.items() if (each, job[1].waits) not in done}
+        trains = any(job.record.trains for _, job in jobs.values())
+        for path, job in new.values():
+            done.add((job.id, job.waits))
+            ok &= _cancel_job(job, facts[path], trains, now, echo)
+        if away or not new:
+            break
+    if away:
+        unknown = any(job.last not in FINAL for known in folders.values() for job in known)
+        lost = "; jobs that wait cannot be cancelled, try again" if unknown else ""
+        echo(f"SLURM is away ({away}){lost}")
+        ok = not unknown
+    elif not found:
+        echo(f"{run}: nothing runs or waits")
+    if found and not facts[run].done:
+        echo(f"to continue later: {_again(run, folders[run])}")
+    return 0 if ok else 1
+
+
+def _live_jobs(folders: Folders, queue: Mapping[str, QueuedJob]) -> dict[str, tuple[Path, Job]]:
+    """Job -> (its run folder, itself) of those that run or wait; none of another run."""
+    found: dict[str, tuple[Path, Job]] = {}
+    for path, known in folders.items():
+        for job in join(known, queue):
+            if job.waits or job.is_active:
+                element = job.id.partition("_")[2]
+                trial = path / f"{int(element):03d}" if element.isdecimal() else path
+                found[job.id] = (trial if trial in folders else path, job)
+    return found
+
+
+def _write_stops(
+    folders: Folders,
+    facts: Mapping[Path, Facts],
+    jobs: Mapping[str, tuple[Path, Job]],
+    away: bool,
+    echo: Echo,
+) -> bool:
+    """Make the file STOP of each run that trains, or may train; returns whether there is one.
+
+    A run that has not begun gets none: its folder would not be that of a run.
+    """
+    trained = {path for path, job in jobs.values() if job.record.trains}
+    any_trains = False
+    for path, known in folders.items():
+        may = away and any(job.trains and job.last not in FINAL for job in known)
+        if facts[path].done or not (path in trained or facts[path].lives or may):
+            continue
+        any_trains = True
+        if not RunFolder(path).config.exists():
+            continue
+        stop = facts[path].stop
+        if stop is None or stop.startswith("SLURM job"):  # after which the job would be requeued
+            with writing(RunFolder(path).stop):
+                write_atomic(RunFolder(path).stop, "")
+        owner = facts[path].owner
+        where = f" ({owner})" if owner and facts[path].lives else ""
+        echo(f"{RunFolder(path).stop}: the trainer{where} saves at the next step boundary and ends")
+    return any_trains
+
+
+def _cancel_job(job: Job, facts: Facts, trains: bool, now: bool, echo: Echo) -> bool:
+    """Cancel a job unless it ends by itself; returns whether that succeeded.
+
+    trains: whether a job of the run trains, which an evaluator follows.
+    """
+    record, queued = job.record, job.queued
+    assert queued is not None
+    link = f", link {record.link} of {record.links}" if record.links > 1 else ""
+    name = f"job {job.id} ({record.kind}{link})"
+    if queued.state == "COMPLETING":
+        echo(f"{name}: is ending")
+        return True
+    if not job.waits and not now:
+        if not record.trains and trains:
+            echo(f"{name}: ends after the training jobs")
+            return True
+        if record.trains and _has_begun(queued, facts):
+            echo(f"{name}: ends after its checkpoint, without a requeue")
+            return True
+    try:
+        if job.waits:
+            _command("scancel", "--state=PENDING", job.id)
+        else:  # a script that is told to end may requeue its job, unless that is disabled
+            with contextlib.suppress(SlurmError):
+                _command("scontrol", "update", f"JobId={job.id}", "Requeue=0")
+            _command("scancel", job.id)
+    except SlurmError as error:
+        echo(f"{name}: not cancelled: {error}")
+        return False
+    echo(f"{name}: cancelled {'before its start' if job.waits else f'on {queued.nodes}'}")
+    return True
+
+
+def _has_begun(queued: QueuedJob, facts: Facts) -> bool:
+    """Whether the trainer of this attempt has passed its checks; until then it deletes STOP.
+
+    Before, it has nothing to save.
+    """
+    marks = (facts.begun, facts.tick_time)
+    return any(mark is not None and mark >= (queued.start or 0.0) for mark in marks)
+
+
+def _command(*command: str) -> None:
+    """Run a command; a job that has ended meanwhile is no error."""
+    try:
+        slurm.run(*command, timeout_seconds=COMMAND_SECONDS)
+    except SlurmError as error:
+        ended = ("Invalid job id", "already complet", "Job/step already")
+        if not any(text in str(error) for text in ended):
+            raise
+
+
+def _again(run: Path, known: Sequence[JobRecord]) -> str:
+    """The command that continues a run."""
+    train = [job for job in known if job.trains]
+    if train and train[-1].submission:
+        return "the same bigan submit command"
+    if train:
+        return "sbatch with the same script and arguments"
+    if records.is_sweep(run):
+        return "the same bigan sweep command"
+    return f"bigan train {RunFolder(run).config}"
