@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2030,SC2031  # BIGAN_LOG_DIR differs in a subshell on purpose
+# shellcheck shell=bash
 # A job of SLURM that trains or evaluates one run: ranks, logs, signals, requeue.
 #
 #   train_job CONFIG [a.b=value ...]      evaluate_job RUN [options of `bigan evaluate`]
@@ -459,11 +459,9 @@ on_trial() { # begin | watch | end: of the trial of this element (bigan/cluster/
 }
 
 evaluate_trial() { # [OPTIONS]: with logs of its own beside those of the trainer
-    (
-        export BIGAN_LOG_DIR=$BIGAN_LOG_DIR/evaluate
-        mkdir -p "$BIGAN_LOG_DIR"
-        launch "$(free_port 1)" evaluate "$BIGAN_RUN_DIR" "$@"
-    )
+    local logs=$BIGAN_LOG_DIR/evaluate
+    mkdir -p "$logs"
+    BIGAN_LOG_DIR=$logs launch "$(free_port 1)" evaluate "$BIGAN_RUN_DIR" "$@"
 }
 
 trial_job() { # SWEEP_DIR: the trial of this element
