@@ -48,10 +48,10 @@ def duration(seconds: float) -> str:
     """Two units of a time: "2 d 3 h", "4 h 5 min", "35 s"."""
     rest = int(seconds)
     parts: list[str] = []
-    for unit, size in zip("d h min s".split(), (86400, 3600, 60, 1), strict=True):
+    for unit, size in ((" d", 86400), (" h", 3600), (" min", 60), (" s", 1)):
         number, rest = divmod(rest, size)
-        if number or (unit == "s" and not parts):
-            parts.append(f"{number} {unit}")
+        if number or (unit == " s" and not parts):
+            parts.append(f"{number}{unit}")
         elif parts:
             break
     return " ".join(parts[:2])

@@ -112,6 +112,13 @@ class Cluster:
         printed = self.run("sbatch", "--parsable", "--open-mode=append", output, *options, path)
         return int(printed.strip())
 
+    def wait_for_restart(self, job: int | str) -> None:
+        """Until the job has been requeued; SLURM notices a lost node after half a minute."""
+        deadline = time.monotonic() + 180
+        while self.field(job, "Restarts") == "0":
+            assert time.monotonic() < deadline, f"job {job} is not requeued"
+            time.sleep(0.2)
+
     def start(self, name: str, command: Sequence[str]) -> None:
         """Start a daemon as a child of the test."""
         with (self.folder / "log" / "daemons.log").open("ab") as log:

@@ -203,6 +203,18 @@ def test_interrupted_runs_continue_where_they_stopped(toys: Callable[[], Toy]) -
         assert not (toy.run / "STOP").exists()
 
 
+@pytest.mark.slow
+def test_node_that_is_lost_before_the_first_checkpoint(toy: Toy) -> None:
+    """The surviving rank reports it before SLURM notices."""
+    job = toy.submit(nodes=2, total=600, every=600, rank_1=20, ends={"300": "lost\nrank 1"})
+    toy.wait_for("seen.txt")
+    toy.cluster.kill_node("n2")
+    toy.cluster.wait_for_restart(job)
+    toy.cluster.start_node("n2")
+    assert toy.wait(job, timeout=120) == "COMPLETED"
+    assert toy.events[-1] == ("completed", "1", 600)
+
+
 def test_cancelled_job_stays_cancelled(toy: Toy) -> None:
     job = toy.submit(total=100_000)
     toy.wait_for("checkpoints/20/COMPLETE")

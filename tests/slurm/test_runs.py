@@ -108,10 +108,7 @@ def preempt(cluster: Cluster, job: str) -> None:
 
 def lose_node(cluster: Cluster, job: str) -> None:
     cluster.kill_node("n2")
-    deadline = time.monotonic() + 120
-    while cluster.field(job, "Restarts") == "0":
-        assert time.monotonic() < deadline, "the lost node does not requeue the job"
-        time.sleep(0.5)
+    cluster.wait_for_restart(job)
     cluster.start_node("n2")
 
 
@@ -119,10 +116,7 @@ def lose_daemon(cluster: Cluster, job: str) -> None:
     """The tasks of the node are still alive when the job starts again."""
     cluster.daemons["n2"].kill()
     cluster.daemons["n2"].wait()
-    deadline = time.monotonic() + 120
-    while cluster.field(job, "Restarts") == "0":
-        assert time.monotonic() < deadline, "the lost node does not requeue the job"
-        time.sleep(0.5)
+    cluster.wait_for_restart(job)
     cluster.start_node("n2")
 
 

@@ -251,7 +251,10 @@ supervise() { # COMMAND ...: run it to its end, also if a signal arrives; sets C
 node_is_lost() { # whether a node of the job has failed or does not respond
     local state
     state=$(sinfo -h -N -o %T -n "$SLURM_JOB_NODELIST" 2>/dev/null) || return 1
-    [[ $state == *down* || $state == *fail* || $state == *\** ]]
+    if [[ $state == *down* || $state == *fail* || $state == *\** ]]; then return 0; fi
+    # SLURM notices after minutes that a node does not respond: a task on each node shows it at once.
+    [ "$NUM_NODES" -gt 1 ] && ! timeout -k 5 60 srun --nodes="$NUM_NODES" --ntasks="$NUM_NODES" \
+        --ntasks-per-node=1 --overlap true >/dev/null 2>&1
 }
 
 job_field() { # NAME: of `scontrol show job`
