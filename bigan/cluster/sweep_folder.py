@@ -8,6 +8,7 @@
             000/          the run folder of trial 0
             slurm/trials/000.yaml   its config
                          000.json   its record: parameters, state, value
+                         000.pruned images_seen at which the pruner decided to end it
             slurm/logs/local-000.log    its output, if `bigan sweep` ran it
 """
 
@@ -41,7 +42,6 @@ class Trial:
     error: str = ""
     begun: float = field(default_factory=time.time)  # unix time
     ended: float | None = None
-    pruned_at: int | None = None  # images_seen at which the pruner decided
 
     @property
     def seconds(self) -> float | None:
@@ -86,6 +86,10 @@ class SweepFolder:
 
     def trial_config(self, index: int) -> Path:
         return self.trials / f"{self.name(index)}.yaml"
+
+    def pruned(self, index: int) -> Path:
+        """A file beside the record, which only the start and the end of a trial write."""
+        return self.trials / f"{self.name(index)}.pruned"
 
     def sweep(self) -> Sweep:
         """The frozen sweep; `UserError` if the folder is not that of a sweep."""

@@ -148,7 +148,7 @@ class LocalTrial:
         problem = "; ".join([*codes, _last_line(self._log)]) if codes else ""
         trial = trials.end(self._folder, self._index, self._attempt, problem)
         if trial.state == "running":
-            self._echo(f"trial {self._name}: stopped by STOP; the same command continues it")
+            self._echo(f"trial {self._name}: stopped; the same command continues it")
         else:
             self._echo(f"trial {self._name}: {trials.described(trial, self._sweep)}")
         return True

@@ -21,7 +21,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -50,7 +49,7 @@ def begin(folder: SweepFolder, index: int) -> Trial:
         if not 0 <= index < sweep.num_trials:
             raise UserError(f"{folder.path}: has no trial {index}; it has {sweep.num_trials}")
         trial = Trial(index, _parameters(folder, sweep, index))
-    elif trial.state == "running" and trial.pruned_at is not None:
+    elif trial.state == "running" and folder.pruned(index).exists():
         return end(folder, index)  # its job ended between the decision and the record
     if trial.state == "running":
         with writing(folder.trials):
@@ -65,8 +64,8 @@ def observe(folder: SweepFolder, index: int) -> bool:
     trial = folder.read(index)
     if trial is None or trial.state != "running":
         return False
-    run = folder.run(index)
-    if trial.pruned_at is None:
+    run, decided = folder.run(index), folder.pruned(index)
+    if not decided.exists():
         sweep = folder.sweep()
         found = measured(run, sweep.metric or "")
         finite = {images: value for images, value in found.items() if math.isfinite(value)}
@@ -74,8 +73,7 @@ def observe(folder: SweepFolder, index: int) -> bool:
 
         if not sweep.prunes or not study.report(folder, sweep, index, finite):
             return False
-        trial = replace(trial, pruned_at=max(finite))
-        folder.write(trial)  # before STOP: `end` needs the reason
+        atomic_files.write_atomic(decided, f"{max(finite)}\n")  # before STOP: `end` needs it
     if not run.done.exists() and not run.stop.exists():  # also after the start of another attempt
         atomic_files.write_atomic(run.stop, PRUNED)
     return True
@@ -95,7 +93,7 @@ def end(folder: SweepFolder, index: int, logs: Path | None = None, problem: str 
     """Record the result of a trial whose processes have ended, and return its record.
 
     `logs`: the folder with the failure files of the last attempt. `problem`: why it ended, if
-    there are none. A run that somebody stopped with STOP stays `running`.
+    there are none. A run that was stopped and can be resumed (STOP, REQUEUE) stays `running`.
     """
     trial = folder.read(index)
     if trial is None:
@@ -103,7 +101,7 @@ def end(folder: SweepFolder, index: int, logs: Path | None = None, problem: str 
     if trial.state != "running":
         return trial
     sweep = folder.sweep()
-    trial = _ended(folder, sweep, trial, failure(folder.run(index), logs) or problem)
+    trial = _ended(folder, sweep, trial, failure(folder.run(index), logs), problem)
     if trial.state != "running":
         if isinstance(sweep.method, Bayesian):
             from bigan.cluster import study
@@ -161,23 +159,23 @@ def _write_config(folder: SweepFolder, sweep: Sweep, trial: Trial) -> None:
     atomic_files.write_atomic(folder.trial_config(trial.index), text)
 
 
-def _ended(folder: SweepFolder, sweep: Sweep, trial: Trial, error: str) -> Trial:
-    """The record of a trial from what its run folder has."""
+def _ended(folder: SweepFolder, sweep: Sweep, trial: Trial, error: str, problem: str) -> Trial:
+    """The record of a trial from what its run folder has; `error`: of a failure that is known."""
     run = folder.run(trial.index)
     values = measured(run, sweep.metric or "")
     seen = images_seen(run)
     last = next(reversed(values.values()), None)
     if not run.done.exists():
-        if trial.pruned_at is not None:
+        if folder.pruned(trial.index).exists():
             return trial.end("pruned", value=last, images_seen=seen)
-        if not error and run.stop.exists():
+        if not error and (run.stop.exists() or run.requeue.exists()):
             return trial
-        error = error or "ended before the end of the run, without a message"
+        error = error or problem or "ended before the end of the run, without a message"
         return trial.end("failed", images_seen=seen, error=error)
     snapshots = atomic_files.numbered_folders(run.snapshots)
     newest = int(snapshots[-1].name) if snapshots else seen
     if newest not in values:
-        reason = error or f"no {sweep.metric} of the snapshot {newest}"
+        reason = error or problem or f"no {sweep.metric} of the snapshot {newest}"
         return trial.end("failed", images_seen=seen, error=f"evaluation: {reason}")
     better = max if sweep.goal == "maximize" else min
     finite = [value for value in values.values() if math.isfinite(value)]

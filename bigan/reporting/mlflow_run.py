@@ -86,8 +86,8 @@ def open_run(
     there is none, and the local store is that of the parent. Raises what MLflow raises.
     """
     record = Record.read(run_dir)
-    database = (parent or run_dir).resolve().parent / local_store.DATABASE
-    uri, local = _store(database, record, role)
+    uri, local = _store(parent or run_dir, record, role)
+    database = _local_store(parent or run_dir)
     client = _connect(uri, database if local else None)
     if not _exists(client, record.run_id):
         artifacts = database.parent / local_store.ARTIFACTS if local else None
@@ -142,8 +142,8 @@ def exclusive(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _store(database: Path, record: Record, role: Role) -> tuple[str, bool]:
-    """(tracking URI, whether it is the local file `database`)."""
+def _store(folder: Path, record: Record, role: Role) -> tuple[str, bool]:
+    """(tracking URI, whether it is the local file next to the folder of the run or its sweep)."""
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
     recorded = record.uri
     follows = role == "evaluation" and recorded and recorded != _without_credentials(given)
@@ -151,7 +151,11 @@ def _store(database: Path, record: Record, role: Role) -> tuple[str, bool]:
         return given, False
     if recorded and not record.local:
         return recorded, False
-    return f"sqlite:///{database}", True
+    return f"sqlite:///{_local_store(folder)}", True
+
+
+def _local_store(folder: Path) -> Path:
+    return folder.resolve().parent / local_store.DATABASE
 
 
 def _connect(uri: str, local: Path | None) -> Any:

@@ -120,8 +120,9 @@ def test_sweep_without_a_complete_trial_has_exit_code_1(tmp_path: Path) -> None:
     assert _run(folder)[0] == 1
 
 
+@pytest.mark.full
 def test_pruned_trials_end_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAKE_SECONDS", "0.4")
+    monkeypatch.setenv("FAKE_SECONDS", "3")
     method: dict[str, Any] = {"name": "optuna", "trials": 6, "startup_trials": 6, "seed": 0}
     method["prune"] = {"name": "median", "startup_trials": 1}
     folder = frozen(tmp_path, **{**OPTUNA, "method": method})

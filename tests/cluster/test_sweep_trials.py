@@ -146,6 +146,10 @@ def test_failure_of_a_run_is_its_first_cause(tmp_path: Path) -> None:
     assert (ended.state, ended.error) == ("failed", "loss became non-finite")
     assert trial.end(folder, 1, None, "exit code 1").error == "exit code 1"
     assert [t.state.name for t in _optuna_trials(folder)] == ["FAIL", "FAIL"]
+    (folder.trials / "000.json").unlink()  # to run it again
+    assert trial.begin(folder, 0).parameters == ended.parameters
+    fake_run(folder, 0, {200: 1.0})
+    assert trial.end(folder, 0).state == "complete"
 
 
 def test_failure_of_a_job_is_the_verdict_of_its_script(tmp_path: Path) -> None:
@@ -159,12 +163,13 @@ def test_failure_of_a_job_is_the_verdict_of_its_script(tmp_path: Path) -> None:
     assert trial.end(folder, 0).error == "3 attempts made no progress"
 
 
-def test_run_that_somebody_stopped_has_not_ended(tmp_path: Path) -> None:
+@pytest.mark.parametrize("marker", ["STOP", "REQUEUE"])
+def test_run_that_was_stopped_has_not_ended(marker: str, tmp_path: Path) -> None:
     folder = frozen(tmp_path, **OPTUNA)
     trial.begin(folder, 0)
     fake_run(folder, 0, {200: 1.0}, done=False)
-    folder.run(0).stop.touch()
-    assert trial.end(folder, 0).state == "running"
+    (folder.run(0).path / marker).touch()
+    assert trial.end(folder, 0, problem="exit code 143").state == "running"
     assert not _optuna_trials(folder)[0].state.is_finished()
 
 
@@ -203,9 +208,7 @@ def test_trial_that_ends_before_it_stops_is_complete(tmp_path: Path) -> None:
     folder = frozen(tmp_path, **{**OPTUNA, "method": method})
     trial.begin(folder, 0)
     fake_run(folder, 0, {200: 1.0})
-    record = folder.read(0)
-    assert record is not None
-    folder.write(Trial(**{**record.__dict__, "pruned_at": 200}))
+    folder.pruned(0).write_text("200")
     assert trial.observe(folder, 0)
     assert not folder.run(0).stop.exists()
     assert trial.end(folder, 0).state == "complete"
