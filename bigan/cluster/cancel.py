@@ -151,7 +151,7 @@ def _command(*command: str) -> None:
     try:
         slurm.run(*command, timeout_seconds=COMMAND_SECONDS)
     except SlurmError as error:
-        ended = ("Invalid job id", "already complet", "Job/step already")
+        ended = ("Invalid job id", "Job/step already")
         if not any(text in str(error) for text in ended):
             raise
 
