@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from bigan.errors import writing
 from bigan.run_folder import RunFolder
 
 COMMAND_SECONDS = 20.0
+BEGIN_SECONDS = 5.0  # from environment.json until STOP has been deleted
 PASSES = 3  # a job that waited may have started meanwhile
 
 Echo = Callable[[str], None]
@@ -142,8 +144,10 @@ def _has_begun(queued: QueuedJob, facts: Facts) -> bool:
 
     Before, it has nothing to save.
     """
-    marks = (facts.begun, facts.tick_time)
-    return any(mark is not None and mark >= (queued.start or 0.0) for mark in marks)
+    start = queued.start or 0.0
+    if facts.tick_time is not None and facts.tick_time >= start:
+        return True
+    return facts.begun is not None and start <= facts.begun < time.time() - BEGIN_SECONDS
 
 
 def _command(*command: str) -> None:
@@ -151,7 +155,7 @@ def _command(*command: str) -> None:
     try:
         slurm.run(*command, timeout_seconds=COMMAND_SECONDS)
     except SlurmError as error:
-        ended = ("Invalid job id", "already complet", "Job/step already")
+        ended = ("Invalid job id", "Job/step already")
         if not any(text in str(error) for text in ended):
             raise
 

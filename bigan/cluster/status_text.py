@@ -15,6 +15,7 @@ from bigan.reporting.metrics_log import plain
 
 _COLUMNS = ("run", "state", "job", "images", "%", "images/s", "left", "limit", "attempts", "")
 _RIGHT = {3, 4, 5, 6, 7, 8}  # columns of numbers
+_UNITS = {"{} d": 86400, "{} h": 3600, "{} min": 60, "{} s": 1}  # seconds
 LATE_SECONDS = 600.0  # without a tick, after which a run that trains may hang
 
 
@@ -30,6 +31,7 @@ def as_lines(survey: Survey, width: int | None = None) -> list[str]:
         lines += _sweep(only) if isinstance(only, SweepStatus) else _block(only, survey.time)
     else:
         lines += _table(survey)
+    lines = ["".join(c if c.isprintable() else "?" for c in line) for line in lines]
     return lines if width is None else [_cut(line, width) for line in lines]
 
 
@@ -48,13 +50,13 @@ def duration(seconds: float) -> str:
     """Two units of a time: "2 d 3 h", "4 h 5 min", "35 s"."""
     rest = int(seconds)
     parts: list[str] = []
-    for unit, size in ((" d", 86400), (" h", 3600), (" min", 60), (" s", 1)):
+    for unit, size in _UNITS.items():
         number, rest = divmod(rest, size)
-        if number or (unit == " s" and not parts):
-            parts.append(f"{number}{unit}")
+        if number:
+            parts.append(unit.format(number))
         elif parts:
             break
-    return " ".join(parts[:2])
+    return " ".join(parts[:2]) or "0 s"
 
 
 def _block(status: Status, now: float) -> list[str]:

@@ -54,7 +54,7 @@ def _newest(train: Sequence[Job]) -> Job | None:
 def describe_job(job: Job, answered: bool) -> str:
     """The state of a job in a few words: "running on n1", "queued: waits for free nodes"."""
     if job.queued and job.queued.is_active:
-        return f"running {_where(job)}"
+        return f"running {_where(job, named=False)}"
     if job.queued and job.queued.waits:
         word = REQUEUED if job.record.num_starts else QUEUED
         return f"{word}: {job.queued.why}" if job.queued.why else word
@@ -64,7 +64,7 @@ def describe_job(job: Job, answered: bool) -> str:
     return f"{state}: {detail.removeprefix(f'job {job.id}').lstrip(', :') or state}"
 
 
-def _where(job: Job) -> str:
+def _where(job: Job, named: bool = True) -> str:
     queued = job.queued
     assert queued is not None
     place = f"on {queued.nodes}" if queued.nodes else ""
@@ -75,7 +75,7 @@ def _where(job: Job) -> str:
         "STOPPED": "is suspended",
     }
     word = words.get(queued.state)
-    return ", ".join(part for part in (place, f"job {job.id}", word) if part)
+    return ", ".join(part for part in (place, f"job {job.id}" if named else "", word) if part)
 
 
 def _waits(job: Job, train: Sequence[Job], now: float) -> tuple[str, str, Job]:

@@ -138,6 +138,7 @@ def make_run(
     if begun:
         (run / "config.yaml").write_text("train:\n  total_images: 48000\n")
         (run / "environment.json").write_text("{}")
+        age(run / "environment.json", 60)
     if ticks:
         text = "".join(json.dumps({"time": time.time()} | dict(tick)) + "\n" for tick in ticks)
         (run / "metrics.jsonl").write_text(text)

@@ -203,6 +203,12 @@ def test_age_of_files_decides_whether_the_trainer_has_begun(
     run = make_run(path, jobs=[submission(path, "7")], events=[STARTED])
     now = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
     fake.set(line("7", "running", run, **{"2026-11-28T20:55:35": now}))
-    age(run / "environment.json", 60)
+    assert main(["cancel", str(run)]) == 0
+    assert fake.calls[-1] == "scancel 7"
+    fake.set(line("7", "running", run, **LONG_AGO))
+    num_calls = len(fake.calls)
+    assert main(["cancel", str(run)]) == 0
+    assert len(fake.calls) == num_calls
+    age(run / "environment.json", 1)  # STOP has perhaps not been deleted yet
     assert main(["cancel", str(run)]) == 0
     assert fake.calls[-1] == "scancel 7"

@@ -287,6 +287,7 @@ def test_progress_of_a_running_job(
     assert (found["eval"], found["evaluated"]) == ({"fd/digits8-cnn-v1": 44.75}, 8000)
     assert found["evaluator"].startswith("queued")
     assert [job["slurm"] for job in found["jobs"]] == ["RUNNING", "PENDING"]
+    assert found["jobs"][0]["state"] == "running on n[1-2]"
     assert main(["status", str(run)]) == 0
     text = capsys.readouterr().out
     for fact in ("n[1-2]", "12,800 of 48,000", "100 images/s", "5 min", "1 d 9 h", "0.5", "44.75"):
@@ -351,6 +352,18 @@ def test_links_of_a_chain(fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.M
     assert (status(run).state, status(run).links_left) == ("requeued", 2)
     monkeypatch.setenv("PATH", "/nowhere")
     assert status(run).links_left == 2
+
+
+def test_stopped_chain_has_the_state_of_the_link_that_ran(
+    fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    jobs = [submission(path, str(6 + link), link=link, links=2) for link in (1, 2)]
+    run = make_run(path, jobs=jobs, events=[STARTED, "stopped train 7 0 STOP"])
+    fake.set(line("7", "completed", run), line("8", "cancelled", run))
+    assert (status(run).state, status(run).detail) == ("stopped", "job 7: STOP")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert status(run).state == "stopped"
 
 
 def test_complete_while_its_job_ends(fake: FakeSlurm, tmp_path: Path) -> None:
@@ -424,7 +437,7 @@ def test_runs_are_found_below_runs(
     assert main(["status", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["runs"]
     assert [run["run"] for run in found] == ["runs/group/two", "runs/one"]
-    assert main(["status", "runs/onw"]) == 2
+    assert main(["status", "runs/onne"]) == 2
     assert "one" in capsys.readouterr().err
     assert main(["status", "runs/one", "runs"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3, "the header, and each run once"
@@ -551,6 +564,13 @@ def test_watch_on_a_terminal_draws_in_place_and_ends_with_ctrl_c(
     assert b"Traceback" not in printed
     assert b"12,800" in printed.rpartition(b"\x1b[?1049l")[2], "the last display remains"
     assert b"\x1b[2J" not in printed, "the screen is never cleared"
+
+
+def test_text_of_a_log_cannot_control_the_terminal(fake: FakeSlurm, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", events=[STARTED, "failed train 7 0 red \x1b[31m\x07"])
+    text = "".join(as_lines(survey([run])))
+    assert "red" in text
+    assert text.isprintable()
 
 
 def test_lines_fit_the_terminal(fake: FakeSlurm, tmp_path: Path) -> None:

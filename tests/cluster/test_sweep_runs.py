@@ -54,7 +54,7 @@ def _runs(store: Path, experiment: str) -> tuple[Any, list[Any], Any]:
     return parent, children, client
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_grid_without_slurm(digits: Path, tmp_path: Path) -> None:
     path = _file(
         tmp_path, digits, {**GRID, "experiment": "grids"},

@@ -32,6 +32,7 @@ echo "attempt $restart"
 TRAINS = """printf 'train: {total_images: 48000}\\n' >"$run/config.yaml"
 echo '{}' >"$run/environment.json"
 rm -f "$run/STOP"
+echo '{"images_seen": 8, "time": '"$(date +%s.%N)"', "train/attempt": 1}' >>"$run/metrics.jsonl"
 until [ -e "$run/STOP" ]; do sleep 0.1; done
 record stopped STOP
 """
@@ -133,8 +134,7 @@ def test_status_logs_and_cancel(
     assert "attempt 1" in printed
 
     # stopped: the waiting link is cancelled, the running job ends by itself
-    environment = runs["trains"] / "environment.json"
-    wait(lambda: environment.stat().st_mtime >= again.current.queued.start)
+    wait(lambda: (status(runs["trains"]).facts.tick_time or 0) >= again.current.queued.start)
     assert main(["cancel", str(runs["trains"])]) == 0
     assert f"job {link} " in capsys.readouterr().out
     assert cluster.wait(jobs["trains"], timeout=60) == "COMPLETED"
