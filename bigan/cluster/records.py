@@ -14,20 +14,21 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bigan.cluster import jobs, queue
 from bigan.cluster.queue import QueuedJob
+from bigan.errors import LOST, TAKEN_OVER
 from bigan.run_folder import RunFolder
 
 SWEEP = "sweep.yaml"  # a folder with this file is that of a sweep
 FINAL = {"completed", "stopped", "failed"}  # events after which the job makes no other attempt
 LONGEST_SECONDS = 30 * 86400.0  # of an attempt, from its start to a requeue
 CLOCK_SECONDS = 120.0  # tolerated difference between the clocks of nodes and controller
-_CONSEQUENCES = {"lost", "taken_over"}  # kinds of failures that another one causes
+_CONSEQUENCES = {LOST, TAKEN_OVER}  # kinds of failures that another one causes
 
 
 @dataclass(frozen=True)
@@ -164,9 +165,17 @@ def read_jobs(run_dir: Path) -> list[JobRecord]:
 
 def last_failure(run_dir: Path) -> Failure | None:
     """The failure of the newest attempt that has one; of several ranks, the cause of the others."""
+    attempts = map(read_failures, (RunFolder(run_dir).slurm / "logs").glob("*-*"))
+    newest = max(
+        filter(None, attempts), key=lambda found: max(each.time for each in found), default=[]
+    )
+    return cause(newest)
+
+
+def read_failures(attempt: Path) -> list[Failure]:
+    """The failures in the logs of an attempt: of its ranks, and of its evaluator."""
     found = []
-    logs = RunFolder(run_dir).slurm / "logs"
-    for path in (*logs.glob("*/failure-*.txt"), *logs.glob("*/evaluate/failure-*.txt")):
+    for path in (*attempt.glob("failure-*.txt"), *attempt.glob("evaluate/failure-*.txt")):
         match = re.fullmatch(r"failure-(\d+)-rank-(\d+)\.txt", path.name)
         if not match:
             continue
@@ -175,13 +184,15 @@ def last_failure(run_dir: Path) -> Failure | None:
                 kind, message = (file.readline(1 << 16).strip() for _ in range(2))
             if message:
                 time = int(match[1]) / 1e9
-                attempt = path.relative_to(logs).parts[0]
-                found.append(Failure(time, kind, message, match[2], attempt))
-    if not found:
-        return None
-    newest = max(found, key=lambda failure: failure.time).attempt
-    of_attempt = [failure for failure in found if failure.attempt == newest]
-    return min(of_attempt, key=lambda failure: (failure.kind in _CONSEQUENCES, failure.time))
+                found.append(Failure(time, kind, message, match[2], attempt.name))
+    return found
+
+
+def cause(failures: Iterable[Failure]) -> Failure | None:
+    """The first failure that is not the consequence of another one; None if there is none."""
+    return min(
+        failures, key=lambda failure: (failure.kind in _CONSEQUENCES, failure.time), default=None
+    )
 
 
 def is_sweep(folder: Path) -> bool:

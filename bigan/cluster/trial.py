@@ -28,6 +28,7 @@ import yaml
 
 from bigan import atomic_files
 from bigan import config as configs
+from bigan.cluster import records
 from bigan.cluster.sweep import Bayesian, Parameters, Sweep, as_overrides, point
 from bigan.cluster.sweep_folder import SweepFolder, Trial
 from bigan.errors import UserError, writing
@@ -35,7 +36,6 @@ from bigan.run_folder import RunFolder
 
 PRUNED = "pruned"  # text of the file STOP
 WATCH_SECONDS = 2.0
-LATE = ("lost", "taken_over")  # kinds of failures that another one has caused
 
 
 def begin(folder: SweepFolder, index: int) -> Trial:
@@ -101,7 +101,7 @@ def end(folder: SweepFolder, index: int, logs: Path | None = None, problem: str 
     if trial.state != "running":
         return trial
     sweep = folder.sweep()
-    trial = _ended(folder, sweep, trial, failure(folder.run(index), logs), problem)
+    trial = _ended(folder, sweep, trial, _failure(folder.run(index), logs), problem)
     if trial.state != "running":
         if isinstance(sweep.method, Bayesian):
             from bigan.cluster import study
@@ -185,26 +185,16 @@ def _ended(folder: SweepFolder, sweep: Sweep, trial: Trial, error: str, problem:
     return trial.end("complete", value=value, images_seen=seen)
 
 
-def failure(run: RunFolder, logs: Path | None) -> str:
+def _failure(run: RunFolder, logs: Path | None) -> str:
     """The reason why the last attempt failed, in one line; "" if it is not known.
 
-    From the failure files in `logs` (their names begin with the time), else from the verdict of the
-    job script in attempts.tsv.
+    From the failure files in `logs`, else from the verdict of the job script in attempts.tsv.
     """
-    paths = logs.rglob("failure-*-rank-*.txt") if logs else ()
-    found = []
-    for path in sorted(paths, key=lambda path: path.name):
-        kind, _, message = path.read_text(encoding="utf-8", errors="replace").partition("\n")
-        found.append((kind.strip() in LATE, " ".join(message.split())))
+    found = records.cause(records.read_failures(logs)) if logs else None
     if found:
-        return min(found, key=lambda entry: entry[0])[1]  # the first one that is a cause
-    try:
-        lines = (run.slurm / "attempts.tsv").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    *_, last = lines or [""]
-    fields = last.split("\t")
-    return fields[6] if len(fields) == 7 and fields[1] == "failed" else ""
+        return found.message
+    events = records.read_events(run.path)
+    return events[-1].reason if events and events[-1].event == "failed" else ""
 
 
 def when_to_evaluate(sweep: Sweep, trial: Trial) -> Literal["during", "after", "ended"]:
