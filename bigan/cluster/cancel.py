@@ -15,7 +15,7 @@ from bigan.cluster.job_states import Job, ask, join
 from bigan.cluster.queue import QueuedJob
 from bigan.cluster.records import FINAL, JobRecord
 from bigan.cluster.slurm import SlurmError
-from bigan.cluster.sweep_status import trials_of
+from bigan.cluster.sweep_folder import SweepFolder, is_sweep
 from bigan.errors import writing
 from bigan.run_folder import RunFolder
 
@@ -35,7 +35,7 @@ def cancel(run: Path, *, now: bool, echo: Echo) -> int:
     asked or did not cancel a job. Raises `UserError` for a folder without a run.
     """
     require_run(run)
-    paths = [run, *(trials_of(run) if records.is_sweep(run) else [])]
+    paths = [run, *(SweepFolder(run).runs() if is_sweep(run) else [])]
     folders = {path: records.read_jobs(path) for path in paths}
     done: set[tuple[str, bool]] = set()
     ok, found = True, False
@@ -71,7 +71,7 @@ def _live_jobs(folders: Folders, queue: Mapping[str, QueuedJob]) -> dict[str, tu
         for job in join(known, queue):
             if job.waits or job.is_active:
                 element = job.id.partition("_")[2]
-                trial = path / f"{int(element):03d}" if element.isdecimal() else path
+                trial = SweepFolder(path).run(int(element)).path if element.isdecimal() else path
                 found[job.id] = (trial if trial in folders else path, job)
     return found
 
@@ -167,6 +167,6 @@ def _again(run: Path, known: Sequence[JobRecord]) -> str:
         return "the same bigan submit command"
     if train:
         return "sbatch with the same script and arguments"
-    if records.is_sweep(run):
+    if is_sweep(run):
         return "the same bigan sweep command"
     return f"bigan train {RunFolder(run).config}"

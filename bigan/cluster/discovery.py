@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bigan.cluster import records
+from bigan.cluster.sweep_folder import is_sweep
 from bigan.errors import UserError
 from bigan.run_folder import RunFolder
 
@@ -42,7 +42,7 @@ def require_run(folder: Path) -> None:
     """Raises `UserError` for a folder that is neither a run nor a sweep."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder{_nearby(folder)}")
-    if not is_run(folder) and not records.is_sweep(folder):
+    if not is_run(folder) and not is_sweep(folder):
         raise UserError(
             f"{folder}: not a run (no config.yaml, sweep.yaml or slurm/jobs.jsonl in it)"
         )
@@ -50,7 +50,7 @@ def require_run(folder: Path) -> None:
 
 def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
     """`folder` if it is a run or a sweep, else those in it."""
-    if records.is_sweep(folder) or is_run(folder):
+    if is_sweep(folder) or is_run(folder):
         yield folder
         return
     if depth == 0:

@@ -23,6 +23,7 @@ from bigan.cluster import queue, records
 from bigan.cluster.discovery import require_run
 from bigan.cluster.job_states import ask
 from bigan.cluster.records import FINAL, JobRecord
+from bigan.cluster.sweep_folder import is_sweep, is_trial
 from bigan.errors import UserError
 from bigan.run_folder import RunFolder
 
@@ -170,9 +171,9 @@ def _logs(choice: Choice, known: Sequence[JobRecord]) -> list[Log]:
     run, rank = choice.run, choice.rank
     order = {record.id: index for index, record in enumerate(known)}
     folders = [RunFolder(run).slurm / "logs"]
-    if records.is_trial(run):
+    if is_trial(run):
         folders.append(RunFolder(run.parent).slurm / "logs")
-    if records.is_sweep(run) and rank is not None:
+    if is_sweep(run) and rank is not None:
         folders += run.glob("[0-9]*/slurm/logs")
     found = []
     for folder in folders:

@@ -21,10 +21,10 @@ from typing import Any
 
 from bigan.cluster import jobs, queue
 from bigan.cluster.queue import QueuedJob
+from bigan.cluster.sweep_folder import is_trial
 from bigan.errors import LOST, TAKEN_OVER
 from bigan.run_folder import RunFolder
 
-SWEEP = "sweep.yaml"  # a folder with this file is that of a sweep
 FINAL = {"completed", "stopped", "failed"}  # events after which the job makes no other attempt
 LONGEST_SECONDS = 30 * 86400.0  # of an attempt, from its start to a requeue
 CLOCK_SECONDS = 120.0  # tolerated difference between the clocks of nodes and controller
@@ -193,15 +193,6 @@ def cause(failures: Iterable[Failure]) -> Failure | None:
     return min(
         failures, key=lambda failure: (failure.kind in _CONSEQUENCES, failure.time), default=None
     )
-
-
-def is_sweep(folder: Path) -> bool:
-    return (folder / SWEEP).is_file()
-
-
-def is_trial(run_dir: Path) -> bool:
-    """Whether a run folder is that of a trial of a sweep."""
-    return run_dir.name.isdecimal() and is_sweep(run_dir.parent)
 
 
 def _same(one: Path, other: Path) -> bool:

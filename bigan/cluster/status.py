@@ -15,7 +15,8 @@ from bigan.cluster import records
 from bigan.cluster.job_states import ask, join
 from bigan.cluster.records import JobRecord
 from bigan.cluster.run_status import Status, status_of
-from bigan.cluster.sweep_status import SweepStatus, sweep_status, trials_of
+from bigan.cluster.sweep_folder import SweepFolder, is_sweep
+from bigan.cluster.sweep_status import SweepStatus, sweep_status
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def survey(folders: Sequence[Path]) -> Survey:
     """The status of each run or sweep of `folders`; reads files and asks SLURM once."""
     now = time.time()
     known = {folder: records.read_jobs(folder) for folder in folders}
-    trials = {folder: trials_of(folder) for folder in folders if records.is_sweep(folder)}
+    trials = {folder: SweepFolder(folder).runs() for folder in folders if is_sweep(folder)}
     for folder in [trial for found in trials.values() for trial in found]:
         known[folder] = records.read_jobs(folder)
     queue, away = ask({job.id for jobs in known.values() for job in jobs})

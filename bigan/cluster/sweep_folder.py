@@ -10,6 +10,8 @@
                          000.json   its record: parameters, state, value
                          000.pruned images_seen at which the pruner decided to end it
             slurm/logs/local-000.log    its output, if `bigan sweep` ran it
+
+Imports nothing heavy: `bigan status` reads the records.
 """
 
 from __future__ import annotations
@@ -17,14 +19,17 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bigan import atomic_files
-from bigan.cluster.sweep import Parameters, Sweep, load_sweep
 from bigan.errors import UserError
 from bigan.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from bigan.cluster.sweep import Parameters, Sweep
 
 # running: begun and not ended, also while its job waits for a requeue
 State = Literal["running", "complete", "pruned", "failed"]
@@ -95,10 +100,20 @@ class SweepFolder:
         """The frozen sweep; `UserError` if the folder is not that of a sweep."""
         if not self.sweep_file.is_file():
             raise UserError(f"{self.path}: not the folder of a sweep (no sweep.yaml in it)")
+        from bigan.cluster.sweep import load_sweep
+
         return load_sweep(self.sweep_file)
 
+    def runs(self) -> list[Path]:
+        """The run folders of the trials that exist, by index."""
+        try:
+            found = [p for p in self.path.iterdir() if p.name.isdecimal() and p.is_dir()]
+        except OSError:
+            return []
+        return sorted(found, key=lambda path: int(path.name))
+
     def read(self, index: int) -> Trial | None:
-        """The record of a trial; None if it has not begun."""
+        """The record of a trial; None if it has not begun, `UserError` if it is damaged."""
         try:
             return Trial(**json.loads(self._record(index).read_text(encoding="utf-8")))
         except FileNotFoundError:
@@ -107,12 +122,14 @@ class SweepFolder:
             raise UserError(f"{self._record(index)}: damaged ({error}); delete it") from None
 
     def read_all(self) -> list[Trial]:
-        """The records of all trials that have begun, by index."""
-        if not self.trials.is_dir():
-            return []
-        names = (re.fullmatch(r"(\d{3,})\.json", path.name) for path in self.trials.iterdir())
-        found = [self.read(index) for index in sorted(int(name[1]) for name in names if name)]
+        """The records of all trials that have begun, by index; `UserError` for a damaged one."""
+        found = [self.read(index) for index in self.recorded()]
         return [trial for trial in found if trial is not None]
+
+    def recorded(self) -> list[int]:
+        """The indices of the trials that have a record."""
+        names = (re.fullmatch(r"(\d{3,})\.json", p.name) for p in self.trials.glob("*.json"))
+        return sorted(int(name[1]) for name in names if name)
 
     def write(self, trial: Trial) -> None:
         self.trials.mkdir(parents=True, exist_ok=True)
@@ -124,7 +141,16 @@ class SweepFolder:
         return self.trials / f"{self.name(index)}.json"
 
 
-def best(trials: list[Trial], goal: str | None) -> Trial | None:
+def is_sweep(folder: Path) -> bool:
+    return SweepFolder(folder).sweep_file.is_file()
+
+
+def is_trial(run_dir: Path) -> bool:
+    """Whether a run folder is that of a trial of a sweep."""
+    return run_dir.name.isdecimal() and is_sweep(run_dir.parent)
+
+
+def best(trials: Sequence[Trial], goal: str | None) -> Trial | None:
     """The complete trial with the best value; the first of equal ones."""
     complete = [t for t in trials if t.state == "complete" and t.value is not None]
     sign = -1.0 if goal == "maximize" else 1.0

@@ -99,7 +99,7 @@ def _over_trials(axes: Any, sweep: Sweep, trials: Sequence[Trial]) -> None:
 
 
 def _mark_best(axes: Any, sweep: Sweep, complete: Sequence[Trial]) -> None:
-    found = best(list(complete), sweep.goal)
+    found = best(complete, sweep.goal)
     if found is None or found.value is None:
         return
     above = sweep.goal == "maximize"
@@ -154,7 +154,7 @@ def _over_parameter(axes: Any, sweep: Sweep, trials: Sequence[Trial], key: str) 
         labels = [shown_value(value)[:16] for value in parameter]
         axes.set_xticks(range(len(labels)), labels)
         axes.set_xlim(-0.6, len(labels) - 0.4)
-    found = best(list(trials), sweep.goal)
+    found = best(trials, sweep.goal)
     for state, marker, color in (("complete", "o", _BLUE), ("pruned", "x", _GRAY)):
         points = [(x, t.value) for x, t in zip(places, shown, strict=True) if t.state == state]
         if points:

@@ -60,7 +60,7 @@ def publish(folder: SweepFolder) -> str:
 
 def table(folder: SweepFolder, sweep: Sweep, trials: Sequence[Trial]) -> list[list[str]]:
     """Header and one row per trial that has begun, the best one marked."""
-    found = best(list(trials), sweep.goal)
+    found = best(trials, sweep.goal)
     header = ["trial", "state", *sweep.parameters, sweep.metric or "value", "images", "seconds"]
     rows = [header]
     for trial in trials:
@@ -89,7 +89,7 @@ def summarize(
         + ", ".join(f"{num} {state}" for state, num in counts.items())
         + f", {len(trials) - sum(counts.values())} running, {max(waiting, 0)} not begun"
     ]
-    found = best(list(trials), sweep.goal)
+    found = best(trials, sweep.goal)
     if found is None:
         lines.append("best: no trial is complete yet")
     else:

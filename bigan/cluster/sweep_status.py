@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigan.cluster import records
-from bigan.cluster.facts import read_json, read_yaml
 from bigan.cluster.job_states import Job
 from bigan.cluster.run_status import Status
-from bigan.cluster.verdict import UNKNOWN, describe_job
-from bigan.run_folder import RunFolder
+from bigan.cluster.sweep_folder import SweepFolder, Trial, best
+from bigan.cluster.verdict import describe_job
+from bigan.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,15 +29,6 @@ class SweepStatus:
     error: Mapping[str, Any] | None = None
 
 
-def trials_of(sweep: Path) -> list[Path]:
-    """The run folders of the trials of a sweep, by index."""
-    try:
-        found = [p for p in sweep.iterdir() if p.name.isdecimal() and p.is_dir()]
-    except OSError:
-        return []
-    return sorted(found, key=lambda path: int(path.name))
-
-
 def sweep_status(
     sweep: Path, trials: Sequence[Status], elements: tuple[Job, ...], answered: bool
 ) -> SweepStatus:
@@ -46,53 +36,39 @@ def sweep_status(
 
     The record of a trial that has ended (slurm/trials/<trial>.json) precedes its run folder.
     """
-    content = read_yaml(sweep / records.SWEEP)
-    ended: dict[int, dict[str, Any]] = {}
-    for path in (RunFolder(sweep).slurm / "trials").glob("*.json"):
-        if path.stem.isdecimal():
-            ended[int(path.stem)] = read_json(path)
+    folder = SweepFolder(sweep)
     states = {int(trial.run.name): trial.state for trial in trials}
     for job in elements:
         element = job.id.partition("_")[2]
         if element.isdecimal() and int(element) not in states:
             states[int(element)] = describe_job(job, answered).partition(":")[0].split()[0]
-    for index, record in ended.items():
-        if record.get("state") in ("complete", "pruned", "failed") or index not in states:
-            states[index] = str(record.get("state", UNKNOWN))
-    total = _num_trials(content)
-    if total is not None and total > len(states):
-        counts = Counter(states.values()) + Counter({"not started": total - len(states)})
-    else:
-        counts = Counter(states.values())
+    records = _records(folder)
+    for record in records:
+        if record.state != "running" or record.index not in states:
+            states[record.index] = record.state
+    found = None
+    with contextlib.suppress(UserError):
+        found = folder.sweep()
+    counts = Counter(states.values())
+    if found and found.num_trials > len(states):
+        counts["not started"] = found.num_trials - len(states)
+    first = best(records, found.goal) if found else None
     errors = [trial.error for trial in trials if trial.error]
     return SweepStatus(
         sweep,
         dict(counts),
-        str(content.get("metric") or ""),
-        _best(ended, content.get("goal") == "maximize"),
+        (found.metric if found else None) or "",
+        (folder.name(first.index), first.value) if first and first.value is not None else None,
         tuple(trials),
         elements,
         max(errors, key=lambda error: error["time"], default=None),
     )
 
 
-def _best(ended: Mapping[int, dict[str, Any]], maximize: bool) -> tuple[str, float] | None:
-    values = {
-        f"{index:03d}": float(record["value"])
-        for index, record in sorted(ended.items())
-        if record.get("state") == "complete" and isinstance(record.get("value"), int | float)
-    }
-    if not values:
-        return None
-    best = (max if maximize else min)(values, key=lambda trial: values[trial])
-    return best, values[best]
-
-
-def _num_trials(content: Mapping[str, Any]) -> int | None:
-    """The number of trials of a sweep file; None if it cannot be read."""
-    method, parameters = content.get("method"), content.get("parameters")
-    if isinstance(method, dict) and type(method.get("trials")) is int:
-        return int(method["trials"])
-    if not isinstance(parameters, dict):
-        return None
-    return math.prod(len(v) if isinstance(v, list) else 1 for v in parameters.values())
+def _records(folder: SweepFolder) -> list[Trial]:
+    """The records of the trials that have begun, without damaged ones."""
+    found = []
+    for index in folder.recorded():
+        with contextlib.suppress(UserError, OSError):
+            found.append(folder.read(index))
+    return [record for record in found if record is not None]

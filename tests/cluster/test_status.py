@@ -32,6 +32,7 @@ from bigan.cluster import queue
 from bigan.cluster.run_status import Status
 from bigan.cluster.status import survey
 from bigan.cluster.status_text import as_json, as_lines, duration
+from bigan.cluster.sweep_folder import State, SweepFolder, Trial
 from bigan.cluster.sweep_status import SweepStatus
 
 TICK = {
@@ -448,21 +449,21 @@ def test_sweep_counts_trials_by_state(
 ) -> None:
     sweep = tmp_path / "sweep"
     make_run(sweep, jobs=[submission(sweep, "7", "sweep")], begun=False)
-    text = "method: {name: random, trials: 8}\nmetric: eval/fd/x\ngoal: minimize\n"
-    (sweep / "sweep.yaml").write_text(text)
-    records = sweep / "slurm" / "trials"
-    records.mkdir()
-    for index, (state, value) in enumerate(
-        [
-            ("complete", 3.5),
-            ("complete", 2.5),
-            ("pruned", 1.0),
-            ("running", None),
-            ("running", None),
-        ]
-    ):
-        record = {"index": index, "state": state, "value": value}
-        (records / f"{index:03d}.json").write_text(json.dumps(record))
+    text = (
+        "method: {name: random, trials: 8}\nparameters: {train.seed: [1, 2]}\n"
+        "metric: eval/fd/x\ngoal: minimize\n"
+    )
+    folder = SweepFolder(sweep)
+    folder.sweep_file.write_text(text)
+    values: list[tuple[State, float | None]] = [
+        ("complete", 3.5),
+        ("complete", 2.5),
+        ("pruned", 1.0),
+        ("running", None),
+        ("running", None),
+    ]
+    for index, (state, value) in enumerate(values):
+        folder.write(Trial(index, {"train.seed": 1}, state, value))
         make_run(sweep / f"{index:03d}", events=[f"started trial 7_{index} 0 n1"])
     fake.set(
         line("7_3", "running", sweep, "sweep"),
@@ -485,8 +486,11 @@ def test_sweep_counts_trials_by_state(
     assert main(["status", str(sweep), str(sweep / "003")]) == 0
     assert "2.5" in capsys.readouterr().out
     assert status(sweep / "003").state == "running"
-    (sweep / "sweep.yaml").write_text("{")
-    (records / "000.json").write_text("")
+    folder.sweep_file.write_text("{")
+    (folder.trials / "000.json").write_text("")
+    damaged = survey([sweep]).found[0]
+    assert isinstance(damaged, SweepStatus)
+    assert (damaged.counts["complete"], damaged.best) == (1, None)
     assert as_lines(survey([sweep]))
 
 
