@@ -137,7 +137,7 @@ def _add_jobs(group: argparse._ArgumentGroup) -> None:
     _add(group, "--evaluate-gpus", _amount, "N", "its GPUs per node (default 1, or 0 for CPUs)")
     _add(group, "--evaluate-time", _checked(words.time), "LIMIT", "default: --time")
     _add(group, "--chain", count, "N", "N jobs, one after the other, in place of requeueing")
-    _add(group, "--sweep", Path, "FILE", "hyper-parameter search: a job array of trials")
+    _add(group, "--sweep", Path, "FILE", "hyperparameter search: a job array of trials")
     _add(group, "--parallel", count, "N", "trials that run at once (default: as in the file)")
 
 

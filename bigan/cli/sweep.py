@@ -34,7 +34,7 @@ def add_sweep(commands: Commands) -> None:
     report = commands.add(
         "sweep-report",
         report_command,
-        "show the trials of a sweep and the best one; write a table and a picture",
+        "show the trials of a sweep and the best one; write a table and a plot",
         "Works at any time during a sweep. Writes report.md, report.csv and sweep.png.",
     )
     report.add_argument("sweep_dir", type=Path, help="the folder of the sweep (its run_dir)")

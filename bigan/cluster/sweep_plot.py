@@ -1,4 +1,4 @@
-"""The picture of a sweep: value per trial, best value so far, importance, value per parameter."""
+"""The plot of a sweep: value per trial, best value so far, importance, value per parameter."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from bigan import atomic_files
 from bigan.cluster.sweep import Range, Sweep, shown_value
 from bigan.cluster.sweep_folder import Trial, best
+from bigan.reporting.plots import style_axes
 
 # The palette of Okabe and Ito: distinguishable with colour blindness and in grey.
 _BLUE, _VERMILION, _GREEN, _GRAY = "#0072B2", "#D55E00", "#009E73", "#808080"
@@ -27,7 +28,7 @@ def draw(
     shares: Mapping[str, float],
     path: Path,
 ) -> None:
-    """Write the picture atomically; without complete trials it states that.
+    """Write the plot to `path` atomically; without complete trials it states that.
 
     `shares`: parameter -> importance, empty for too few trials.
     """
@@ -57,7 +58,7 @@ def _over_trials(axes: Any, sweep: Sweep, trials: Sequence[Trial]) -> None:
     """The value of each trial, and the best one so far."""
     from matplotlib.ticker import MaxNLocator
 
-    _style(axes, f"Value of each trial ({sweep.value} snapshot)")
+    style_axes(axes, f"Value of each trial ({sweep.value} snapshot)")
     shown = _with_value(trials)
     if not shown:
         axes.text(
@@ -111,7 +112,7 @@ def _mark_best(axes: Any, sweep: Sweep, complete: Sequence[Trial]) -> None:
 
 
 def _importances(axes: Any, shares: Mapping[str, float]) -> None:
-    _style(axes, "Importance of the parameters (fANOVA)")
+    style_axes(axes, "Importance of the parameters (fANOVA)")
     if not shares:
         axes.text(
             0.5, 0.5, "needs 4 complete trials\nwith different values", ha="center", va="center",
@@ -137,7 +138,7 @@ def _importances(axes: Any, shares: Mapping[str, float]) -> None:
 def _over_parameter(axes: Any, sweep: Sweep, trials: Sequence[Trial], key: str) -> None:
     """The value of the trials over one parameter: positions for values, numbers for ranges."""
     parameter = sweep.parameters[key]
-    _style(axes, key)
+    style_axes(axes, key)
     shown = [t for t in _with_value(trials) if key in t.parameters]
     if isinstance(parameter, Range):
         places = [float(t.parameters[key]) for t in shown]
@@ -189,12 +190,3 @@ def _value_axis(axes: Any, values: Sequence[float | None]) -> None:
 def _short(key: str) -> str:
     """The end of a long key."""
     return key if len(key) <= _MAX_CHARACTERS else f"…{key[-_MAX_CHARACTERS:]}"
-
-
-def _style(axes: Any, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#808080")
-    axes.tick_params(color="#808080", labelcolor="#404040", labelsize=9)
-    axes.grid(color="#E6E6E6", linewidth=0.8)
-    axes.set_axisbelow(True)

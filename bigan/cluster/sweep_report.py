@@ -1,4 +1,4 @@
-"""The report of a sweep: a table of its trials, the best one, and a picture.
+"""The report of a sweep: a table of its trials, the best one, and a plot.
 
 It is computed from the records of the trials, at any time during the sweep.
 """

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bigan import atomic_files
+from bigan.reporting.plots import style_axes
 
 _BLUE, _GRAY = "#0072B2", "#707070"
 _MAX_COLUMNS = 3
@@ -50,7 +51,7 @@ def _against(
     axes: Any, values: Values, y: str, x: str, titles: Mapping[str, str], symbol: str
 ) -> None:
     """Metric `y` against metric `x`, a point per truncation."""
-    _style(axes, f"{titles[y]} against {titles[x].lower()}")
+    style_axes(axes, f"{titles[y]} against {titles[x].lower()}")
     points = [(metrics[x], metrics[y]) for metrics in values.values()]
     axes.plot(*zip(*points, strict=True), "o-", color=_BLUE, linewidth=1.5, markersize=5)
     for truncation, point in zip(values, points, strict=True):
@@ -65,7 +66,7 @@ def _against(
 
 def _over_truncation(axes: Any, values: Values, key: str, title: str, symbol: str) -> None:
     """One metric over the truncation; a dashed line is its value without truncation."""
-    _style(axes, title)
+    style_axes(axes, title)
     points = [(t, metrics[key]) for t, metrics in values.items() if t is not None]
     if points:
         axes.plot(*zip(*points, strict=True), "o-", color=_BLUE, linewidth=1.5, markersize=5)
@@ -79,12 +80,3 @@ def _over_truncation(axes: Any, values: Values, key: str, title: str, symbol: st
     axes.set_xlim(left=0)
     axes.set_xlabel(f"truncation {symbol}")
     axes.set_ylabel(key)
-
-
-def _style(axes: Any, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#808080")
-    axes.tick_params(color="#808080", labelcolor="#404040", labelsize=9)
-    axes.grid(color="#E6E6E6", linewidth=0.8)
-    axes.set_axisbelow(True)

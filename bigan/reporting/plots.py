@@ -153,7 +153,7 @@ _Curves = Mapping[str, tuple[np.ndarray, np.ndarray]]  # key -> (x, y)
 def _draw(axes: Any, panel: _Panel, drawn: _Curves, lines: Mapping[str, Any]) -> None:
     """One panel; `lines` is that of `curves`."""
     labels = _labels(panel.keys)
-    _style(axes, _title(panel))
+    style_axes(axes, _title(panel), grid="y")
     many = len(drawn) > _MAX_NAMED
     spare = iter(_shades(len(drawn)) if many else _SPARE * 2)
     reference = lines.get(panel.keys[0], {}) if len(panel.keys) == 1 else {}
@@ -185,12 +185,13 @@ def _title(panel: _Panel) -> str:
     return f"{panel.title} ({phases.pop()})" if len(phases) == 1 else panel.title
 
 
-def _style(axes: Any, title: str) -> None:
+def style_axes(axes: Any, title: str, grid: str = "both") -> None:
+    """The look of all plots; `grid`: both, x or y."""
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#808080")
     axes.tick_params(color="#808080", labelcolor="#404040", labelsize=9)
-    axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+    axes.grid(axis=grid, color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
