@@ -29,7 +29,6 @@ from bigan.cluster.sweep_report import publish
 from bigan.run_config import RunConfig
 
 POLL_SECONDS = 0.2
-WATCH_SECONDS = 2.0  # between two looks at the metric of a trial that may be pruned
 DELIVERY_SECONDS = 60.0  # to MLflow, at the end
 _LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -114,7 +113,7 @@ class LocalTrial:
     def poll(self) -> bool:
         """Start and end processes as they are due; True once the trial has ended or stopped."""
         if self._trainer is not None:
-            if self._sweep.prunes and time.monotonic() - self._observed > WATCH_SECONDS:
+            if self._sweep.prunes and time.monotonic() - self._observed > trials.WATCH_SECONDS:
                 self._observed = time.monotonic()
                 with contextlib.suppress(OSError, ValueError):  # of a shared file system
                     trials.observe(self._folder, self._index)

@@ -35,7 +35,7 @@ from bigan.errors import UserError, writing
 from bigan.run_folder import RunFolder
 
 PRUNED = "pruned"  # text of the file STOP
-WATCH_SECONDS = 2.0
+WATCH_SECONDS = 2.0  # between two reports to the pruner
 
 
 def begin(folder: SweepFolder, index: int) -> Trial:
@@ -67,10 +67,9 @@ def observe(folder: SweepFolder, index: int) -> bool:
     run, decided = folder.run(index), folder.pruned(index)
     if not decided.exists():
         sweep = folder.sweep()
-        found = measured(run, sweep.metric or "")
-        finite = {images: value for images, value in found.items() if math.isfinite(value)}
         from bigan.cluster import study
 
+        finite = _finite(run, sweep)
         if not sweep.prunes or not study.report(folder, sweep, index, finite):
             return False
         atomic_files.write_atomic(decided, f"{max(finite)}\n")  # before STOP: `end` needs it
@@ -106,9 +105,7 @@ def end(folder: SweepFolder, index: int, logs: Path | None = None, problem: str 
         if isinstance(sweep.method, Bayesian):
             from bigan.cluster import study
 
-            values = measured(folder.run(index), sweep.metric or "")
-            finite = {images: value for images, value in values.items() if math.isfinite(value)}
-            study.report(folder, sweep, index, finite)
+            study.report(folder, sweep, index, _finite(folder.run(index), sweep))
             study.tell(folder, sweep, index, trial.state, trial.value)
         folder.write(trial)
     return trial
@@ -129,6 +126,12 @@ def measured(run: RunFolder, metric: str) -> dict[int, float]:
         if isinstance(value, int | float):
             found[int(path.stem)] = float(value)
     return dict(sorted(found.items()))
+
+
+def _finite(run: RunFolder, sweep: Sweep) -> dict[int, float]:
+    """The values of the sweep's metric that a study accepts."""
+    found = measured(run, sweep.metric or "")
+    return {images: value for images, value in found.items() if math.isfinite(value)}
 
 
 def images_seen(run: RunFolder) -> int:

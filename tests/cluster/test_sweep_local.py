@@ -74,7 +74,7 @@ def _fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program.write_text(PROGRAM)
     monkeypatch.setattr(sweep_local, "COMMAND", (sys.executable, "-S", str(program)))
     monkeypatch.setattr(sweep_local, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(sweep_local, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(sweep_local.trials, "WATCH_SECONDS", 0.05)
     monkeypatch.setattr(sweep_local, "publish", lambda folder: "")
     monkeypatch.setenv("FAKE_SECONDS", "0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
