@@ -34,6 +34,8 @@ ELSEWHERE = {
     ".venv/bin/bigan submit configs/biggan-128.yaml --nodes 4 --gpus 8 --time 24:00:00 "
     "--evaluate during": "tests/slurm/",
     ".venv/bin/bigan status runs/biggan-128": "tests/slurm/",
+    ".venv/bin/bigan sweep configs/sweeps/digits-lr.yaml --jobs 2": "tests/cluster/",
+    ".venv/bin/bigan sweep-report runs/digits-lr": "tests/cluster/",
 }
 SMALL = (
     "train.total_images=80 train.batch=40 train.micro_batch=20 train.snapshot_images=40 "
