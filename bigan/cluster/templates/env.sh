@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Environment of a job, with the reason for each setting. A variable that is set already is kept;
-# names of network interfaces and other properties of one cluster belong into a profile
+# names of network interfaces and other properties of one cluster belong in a profile
 # (slurm/profiles/), or are exported before `sbatch`.
 
 # Python's output appears in the logs at once, and a crash in C code prints a Python traceback.
@@ -18,7 +18,7 @@ export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGUSR2,SIGINT}
 export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-90}
 
-# srun has no longer the --cpus-per-task of the job since SLURM 22.05.
+# Since SLURM 22.05, srun does not inherit the --cpus-per-task of its job.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
     export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
 fi
