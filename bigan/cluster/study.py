@@ -26,7 +26,7 @@ def ask(folder: SweepFolder, sweep: Sweep, index: int) -> Parameters:
     """The parameters of trial `index`, chosen when it begins for the first time."""
     import optuna
 
-    study = _study(folder, sweep, index)
+    study = open_study(folder, sweep, index)
     found = _find(study, index)
     if found is None:
         running = optuna.trial.TrialState.RUNNING
@@ -44,7 +44,7 @@ def report(folder: SweepFolder, sweep: Sweep, index: int, values: Mapping[int, f
     """Report images_seen -> value of a trial, oldest first; returns whether to prune it."""
     import optuna
 
-    study = _study(folder, sweep, index)
+    study = open_study(folder, sweep, index)
     found = _find(study, index)
     if found is None or found.state.is_finished():
         return False
@@ -70,7 +70,7 @@ def tell(
     import optuna
 
     states = optuna.trial.TrialState
-    study = _study(folder, sweep, index)
+    study = open_study(folder, sweep, index)
     found = _find(study, index)
     if found is not None:
         optuna_state = {
@@ -128,8 +128,8 @@ def _encoded(sweep: Sweep, parameters: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _study(folder: SweepFolder, sweep: Sweep, index: int) -> Any:
-    """The study, created if there is none, with the sampler of trial `index`."""
+def open_study(folder: SweepFolder, sweep: Sweep, index: int) -> Any:
+    """The study of Optuna, created if there is none, with the sampler of trial `index`."""
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend

@@ -20,7 +20,7 @@ PRUNED = {"name": "median", "startup_trials": 1, "warmup_images": 300}
 
 
 def _optuna_trials(folder: SweepFolder) -> list[Any]:
-    return study._study(folder, folder.sweep(), 0).get_trials()
+    return study.open_study(folder, folder.sweep(), 0).get_trials()
 
 
 def _serial(folder: SweepFolder, value: Callable[[dict[str, Any]], float]) -> list[Trial]:
