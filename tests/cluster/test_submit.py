@@ -62,6 +62,10 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.delenv("BIGAN_SLURM_PROFILE", raising=False)
+    package = tmp_path / "package" / "bigan"  # a small one: copying bigan takes time
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.setattr(freeze, "PACKAGE", package)
     return FakeSlurm(folder)
 
 
@@ -133,8 +137,11 @@ def test_submission_is_frozen_and_recorded(
     }
 
 
-def test_frozen_code_is_what_the_job_runs(fake: FakeSlurm, tmp_path: Path) -> None:
+def test_frozen_code_is_what_the_job_runs(
+    fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where another package bigan/ is in the working folder."""
+    monkeypatch.setattr(freeze, "PACKAGE", ROOT / "bigan")
     assert submit("--time", 30) == submit("--time", 30) == 0
     run = Path("runs/smoke-digits").absolute()
     (code,) = (run / "slurm" / "code").iterdir()
