@@ -58,7 +58,7 @@ def add_job_commands(commands: Commands) -> None:
     logs.add_argument(
         "--rank", type=_rank, metavar="N", help="the log of one rank in the newest attempt"
     )
-    logs.add_argument("--job", type=_job, metavar="ID", help="a job, for example 7 or 7_2")
+    logs.add_argument("--job", type=_job, metavar="ID", help="the log of a job, like 7 or 7_2")
     logs.add_argument(
         "-f",
         "--follow",
@@ -66,7 +66,7 @@ def add_job_commands(commands: Commands) -> None:
         help="wait for the log and show what is appended, also by the next attempts",
     )
     logs.add_argument(
-        "--lines", type=count, default=100, metavar="N", help="at the beginning (default 100)"
+        "--lines", type=count, default=100, metavar="N", help="lines shown at first (default 100)"
     )
     cancel = commands.add(
         "cancel",

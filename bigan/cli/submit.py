@@ -92,7 +92,7 @@ def _add_resources(group: argparse._ArgumentGroup) -> None:
         "--time",
         _checked(words.time),
         "LIMIT",
-        "of each attempt, for example 90 (minutes), 24:00:00 or 2-00:00:00 (default: that of the "
+        "time limit of each attempt: 90 (minutes), 24:00:00, 2-00:00:00 (default: that of the "
         "partition)",
     )
     _add(
@@ -102,7 +102,9 @@ def _add_resources(group: argparse._ArgumentGroup) -> None:
         "N",
         "CPU cores per node (default: one per process without GPUs, else that of the cluster)",
     )
-    _add(group, "--mem", _checked(words.memory), "SIZE", "per node, like 200G", dest="memory")
+    _add(
+        group, "--mem", _checked(words.memory), "SIZE", "memory per node, like 200G", dest="memory"
+    )
     _add(
         group,
         "--processes",
@@ -123,7 +125,7 @@ def _add_cluster(group: argparse._ArgumentGroup) -> None:
         choices=("accelerate", "srun"),
         help="accelerate: one launcher per node (default); srun: one task per process",
     )
-    _add(group, "--name", _checked(words.name), "NAME", "of the job (default: that of the folder)")
+    _add(group, "--name", _checked(words.name), "NAME", "name of the job (default: run folder)")
 
 
 def _add_jobs(group: argparse._ArgumentGroup) -> None:
@@ -131,12 +133,18 @@ def _add_jobs(group: argparse._ArgumentGroup) -> None:
         "--evaluate",
         action=_Once,
         choices=("during", "after"),
-        help="a job that measures the snapshots: beside training, or when it is complete",
+        help="add a job that measures the snapshots: beside training, or when it is complete",
     )
-    _add(group, "--evaluate-nodes", count, "N", "its nodes (default 1)")
-    _add(group, "--evaluate-gpus", _amount, "N", "its GPUs per node (default 1, or 0 for CPUs)")
-    _add(group, "--evaluate-time", _checked(words.time), "LIMIT", "default: --time")
-    _add(group, "--chain", count, "N", "N jobs, one after the other, in place of requeueing")
+    _add(group, "--evaluate-nodes", count, "N", "nodes of that job (default 1)")
+    _add(
+        group, "--evaluate-gpus", _amount, "N", "its GPUs per node (default 1, or 0 without --gpus)"
+    )
+    _add(
+        group, "--evaluate-time", _checked(words.time), "LIMIT", "its time limit (default: --time)"
+    )
+    _add(
+        group, "--chain", count, "N", "N jobs, each continues the one before; in place of requeues"
+    )
     _add(group, "--sweep", Path, "FILE", "hyperparameter search: a job array of trials")
     _add(group, "--parallel", count, "N", "trials that run at once (default: as in the file)")
 

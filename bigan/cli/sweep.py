@@ -39,7 +39,7 @@ def add_sweep(commands: Commands) -> None:
     )
     report.add_argument("sweep_dir", type=Path, help="the folder of the sweep (its run_dir)")
     report.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="for the files (default: the sweep's folder)"
+        "--out", type=Path, metavar="FOLDER", help="where to write them (default: sweep_dir)"
     )
 
 
