@@ -18,6 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+SWEEP_FILE = "sweep.yaml"  # in the folder of a sweep, which contains the run folders of its trials
+
 
 @dataclass(frozen=True)
 class RunFolder:

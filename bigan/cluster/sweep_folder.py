@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bigan import atomic_files
 from bigan.errors import UserError
-from bigan.run_folder import RunFolder
+from bigan.run_folder import SWEEP_FILE, RunFolder
 
 if TYPE_CHECKING:
     from bigan.cluster.sweep import Parameters, Sweep
@@ -65,7 +65,7 @@ class SweepFolder:
 
     @property
     def sweep_file(self) -> Path:
-        return self.path / "sweep.yaml"
+        return self.path / SWEEP_FILE
 
     @property
     def base(self) -> Path:
@@ -99,7 +99,7 @@ class SweepFolder:
     def sweep(self) -> Sweep:
         """The frozen sweep; `UserError` if the folder is not that of a sweep."""
         if not self.sweep_file.is_file():
-            raise UserError(f"{self.path}: not the folder of a sweep (no sweep.yaml in it)")
+            raise UserError(f"{self.path}: not the folder of a sweep (no {SWEEP_FILE} in it)")
         from bigan.cluster.sweep import load_sweep
 
         return load_sweep(self.sweep_file)

@@ -27,7 +27,7 @@ from bigan import atomic_files
 from bigan.config import leaves
 from bigan.file_lock import locked
 from bigan.reporting import local_store
-from bigan.run_folder import RunFolder
+from bigan.run_folder import SWEEP_FILE, RunFolder
 
 Role = Literal["train", "evaluation"]
 
@@ -63,7 +63,6 @@ class Record:
 
 
 PARENT_TAG = "mlflow.parentRunId"  # of MLflow: the run is shown below its parent
-SWEEP_FILE = "sweep.yaml"  # in the folder of a sweep
 
 
 def quiet_environment() -> None:

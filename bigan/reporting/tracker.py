@@ -24,9 +24,10 @@ from typing import Any
 
 from bigan.reporting import metrics_log
 from bigan.reporting.metrics_log import read_metrics, series
-from bigan.reporting.mlflow_run import SWEEP_FILE, Role
+from bigan.reporting.mlflow_run import Role
 from bigan.reporting.mlflow_writer import MlflowWriter, Status
 from bigan.run_config import TrackingConfig
+from bigan.run_folder import SWEEP_FILE
 from bigan.versions import hardware, versions
 
 __all__ = ["Role", "Status", "Tracker", "environment", "read_metrics", "series"]
