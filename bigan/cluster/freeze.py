@@ -37,6 +37,7 @@ class Code:
         return slurm / "code" / self.hash
 
     def as_dict(self) -> dict[str, Any]:
+        """As JSON values, for jobs.jsonl."""
         return asdict(self)
 
 

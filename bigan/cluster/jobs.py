@@ -18,6 +18,7 @@ from bigan.run_folder import RunFolder
 
 
 def path_of(run_dir: Path) -> Path:
+    """The file with the jobs of a run."""
     return RunFolder(run_dir).slurm / "jobs.jsonl"
 
 

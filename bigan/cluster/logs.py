@@ -27,7 +27,7 @@ from bigan.cluster.sweep_folder import is_sweep, is_trial
 from bigan.errors import UserError
 from bigan.run_folder import RunFolder
 
-POLL_SECONDS = 0.5  # between two looks at a log
+POLL_SECONDS = 0.5  # between two reads of a log
 ASK_POLLS = 20  # without a log, after which SLURM is asked where it is
 QUIET_POLLS = 4  # without growth, after which the log of an ended job is complete
 BLOCK = 1 << 16

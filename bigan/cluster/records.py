@@ -67,6 +67,7 @@ class JobRecord:
 
     @property
     def trains(self) -> bool:
+        """Whether it is a training job, also one of a sweep, and no evaluator beside one."""
         return self.kind != "evaluate"
 
     @property
@@ -76,14 +77,17 @@ class JobRecord:
 
     @property
     def num_starts(self) -> int:
+        """Its attempts so far."""
         return sum(event.event == "started" for event in self.events)
 
     @property
     def link(self) -> int:
+        """Its number in its chain, from 1."""
         return _whole(self.submission.get("link"), 1)
 
     @property
     def links(self) -> int:
+        """The number of jobs of its chain, 1 without a chain."""
         return _whole(self.submission.get("links"), 1)
 
     @property

@@ -54,6 +54,7 @@ class Trial:
         return None if self.ended is None else self.ended - self.begun
 
     def end(self, state: State, **values: Any) -> Trial:
+        """The record of the trial after its end, which is now."""
         return replace(self, state=state, ended=time.time(), **values)
 
 
@@ -84,6 +85,7 @@ class SweepFolder:
         return self.path / "slurm" / "logs"
 
     def name(self, index: int) -> str:
+        """The name of a trial's run folder: "003"."""
         return f"{index:03d}"
 
     def run(self, index: int) -> RunFolder:
@@ -132,6 +134,7 @@ class SweepFolder:
         return sorted(int(name[1]) for name in names if name)
 
     def write(self, trial: Trial) -> None:
+        """Write or replace the record of a trial, atomically. Raises OSError."""
         self.trials.mkdir(parents=True, exist_ok=True)
         atomic_files.write_atomic(
             self._record(trial.index), json.dumps(asdict(trial), indent=1) + "\n"
@@ -142,6 +145,7 @@ class SweepFolder:
 
 
 def is_sweep(folder: Path) -> bool:
+    """Whether a folder is that of a sweep."""
     return SweepFolder(folder).sweep_file.is_file()
 
 

@@ -201,6 +201,7 @@ def _failure(run: RunFolder, logs: Path | None) -> str:
 
 
 def when_to_evaluate(sweep: Sweep, trial: Trial) -> Literal["during", "after", "ended"]:
+    """When the job of a trial has to evaluate it; "ended": it has a result."""
     return sweep.evaluates if trial.state == "running" else "ended"
 
 
