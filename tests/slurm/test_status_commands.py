@@ -55,7 +55,8 @@ def submit(cluster: Cluster, run: Path, body: str, *options: str, link: int = 0)
     script = run / "slurm" / "001" / "train.sbatch"
     script.parent.mkdir(parents=True, exist_ok=True)
     script.write_text(SCRIPT.format(run=run, body=BODIES[body]))
-    command = ["--requeue", "--open-mode=append", f"--output={run}/slurm/logs/%j.log"]
+    command = ["--time=10", "--requeue", "--open-mode=append"]
+    command += [f"--output={run}/slurm/logs/%j.log"]
     (run / "slurm" / "logs").mkdir(exist_ok=True)
     command = ["sbatch", "--parsable", *command, *options, str(script)]
     job = cluster.run(*command).strip()
