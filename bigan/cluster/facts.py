@@ -82,7 +82,7 @@ def read_facts(run_dir: Path) -> Facts:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     """The object of a JSON file; {} if it cannot be read."""
     try:
         found = json.loads(_text(path) or "")
@@ -91,7 +91,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> dict[str, Any]:
     """The mapping of a YAML file; {} if it cannot be read."""
     try:
         found = yaml.load(_text(path) or "", Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -104,7 +104,7 @@ def _total_images(folder: RunFolder) -> int | None:
     """From config.yaml, or before the first attempt from the newest config that was submitted."""
     submitted = sorted(folder.slurm.glob("[0-9]*/config.yaml"), reverse=True)
     for path in (folder.config, *submitted[:1]):
-        train = read_yaml(path).get("train")
+        train = _read_yaml(path).get("train")
         total = _number(train.get("total_images")) if isinstance(train, dict) else None
         if total:
             return int(total)
@@ -117,7 +117,7 @@ def _evaluation(
     """(images_seen, metrics) of the newest measured snapshot; (0, {}) if there is none."""
     numbers = [int(p.stem) for p in folder.evaluation.glob("*.json") if p.stem.isdecimal()]
     for number in sorted(numbers, reverse=True)[:2]:  # the newest may be damaged
-        found = _values(read_json(folder.evaluation / f"{number}.json").get("metrics"), "")
+        found = _values(_read_json(folder.evaluation / f"{number}.json").get("metrics"), "")
         if found:
             return number, found
     measured = [record for record in records if _values(record, "eval/")]
