@@ -21,6 +21,7 @@ from bigan.run_folder import RunFolder
 
 COMMAND_SECONDS = 20.0
 BEGIN_SECONDS = 5.0  # from environment.json until STOP has been deleted
+MAX_IDS = 1000  # of a command
 PASSES = 3  # a job that waited may have started meanwhile
 
 Echo = Callable[[str], None]
@@ -47,9 +48,11 @@ def cancel(run: Path, *, now: bool, echo: Echo) -> int:
             found = _write_stops(folders, facts, jobs, away is not None, echo) or bool(jobs)
         new = {each: job for each, job in jobs.items() if (each, job[1].waits) not in done}
         trains = any(job.record.trains for _, job in jobs.values())
+        done |= {(job.id, job.waits) for _, job in new.values()}
+        cancelled = _cancel_waiting([job for _, job in new.values() if job.waits], echo)
         for path, job in new.values():
-            done.add((job.id, job.waits))
-            ok &= _cancel_job(job, facts[path], trains, now, echo)
+            if job.id not in cancelled:
+                ok &= _cancel_job(job, facts[path], trains, now, echo)
         if away or not new:
             break
     if away:
@@ -104,6 +107,28 @@ def _write_stops(
         where = f" ({owner})" if owner and facts[path].lives else ""
         echo(f"{RunFolder(path).stop}: the trainer{where} saves at the next step boundary and ends")
     return any_trains
+
+
+def _cancel_waiting(waiting: Sequence[Job], echo: Echo) -> set[str]:
+    """Cancel jobs that wait, many with one command: an array may have thousands of elements.
+
+    Returns the ids of those that were cancelled; prints a line for each array.
+    """
+    arrays: dict[str, list[Job]] = {}
+    for job in waiting:
+        arrays.setdefault(job.id.partition("_")[0], []).append(job)
+    cancelled: set[str] = set()
+    for array, elements in arrays.items():
+        if len(elements) == 1:
+            continue
+        ids = [job.id for job in elements]
+        with contextlib.suppress(SlurmError):
+            for start in range(0, len(ids), MAX_IDS):
+                _command("scancel", "--state=PENDING", *ids[start : start + MAX_IDS])
+                cancelled.update(ids[start : start + MAX_IDS])
+        if num := len(cancelled & set(ids)):
+            echo(f"job {array} ({elements[0].record.kind}): {num} elements that waited cancelled")
+    return cancelled
 
 
 def _cancel_job(job: Job, facts: Facts, trains: bool, now: bool, echo: Echo) -> bool:
