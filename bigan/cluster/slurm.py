@@ -93,7 +93,9 @@ def _finished(
             f"{name}: not found; run this command on a login node of a SLURM cluster"
         ) from None
     except subprocess.TimeoutExpired:
-        raise SlurmTimeoutError(f"{name}: no answer within {timeout_seconds:g} s; try again") from None
+        raise SlurmTimeoutError(
+            f"{name}: no answer within {timeout_seconds:g} s; try again"
+        ) from None
     except OSError as error:
         raise SlurmError(f"{name}: cannot be run: {error.strerror}") from None
     if done.returncode != 0:
