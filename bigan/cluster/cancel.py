@@ -88,7 +88,8 @@ def _write_stops(
 ) -> bool:
     """Make the file STOP of each run that trains, or may train; returns whether there is one.
 
-    A run that has not begun gets none: its folder would not be that of a run.
+    A run that has not begun gets none: its folder would not be that of a run. A sweep gets one
+    if `bigan sweep` runs it.
     """
     trained = {path for path, job in jobs.values() if job.record.trains}
     any_trains = False
@@ -97,7 +98,7 @@ def _write_stops(
         if facts[path].done or not (path in trained or facts[path].lives or may):
             continue
         any_trains = True
-        if not RunFolder(path).config.exists():
+        if not RunFolder(path).config.exists() and not facts[path].lives:
             continue
         stop = facts[path].stop
         if stop is None or stop.startswith("SLURM job"):  # after which the job would be requeued

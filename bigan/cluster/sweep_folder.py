@@ -4,6 +4,7 @@
             base.yaml     the config that the trials vary
             study.journal of Optuna
             mlflow.json   the parent run
+            LOCK STOP     of `bigan sweep`, as in a run folder
             report.md  report.csv  sweep.png    written by `bigan sweep-report`
             000/          the run folder of trial 0
             slurm/trials/000.yaml   its config
@@ -19,7 +20,7 @@ import re
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from bigan import atomic_files
 from bigan.cluster.sweep import Parameters, Sweep, load_sweep
@@ -71,6 +72,10 @@ class SweepFolder:
         return self.path / "study.journal"
 
     @property
+    def stop(self) -> Path:
+        return RunFolder(self.path).stop
+
+    @property
     def trials(self) -> Path:
         return self.path / "slurm" / "trials"
 
@@ -100,7 +105,10 @@ class SweepFolder:
     def read(self, index: int) -> Trial | None:
         """The record of a trial; None if it has not begun."""
         try:
-            return Trial(**json.loads(self._record(index).read_text(encoding="utf-8")))
+            found = Trial(**json.loads(self._record(index).read_text(encoding="utf-8")))
+            if not isinstance(found.parameters, dict) or found.state not in get_args(State):
+                raise ValueError("parameters or state")
+            return found
         except FileNotFoundError:
             return None
         except (ValueError, TypeError) as error:

@@ -26,6 +26,8 @@ from bigan.cluster import trial as trials
 from bigan.cluster.sweep import Sweep, shown
 from bigan.cluster.sweep_folder import SweepFolder, Trial
 from bigan.cluster.sweep_report import publish
+from bigan.errors import writing
+from bigan.run.lock import RunLock
 from bigan.run_config import RunConfig
 
 POLL_SECONDS = 0.2
@@ -58,8 +60,20 @@ def run_sweep(folder: SweepFolder, jobs: int, echo: Echo, tick: Tick) -> int:
     """Run every trial that has not ended, `jobs` at a time; call it in the main thread.
 
     `echo` prints a line; `tick` receives the records of the trials that have begun. Returns 0, 1 if
-    no trial is complete, or 128 + the number of the signal that stopped the sweep.
+    no trial is complete, or 128 + the number of the signal that stopped the sweep; SIGTERM if it
+    was the file STOP in its folder. Raises `LockedError` if another process runs the sweep: its
+    trials would fail here.
     """
+    with writing(folder.path):
+        lock = RunLock(folder.path)
+    try:
+        folder.stop.unlink(missing_ok=True)
+        return _run_trials(folder, jobs, echo, tick)
+    finally:
+        lock.release()
+
+
+def _run_trials(folder: SweepFolder, jobs: int, echo: Echo, tick: Tick) -> int:
     sweep = folder.sweep()
     waiting = _unfinished(folder, sweep)
     running: dict[int, LocalTrial] = {}  # by place
@@ -67,6 +81,8 @@ def run_sweep(folder: SweepFolder, jobs: int, echo: Echo, tick: Tick) -> int:
         tick(folder.read_all())
         while running or (waiting and not stop.number):
             changed = False
+            if folder.stop.exists():
+                stop.number = stop.number or signal.SIGTERM
             for place in range(jobs):
                 if place not in running and waiting and not stop.number:
                     running[place] = LocalTrial(folder, sweep, waiting.pop(0), place, jobs, echo)
@@ -81,7 +97,8 @@ def run_sweep(folder: SweepFolder, jobs: int, echo: Echo, tick: Tick) -> int:
                 tick(folder.read_all())
             time.sleep(POLL_SECONDS)
         if stop.number:
-            echo(f"stopped by signal {stop.number}; the same command continues")
+            reason = "STOP" if folder.stop.exists() else f"signal {stop.number}"
+            echo(f"stopped by {reason}; the same command continues")
             return 128 + stop.number
     if note := _published(folder):
         echo(note)
