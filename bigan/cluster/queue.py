@@ -120,7 +120,7 @@ class QueuedJob:
         return f"{found} ({jobs})" if self.reason == "Dependency" and jobs else found
 
 
-def query(ids: Iterable[str], timeout_seconds: float = QUERY_SECONDS) -> dict[str, QueuedJob]:
+def query(ids: Iterable[str], timeout_seconds: float | None = None) -> dict[str, QueuedJob]:
     """The jobs that SLURM knows among `ids`, by id; of an array, its elements.
 
     Ended jobs are included for as long as the controller remembers them (MinJobAge). Raises
@@ -205,8 +205,9 @@ def parse_duration(text: str) -> float | None:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
-def _ask(*command: str, timeout_seconds: float = QUERY_SECONDS) -> str:
+def _ask(*command: str, timeout_seconds: float | None = None) -> str:
     """`run` without the user's defaults of output (SQUEUE_STATES, ...), and with times in UTC."""
     formats = ("SQUEUE_", "SLURM_TIME_FORMAT")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(formats)}
-    return slurm.run(*command, timeout_seconds=timeout_seconds, environment=kept | {"TZ": "UTC"})
+    seconds = timeout_seconds or QUERY_SECONDS
+    return slurm.run(*command, timeout_seconds=seconds, environment=kept | {"TZ": "UTC"})

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigan import atomic_files
-from bigan.cluster import freeze, jobs, records, slurm
+from bigan.cluster import freeze, jobs, slurm
 from bigan.cluster.facts import read_facts
-from bigan.cluster.job_states import join
+from bigan.cluster.job_states import live_jobs
 from bigan.cluster.plan import (
     Job,
     Places,
@@ -29,7 +29,6 @@ from bigan.cluster.plan import (
     remarks,
 )
 from bigan.cluster.profiles import Profile
-from bigan.cluster.queue import query
 from bigan.cluster.render import source
 from bigan.config import ConfigError
 from bigan.distributed.launch_env import chosen_engine
@@ -207,12 +206,10 @@ def _alone(checked: _Checked) -> Iterator[None]:
 
 def _refuse_second(checked: _Checked) -> None:
     """Raises `UserError` if something trains the run, or waits for it."""
-    known = records.read_jobs(checked.absolute)
-    queue = query({job.id for job in known}, slurm.TIMEOUT_SECONDS)
-    live = {job.id.partition("_")[0] for job in join(known, queue) if job.waits or job.is_active}
+    live = live_jobs(checked.absolute, slurm.TIMEOUT_SECONDS)
     facts = read_facts(checked.absolute)
     if live:
-        what = f"job {', '.join(sorted(live, key=int))} of this run is in the queue"
+        what = f"job {', '.join(live)} of this run is in the queue"
     elif facts.lives and facts.job is None:
         what = f"{facts.owner} trains this run"
     else:

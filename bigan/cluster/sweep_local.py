@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,10 +24,12 @@ from pathlib import Path
 import torch
 
 from bigan.cluster import trial as trials
+from bigan.cluster.job_states import live_jobs
+from bigan.cluster.slurm import SlurmError
 from bigan.cluster.sweep import Sweep, shown
 from bigan.cluster.sweep_folder import SweepFolder, Trial
 from bigan.cluster.sweep_report import publish
-from bigan.errors import writing
+from bigan.errors import UserError, writing
 from bigan.run.lock import RunLock
 from bigan.run_config import RunConfig
 
@@ -61,9 +64,15 @@ def run_sweep(folder: SweepFolder, jobs: int, echo: Echo, tick: Tick) -> int:
 
     `echo` prints a line; `tick` receives the records of the trials that have begun. Returns 0, 1 if
     no trial is complete, or 128 + the number of the signal that stopped the sweep; SIGTERM if it
-    was the file STOP in its folder. Raises `LockedError` if another process runs the sweep: its
-    trials would fail here.
+    was the file STOP in its folder. Raises `UserError` if another process or jobs of SLURM run the
+    sweep: its trials would fail here.
     """
+    with contextlib.suppress(SlurmError):  # not on this machine
+        if jobs_of_slurm := live_jobs(folder.path):
+            raise UserError(
+                f"{folder.path}: job {', '.join(jobs_of_slurm)} runs this sweep; wait for its end, "
+                f"or end it: bigan cancel {shlex.quote(str(folder.path))}"
+            )
     with writing(folder.path):
         lock = RunLock(folder.path)
     try:

@@ -65,6 +65,7 @@ def sweep_status(
     else:
         counts = Counter(states.values())
     errors = [trial.error for trial in trials if trial.error]
+    errors += [_error(index, record) for index, record in ended.items() if record.get("error")]
     return SweepStatus(
         sweep,
         dict(counts),
@@ -74,6 +75,13 @@ def sweep_status(
         elements,
         max(errors, key=lambda error: error["time"], default=None),
     )
+
+
+def _error(index: int, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a trial, also one without a job of SLURM."""
+    when = record.get("ended")
+    time = float(when) if isinstance(when, int | float) else 0.0
+    return {"time": time, "job": None, "text": f"trial {index:03d}: {record['error']}"}
 
 
 def _best(ended: Mapping[int, dict[str, Any]], maximize: bool) -> tuple[str, float] | None:

@@ -485,6 +485,9 @@ def test_sweep_counts_trials_by_state(
     assert main(["status", str(sweep), str(sweep / "003")]) == 0
     assert "2.5" in capsys.readouterr().out
     assert status(sweep / "003").state == "running"
+    failed = {"index": 5, "state": "failed", "error": "out of memory", "ended": time.time()}
+    (records / "005.json").write_text(json.dumps(failed))  # without a job, as of `bigan sweep`
+    assert any("005: out of memory" in text for text in as_lines(survey([sweep])))
     (sweep / "sweep.yaml").write_text("{")
     (records / "000.json").write_text("")
     assert as_lines(survey([sweep]))

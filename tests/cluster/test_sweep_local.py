@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster.fake_slurm import FakeSlurm, line, submission
 from sweeps import GRID, LR, OPTUNA, SEED, frozen
 
 from bigan.cli.main import main
-from bigan.cluster import sweep_local
+from bigan.cluster import jobs, sweep_local
 from bigan.cluster.sweep_folder import SweepFolder
 from bigan.cluster.trial import PRUNED
+from bigan.errors import UserError
 from bigan.run.lock import LockedError
 
 # Writes what `bigan train CONFIG` and `bigan evaluate RUN [--watch]` leave. train.seed = 9 always
@@ -183,6 +185,19 @@ def test_stopped_sweep_saves_and_continues(
     assert _states(folder) == ["complete"] * 4
     assert (folder.path / "000" / "attempts").read_text() == "xx"
     assert "continues" in lines[-1]
+
+
+def test_sweep_in_the_queue_is_not_run_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its trials would fail here, and be recorded as failed."""
+    folder = frozen(tmp_path, **GRID)
+    jobs.append(folder.path, submission(folder.path, "7", "sweep"))
+    fake = FakeSlurm(tmp_path / "slurm", monkeypatch)
+    fake.set(line("7_1", "running", folder.path, "sweep"))
+    with pytest.raises(UserError, match="job 7 "):
+        _run(folder)
+    assert not folder.read_all()
 
 
 @pytest.mark.full
