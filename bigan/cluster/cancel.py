@@ -45,7 +45,7 @@ def cancel(run: Path, *, now: bool, echo: Echo) -> int:
         facts = {path: read_facts(path) for path in folders}
         jobs = _live_jobs(folders, queue)
         if attempt == 0:  # before the jobs: a link that starts meanwhile finds STOP and ends
-            found = _write_stops(folders, facts, jobs, away is not None, echo) or bool(jobs)
+            found = _write_stops(folders, facts, jobs, away is not None, now, echo) or bool(jobs)
         new = {each: job for each, job in jobs.items() if (each, job[1].waits) not in done}
         trains = any(job.record.trains for _, job in jobs.values())
         done |= {(job.id, job.waits) for _, job in new.values()}
@@ -84,6 +84,7 @@ def _write_stops(
     facts: Mapping[Path, Facts],
     jobs: Mapping[str, tuple[Path, Job]],
     away: bool,
+    now: bool,
     echo: Echo,
 ) -> bool:
     """Make the file STOP of each run that trains, or may train; returns whether there is one.
@@ -92,6 +93,7 @@ def _write_stops(
     if `bigan sweep` runs it.
     """
     trained = {path for path, job in jobs.values() if job.record.trains}
+    begun = {path for path, job in jobs.values() if _has_begun(job.queued, facts[path])}
     any_trains = False
     for path, known in folders.items():
         may = away and any(job.trains and job.last not in FINAL for job in known)
@@ -104,6 +106,9 @@ def _write_stops(
         if stop is None or stop.startswith("SLURM job"):  # after which the job would be requeued
             with writing(RunFolder(path).stop):
                 write_atomic(RunFolder(path).stop, "")
+        is_local = facts[path].lives and facts[path].job is None
+        if path in trained and not is_local and (now or path not in begun):
+            continue  # its job is cancelled at once
         owner = facts[path].owner
         where = f" ({owner})" if owner and facts[path].lives else ""
         echo(f"{RunFolder(path).stop}: the trainer{where} saves at the next step boundary and ends")
@@ -165,11 +170,13 @@ def _cancel_job(job: Job, facts: Facts, trains: bool, now: bool, echo: Echo) -> 
     return True
 
 
-def _has_begun(queued: QueuedJob, facts: Facts) -> bool:
+def _has_begun(queued: QueuedJob | None, facts: Facts) -> bool:
     """Whether the trainer of this attempt has passed its checks; until then it deletes STOP.
 
     Before, it has nothing to save.
     """
+    if queued is None or not queued.is_active:
+        return False
     start = queued.start or 0.0
     if facts.tick_time is not None and facts.tick_time >= start:
         return True

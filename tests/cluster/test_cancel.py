@@ -60,13 +60,16 @@ def test_now_cancels_running_jobs_without_a_requeue(fake: FakeSlurm, tmp_path: P
     ]
 
 
-def test_job_that_has_nothing_to_save_is_cancelled(fake: FakeSlurm, tmp_path: Path) -> None:
+def test_job_that_has_nothing_to_save_is_cancelled(
+    fake: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its trainer still starts, and would delete STOP."""
     path = tmp_path / "run"
     run = make_run(path, jobs=[submission(path, "7")], events=[STARTED])
     fake.set(line("7", "running", run, **TO_COME))
     assert main(["cancel", str(run)]) == 0
     assert fake.calls == ["scontrol update JobId=7 Requeue=0", "scancel 7"]
+    assert "saves" not in capsys.readouterr().out
     path = tmp_path / "new"
     run = make_run(path, jobs=[submission(path, "8")], begun=False)
     fake.set(line("8", "running", run))

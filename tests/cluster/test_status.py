@@ -74,7 +74,7 @@ CASES = [
     ("requeue hold", [STARTED], "requeued", "scontrol release"),
     ("failed", [STARTED, "failed train 7 0 a.yaml: batch = 30"], "failed", "a.yaml: batch = 30"),
     ("failed", [STARTED], "failed", "failed"),
-    ("failed", [], "failed", "failed"),
+    ("failed", [], "failed", "setup"),
     ("cancelled", [STARTED], "stopped", "cancelled"),
     ("cancelled", [], "stopped", "cancelled"),
     ("completed", [STARTED, "stopped train 7 0 STOP"], "stopped", "STOP"),
