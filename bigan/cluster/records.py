@@ -166,7 +166,10 @@ def last_failure(run_dir: Path) -> Failure | None:
     """The failure of the newest attempt that has one; of several ranks, the cause of the others."""
     found = []
     logs = RunFolder(run_dir).slurm / "logs"
-    for path in (*logs.glob("*/failure-*.txt"), *logs.glob("*/evaluate/failure-*.txt")):
+    paths: list[Path] = []
+    with contextlib.suppress(OSError):  # of another user
+        paths += [*logs.glob("*/failure-*.txt"), *logs.glob("*/evaluate/failure-*.txt")]
+    for path in paths:
         match = re.fullmatch(r"failure-(\d+)-rank-(\d+)\.txt", path.name)
         if not match:
             continue
@@ -184,8 +187,13 @@ def last_failure(run_dir: Path) -> Failure | None:
     return min(of_attempt, key=lambda failure: (failure.kind in _CONSEQUENCES, failure.time))
 
 
+def exists(path: Path) -> bool:
+    """Whether a file can be seen; False also in a folder that only another user may read."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
 def is_sweep(folder: Path) -> bool:
-    return (folder / SWEEP).is_file()
+    return exists(folder / SWEEP)
 
 
 def is_trial(run_dir: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -48,9 +49,10 @@ def sweep_status(
     """
     content = read_yaml(sweep / records.SWEEP)
     ended: dict[int, dict[str, Any]] = {}
-    for path in (RunFolder(sweep).slurm / "trials").glob("*.json"):
-        if path.stem.isdecimal():
-            ended[int(path.stem)] = read_json(path)
+    with contextlib.suppress(OSError):  # of another user
+        for path in (RunFolder(sweep).slurm / "trials").glob("*.json"):
+            if path.stem.isdecimal():
+                ended[int(path.stem)] = read_json(path)
     states = {int(trial.run.name): trial.state for trial in trials}
     for job in elements:
         element = job.id.partition("_")[2]

@@ -443,6 +443,27 @@ def test_runs_are_found_below_runs(
     assert len(capsys.readouterr().out.splitlines()) == 3, "the header, and each run once"
 
 
+def test_runs_that_only_another_user_may_read_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, private, half = (make_run(tmp_path / name) for name in ("a", "b", "c"))
+    closed = (private, half / "slurm")
+    for folder in closed:
+        folder.chmod(0)
+    try:
+        assert main(["status", str(tmp_path)]) == 0
+        out = capsys.readouterr().out
+        assert str(run) in out
+        assert str(half) in out
+        if os.geteuid() != 0:
+            assert str(private) not in out
+            assert main(["status", str(private)]) == 2
+            assert "permission" in capsys.readouterr().err
+    finally:
+        for folder in closed:
+            folder.chmod(0o755)
+
+
 def test_sweep_counts_trials_by_state(
     fake: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
