@@ -78,7 +78,8 @@ def submit(request: Request, profile: Profile, echo: Echo) -> list[str]:
     """
     checked = _check(request, profile, echo)
     if checked.is_complete:
-        echo(f"{checked.run_dir}: is complete; a larger train.total_images=... continues it")
+        key = "method.trials" if checked.sweep else "train.total_images=..."
+        echo(f"{checked.run_dir}: is complete; a larger {key} continues it")
         return []
     with _alone(checked):
         _refuse_second(checked)
@@ -134,10 +135,6 @@ def _check(request: Request, profile: Profile, echo: Echo) -> _Checked:
     if not sweep:
         folders.check(config)
         _check_processes(request, config)
-    elif RunFolder(run_dir).config.exists():
-        raise ConfigError(
-            f"{config.run_dir}: is a run; use another run_dir=... for the folder of a sweep"
-        )
     for line in (*remarks(request, profile), *_missing_data(config)):
         echo(line)
     return _Checked(
@@ -148,22 +145,30 @@ def _check(request: Request, profile: Profile, echo: Echo) -> _Checked:
         freeze.current_code(),
         config.run_dir,
         jobs_of(request, profile, run_dir, sweep.num_trials if sweep else 0),
-        not sweep and not request.evaluate and _is_complete(config),
+        not request.evaluate and _is_complete(config, sweep),
     )
 
 
 def _load_sweep(path: Path, request: Request) -> tuple[Sweep, RunConfig]:
     """The sweep in a file, and the config of its base."""
     from bigan.cluster.sweep import load_sweep
-    from bigan.cluster.sweep_check import resolved
+    from bigan.cluster.sweep_check import require_same, resolved
+    from bigan.cluster.sweep_folder import SweepFolder
 
     sweep = load_sweep(path)
     check = functools.partial(_check_processes, request)
-    return sweep, resolved(sweep, request.config, request.overrides, check)[2]
+    complete, base, config = resolved(sweep, request.config, request.overrides, check)
+    require_same(SweepFolder(config.run_dir), complete, base)
+    return sweep, config
 
 
-def _is_complete(config: RunConfig) -> bool:
-    """Whether the run has seen all images that `config` requests."""
+def _is_complete(config: RunConfig, sweep: Sweep | None) -> bool:
+    """Whether the run has seen all images, or all trials have ended."""
+    if sweep:
+        from bigan.cluster.sweep_folder import SweepFolder
+
+        ended = [t for t in SweepFolder(config.run_dir).read_all() if t.state != "running"]
+        return len(ended) >= sweep.num_trials
     try:
         return int(RunFolder(config.run_dir).done.read_text()) >= config.train.total_images
     except (OSError, ValueError):

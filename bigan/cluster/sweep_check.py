@@ -43,7 +43,7 @@ def freeze(
     """
     sweep, base, config = resolved(sweep, config_path, overrides)
     folder = SweepFolder(sweep_dir or config.run_dir)
-    _require_same(folder, sweep, base)
+    require_same(folder, sweep, base)
     with writing(folder.path):
         folder.trials.mkdir(parents=True, exist_ok=True)
         if not folder.sweep_file.exists():
@@ -204,7 +204,7 @@ def _check_keys(sweep: Sweep, overrides: Sequence[str]) -> None:
             raise ConfigError(f"sweep: {clash[0]} is set by an override, and varied; leave one out")
 
 
-def _require_same(folder: SweepFolder, sweep: Sweep, base: dict[str, Any]) -> None:
+def require_same(folder: SweepFolder, sweep: Sweep, base: dict[str, Any]) -> None:
     """Raises `ConfigError` unless the folder is new, or has this sweep of this config."""
     if folder.sweep_file.is_file():
         before = folder.sweep().model_dump(mode="json")

@@ -20,6 +20,7 @@ from bigan import config as configs
 from bigan.cli.main import main
 from bigan.cluster import freeze, jobs, plan, slurm, words
 from bigan.cluster.profiles import Profile, load_profile
+from bigan.cluster.sweep_folder import SweepFolder, Trial
 from bigan.reporting.tracker import revision
 from bigan.run_config import load_config
 
@@ -195,7 +196,12 @@ def test_chain(fake: FakeSlurm) -> None:
 
 
 @pytest.mark.parametrize(("options", "limit"), [((), 3), (("--parallel", 2), 2)])
-def test_sweep_is_one_array(fake: FakeSlurm, options: tuple[object, ...], limit: int) -> None:
+def test_sweep_is_one_array(
+    fake: FakeSlurm,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[object, ...],
+    limit: int,
+) -> None:
     Path("s.yaml").write_text(f"{SWEEP}, parallel: 3}}")
     assert submit("--time", 30, "--sweep", "s.yaml", *options, "run_dir=runs/s") == 0
     (call,) = fake.calls()
@@ -203,6 +209,16 @@ def test_sweep_is_one_array(fake: FakeSlurm, options: tuple[object, ...], limit:
     assert any(option.endswith("/logs/%A_%a.log") for option in call)
     assert Path("runs/s/sweep.yaml").exists()
     assert records(Path("runs/s"))[0]["kind"] == "sweep"
+    Path("s.yaml").write_text(f"{SWEEP.replace('25', '50')}}}")  # another sweep in its folder
+    assert "parameters" in refusal(
+        capsys, "--time", 30, "--sweep", "s.yaml", "run_dir=runs/s", "--dry-run"
+    )
+    Path("s.yaml").write_text(f"{SWEEP}}}")
+    for index in range(2):
+        SweepFolder(Path("runs/s")).write(Trial(index, {}, "complete"))
+    assert submit("--time", 30, "--sweep", "s.yaml", "run_dir=runs/s") == 0
+    assert "method.trials" in capsys.readouterr().out
+    assert len(fake.calls()) == 1
 
 
 def test_processes_of_every_trial_are_checked(
