@@ -38,7 +38,7 @@ def _names_damage(function: Callable[..., Result]) -> Callable[..., Result]:
                 raise
             raise UserError(
                 f"{folder.journal}: damaged; delete it: the results of the trials that have ended "
-                "are kept, and the search begins anew with the next trial"
+                "are kept, and the search starts again with the next trial"
             ) from error
 
     return wrapped

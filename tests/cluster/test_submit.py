@@ -346,7 +346,7 @@ def test_answers_of_sbatch(
     code: int,
     fact: str,
 ) -> None:
-    monkeypatch.setattr(slurm, "TIMEOUT_SECONDS", 1.0 if "sleep" in answer else 60.0)
+    monkeypatch.setattr(slurm, "TIMEOUT_SECONDS", 0.4 if "sleep" in answer else 60.0)
     (fake.folder / "sbatch").write_text(f"#!/bin/bash\n{answer}\n")
     assert submit("--time", 30) == code
     assert fact in "".join(capsys.readouterr())
