@@ -35,7 +35,8 @@ def add_sweep(commands: Commands) -> None:
         "sweep-report",
         report_command,
         "show the trials of a sweep and the best one; write a table and a plot",
-        "Works at any time during a sweep. Writes report.md, report.csv and sweep.png.",
+        "Works at any time during a sweep. Writes report.md, report.csv and sweep.png. "
+        "Example: bigan sweep-report runs/digits-lr",
     )
     report.add_argument("sweep_dir", type=Path, help="the folder of the sweep (its run_dir)")
     report.add_argument(

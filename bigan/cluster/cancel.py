@@ -21,6 +21,7 @@ from bigan.run_folder import RunFolder
 
 COMMAND_SECONDS = 20.0
 BEGIN_SECONDS = 5.0  # from environment.json until STOP has been deleted
+MAX_IDS = 1000  # of a command
 PASSES = 3  # a job that waited may have started meanwhile
 
 Echo = Callable[[str], None]
@@ -44,12 +45,14 @@ def cancel(run: Path, *, now: bool, echo: Echo) -> int:
         facts = {path: read_facts(path) for path in folders}
         jobs = _live_jobs(folders, queue)
         if attempt == 0:  # before the jobs: a link that starts meanwhile finds STOP and ends
-            found = _write_stops(folders, facts, jobs, away is not None, echo) or bool(jobs)
+            found = _write_stops(folders, facts, jobs, away is not None, now, echo) or bool(jobs)
         new = {each: job for each, job in jobs.items() if (each, job[1].waits) not in done}
         trains = any(job.record.trains for _, job in jobs.values())
+        done |= {(job.id, job.waits) for _, job in new.values()}
+        cancelled = _cancel_waiting([job for _, job in new.values() if job.waits], echo)
         for path, job in new.values():
-            done.add((job.id, job.waits))
-            ok &= _cancel_job(job, facts[path], trains, now, echo)
+            if job.id not in cancelled:
+                ok &= _cancel_job(job, facts[path], trains, now, echo)
         if away or not new:
             break
     if away:
@@ -81,29 +84,57 @@ def _write_stops(
     facts: Mapping[Path, Facts],
     jobs: Mapping[str, tuple[Path, Job]],
     away: bool,
+    now: bool,
     echo: Echo,
 ) -> bool:
     """Make the file STOP of each run that trains, or may train; returns whether there is one.
 
-    A run that has not begun gets none: its folder would not be that of a run.
+    A run that has not begun gets none: its folder would not be that of a run. A sweep gets one
+    if `bigan sweep` runs it.
     """
     trained = {path for path, job in jobs.values() if job.record.trains}
+    begun = {path for path, job in jobs.values() if _has_begun(job.queued, facts[path])}
     any_trains = False
     for path, known in folders.items():
         may = away and any(job.trains and job.last not in FINAL for job in known)
         if facts[path].done or not (path in trained or facts[path].lives or may):
             continue
         any_trains = True
-        if not RunFolder(path).config.exists():
+        if not RunFolder(path).config.exists() and not facts[path].lives:
             continue
         stop = facts[path].stop
         if stop is None or stop.startswith("SLURM job"):  # after which the job would be requeued
             with writing(RunFolder(path).stop):
                 write_atomic(RunFolder(path).stop, "")
+        is_local = facts[path].lives and facts[path].job is None
+        if path in trained and not is_local and (now or path not in begun):
+            continue  # its job is cancelled at once
         owner = facts[path].owner
         where = f" ({owner})" if owner and facts[path].lives else ""
         echo(f"{RunFolder(path).stop}: the trainer{where} saves at the next step boundary and ends")
     return any_trains
+
+
+def _cancel_waiting(waiting: Sequence[Job], echo: Echo) -> set[str]:
+    """Cancel jobs that wait, many with one command: an array may have thousands of elements.
+
+    Returns the ids of those that were cancelled; prints a line for each array.
+    """
+    arrays: dict[str, list[Job]] = {}
+    for job in waiting:
+        arrays.setdefault(job.id.partition("_")[0], []).append(job)
+    cancelled: set[str] = set()
+    for array, elements in arrays.items():
+        if len(elements) == 1:
+            continue
+        ids = [job.id for job in elements]
+        with contextlib.suppress(SlurmError):
+            for start in range(0, len(ids), MAX_IDS):
+                _command("scancel", "--state=PENDING", *ids[start : start + MAX_IDS])
+                cancelled.update(ids[start : start + MAX_IDS])
+        if num := len(cancelled & set(ids)):
+            echo(f"job {array} ({elements[0].record.kind}): {num} elements that waited cancelled")
+    return cancelled
 
 
 def _cancel_job(job: Job, facts: Facts, trains: bool, now: bool, echo: Echo) -> bool:
@@ -139,11 +170,13 @@ def _cancel_job(job: Job, facts: Facts, trains: bool, now: bool, echo: Echo) -> 
     return True
 
 
-def _has_begun(queued: QueuedJob, facts: Facts) -> bool:
+def _has_begun(queued: QueuedJob | None, facts: Facts) -> bool:
     """Whether the trainer of this attempt has passed its checks; until then it deletes STOP.
 
     Before, it has nothing to save.
     """
+    if queued is None or not queued.is_active:
+        return False
     start = queued.start or 0.0
     if facts.tick_time is not None and facts.tick_time >= start:
         return True

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from bigan.cluster import records
 from bigan.cluster.sweep_folder import is_sweep
 from bigan.errors import UserError
 from bigan.run_folder import RunFolder
@@ -23,6 +25,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
             if not folders:
                 raise UserError("runs/: not in this folder; name a run: bigan status RUN")
             raise UserError(f"{folder}: no such run folder{_nearby(folder)}")
+        _require_readable(folder)
         below = list(_runs_below(folder, DEPTH))
         if not below:
             raise UserError(
@@ -36,17 +39,27 @@ def is_run(folder: Path) -> bool:
     """Whether a folder is that of a run, also of one that was only submitted."""
     run = RunFolder(folder)
     files = (run.config, run.slurm / "jobs.jsonl", run.slurm / "attempts.tsv")
-    return any(path.exists() for path in files)
+    return any(records.exists(path) for path in files)
 
 
 def require_run(folder: Path) -> None:
     """Raises `UserError` for a folder that is neither a run nor a sweep."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder{_nearby(folder)}")
+    _require_readable(folder)
     if not is_run(folder) and not is_sweep(folder):
         raise UserError(
             f"{folder}: not a run (no config.yaml, sweep.yaml or slurm/jobs.jsonl in it)"
         )
+
+
+def _is_readable(folder: Path) -> bool:
+    return os.access(folder, os.R_OK | os.X_OK)
+
+
+def _require_readable(folder: Path) -> None:
+    if not _is_readable(folder):
+        raise UserError(f"{folder}: permission denied; its owner can make it readable")
 
 
 def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
@@ -61,7 +74,7 @@ def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
     except OSError:
         return
     for path in inside:
-        if path.is_dir():
+        if _is_readable(path) and path.is_dir():  # else of another user
             yield from _runs_below(path, depth - 1)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigan.cluster.queue import QueuedJob, query
-from bigan.cluster.records import Event, JobRecord
+from bigan.cluster.records import Event, JobRecord, read_jobs
 from bigan.cluster.slurm import SlurmError
 
 
@@ -45,6 +45,14 @@ def ask(ids: set[str]) -> tuple[dict[str, QueuedJob], str | None]:
         # The last of several messages: "squeue: error: a squeue: fatal: b".
         reason = reason.rpartition(f"{command}: ")[2]
         return {}, f"{command}: {reason.partition('; ')[0]}"
+
+
+def live_jobs(run_dir: Path, timeout_seconds: float | None = None) -> list[str]:
+    """The ids of the jobs of a run that run or wait, of arrays one id; raises `SlurmError`."""
+    known = read_jobs(run_dir)
+    queue = query({job.id for job in known}, timeout_seconds)
+    live = {job.id.partition("_")[0] for job in join(known, queue) if job.waits or job.is_active}
+    return sorted(live, key=int)
 
 
 def join(

@@ -223,7 +223,8 @@ def _missing(choice: Choice) -> str:
     if not has and known:
         submitted = ", ".join(record.id for record in known)
         has = f"submitted jobs: {submitted}; bigan status {run} shows whether they have begun"
-    return f"{what}; {has or 'the run has no job of SLURM'}"
+    alone = "the run has no job of SLURM, and bigan train writes to its terminal"
+    return f"{what}; {has or alone}"
 
 
 def _start_of_last_lines(file: BinaryIO, num_lines: int) -> int:

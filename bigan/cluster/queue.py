@@ -120,7 +120,7 @@ class QueuedJob:
         return f"{found} ({jobs})" if self.reason == "Dependency" and jobs else found
 
 
-def query(ids: Iterable[str]) -> dict[str, QueuedJob]:
+def query(ids: Iterable[str], timeout_seconds: float | None = None) -> dict[str, QueuedJob]:
     """The jobs that SLURM knows among `ids`, by id; of an array, its elements.
 
     Ended jobs are included for as long as the controller remembers them (MinJobAge). Raises
@@ -131,13 +131,13 @@ def query(ids: Iterable[str]) -> dict[str, QueuedJob]:
         return {}
     command = ["squeue", "--noheader", "--all", "--array", "--states=all", f"--format={_FIELDS}"]
     try:
-        printed = _ask(*command, f"--jobs={','.join(wanted)}")
+        printed = _ask(*command, f"--jobs={','.join(wanted)}", timeout_seconds=timeout_seconds)
     except SlurmError as error:
         if "Invalid job id" not in str(error):
             raise
         if len(wanted) == 1:  # SLURM has forgotten it
             return {}
-        printed = _ask(*command)
+        printed = _ask(*command, timeout_seconds=timeout_seconds)
     jobs = parse_queue(printed)
     return {each: job for each, job in jobs.items() if each.partition("_")[0] in wanted}
 
@@ -205,8 +205,9 @@ def parse_duration(text: str) -> float | None:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
-def _ask(*command: str) -> str:
+def _ask(*command: str, timeout_seconds: float | None = None) -> str:
     """`run` without the user's defaults of output (SQUEUE_STATES, ...), and with times in UTC."""
     formats = ("SQUEUE_", "SLURM_TIME_FORMAT")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(formats)}
-    return slurm.run(*command, timeout_seconds=QUERY_SECONDS, environment=kept | {"TZ": "UTC"})
+    seconds = timeout_seconds or QUERY_SECONDS
+    return slurm.run(*command, timeout_seconds=seconds, environment=kept | {"TZ": "UTC"})

@@ -179,7 +179,10 @@ def last_failure(run_dir: Path) -> Failure | None:
 def read_failures(attempt: Path) -> list[Failure]:
     """The failures in the logs of an attempt: of its ranks, and of its evaluator."""
     found = []
-    for path in (*attempt.glob("failure-*.txt"), *attempt.glob("evaluate/failure-*.txt")):
+    paths: list[Path] = []
+    with contextlib.suppress(OSError):  # of another user
+        paths += [*attempt.glob("failure-*.txt"), *attempt.glob("evaluate/failure-*.txt")]
+    for path in paths:
         match = re.fullmatch(r"failure-(\d+)-rank-(\d+)\.txt", path.name)
         if not match:
             continue
@@ -197,6 +200,11 @@ def cause(failures: Iterable[Failure]) -> Failure | None:
     return min(
         failures, key=lambda failure: (failure.kind in _CONSEQUENCES, failure.time), default=None
     )
+
+
+def exists(path: Path) -> bool:
+    """Whether a file can be seen; False also in a folder that only another user may read."""
+    return os.path.exists(path)  # noqa: PTH110
 
 
 def _same(one: Path, other: Path) -> bool:

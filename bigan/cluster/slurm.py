@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,9 +17,8 @@ class SlurmError(UserError):
     """A command of SLURM that failed, is missing or does not answer."""
 
 
-def is_available() -> bool:
-    """Whether the commands of SLURM are installed here."""
-    return shutil.which("sbatch") is not None
+class SlurmTimeoutError(SlurmError):
+    """A command of SLURM that does not answer."""
 
 
 def run(
@@ -38,12 +37,19 @@ def sbatch(arguments: Sequence[str]) -> str:
     all of them, and a job with the restart count or the array index of another one goes wrong.
     """
     command = ["sbatch", "--parsable", *arguments]
-    answer = _finished(command, TIMEOUT_SECONDS, env=_outside_of_jobs(os.environ)).stdout
-    # A site may print messages before it; in a federation, the name of the cluster follows.
-    job = (answer.split() or [""])[-1].partition(";")[0]
-    if not job.isdecimal():
+    try:
+        answer = _finished(command, TIMEOUT_SECONDS, env=_outside_of_jobs(os.environ)).stdout
+    except SlurmTimeoutError as error:
+        raise SlurmTimeoutError(
+            f"{error}, unless squeue --me shows the job: then cancel it before (scancel)"
+        ) from None
+    # A site may print messages around it; in a federation, the name of the cluster follows.
+    found = re.findall(r"^(\d+)(?:;\S*)?$", answer, re.ASCII | re.MULTILINE) or re.findall(
+        r"^Submitted batch job (\d+)", answer, re.ASCII | re.MULTILINE
+    )
+    if not found:
         raise SlurmError(f"sbatch: printed {answer.strip()!r}, not the id of a job")
-    return job
+    return str(found[-1])
 
 
 def would_start(options: Sequence[str], script: str) -> str:
@@ -77,6 +83,7 @@ def _finished(
             command,
             capture_output=True,
             text=True,
+            errors="replace",  # messages of a site, names of jobs
             timeout=timeout_seconds,
             check=False,
             **options,
@@ -86,7 +93,12 @@ def _finished(
             f"{name}: not found; run this command on a login node of a SLURM cluster"
         ) from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{name}: no answer within {timeout_seconds:g} s; try again") from None
+        raise SlurmTimeoutError(
+            f"{name}: no answer within {timeout_seconds:g} s; try again"
+        ) from None
+    except OSError as error:
+        raise SlurmError(f"{name}: cannot be run: {error.strerror}") from None
     if done.returncode != 0:
-        raise SlurmError(f"{name}: {' '.join(done.stderr.split()) or done.returncode}")
+        said = " ".join(done.stderr.split()).removeprefix(f"{name}: ")
+        raise SlurmError(f"{name}: {said or f'exit code {done.returncode}'}")
     return done

@@ -182,7 +182,8 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def _error(error: Mapping[str, Any], now: float) -> str:
-    return f"{_ago(error['time'], now)}, job {error['job']}: {error['text']}"
+    job = f"job {error['job']}: " if error["job"] else ""
+    return f"{_ago(error['time'], now)}, {job}{error['text']}"
 
 
 def _ago(then: float, now: float) -> str:

@@ -10,18 +10,53 @@ Optuna is imported in the functions.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from bigan.cluster.sweep import Bayesian, Hyperband, Parameters, Range, Sweep
 from bigan.cluster.sweep_folder import SweepFolder
+from bigan.errors import UserError
 
 STUDY = "sweep"
+Result = TypeVar("Result")
 
 
+def _names_damage(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Raise `UserError` where a damaged journal is the cause of an exception of Optuna."""
+
+    @functools.wraps(function)
+    def wrapped(folder: SweepFolder, *arguments: Any) -> Result:
+        try:
+            return function(folder, *arguments)
+        except Exception as error:
+            if not _is_damaged(folder.journal):
+                raise
+            raise UserError(
+                f"{folder.journal}: damaged; delete it: the results of the trials that have ended "
+                "are kept, and the search starts again with the next trial"
+            ) from error
+
+    return wrapped
+
+
+def _is_damaged(journal: Path) -> bool:
+    """Whether a line that is complete is not JSON."""
+    try:
+        for line in journal.read_bytes().split(b"\n")[:-1]:
+            json.loads(line)
+    except OSError:
+        return False
+    except ValueError:
+        return True
+    return False
+
+
+@_names_damage
 def ask(folder: SweepFolder, sweep: Sweep, index: int) -> Parameters:
     """The parameters of trial `index`, chosen when it begins for the first time."""
     import optuna
@@ -40,6 +75,7 @@ def ask(folder: SweepFolder, sweep: Sweep, index: int) -> Parameters:
     return decoded(sweep, trial.params)
 
 
+@_names_damage
 def report(folder: SweepFolder, sweep: Sweep, index: int, values: Mapping[int, float]) -> bool:
     """Report images_seen -> value of a trial, oldest first; returns whether to prune it."""
     import optuna
@@ -59,6 +95,7 @@ def report(folder: SweepFolder, sweep: Sweep, index: int, values: Mapping[int, f
     return prune
 
 
+@_names_damage
 def tell(
     folder: SweepFolder,
     sweep: Sweep,

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
+import functools
+import os
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigan import atomic_files
 from bigan.cluster import freeze, jobs, slurm
+from bigan.cluster.facts import read_facts
+from bigan.cluster.job_states import live_jobs
 from bigan.cluster.plan import (
     Job,
     Places,
@@ -28,10 +33,12 @@ from bigan.cluster.render import source
 from bigan.config import ConfigError
 from bigan.distributed.launch_env import chosen_engine
 from bigan.errors import UserError, writing
+from bigan.file_lock import locked
 from bigan.run import folder as folders
 from bigan.run.stages import stages
 from bigan.run_config import RunConfig, accumulation_steps, check_groups, load_config
 from bigan.run_folder import RunFolder
+from bigan.urls import is_remote
 
 if TYPE_CHECKING:
     from bigan.cluster.sweep import Sweep
@@ -51,6 +58,8 @@ class _Checked:
     run_dir: Path  # as in the config
     jobs: tuple[Job, ...]
 
+    is_complete: bool = False  # and nothing is left to train or to evaluate
+
     @property
     def absolute(self) -> Path:
         return self.run_dir.absolute()
@@ -68,9 +77,14 @@ def submit(request: Request, profile: Profile, echo: Echo) -> list[str]:
     are cancelled then.
     """
     checked = _check(request, profile, echo)
-    _refuse_second(checked)
-    folder = _write(checked)
-    ids = _submit(checked, checked.places(folder), echo)
+    if checked.is_complete:
+        key = "method.trials" if checked.sweep else "train.total_images=..."
+        echo(f"{checked.run_dir}: is complete; a larger {key} continues it")
+        return []
+    with _alone(checked):
+        _refuse_second(checked)
+        folder = _write(checked)
+        ids = _submit(checked, checked.places(folder), echo)
     run = shlex.quote(str(checked.run_dir))
     echo(f"bigan status {run}    # queue, progress, last error")
     echo(f"bigan logs {run}      # output of the jobs")
@@ -120,12 +134,8 @@ def _check(request: Request, profile: Profile, echo: Echo) -> _Checked:
     check_times(times, profile)
     if not sweep:
         folders.check(config)
-    elif RunFolder(run_dir).config.exists():
-        raise ConfigError(
-            f"{config.run_dir}: is a run; use another run_dir=... for the folder of a sweep"
-        )
-    _check_processes(request, config)
-    for line in remarks(request, profile):
+        _check_processes(request, config)
+    for line in (*remarks(request, profile), *_missing_data(config)):
         echo(line)
     return _Checked(
         request,
@@ -135,16 +145,41 @@ def _check(request: Request, profile: Profile, echo: Echo) -> _Checked:
         freeze.current_code(),
         config.run_dir,
         jobs_of(request, profile, run_dir, sweep.num_trials if sweep else 0),
+        not request.evaluate and _is_complete(config, sweep),
     )
 
 
 def _load_sweep(path: Path, request: Request) -> tuple[Sweep, RunConfig]:
     """The sweep in a file, and the config of its base."""
     from bigan.cluster.sweep import load_sweep
-    from bigan.cluster.sweep_check import resolved
+    from bigan.cluster.sweep_check import require_same, resolved
+    from bigan.cluster.sweep_folder import SweepFolder
 
     sweep = load_sweep(path)
-    return sweep, resolved(sweep, request.config, request.overrides)[2]
+    check = functools.partial(_check_processes, request)
+    complete, base, config = resolved(sweep, request.config, request.overrides, check)
+    require_same(SweepFolder(config.run_dir), complete, base)
+    return sweep, config
+
+
+def _is_complete(config: RunConfig, sweep: Sweep | None) -> bool:
+    """Whether the run has seen all images, or all trials have ended."""
+    if sweep:
+        from bigan.cluster.sweep_folder import SweepFolder
+
+        ended = [t for t in SweepFolder(config.run_dir).read_all() if t.state != "running"]
+        return len(ended) >= sweep.num_trials
+    try:
+        return int(RunFolder(config.run_dir).done.read_text()) >= config.train.total_images
+    except (OSError, ValueError):
+        return False
+
+
+def _missing_data(config: RunConfig) -> list[str]:
+    """A line for each data set that is not on this machine; the nodes may have it."""
+    paths = {str(stream.path) for stream in config.streams.values()}
+    local = [path for path in sorted(paths) if not is_remote(path) and "{" not in path]
+    return [f"{p}: no data here; the nodes need it" for p in local if not Path(p).exists()]
 
 
 def _check_processes(request: Request, config: RunConfig) -> None:
@@ -160,17 +195,34 @@ def _check_processes(request: Request, config: RunConfig) -> None:
         ) from None
 
 
+@contextlib.contextmanager
+def _alone(checked: _Checked) -> Iterator[None]:
+    """Let other calls of `bigan submit` for this run wait."""
+    folder = RunFolder(checked.absolute).slurm
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with locked(descriptor):
+            yield
+    finally:
+        os.close(descriptor)
+
+
 def _refuse_second(checked: _Checked) -> None:
-    """Raises `UserError` if a job of the run is in the queue: both would train the same run."""
-    known = {job["job"] for job in jobs.read(checked.absolute)}
-    if not known:
+    """Raises `UserError` if something trains the run, or waits for it."""
+    live = live_jobs(checked.absolute, slurm.TIMEOUT_SECONDS)
+    facts = read_facts(checked.absolute)
+    if live:
+        what = f"job {', '.join(live)} of this run is in the queue"
+    elif facts.lives and facts.job is None:
+        what = f"{facts.owner} trains this run"
+    else:
         return
-    queued = known & set(slurm.run("squeue", "--noheader", "--me", "--format=%A").split())
-    if queued:
-        raise UserError(
-            f"{checked.run_dir}: job {', '.join(sorted(queued, key=int))} of this run is in the "
-            f"queue; wait for its end, or end it: bigan cancel {shlex.quote(str(checked.run_dir))}"
-        )
+    raise UserError(
+        f"{checked.run_dir}: {what}; wait for its end, or end it: "
+        f"bigan cancel {shlex.quote(str(checked.run_dir))}"
+    )
 
 
 def _next_folder(run_dir: Path) -> Path:

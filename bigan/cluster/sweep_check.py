@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from bigan.urls import redacted_text
 
 MAX_POINTS = 256  # that are loaded; of more, each value with the first ones of the others
 MAX_TRIALS = 10_000
+Check = Callable[[RunConfig], None]
 OWN_SETTINGS = ("run_dir", "tracking")  # set by the sweep for each trial
 # Of a frozen sweep, these may differ when the sweep is continued.
 MAY_CHANGE = ("config", "overrides", "parallel", "method.trials")
@@ -42,7 +43,7 @@ def freeze(
     """
     sweep, base, config = resolved(sweep, config_path, overrides)
     folder = SweepFolder(sweep_dir or config.run_dir)
-    _require_same(folder, sweep, base)
+    require_same(folder, sweep, base)
     with writing(folder.path):
         folder.trials.mkdir(parents=True, exist_ok=True)
         if not folder.sweep_file.exists():
@@ -53,11 +54,12 @@ def freeze(
 
 
 def resolved(
-    sweep: Sweep, config_path: Path, overrides: Sequence[str]
+    sweep: Sweep, config_path: Path, overrides: Sequence[str], check: Check | None = None
 ) -> tuple[Sweep, dict[str, Any], RunConfig]:
     """(sweep without None, content of the base config, base config), all checked.
 
-    Raises `ConfigError`.
+    `check` raises `ConfigError` for a config that the processes of a trial cannot train; None: one
+    process. Raises `ConfigError`.
     """
     _check_config_path(sweep, config_path)
     _check_keys(sweep, overrides)
@@ -77,7 +79,8 @@ def resolved(
     sweep = _with_defaults(sweep, config)
     known = _from_data(sweep, base, config)
     for parameters in _points(sweep):
-        _check_point(config_path, [*overrides, *known, *as_overrides(parameters)], parameters)
+        given = [*overrides, *known, *as_overrides(parameters)]
+        _check_point(config_path, given, parameters, check or _check_one_process)
     return sweep, base, config
 
 
@@ -169,9 +172,15 @@ def _from_data(sweep: Sweep, base: dict[str, Any], config: RunConfig) -> list[st
     return as_overrides({f"model.{key}": model[key] for key in FROM_DATA if key not in given})
 
 
-def _check_point(path: Path, overrides: Sequence[str], parameters: Parameters) -> None:
+def _check_one_process(config: RunConfig) -> None:
+    check_groups(config, world_size=1)
+
+
+def _check_point(
+    path: Path, overrides: Sequence[str], parameters: Parameters, check: Check
+) -> None:
     try:
-        check_groups(load_config(path, overrides), world_size=1)
+        check(load_config(path, overrides))
     except ConfigError as error:
         text = str(error).removeprefix("command line: ")
         raise ConfigError(f"sweep: the trial with {shown(parameters)}: {text}") from None
@@ -195,7 +204,7 @@ def _check_keys(sweep: Sweep, overrides: Sequence[str]) -> None:
             raise ConfigError(f"sweep: {clash[0]} is set by an override, and varied; leave one out")
 
 
-def _require_same(folder: SweepFolder, sweep: Sweep, base: dict[str, Any]) -> None:
+def require_same(folder: SweepFolder, sweep: Sweep, base: dict[str, Any]) -> None:
     """Raises `ConfigError` unless the folder is new, or has this sweep of this config."""
     if folder.sweep_file.is_file():
         before = folder.sweep().model_dump(mode="json")

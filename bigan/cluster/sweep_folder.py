@@ -4,6 +4,7 @@
             base.yaml     the config that the trials vary
             study.journal of Optuna
             mlflow.json   the parent run
+            LOCK STOP     of `bigan sweep`, as in a run folder
             report.md  report.csv  sweep.png    written by `bigan sweep-report`
             000/          the run folder of trial 0
             slurm/trials/000.yaml   its config
@@ -17,12 +18,13 @@ Imports nothing heavy: `bigan status` reads the records.
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from bigan import atomic_files
 from bigan.errors import UserError
@@ -77,6 +79,10 @@ class SweepFolder:
         return self.path / "study.journal"
 
     @property
+    def stop(self) -> Path:
+        return RunFolder(self.path).stop
+
+    @property
     def trials(self) -> Path:
         return self.path / "slurm" / "trials"
 
@@ -117,7 +123,10 @@ class SweepFolder:
     def read(self, index: int) -> Trial | None:
         """The record of a trial; None if it has not begun, `UserError` if it is damaged."""
         try:
-            return Trial(**json.loads(self._record(index).read_text(encoding="utf-8")))
+            found = Trial(**json.loads(self._record(index).read_text(encoding="utf-8")))
+            if not isinstance(found.parameters, dict) or found.state not in get_args(State):
+                raise ValueError("parameters or state")
+            return found
         except FileNotFoundError:
             return None
         except (ValueError, TypeError) as error:
@@ -145,8 +154,8 @@ class SweepFolder:
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether a folder is that of a sweep."""
-    return SweepFolder(folder).sweep_file.is_file()
+    """Whether a folder is that of a sweep; False also for one that only another user may read."""
+    return os.path.isfile(SweepFolder(folder).sweep_file)  # noqa: PTH113
 
 
 def is_trial(run_dir: Path) -> bool:

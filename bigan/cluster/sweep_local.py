@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,9 +24,13 @@ from pathlib import Path
 import torch
 
 from bigan.cluster import trial as trials
+from bigan.cluster.job_states import live_jobs
+from bigan.cluster.slurm import SlurmError
 from bigan.cluster.sweep import Sweep, shown
 from bigan.cluster.sweep_folder import SweepFolder, Trial
 from bigan.cluster.sweep_report import publish
+from bigan.errors import UserError, writing
+from bigan.run.lock import RunLock
 from bigan.run_config import RunConfig
 
 POLL_SECONDS = 0.2
@@ -57,8 +62,26 @@ def run_sweep(folder: SweepFolder, jobs: int, echo: Echo, tick: Tick) -> int:
     """Run every trial that has not ended, `jobs` at a time; call it in the main thread.
 
     `echo` prints a line; `tick` receives the records of the trials that have begun. Returns 0, 1 if
-    no trial is complete, or 128 + the number of the signal that stopped the sweep.
+    no trial is complete, or 128 + the number of the signal that stopped the sweep; SIGTERM if it
+    was the file STOP in its folder. Raises `UserError` if another process or jobs of SLURM run the
+    sweep: its trials would fail here.
     """
+    with contextlib.suppress(SlurmError):  # not on this machine
+        if jobs_of_slurm := live_jobs(folder.path):
+            raise UserError(
+                f"{folder.path}: job {', '.join(jobs_of_slurm)} runs this sweep; wait for its end, "
+                f"or end it: bigan cancel {shlex.quote(str(folder.path))}"
+            )
+    with writing(folder.path):
+        lock = RunLock(folder.path)
+    try:
+        folder.stop.unlink(missing_ok=True)
+        return _run_trials(folder, jobs, echo, tick)
+    finally:
+        lock.release()
+
+
+def _run_trials(folder: SweepFolder, jobs: int, echo: Echo, tick: Tick) -> int:
     sweep = folder.sweep()
     waiting = _unfinished(folder, sweep)
     running: dict[int, LocalTrial] = {}  # by place
@@ -66,6 +89,8 @@ def run_sweep(folder: SweepFolder, jobs: int, echo: Echo, tick: Tick) -> int:
         tick(folder.read_all())
         while running or (waiting and not stop.number):
             changed = False
+            if folder.stop.exists():
+                stop.number = stop.number or signal.SIGTERM
             for place in range(jobs):
                 if place not in running and waiting and not stop.number:
                     running[place] = LocalTrial(folder, sweep, waiting.pop(0), place, jobs, echo)
@@ -80,7 +105,8 @@ def run_sweep(folder: SweepFolder, jobs: int, echo: Echo, tick: Tick) -> int:
                 tick(folder.read_all())
             time.sleep(POLL_SECONDS)
         if stop.number:
-            echo(f"stopped by signal {stop.number}; the same command continues")
+            reason = "STOP" if folder.stop.exists() else f"signal {stop.number}"
+            echo(f"stopped by {reason}; the same command continues")
             return 128 + stop.number
     if note := _published(folder):
         echo(note)

@@ -101,6 +101,9 @@ def summarize(
         parts = (f"{key} {share:.0%}" for key, share in shares.items())
         lines.append(f"importance (fANOVA): {', '.join(parts)}")
     lines += [f"{folder.name(t.index)} failed: {t.error}" for t in trials if t.error]
+    if counts["failed"]:
+        record = folder.trials / "TRIAL.json"
+        lines.append(f"to run a failed trial again: delete {record} and continue the sweep")
     return lines
 
 

@@ -54,6 +54,7 @@ def sweep_status(
         counts["not started"] = found.num_trials - len(states)
     first = best(records, found.goal) if found else None
     errors = [trial.error for trial in trials if trial.error]
+    errors += [_error(record) for record in records if record.error]
     return SweepStatus(
         sweep,
         dict(counts),
@@ -72,3 +73,9 @@ def _records(folder: SweepFolder) -> list[Trial]:
         with contextlib.suppress(UserError, OSError):
             found.append(folder.read(index))
     return [record for record in found if record is not None]
+
+
+def _error(record: Trial) -> Mapping[str, Any]:
+    """Of a trial, also one without a job of SLURM."""
+    text = f"trial {record.index:03d}: {record.error}"
+    return {"time": record.ended or 0.0, "job": None, "text": text}

@@ -108,6 +108,8 @@ def _ended(job: Job, answered: bool) -> tuple[str, str]:
         return (IDLE if continued else FAILED), f"{name} ended by its limit ({reason}); {note}"
     if job.queued:  # known to SLURM, and ended
         detail = f"{name} {job.queued.why}"
+        if job.queued.state == "FAILED" and not last:
+            detail += " before its first attempt: in `setup` of the profile, or in its script"
         if job.queued.state == "CANCELLED":
             return STOPPED, detail
         return (IDLE if job.queued.state == "COMPLETED" else FAILED), detail

@@ -75,7 +75,7 @@ CASES = [
     ("requeue hold", [STARTED], "requeued", "scontrol release"),
     ("failed", [STARTED, "failed train 7 0 a.yaml: batch = 30"], "failed", "a.yaml: batch = 30"),
     ("failed", [STARTED], "failed", "failed"),
-    ("failed", [], "failed", "failed"),
+    ("failed", [], "failed", "setup"),
     ("cancelled", [STARTED], "stopped", "cancelled"),
     ("cancelled", [], "stopped", "cancelled"),
     ("completed", [STARTED, "stopped train 7 0 STOP"], "stopped", "STOP"),
@@ -444,6 +444,27 @@ def test_runs_are_found_below_runs(
     assert len(capsys.readouterr().out.splitlines()) == 3, "the header, and each run once"
 
 
+def test_runs_that_only_another_user_may_read_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, private, half = (make_run(tmp_path / name) for name in ("a", "b", "c"))
+    closed = (private, half / "slurm")
+    for folder in closed:
+        folder.chmod(0)
+    try:
+        assert main(["status", str(tmp_path)]) == 0
+        out = capsys.readouterr().out
+        assert str(run) in out
+        assert str(half) in out
+        if os.geteuid() != 0:
+            assert str(private) not in out
+            assert main(["status", str(private)]) == 2
+            assert "permission" in capsys.readouterr().err
+    finally:
+        for folder in closed:
+            folder.chmod(0o755)
+
+
 def test_sweep_counts_trials_by_state(
     fake: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -486,6 +507,9 @@ def test_sweep_counts_trials_by_state(
     assert main(["status", str(sweep), str(sweep / "003")]) == 0
     assert "2.5" in capsys.readouterr().out
     assert status(sweep / "003").state == "running"
+    failed = Trial(5, {}, state="failed", error="out of memory", ended=time.time())
+    folder.write(failed)  # without a job, as of `bigan sweep`
+    assert any("005: out of memory" in text for text in as_lines(survey([sweep])))
     folder.sweep_file.write_text("{")
     (folder.trials / "000.json").write_text("")
     damaged = survey([sweep]).found[0]

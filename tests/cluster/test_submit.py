@@ -7,18 +7,20 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from cluster.fake_slurm import hold_lock, line
 from commands import ROOT, SMOKE
 
 from bigan import config as configs
 from bigan.cli.main import main
 from bigan.cluster import freeze, jobs, plan, slurm, words
 from bigan.cluster.profiles import Profile, load_profile
+from bigan.cluster.sweep_folder import SweepFolder, Trial
 from bigan.reporting.tracker import revision
 from bigan.run_config import load_config
 
@@ -32,6 +34,9 @@ printf '%s\\0' "$@" >"$FAKE/$number"
 env >"$FAKE/environment"
 echo "$number;cluster"
 """
+
+
+SWEEP = "{method: {name: grid}, parameters: {train.batch: [40, 25]}"
 
 
 class FakeSlurm:
@@ -194,31 +199,40 @@ def test_chain(fake: FakeSlurm) -> None:
     assert [(job["link"], job["links"]) for job in records()] == [(1, 3), (2, 3), (3, 3), (1, 1)]
 
 
-@pytest.fixture
-def sweep_module(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Stands in for the sweeps; returns the calls of `freeze`."""
-    frozen: list[Any] = []
-    sweep = SimpleNamespace(num_trials=12, parallel=4)
-    check = SimpleNamespace(
-        resolved=lambda sweep, config, overrides: (sweep, {}, load_config(config, overrides)),
-        freeze=lambda *arguments: frozen.append(arguments),
-    )
-    module = SimpleNamespace(load_sweep=lambda path: sweep)
-    monkeypatch.setitem(sys.modules, "bigan.cluster.sweep", module)
-    monkeypatch.setitem(sys.modules, "bigan.cluster.sweep_check", check)
-    return frozen
-
-
-@pytest.mark.parametrize(("options", "limit"), [((), 4), (("--parallel", 2), 2)])
+@pytest.mark.parametrize(("options", "limit"), [((), 3), (("--parallel", 2), 2)])
 def test_sweep_is_one_array(
-    fake: FakeSlurm, sweep_module: list[Any], options: tuple[object, ...], limit: int
+    fake: FakeSlurm,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[object, ...],
+    limit: int,
 ) -> None:
+    Path("s.yaml").write_text(f"{SWEEP}, parallel: 3}}")
     assert submit("--time", 30, "--sweep", "s.yaml", *options, "run_dir=runs/s") == 0
     (call,) = fake.calls()
-    assert f"--array=0-11%{limit}" in call
+    assert f"--array=0-1%{limit}" in call
     assert any(option.endswith("/logs/%A_%a.log") for option in call)
-    assert sweep_module[0][1:] == (SMOKE, ("run_dir=runs/s",), Path("runs/s").absolute())
+    assert Path("runs/s/sweep.yaml").exists()
     assert records(Path("runs/s"))[0]["kind"] == "sweep"
+    Path("s.yaml").write_text(f"{SWEEP.replace('25', '50')}}}")  # another sweep in its folder
+    assert "parameters" in refusal(
+        capsys, "--time", 30, "--sweep", "s.yaml", "run_dir=runs/s", "--dry-run"
+    )
+    Path("s.yaml").write_text(f"{SWEEP}}}")
+    for index in range(2):
+        SweepFolder(Path("runs/s")).write(Trial(index, {}, "complete"))
+    assert submit("--time", 30, "--sweep", "s.yaml", "run_dir=runs/s") == 0
+    assert "method.trials" in capsys.readouterr().out
+    assert len(fake.calls()) == 1
+
+
+def test_processes_of_every_trial_are_checked(
+    fake: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("s.yaml").write_text(f"{SWEEP}}}")
+    line = refusal(capsys, "--nodes", 2, "--sweep", "s.yaml", "run_dir=runs/s")
+    assert "train.batch=25" in line
+    assert "2 node(s)" in line
+    assert not fake.calls()
 
 
 HOSTILE_RUNS = [
@@ -314,23 +328,90 @@ def test_jobs_that_cannot_be_cancelled_are_named(
     assert "scancel 1 2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("answer", ["echo", "echo hello", "echo 'Submitted batch job'"])
-def test_an_answer_without_id_is_an_error(
-    fake: FakeSlurm, capsys: pytest.CaptureFixture[str], answer: str
+@pytest.mark.parametrize(
+    ("answer", "code", "fact"),
+    [
+        ("echo", 2, "not the id of a job"),
+        ("echo Submitted batch job", 2, "not the id of a job"),
+        ("echo your quota: 95", 2, "not the id of a job"),
+        ("echo Welcome to 7; echo '4;alpha'; echo your quota: 95", 0, "job 4 "),
+        ("echo Submitted batch job 4", 0, "job 4 "),
+        ("printf 'd\\xe9fense\\n' | tee /dev/stderr; echo 4", 0, "job 4 "),
+        ("printf 'd\\xe9fense\\n' >&2; exit 1", 2, "fense"),
+        ("exit 3", 2, "exit code 3"),
+        ("exec sleep 9", 2, "squeue --me"),
+    ],
+)
+def test_answers_of_sbatch(
+    fake: FakeSlurm,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    answer: str,
+    code: int,
+    fact: str,
 ) -> None:
+    monkeypatch.setattr(slurm, "TIMEOUT_SECONDS", 0.4 if "sleep" in answer else 60.0)
     (fake.folder / "sbatch").write_text(f"#!/bin/bash\n{answer}\n")
-    assert submit("--time", 30) == 2
-    assert "not the id of a job" in capsys.readouterr().err
+    assert submit("--time", 30) == code
+    assert fact in "".join(capsys.readouterr())
 
 
 def test_a_run_in_the_queue_is_not_submitted_again(
     fake: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert submit("--time", 30) == 0
-    (fake.folder / "queue").write_text("17\n1\n")
+    run = Path("runs/smoke-digits").absolute()
+    queue = fake.folder / "queue"
+    queue.write_text(f"{line('17', 'running', run)}\n{line('1', 'running', run)}\n")
     assert "job 1 " in refusal(capsys, "--time", 30)
-    (fake.folder / "queue").write_text("17\n")
+    # Another job with the number, of another cluster; and one that has ended.
+    queue.write_text(f"{line('1', 'running', Path('/other'))}\n")
     assert submit("--time", 30) == 0
+    queue.write_text(f"{line('1', 'completed', run)}\n")
+    assert submit("--time", 30) == 0
+
+
+def test_a_run_that_is_trained_here_is_not_submitted(
+    fake: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Path("runs/smoke-digits") / "slurm").mkdir(parents=True)
+    hold_lock(Path("runs/smoke-digits"))
+    assert f"pid {os.getpid()}" in refusal(capsys, "--time", 30)
+    assert not fake.calls()
+
+
+def test_a_complete_run_is_submitted_only_for_more_images(
+    fake: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path("runs/smoke-digits")
+    run.mkdir(parents=True)
+    config = load_config(SMOKE)
+    (run / "config.yaml").write_text(configs.dump(config))
+    (run / "DONE").write_text(f"{config.train.total_images}\n")
+    assert submit("--time", 30) == 0
+    assert "train.total_images" in capsys.readouterr().out
+    assert not fake.calls()
+    assert submit("--time", 30, "train.total_images=4000") == 0
+    assert submit("--time", 30, "--evaluate", "after") == 0
+    assert len(fake.calls()) == 3
+
+
+def test_two_submissions_at_once_are_one(fake: FakeSlurm) -> None:
+    """The second one waits until the first one has recorded its job, and finds it."""
+    run = Path("runs/smoke-digits").absolute()
+    (fake.folder / "queue").write_text(f"{line('1', 'begin', run)}\n")
+    text = (fake.folder / "sbatch").read_text()
+    (fake.folder / "sbatch").write_text(text.replace("number=1\n", "sleep 0.2\nnumber=1\n"))
+    codes: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: codes.append(submit("--time", 30))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(codes) == [0, 2]
+    assert len(fake.calls()) == len(records()) == 1
 
 
 def test_a_config_that_contradicts_the_run_is_refused(
@@ -479,7 +560,9 @@ def test_missing_gpus_and_cpus_are_stated(
     fact: str | None,
 ) -> None:
     assert submit("--time", 30, "--dry-run", *options) == 0
-    stated = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no --")]
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("data/digits: ") for line in lines), "it is not in this folder"
+    stated = [line for line in lines if line.startswith("no --")]
     assert [line.partition(":")[0] for line in stated] == ([fact] if fact else [])
 
 

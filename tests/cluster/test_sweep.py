@@ -125,7 +125,7 @@ def test_every_point_of_a_grid_and_the_ends_of_ranges_are_loaded(
 
     loaded: list[list[str]] = []
     monkeypatch.setattr(
-        sweep_check, "_check_point", lambda path, overrides, point: loaded.append(list(overrides))
+        sweep_check, "_check_point", lambda path, overrides, *_: loaded.append(list(overrides))
     )
     resolved(sweep_of(tmp_path, **GRID), SMOKE, [])
     assert [text[-2:] for text in loaded] == [

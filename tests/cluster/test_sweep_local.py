@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -11,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster.fake_slurm import FakeSlurm, line, submission
 from sweeps import GRID, LR, OPTUNA, SEED, frozen
 
-from bigan.cluster import sweep_local
+from bigan.cli.main import main
+from bigan.cluster import jobs, sweep_local
 from bigan.cluster.sweep_folder import SweepFolder
 from bigan.cluster.trial import PRUNED
+from bigan.errors import UserError
+from bigan.run.lock import LockedError
 
 # Writes what `bigan train CONFIG` and `bigan evaluate RUN [--watch]` leave. train.seed = 9 always
 # fails; FAKE_SECONDS: duration of a run of two snapshots; SIGTERM saves; a run that was saved
@@ -139,10 +144,15 @@ def test_pruned_trials_end_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)]
+    ("number", "cancels"),
+    [
+        (signal.SIGINT, False),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.full),
+        (signal.SIGTERM, True),
+    ],
 )
 def test_stopped_sweep_saves_and_continues(
-    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, cancels: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_SECONDS", "60")
     folder = frozen(tmp_path, **GRID)
@@ -151,13 +161,21 @@ def test_stopped_sweep_saves_and_continues(
         wanted = [folder.path / name / "attempts" for name in ("000", "001")]
         while not all(path.exists() for path in wanted):
             time.sleep(0.02)
-        os.kill(os.getpid(), number)
+        with contextlib.suppress(LockedError):  # a second `bigan sweep`, in another terminal
+            _run(folder)
+            refused.clear()
+        if cancels:
+            main(["cancel", str(folder.path)])
+        else:
+            os.kill(os.getpid(), number)
 
+    refused = [True]
     before = signal.getsignal(number)
     thread = threading.Thread(target=stop)
     thread.start()
     code, lines, _ = _run(folder, jobs=2)
     thread.join()
+    assert refused
     assert code == 128 + number
     assert signal.getsignal(number) is before
     assert _states(folder) == ["running", "running"]
@@ -167,6 +185,19 @@ def test_stopped_sweep_saves_and_continues(
     assert _states(folder) == ["complete"] * 4
     assert (folder.path / "000" / "attempts").read_text() == "xx"
     assert "continues" in lines[-1]
+
+
+def test_sweep_in_the_queue_is_not_run_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its trials would fail here, and be recorded as failed."""
+    folder = frozen(tmp_path, **GRID)
+    jobs.append(folder.path, submission(folder.path, "7", "sweep"))
+    fake = FakeSlurm(tmp_path / "slurm", monkeypatch)
+    fake.set(line("7_1", "running", folder.path, "sweep"))
+    with pytest.raises(UserError, match="job 7 "):
+        _run(folder)
+    assert not folder.read_all()
 
 
 @pytest.mark.full

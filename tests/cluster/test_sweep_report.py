@@ -36,6 +36,7 @@ def test_report_names_the_best_run(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "1.5" in best
     assert f"{LR}=0.1 {SEED}=1" in best
     assert "002 failed: out of memory" in out
+    assert f"delete {folder.trials}" in out
     rows = list(csv.DictReader((folder.path / "report.csv").open()))
     assert [row["state"] for row in rows] == ["complete", "complete", "failed"]
     assert [float(row[LR]) for row in rows] == [0.1, 0.1, 0.2]
@@ -90,9 +91,10 @@ def test_importance_is_that_of_the_parameter_that_matters(tmp_path: Path) -> Non
 def test_damaged_record_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = _ended(frozen(tmp_path, **GRID), [1.0])
     path = folder.trials / "000.json"
-    path.write_text(json.dumps({"index": 0}))
-    assert main(["sweep-report", str(folder.path)]) == 2
-    assert str(path) in capsys.readouterr().err
+    for content in ({"index": 0}, [], {"index": 0, "parameters": "x"}):
+        path.write_text(json.dumps(content))
+        assert main(["sweep-report", str(folder.path)]) == 2
+        assert str(path) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,18 @@ def test_killed_begin_finds_its_trial_in_the_study(tmp_path: Path) -> None:
     assert len(_optuna_trials(folder)) == 1
 
 
+def test_damaged_study_is_named(tmp_path: Path) -> None:
+    folder = frozen(tmp_path, **OPTUNA)
+    trial.begin(folder, 0)
+    intact = folder.journal.read_bytes()
+    for damaged in (intact[:-20], b"x\n" + intact):  # a line was half written, or is not JSON
+        folder.journal.write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            trial.begin(folder, 1)
+    folder.journal.unlink()
+    assert trial.begin(folder, 1).state == "running"
+
+
 def test_index_outside_of_the_sweep_is_refused(tmp_path: Path) -> None:
     folder = frozen(tmp_path, **GRID)
     with pytest.raises(UserError, match="4"):
