@@ -95,6 +95,7 @@ LONG = ("train.total_images=960", "train.checkpoint_images=80", "train.snapshot_
 
 
 @pytest.mark.full
+@pytest.mark.slow  # tests/launch/test_chaos.py kills at random times
 def test_sigkill_between_and_during_saves(digits: Path, tmp_path: Path) -> None:
     """After SIGKILL at random moments, the same command ends with the same bytes.
 

@@ -38,7 +38,9 @@ def alone(run: Path, *arguments: object) -> None:
     ("name", "overrides"),
     [
         ("eager", [WGAN_GP]),
-        pytest.param("compiled", [WGAN_GP], marks=pytest.mark.full),
+        pytest.param(
+            "compiled", [WGAN_GP], marks=[pytest.mark.full, pytest.mark.slow]
+        ),  # tests/parity has three steps of it
         pytest.param(
             "accumulate",
             ["train.micro_batch=10", "objective.discriminator_steps=2"],

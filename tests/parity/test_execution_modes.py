@@ -118,7 +118,14 @@ def test_aot_eager_is_bitwise_eager_with_augmentation(
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "cell", ["growth", "stylegan2", "r3gan", "r1 in a separate step", "vae", "wgan"]
+    "cell",
+    [
+        "growth",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("stylegan2", "r3gan")),
+        "r1 in a separate step",
+        "vae",
+        "wgan",
+    ],
 )
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_families_agree(

@@ -352,7 +352,7 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen[bytes]) -> 
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_trainers_and_kill_9(digits: Path, tmp_path: Path, num_processes: int) -> None:
     """The second is refused with one line; after kill -9 of the first, a start resumes at once.
 
