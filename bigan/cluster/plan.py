@@ -20,6 +20,7 @@ from bigan.cluster.profiles import Profile
 from bigan.cluster.render import Trusted, render
 from bigan.config import ConfigError
 
+SIGNAL_SECONDS = 180  # a save, and the minute by which SLURM may signal earlier
 Kind = Literal["train", "evaluate", "sweep"]
 Wait = Literal["start", "success"]
 # Of the containers: the option for the working folder, by which relative paths are resolved.
@@ -149,7 +150,8 @@ def jobs_of(
     size = (request.nodes, request.gpus, request.processes_per_node)
     cpus = training_cpus(request, profile)
     resources = _resources(profile, request.nodes, request.gpus, cpus, request.memory, request.time)
-    options = (f"--job-name={name}", *resources, *_common(profile, requeue=request.chain is None))
+    common = _common(profile, request.time, requeue=request.chain is None)
+    options = (f"--job-name={name}", *resources, *common)
     if request.sweep:
         limit = f"%{request.parallel}" if request.parallel else ""
         options = (*options, f"--array=0-{num_trials - 1}{limit}")
@@ -189,7 +191,7 @@ def _evaluator(request: Request, profile: Profile, name: str) -> list[Job]:
     options = (
         f"--job-name={name}-evaluate",
         *_resources(profile, nodes, gpus, cpus, memory, time),
-        *_common(profile, requeue=True),
+        *_common(profile, time, requeue=True),
     )
     wait: Wait = "start" if request.evaluate == "during" else "success"
     size = (nodes, gpus, gpus or 1)
@@ -246,14 +248,21 @@ def _resources(
     return options
 
 
-def _common(profile: Profile, requeue: bool) -> list[str]:
+def _common(profile: Profile, time: str | None, requeue: bool) -> list[str]:
     # A link of a chain is one allocation: however it ends, the next one continues. SLURM must not
     # restart it as well, for example after the loss of a node.
     return [
-        f"--signal=B:USR1@{profile.signal_seconds}",
+        f"--signal=B:USR1@{_signal_seconds(profile, time)}",
         "--requeue" if requeue else "--no-requeue",
         "--open-mode=append",
     ]
+
+
+def _signal_seconds(profile: Profile, time: str | None) -> int:
+    """How long before the time limit the run saves."""
+    if profile.signal_seconds is not None:
+        return profile.signal_seconds
+    return SIGNAL_SECONDS if time is None else int(min(SIGNAL_SECONDS, words.seconds(time) / 2))
 
 
 def _python(profile: Profile) -> str:
@@ -344,8 +353,9 @@ def check_places(run_dir: Path, working: Path, profile: Profile) -> None:
 def check_times(jobs_time: Sequence[tuple[str, str | None]], profile: Profile) -> None:
     """Raises `ConfigError` for a time limit (option, value) that is over before the signal."""
     for option, time in jobs_time:
-        if time is not None and words.seconds(time) <= profile.signal_seconds:
+        signal = profile.signal_seconds
+        if time is not None and signal is not None and words.seconds(time) <= signal:
             raise ConfigError(
-                f"command line: {option} {time}: must be longer than signal_seconds = "
-                f"{profile.signal_seconds} of the profile, or the job stops as soon as it starts"
+                f"command line: {option} {time}: must be longer than signal_seconds = {signal} of "
+                "the profile, or the job stops as soon as it starts"
             )

@@ -108,8 +108,9 @@ class Profile(Frozen):
     launcher: Launcher = "accelerate"
     # None: `python` after `setup` or in a container, else the one that executes `bigan submit`
     python: Annotated[str, AfterValidator(_text)] | None = None
-    # The run saves this long before the time limit. SLURM may signal up to 60 s earlier.
-    signal_seconds: Positive = 180
+    # The run saves this long before the time limit. SLURM may signal up to 60 s earlier. None: 180,
+    # or half of a shorter limit.
+    signal_seconds: Positive | None = None
     max_requeues: Annotated[int, Field(ge=0)] = 50
 
     @model_validator(mode="after")

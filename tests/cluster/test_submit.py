@@ -125,6 +125,7 @@ def test_submission_is_frozen_and_recorded(
     assert f"--chdir={Path.cwd()}" in train
     assert f"--output={run.absolute()}/slurm/logs/%j.log" in train
     assert {"--nodes=2", "--time=30", "--requeue", "--open-mode=append"} <= set(train)
+    assert "--signal=B:USR1@180" in train
     assert not [option for option in train if "gpu" in option]
     assert "--dependency=after:1" in evaluate
     assert "BIGAN_TRAINING_JOB=1\n" in (folder / "evaluate.sbatch").read_text()
@@ -276,6 +277,22 @@ def test_variables_of_a_job_are_not_inherited(
     environment = (fake.folder / "environment").read_text().splitlines()
     assert "SLURM_CONF=/etc/s.conf" in environment
     assert not [e for e in environment if e.startswith(("SLURM_R", "SLURM_A", "SRUN_"))]
+
+
+def test_signal_fits_the_time_limit(
+    fake: FakeSlurm, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert submit("--time", 3, "--evaluate", "after", "--evaluate-time", 60) == 0
+    signals = [o for argv in fake.calls() for o in argv if o.startswith("--signal")]
+    assert signals == ["--signal=B:USR1@90", "--signal=B:USR1@180"]
+    profile = tmp_path / "p.yaml"
+    profile.write_text("signal_seconds: 180\n")
+    given = ("--profile", profile, "run_dir=runs/other")
+    line = refusal(capsys, "--time", 3, *given)
+    assert "--time 3" in line
+    assert "signal_seconds = 180" in line
+    late = ("--evaluate", "after", "--evaluate-time", 2)
+    assert "--evaluate-time 2" in refusal(capsys, "--time", 30, *late, *given)
 
 
 # ---- failures ------------------------------------------------------------------------------------
@@ -449,8 +466,6 @@ TIME = ("--time", "24:00:00")
         (("--time", "5x"), ["--time", "'5x'"]),
         (("--time", "0"), ["--time"]),
         (("--time", "1:2:3:4"), ["--time"]),
-        (("--time", "3"), ["--time", "180"]),
-        (("--time", "30", "--evaluate", "after", "--evaluate-time", "2"), ["--evaluate-time"]),
         (("--nodes", "0"), ["--nodes"]),
         (("--gpus", "-1"), ["--gpus"]),
         (("--chain", "0"), ["--chain"]),
