@@ -203,6 +203,57 @@ def test_interrupted_runs_continue_where_they_stopped(toys: Callable[[], Toy]) -
         assert not (toy.run / "STOP").exists()
 
 
+def test_signals_while_staging(toys: Callable[[], Toy]) -> None:
+    """Before there is a trainer: SIGTERM requeues the job, the signal before the limit ends it."""
+    jobs = {}
+    for signal in ("TERM", "USR1"):
+        jobs[signal] = (toy := toys(), toy.submit("data.cache=/local", stages=60))
+    for signal, (toy, job) in jobs.items():
+        toy.wait_for("staging")
+        toy.cluster.run("scancel", "--batch", f"--signal={signal}", job)
+    states = {signal: toy.wait(job) for signal, (toy, job) in jobs.items()}
+    assert states == {"TERM": "COMPLETED", "USR1": "FAILED"}
+    found = [event for event, *_ in jobs["TERM"][0].events]
+    assert found == ["started", "requeued", "started", "completed"]
+    assert "--time" in jobs["USR1"][0].reason
+
+
+def test_wrong_variables_are_named(toys: Callable[[], Toy]) -> None:
+    wrong = [
+        {"BIGAN_PROCESSES": "two"},
+        {"BIGAN_LAUNCHER": "torchrun"},
+        {"BIGAN_CONTAINER": "docker"},
+        {"BIGAN_CONTAINER": "pyxis"},
+    ]
+    runs = [(toy := toys(), toy.submit(extra=extra)) for extra in wrong]
+    for (toy, job), extra in zip(runs, wrong, strict=True):
+        assert toy.wait(job) == "FAILED"
+        name, value = next(iter(extra.items()))
+        [line] = toy.log.read_text().splitlines()
+        assert f"FAILED: {name}={value}" in line
+
+
+def test_files_of_earlier_attempts_decide_nothing(toys: Callable[[], Toy]) -> None:
+    """DONE of a shorter run, REQUEUE, and a failure of a job with the same number."""
+    longer, crashes, other = toys(), toys(), toys()
+    (longer.run / "slurm").mkdir(parents=True)
+    (longer.run / "DONE").touch()
+    (longer.run / "slurm" / "attempts.tsv").write_text("a line that was cut o")
+    crashes.run.mkdir()
+    (crashes.run / "REQUEUE").touch()
+    jobs = [longer.submit(ends={"10": "input\nwrong"}), crashes.submit(ends={"10": "bug\nwrong"})]
+    for number in range(int(jobs[1]) + 1, int(jobs[1]) + 10):
+        logs = other.run / "slurm" / "logs" / f"{number}-0"
+        logs.mkdir(parents=True)
+        (logs / "failure-1-rank-0.txt").write_text("input\nold\n")
+    jobs.append(other.submit(ends={"30": "crash"}))
+    runs = zip((longer, crashes, other), jobs, strict=True)
+    assert [toy.wait(job) for toy, job in runs] == ["FAILED", "FAILED", "COMPLETED"]
+    lines = (longer.run / "slurm" / "attempts.tsv").read_text().splitlines()
+    assert [line.count("\t") for line in lines] == [0, 6, 6]
+    assert [event for event, *_ in crashes.events] == ["started", "failed"]
+
+
 @pytest.mark.slow
 def test_node_that_is_lost_before_the_first_checkpoint(toy: Toy) -> None:
     """The surviving rank reports it before SLURM notices."""

@@ -2,7 +2,7 @@
 
 A config is JSON: {"run_dir", "total", "every", "seconds", "ends"}. A step of `seconds` adds 10
 images; there is a checkpoint each `every` images. `ends`: images -> how the trainer ends there,
-once: "crash", "kill", or the text of a failure file. Of a config of bigan, the run folder and the
+once: "crash", "kill", or the text of a failure file. `stages`: seconds of the first staging. Of a config of bigan, the run folder and the
 learning rate of the generator are used: the metric is its distance from 0.003.
 """
 
@@ -91,6 +91,15 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
+def stage(arguments: list[str]) -> int:
+    config = settings(arguments[0])
+    mark = Path(config["run_dir"]) / "staging"
+    if not mark.exists():
+        mark.touch()
+        time.sleep(config["stages"])
+    return 0
+
+
 def evaluate(arguments: list[str]) -> int:
     """Measure snapshots, which are the checkpoints here; with --watch until the run ends."""
     run, until = Path(arguments[0]), None
@@ -122,7 +131,7 @@ def main() -> int:
         (log_folder() / f"launcher-{os.environ['RANK']}.json").write_text(json.dumps(options))
         arguments = arguments[2:]
     command, *arguments = arguments
-    return {"train": train, "evaluate": evaluate}[command](arguments)
+    return {"train": train, "evaluate": evaluate, "stage": stage}[command](arguments)
 
 
 if __name__ == "__main__":

@@ -103,6 +103,7 @@ show_end() { # LOG: its last lines
 
 enter_job() { # the log folder of this attempt, its nodes and processes
     BIGAN_RUN_DIR=${BIGAN_RUN_DIR%/}
+    if [[ $BIGAN_RUN_DIR != /* ]]; then BIGAN_RUN_DIR=$PWD/$BIGAN_RUN_DIR; fi
     export BIGAN_LOG_DIR=$BIGAN_RUN_DIR/slurm/logs/$JOB-$RESTART
     mkdir -p "$BIGAN_LOG_DIR" || fail "$BIGAN_LOG_DIR cannot be made"
     # Of a job with the same number, on another cluster.
@@ -234,9 +235,11 @@ on_signal() { # NAME
 await_child() { # FUNCTION, which ends CHILD at a signal; sets CODE
     STOP_CHILD=$1
     if [ -n "$SIGNALLED" ]; then "$STOP_CHILD"; fi # it came before CHILD was set
-    while kill -0 "$CHILD" 2>/dev/null; do wait "$CHILD"; done # a signal ends `wait`
-    wait "$CHILD"
-    CODE=$?
+    while :; do # a signal ends `wait`, not the child
+        wait "$CHILD"
+        CODE=$?
+        kill -0 "$CHILD" 2>/dev/null || break
+    done
     CHILD=""
 }
 
@@ -470,7 +473,7 @@ evaluate_job() { # RUN [options of `bigan evaluate`]
     local before watcher="" ending=()
     begin_job evaluate
     BIGAN_RUN_DIR=${BIGAN_RUN_DIR:-$1}
-    if [ ! -d "$BIGAN_RUN_DIR" ] && [[ " $* " != *" --watch "* ]]; then
+    if [ ! -d "$BIGAN_RUN_DIR" ] && [[ " ${BIGAN_TRAINING_JOB:+--watch} $* " != *" --watch "* ]]; then
         fail "$BIGAN_RUN_DIR: no such folder"
     fi
     enter_job
