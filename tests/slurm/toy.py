@@ -1,9 +1,10 @@
 """Takes the place of `python` in tests of job.sh: a trainer without torch.
 
-A config is JSON: {"run_dir", "total", "every", "seconds", "ends"}. A step of `seconds` adds 10
-images; there is a checkpoint each `every` images. `ends`: images -> how the trainer ends there,
-once: "crash", "kill", or the text of a failure file. `stages`: seconds of the first staging. Of a config of bigan, the run folder and the
-learning rate of the generator are used: the metric is its distance from 0.003.
+A config is JSON: {"run_dir", "total", "every", "seconds", "ends", "stages"}. A step of `seconds`
+adds 10 images; there is a checkpoint each `every` images. `ends`: images -> how the trainer ends
+there, once: "crash", "kill", or the text of a failure file. `stages`: seconds of the first staging.
+Of a config of bigan, the run folder and the learning rate of the generator are used: the metric is
+its distance from 0.003.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def settings(path: str) -> dict[str, Any]:
 
 
 def train(arguments: list[str]) -> int:
+    signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     config = settings(arguments[0])
     run = Path(config["run_dir"])
     with (log_folder() / f"rank-{rank()}.log").open("a") as log:
@@ -106,6 +108,9 @@ def evaluate(arguments: list[str]) -> int:
     if "--until" in arguments:
         until = Path(arguments[arguments.index("--until") + 1])
     (run / "evaluation").mkdir(exist_ok=True)
+    if not (run / "evaluating").exists():
+        (run / "evaluating").touch()
+        time.sleep(float(os.environ.get("TOY_EVALUATION_SECONDS", 0)))  # the first evaluation
     while True:
         over = until is None or until.exists() or (run / "DONE").exists()
         for complete in run.glob("checkpoints/*/COMPLETE"):
@@ -119,7 +124,6 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     module, *arguments = sys.argv[2:]
     if module == "bigan.cluster.run_dir":
         print(json.loads(Path(arguments[0]).read_text())["run_dir"])

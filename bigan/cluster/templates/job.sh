@@ -518,7 +518,7 @@ launch_evaluator() { # LOGS [OPTIONS]: with logs of its own; a port that no trai
 train_trial() { # WHEN: during | after: train, and evaluate every snapshot
     local before logs=$BIGAN_LOG_DIR/evaluate ended=$BIGAN_LOG_DIR/training-ended evaluator=""
     mkdir -p "$logs"
-    before=$(measured)
+    before=$(($(images_seen) + $(measured)))
     if [ "$1" = during ]; then
         launch_evaluator "$logs" --watch --until "$ended" &
         evaluator=$!
@@ -543,7 +543,7 @@ train_trial() { # WHEN: during | after: train, and evaluate every snapshot
     if [ "$CODE" = 0 ]; then return; fi
     leave_if_slurm_ends_job
     show_failure
-    require_restart "$before" "$(measured)"
+    require_restart "$before" $(($(images_seen) + $(measured)))
     restart
 }
 
