@@ -337,7 +337,7 @@ restart() { # run the job again, or leave that to the next link of a chain; does
     # An element of an array by its number: its SLURM_JOB_ID may be that of the whole array.
     until answer=$(scontrol requeue "$JOB" 2>&1); do
         tries=$((tries + 1))
-        if [[ $answer == *[Cc]ontact* || $answer == *timed\ out* ]] && [ "$tries" -lt 30 ]; then
+        if [[ $answer == *contact* || $answer == *timed\ out* ]] && [ "$tries" -lt 30 ]; then
             sleep 10 # the controller is restarted
             continue
         fi
