@@ -198,7 +198,9 @@ def test_interrupted_runs_continue_where_they_stopped(toys: Callable[[], Toy]) -
     runs[1].wait_for("slurm/attempts.tsv", containing="requeued")
     script = cluster.folder / "important.sbatch"
     script.write_text("#!/bin/bash\nsleep 1\n")
-    cluster.run("sbatch", "--partition=high", "--exclusive", "--nodes=2", script)
+    cluster.run(
+        "sbatch", "--output=/dev/null", "--partition=high", "--exclusive", "--nodes=2", script
+    )
     for toy, job in zip(runs, (limit, requeue, preempted), strict=True):
         assert toy.wait(job, 120) == "COMPLETED"
         starts = [found for found in toy.events if found[0] == "started"]
