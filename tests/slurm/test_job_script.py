@@ -146,10 +146,16 @@ def test_crash_after_progress_is_requeued(toys: Callable[[], Toy]) -> None:
     how = ("crash", "kill", "bug\nRuntimeError: CUDA error", "lost\nrank 1")
     runs = [(toy, toy.submit(ends={"30": end})) for end in how for toy in [toys()]]
     ends = dict.fromkeys(("30", "50", "70"), "crash")
+    former = toys()  # with failures of jobs with the same number
+    for number in range(int(runs[-1][1]) + 1, int(runs[-1][1]) + 10):
+        logs = former.run / "slurm" / "logs" / f"{number}-0"
+        logs.mkdir(parents=True)
+        (logs / "failure-1-rank-0.txt").write_text("input\nold\n")
+    runs.append((former, former.submit(ends={"30": "crash"})))
     bounded = toys()
     runs.append((bounded, bounded.submit(total=80, ends=ends, extra={"BIGAN_MAX_REQUEUES": "1"})))
-    assert [toy.wait(job) for toy, job in runs] == [*["COMPLETED"] * 4, "FAILED"]
-    for toy, _ in runs[:4]:
+    assert [toy.wait(job) for toy, job in runs] == [*["COMPLETED"] * 5, "FAILED"]
+    for toy, _ in runs[:5]:
         expected = [("started", "0", 0), ("requeued", "0", 20)]
         assert toy.events == [*expected, ("started", "1", 20), ("completed", "1", 40)]
         assert (toy.run / "seen.txt").read_text().split() == ["10", "20", "30", "30", "40"]
@@ -192,7 +198,9 @@ def test_interrupted_runs_continue_where_they_stopped(toys: Callable[[], Toy]) -
     runs[1].wait_for("slurm/attempts.tsv", containing="requeued")
     script = cluster.folder / "important.sbatch"
     script.write_text("#!/bin/bash\nsleep 1\n")
-    cluster.run("sbatch", "--partition=high", "--exclusive", "--nodes=2", script)
+    cluster.run(
+        "sbatch", "--output=/dev/null", "--partition=high", "--exclusive", "--nodes=2", script
+    )
     for toy, job in zip(runs, (limit, requeue, preempted), strict=True):
         assert toy.wait(job, 120) == "COMPLETED"
         starts = [found for found in toy.events if found[0] == "started"]
@@ -201,6 +209,52 @@ def test_interrupted_runs_continue_where_they_stopped(toys: Callable[[], Toy]) -
         seen = [int(line) for line in (toy.run / "seen.txt").read_text().split()]
         assert seen == list(range(10, 3010, 10))
         assert not (toy.run / "STOP").exists()
+
+
+def test_signals_while_staging(toys: Callable[[], Toy]) -> None:
+    """Before there is a trainer: SIGTERM requeues the job, the signal before the limit ends it."""
+    jobs = {}
+    for signal in ("TERM", "USR1"):
+        jobs[signal] = (toy := toys(), toy.submit("data.cache=/local", stages=60))
+    for signal, (toy, job) in jobs.items():
+        toy.wait_for("staging")
+        toy.cluster.run("scancel", "--batch", f"--signal={signal}", job)
+    states = {signal: toy.wait(job) for signal, (toy, job) in jobs.items()}
+    assert states == {"TERM": "COMPLETED", "USR1": "FAILED"}
+    found = [event for event, *_ in jobs["TERM"][0].events]
+    assert found == ["started", "requeued", "started", "completed"]
+    assert "--time" in jobs["USR1"][0].reason
+
+
+def test_wrong_variables_are_named(toys: Callable[[], Toy]) -> None:
+    wrong = [
+        {"BIGAN_PROCESSES": "two"},
+        {"BIGAN_LAUNCHER": "torchrun"},
+        {"BIGAN_CONTAINER": "docker"},
+        {"BIGAN_CONTAINER": "pyxis"},
+    ]
+    runs = [(toy := toys(), toy.submit(extra=extra)) for extra in wrong]
+    for (toy, job), extra in zip(runs, wrong, strict=True):
+        assert toy.wait(job) == "FAILED"
+        name, value = next(iter(extra.items()))
+        [line] = toy.log.read_text().splitlines()
+        assert f"FAILED: {name}={value}" in line
+
+
+def test_files_of_earlier_attempts_decide_nothing(toys: Callable[[], Toy]) -> None:
+    """DONE of a shorter run, and REQUEUE."""
+    longer, crashes = toys(), toys()
+    (longer.run / "slurm").mkdir(parents=True)
+    (longer.run / "DONE").touch()
+    (longer.run / "slurm" / "attempts.tsv").write_text("a line that was cut o")
+    crashes.run.mkdir()
+    (crashes.run / "REQUEUE").touch()
+    jobs = [longer.submit(ends={"10": "input\nwrong"}), crashes.submit(ends={"10": "bug\nwrong"})]
+    runs = zip((longer, crashes), jobs, strict=True)
+    assert [toy.wait(job) for toy, job in runs] == ["FAILED", "FAILED"]
+    lines = (longer.run / "slurm" / "attempts.tsv").read_text().splitlines()
+    assert [line.count("\t") for line in lines] == [0, 6, 6]
+    assert [event for event, *_ in crashes.events] == ["started", "failed"]
 
 
 @pytest.mark.slow
@@ -265,27 +319,35 @@ def test_evaluator_follows_and_ends_with_training(toys: Callable[[], Toy]) -> No
         assert sorted(path.stem for path in (toy.run / "evaluation").iterdir()) == names
 
 
-def submit_sweep(toy: Toy, method: str, parameters: str, *overrides: str) -> str:
-    """The id of the job array of a sweep over a real config, with the toy trainer."""
+def submit_sweep(
+    toy: Toy, method: str, parameters: str, *overrides: str, seconds: float = 0
+) -> str:
+    """The id of the job array of a sweep over a real config, with the toy trainer.
+
+    seconds: of the first evaluation of each trial.
+    """
     sweep, profile = toy.run.with_suffix(".sweep.yaml"), toy.run.with_suffix(".profile.yaml")
     sweep.write_text(f"method: {method}\nparameters: {parameters}\n")
     profile.write_text(f"python: {toy.python}\n")
     toy.cluster.run(
         sys.executable, "-m", "bigan", "submit", SMOKE, f"run_dir={toy.run}", *overrides,
         f"--sweep={sweep}", f"--profile={profile}", "--time=10:00", timeout=120,
+        extra={"TOY_EVALUATION_SECONDS": str(seconds)},
     )  # fmt: skip
     lines = (toy.run / "slurm" / "jobs.jsonl").read_text().splitlines()
     return str(json.loads(lines[-1])["job"])
 
 
 def test_sweeps_are_job_arrays(toys: Callable[[], Toy], digits: Path) -> None:
-    """A grid, of which one element is requeued alone, and a Bayesian search."""
+    """A grid, of which two elements are requeued alone, and a Bayesian search."""
     grid, bayesian = toys(), toys()
     data = f"data.path={digits}"
     lrs = "optimizer.generator.lr: [0.001, 0.002], optimizer.discriminator.lr: [0.1, 0.2]"
-    first = submit_sweep(grid, "{name: grid}", f"{{{lrs}}}", data)
+    first = submit_sweep(grid, "{name: grid}", f"{{{lrs}}}", data, seconds=5)
     grid.wait_for("002/checkpoints/20/COMPLETE")
     grid.cluster.run("scontrol", "requeue", f"{first}_2")
+    grid.wait_for("001/evaluating")
+    grid.cluster.run("scancel", "--batch", "--signal=USR1", f"{first}_1")
     lr = "{optimizer.generator.lr: {min: 0.0001, max: 0.01, log: true}}"
     second = submit_sweep(bayesian, "{name: optuna, trials: 6, startup_trials: 3}", lr, data)
     for toy, job, num in ((grid, first, 4), (bayesian, second, 6)):
@@ -299,5 +361,5 @@ def test_sweeps_are_job_arrays(toys: Callable[[], Toy], digits: Path) -> None:
         best = min(rows, key=lambda row: float(row["eval/fd/digits8-cnn-v1"]))
         assert str(toy.run / f"{int(best['trial']):03d}") in done
     restarts = [grid.cluster.field(f"{first}_{index}", "Restarts") for index in range(4)]
-    assert restarts == ["0", "0", "1", "0"]
+    assert restarts == ["0", "1", "1", "0"]
     assert float(best["optimizer.generator.lr"]) != 0.003

@@ -103,7 +103,9 @@ def requeue(cluster: Cluster, job: str) -> None:
 def preempt(cluster: Cluster, job: str) -> None:
     script = cluster.folder / "important.sbatch"
     script.write_text("#!/bin/bash\nsleep 1\n")
-    cluster.run("sbatch", "--partition=high", "--exclusive", "--nodes=2", script)
+    cluster.run(
+        "sbatch", "--output=/dev/null", "--partition=high", "--exclusive", "--nodes=2", script
+    )
 
 
 def lose_node(cluster: Cluster, job: str) -> None:

@@ -1,9 +1,10 @@
 """Takes the place of `python` in tests of job.sh: a trainer without torch.
 
-A config is JSON: {"run_dir", "total", "every", "seconds", "ends"}. A step of `seconds` adds 10
-images; there is a checkpoint each `every` images. `ends`: images -> how the trainer ends there,
-once: "crash", "kill", or the text of a failure file. Of a config of bigan, the run folder and the
-learning rate of the generator are used: the metric is its distance from 0.003.
+A config is JSON: {"run_dir", "total", "every", "seconds", "ends", "stages"}. A step of `seconds`
+adds 10 images; there is a checkpoint each `every` images. `ends`: images -> how the trainer ends
+there, once: "crash", "kill", or the text of a failure file. `stages`: seconds of the first staging.
+Of a config of bigan, the run folder and the learning rate of the generator are used: the metric is
+its distance from 0.003.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def settings(path: str) -> dict[str, Any]:
 
 
 def train(arguments: list[str]) -> int:
+    signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     config = settings(arguments[0])
     run = Path(config["run_dir"])
     with (log_folder() / f"rank-{rank()}.log").open("a") as log:
@@ -91,12 +93,24 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
+def stage(arguments: list[str]) -> int:
+    config = settings(arguments[0])
+    mark = Path(config["run_dir"]) / "staging"
+    if not mark.exists():
+        mark.touch()
+        time.sleep(config["stages"])
+    return 0
+
+
 def evaluate(arguments: list[str]) -> int:
     """Measure snapshots, which are the checkpoints here; with --watch until the run ends."""
     run, until = Path(arguments[0]), None
     if "--until" in arguments:
         until = Path(arguments[arguments.index("--until") + 1])
     (run / "evaluation").mkdir(exist_ok=True)
+    if not (run / "evaluating").exists():
+        (run / "evaluating").touch()
+        time.sleep(float(os.environ.get("TOY_EVALUATION_SECONDS", 0)))  # the first evaluation
     while True:
         over = until is None or until.exists() or (run / "DONE").exists()
         for complete in run.glob("checkpoints/*/COMPLETE"):
@@ -110,7 +124,6 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     module, *arguments = sys.argv[2:]
     if module == "bigan.cluster.run_dir":
         print(json.loads(Path(arguments[0]).read_text())["run_dir"])
@@ -122,7 +135,7 @@ def main() -> int:
         (log_folder() / f"launcher-{os.environ['RANK']}.json").write_text(json.dumps(options))
         arguments = arguments[2:]
     command, *arguments = arguments
-    return {"train": train, "evaluate": evaluate}[command](arguments)
+    return {"train": train, "evaluate": evaluate, "stage": stage}[command](arguments)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,11 @@
 set -uo pipefail
 
 MAX_IDLE=3 # attempts in a row without a new checkpoint that are interrupted from outside
-SIGNALLED=""
+SIGNALLED="" # " USR1", " TERM": the signals so far
+CHILD=""     # pid of what runs in the background, and the function that ends it
+STOP_CHILD=""
+KEEPER=""
+CODE=1 # exit code of CHILD
 
 say() { printf 'bigan job %s: %s\n' "$JOB" "$*"; }
 
@@ -27,7 +31,7 @@ fail() { # MESSAGE: end the job as FAILED, with the reason in the log and in att
 
 images_seen() { # of the newest complete checkpoint, or 0
     local newest=0 folder name
-    for folder in "$BIGAN_RUN_DIR"/checkpoints/*/; do
+    for folder in "${BIGAN_RUN_DIR:-}"/checkpoints/*/; do
         name=${folder%/}
         name=${name##*/}
         case $name in *[!0-9]*) continue ;; esac
@@ -41,20 +45,23 @@ measured() { # number of evaluated snapshots
     if [ -e "${found[0]}" ]; then echo "${#found[@]}"; else echo 0; fi
 }
 
+# A column of attempts.tsv; of an evaluator the number of evaluated snapshots, which is its progress.
 progress() { if [ "$KIND" = evaluate ]; then measured; else images_seen; fi; }
 
-record() { # EVENT REASON: append a line to attempts.tsv
-    local reason
-    reason=$(printf '%s' "${2:-}" | tr '\t\r\n' '   ' | cut -c 1-500)
+record() { # EVENT [REASON]: append a line to attempts.tsv, if the run has a folder
+    local reason=${2:-} file=${BIGAN_RUN_DIR:-}/slurm/attempts.tsv
+    if [ ! -d "${file%/*}" ]; then return; fi
+    reason=${reason:0:500}
+    if [ -s "$file" ] && [ -n "$(tail -c 1 "$file")" ]; then echo >>"$file"; fi # was cut off
     printf '%s\t%s\t%s\t%s\t%s\t%s\t%s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$1" "$KIND" \
-        "$JOB" "$RESTART" "$(images_seen)" "$reason" >>"$BIGAN_RUN_DIR/slurm/attempts.tsv"
+        "$JOB" "$RESTART" "$(progress)" "${reason//[[:cntrl:]]/ }" >>"$file"
 }
 
 idle_attempts() { # attempts of this kind, this one included, that started where the run is now
-    awk -F '\t' -v kind="$KIND" -v now="$(images_seen)" '
+    awk -F '\t' -v kind="$KIND" -v now="$(progress)" '
         $3 == kind && $2 == "started" { idle = $6 == now ? idle + 1 : 0 }
         $3 == kind && ($2 == "failed" || $2 == "stopped") { idle = 0 }
-        END { print idle + 0 }' "$BIGAN_RUN_DIR/slurm/attempts.tsv"
+        END { print idle + 0 }' "$BIGAN_RUN_DIR/slurm/attempts.tsv" 2>/dev/null
 }
 
 first_failure() { # [KINDS]: the failure file that was written first, of these kinds
@@ -94,18 +101,15 @@ show_end() { # LOG: its last lines
 
 # --- the job and its nodes ----------------------------------------------------------------------
 
-enter_job() { # KIND: the names of this attempt, its log folder, its nodes
-    KIND=$1
+enter_job() { # the log folder of this attempt, its nodes and processes
     BIGAN_RUN_DIR=${BIGAN_RUN_DIR%/}
+    if [[ $BIGAN_RUN_DIR != /* ]]; then BIGAN_RUN_DIR=$PWD/$BIGAN_RUN_DIR; fi
     export BIGAN_LOG_DIR=$BIGAN_RUN_DIR/slurm/logs/$JOB-$RESTART
-    mkdir -p "$BIGAN_LOG_DIR" || {
-        say "FAILED: $BIGAN_LOG_DIR cannot be made" >&2
-        exit 1
-    }
-    mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    NUM_NODES=${#NODES[@]}
-    container_commands
+    mkdir -p "$BIGAN_LOG_DIR" || fail "$BIGAN_LOG_DIR cannot be made"
+    # Of a job with the same number, on another cluster.
+    rm -f "$BIGAN_LOG_DIR/training-ended" "$BIGAN_LOG_DIR"/failure-*-rank-*.txt
     PROCESSES=${BIGAN_PROCESSES:-$((GPUS > 0 ? GPUS : 1))}
+    [[ $PROCESSES =~ ^[1-9][0-9]*$ ]] || fail "BIGAN_PROCESSES=$PROCESSES is not a number of processes"
     if [ "$GPUS" = 0 ]; then export ACCELERATE_USE_CPU=true; fi
     if [ -z "${OMP_NUM_THREADS:-}" ]; then
         local threads=$((${SLURM_CPUS_PER_TASK:-1} / PROCESSES))
@@ -134,14 +138,14 @@ free_port() { # [OFFSET]: a port of this job on which nothing listens; this is t
 }
 
 container_commands() { # SRUN: srun and its options; INSIDE: prefix of a command in a container
-    GPUS=${SLURM_GPUS_ON_NODE:-0}
-    SRUN=(srun --kill-on-bad-exit=1 --wait=60)
+    # The tasks may end at different times: that of a node which has all shards, and those of others.
+    SRUN=(srun --kill-on-bad-exit=1 --wait=0)
     INSIDE=()
     local options=("${BIGAN_CONTAINER_OPTIONS[@]+"${BIGAN_CONTAINER_OPTIONS[@]}"}")
     case ${BIGAN_CONTAINER:-none} in
     none) ;;
     pyxis) # options of srun: in a container, the batch script could not call srun
-        SRUN+=("--container-image=$BIGAN_IMAGE")
+        SRUN+=("--container-image=${BIGAN_IMAGE:-}")
         if [ -n "${BIGAN_MOUNTS:-}" ]; then SRUN+=("--container-mounts=$BIGAN_MOUNTS"); fi
         SRUN+=("${options[@]+"${options[@]}"}")
         ;;
@@ -149,11 +153,13 @@ container_commands() { # SRUN: srun and its options; INSIDE: prefix of a command
         INSIDE=(apptainer exec)
         if [ "$GPUS" != 0 ]; then INSIDE+=(--nv); fi
         if [ -n "${BIGAN_MOUNTS:-}" ]; then INSIDE+=(--bind "$BIGAN_MOUNTS"); fi
-        INSIDE+=("${options[@]+"${options[@]}"}" "$BIGAN_IMAGE")
+        INSIDE+=("${options[@]+"${options[@]}"}" "${BIGAN_IMAGE:-}")
         ;;
     *) fail "BIGAN_CONTAINER=$BIGAN_CONTAINER is not none, pyxis or apptainer" ;;
     esac
-    PYTHON=${BIGAN_PYTHON:-python}
+    if [ "${BIGAN_CONTAINER:-none}" != none ] && [ -z "${BIGAN_IMAGE:-}" ]; then
+        fail "BIGAN_CONTAINER=$BIGAN_CONTAINER needs BIGAN_IMAGE"
+    fi
 }
 
 on_each_node() { # COMMAND ...: one task per node
@@ -199,47 +205,54 @@ launch() { # PORT COMMAND ...: `python -m bigan COMMAND ...` on all ranks
 
 # --- signals ------------------------------------------------------------------------------------
 
-stop_file() { # CONTENT: a stop request, unless there is one
-    (set -o noclobber && printf '%s\n' "$1" >"$BIGAN_RUN_DIR/STOP") 2>/dev/null
-}
-
 is_own_stop() { [ -s "$BIGAN_RUN_DIR/STOP" ] && grep -q '^SLURM job' "$BIGAN_RUN_DIR/STOP"; }
 
 is_users_stop() { [ -e "$BIGAN_RUN_DIR/STOP" ] && ! is_own_stop; }
 
-on_signal() { # NAME: ask the run to save and stop
-    if [ -z "$SIGNALLED" ]; then say "signal $1: the run saves and stops"; fi
-    SIGNALLED+=" $1"
-    if [ "$KIND" = evaluate ]; then
-        kill -TERM "$CHILD" 2>/dev/null
-        return
-    fi
-    # A trainer that is starting deletes STOP: it is written again until the trainer has ended.
-    if [ -z "${KEEPER:-}" ]; then
-        (while kill -0 $$ 2>/dev/null; do
-            stop_file "SLURM job $JOB: signal $1"
+keep_stop() { # ask the trainer to save and stop; one that is starting deletes STOP: until it ends
+    if [ -n "$KEEPER" ]; then return; fi
+    (
+        trap '' TERM
+        while kill -0 $$ 2>/dev/null; do
+            if [ ! -e "$BIGAN_RUN_DIR/STOP" ]; then # renamed: an empty STOP is that of a user
+                echo "SLURM job $JOB: signal$SIGNALLED" >"$BIGAN_LOG_DIR/stop"
+                mv -n "$BIGAN_LOG_DIR/stop" "$BIGAN_RUN_DIR/STOP"
+            fi
             sleep 2
-        done) &
-        KEEPER=$!
-    fi
+        done
+    ) &
+    KEEPER=$!
 }
 
-supervise() { # COMMAND ...: run it to its end, also if a signal arrives; sets CODE
-    trap 'on_signal USR1' USR1
-    trap 'on_signal TERM' TERM
-    "$@" &
-    CHILD=$!
-    : >>"$BIGAN_LOG_DIR/rank-0.log"
-    tail -n +1 --sleep-interval=1 --pid="$CHILD" -F "$BIGAN_LOG_DIR/rank-0.log" 2>/dev/null &
-    local tail=$!
+end_child() { kill -TERM "$CHILD" 2>/dev/null; } # its tasks end with the job
+
+on_signal() { # NAME
+    if [ -n "$CHILD" ] && [ -z "$SIGNALLED" ]; then say "signal $1: saves and stops"; fi
+    SIGNALLED+=" $1"
+    if [ -n "$CHILD" ]; then "$STOP_CHILD"; fi
+}
+
+await_child() { # FUNCTION, which ends CHILD at a signal; sets CODE
+    STOP_CHILD=$1
+    if [ -n "$SIGNALLED" ]; then "$STOP_CHILD"; fi # it came before CHILD was set
     while :; do # a signal ends `wait`, not the child
         wait "$CHILD"
         CODE=$?
         kill -0 "$CHILD" 2>/dev/null || break
     done
-    trap '' USR1 TERM # what follows is short
-    if [ -n "${KEEPER:-}" ]; then
-        kill "$KEEPER" 2>/dev/null
+    CHILD=""
+}
+
+supervise() { # FUNCTION COMMAND ...: run it to its end, with the log of rank 0; sets CODE
+    STOP_CHILD=$1
+    "${@:2}" &
+    CHILD=$!
+    : >>"$BIGAN_LOG_DIR/rank-0.log"
+    tail -n +1 --sleep-interval=1 --pid="$CHILD" -F "$BIGAN_LOG_DIR/rank-0.log" 2>/dev/null &
+    local tail=$!
+    await_child "$1"
+    if [ -n "$KEEPER" ]; then
+        kill -KILL "$KEEPER" 2>/dev/null
         wait "$KEEPER" 2>/dev/null
         KEEPER=""
     fi
@@ -281,10 +294,9 @@ is_interrupted() { # whether something outside of the run ended this attempt
     [[ $SIGNALLED == *TERM* ]] || [ -e "$BIGAN_RUN_DIR/REQUEUE" ] || is_preempted || node_is_lost
 }
 
-require_restart() { # BEFORE: end the job as FAILED unless another attempt makes sense
-    local file after why idle
+require_restart() { # BEFORE AFTER: end the job as FAILED unless another attempt makes sense
+    local file why idle
     file=$(first_failure "input run taken_over") && fail "$(reason_of "$file")"
-    after=$(progress)
     if file=$(first_failure); then
         why=$(reason_of "$file")
     elif [ -n "$SIGNALLED" ]; then
@@ -292,15 +304,15 @@ require_restart() { # BEFORE: end the job as FAILED unless another attempt makes
     else
         why="exit code $CODE without a message; see the end of the logs in $BIGAN_LOG_DIR"
     fi
-    if [ "$after" -le "$1" ]; then
+    if [ "$2" -le "$1" ]; then
         if ! is_interrupted; then
             if [ -n "$SIGNALLED" ]; then
-                why="the time limit ended this attempt before its first checkpoint: raise --time, or lower train.checkpoint_images"
+                why="the time limit ended this attempt before it saved anything: raise --time, or lower train.checkpoint_images"
             fi
             fail "$why"
         fi
         idle=$(idle_attempts)
-        if [ "$idle" -ge "$MAX_IDLE" ]; then
+        if [ "${idle:-0}" -ge "$MAX_IDLE" ]; then
             fail "$idle attempts in a row made no progress; the last one: $why"
         fi
     fi
@@ -308,7 +320,7 @@ require_restart() { # BEFORE: end the job as FAILED unless another attempt makes
 }
 
 restart() { # run the job again, or leave that to the next link of a chain; does not return
-    local answer
+    local answer tries=0
     if [ -n "${BIGAN_CHAIN:-}" ]; then
         if [ "$BIGAN_CHAIN_LINK" -lt "$BIGAN_CHAIN_LENGTH" ]; then
             record limit "$WHY"
@@ -323,8 +335,14 @@ restart() { # run the job again, or leave that to the next link of a chain; does
     record requeued "$WHY"
     say "requeued at images_seen = $(images_seen) ($WHY)"
     # An element of an array by its number: its SLURM_JOB_ID may be that of the whole array.
-    answer=$(scontrol requeue "$JOB" 2>&1) ||
+    until answer=$(scontrol requeue "$JOB" 2>&1); do
+        tries=$((tries + 1))
+        if [[ $answer == *contact* || $answer == *timed\ out* ]] && [ "$tries" -lt 30 ]; then
+            sleep 10 # the controller is restarted
+            continue
+        fi
         fail "SLURM does not requeue this job ($answer); submit a chain instead: bigan submit ... --chain N"
+    done
     trap - TERM
     sleep 120 # until SLURM ends this script
     exit 1
@@ -347,28 +365,41 @@ begin_attempt() { # resolve what earlier attempts left
     fi
     if [ "${BIGAN_CHAIN_LINK:-1}" -gt 1 ]; then
         local last
-        last=$(awk -F '\t' '$3 == "train"' "$BIGAN_RUN_DIR/slurm/attempts.tsv" | tail -n 1)
+        last=$(awk -F '\t' '$3 == "train"' "$BIGAN_RUN_DIR/slurm/attempts.tsv" 2>/dev/null | tail -n 1)
         case $last in
         *$'\t'failed$'\t'*) fail "not continued after the failure of an earlier link: ${last##*$'\t'}" ;;
-        *$'\t'stopped$'\t'*) exit 0 ;;
+        *$'\t'stopped$'\t'*)
+            say "not continued: an earlier link was stopped (${last##*$'\t'})"
+            exit 0
+            ;;
         esac
     fi
     record started "$(hostname -s)"
     say "attempt $((RESTART + 1)) on ${SLURM_JOB_NODELIST}: $NUM_NODES node(s) of $PROCESSES process(es), from images_seen = $(images_seen)"
 }
 
+caches() { # CONFIG [a.b=value ...]: whether data.cache may be set, by the text
+    printf '%s\n' "$@" | cat - "$1" 2>/dev/null | grep -w cache | grep -qv null
+}
+
 train() { # CONFIG [a.b=value ...]: returns if the run is complete or was stopped on purpose
-    local before file
+    local before file was_done=""
     before=$(images_seen)
-    if printf '%s\n' "$@" | cat - "$1" 2>/dev/null | grep -w cache | grep -qv null; then
-        on_each_node "$PYTHON" -m bigan stage "$@" || {
+    if [ -e "$BIGAN_RUN_DIR/DONE" ]; then was_done=yes; fi
+    if [ -z "$SIGNALLED" ] && caches "$@"; then
+        supervise end_child on_each_node "$PYTHON" -m bigan stage "$@"
+        if [ "$CODE" != 0 ] && [ -z "$SIGNALLED" ]; then
             file=$(first_failure) && fail "$(reason_of "$file")"
             fail "staging the shards failed; see above"
-        }
+        fi
     fi
-    supervise launch "$(free_port)" train "$@"
+    if [ -z "$SIGNALLED" ]; then
+        rm -f "$BIGAN_RUN_DIR/REQUEUE" # of the former attempt
+        supervise keep_stop launch "$(free_port)" train "$@"
+    fi
     OUTCOME=""
-    if [ -e "$BIGAN_RUN_DIR/DONE" ]; then
+    # DONE of an earlier attempt says nothing about one that has failed before it deleted DONE.
+    if [ -e "$BIGAN_RUN_DIR/DONE" ] && { [ -z "$was_done" ] || [ "$CODE" = 0 ]; }; then
         OUTCOME=completed
     elif is_users_stop; then
         OUTCOME=stopped
@@ -377,30 +408,42 @@ train() { # CONFIG [a.b=value ...]: returns if the run is complete or was stoppe
     if [ -z "$OUTCOME" ]; then
         leave_if_slurm_ends_job
         show_failure
-        require_restart "$before"
+        require_restart "$before" "$(images_seen)"
         restart
     fi
 }
 
-name_job() {
-    JOB=$SLURM_JOB_ID RESTART=${SLURM_RESTART_COUNT:-0}
+begin_job() { # KIND: names, nodes and commands of this job; from here on a signal does not end it
+    KIND=$1 JOB=$SLURM_JOB_ID RESTART=${SLURM_RESTART_COUNT:-0}
     if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+    trap 'on_signal USR1' USR1
+    trap 'on_signal TERM' TERM
+    PYTHON=${BIGAN_PYTHON:-python}
+    GPUS=${SLURM_GPUS_ON_NODE:-0}
+    mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    NUM_NODES=${#NODES[@]}
+    container_commands
+    case ${BIGAN_LAUNCHER:-accelerate} in
+    accelerate | srun) ;;
+    *) fail "BIGAN_LAUNCHER=$BIGAN_LAUNCHER is not accelerate or srun" ;;
+    esac
 }
 
 find_run_dir() { # CONFIG [a.b=value ...]: set BIGAN_RUN_DIR, unless it is set
-    name_job
     if [ -n "${BIGAN_RUN_DIR:-}" ]; then return; fi
-    mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    container_commands
-    BIGAN_RUN_DIR=$(on_first_node "$PYTHON" -m bigan.cluster.run_dir "$@") || {
-        say "FAILED: the config has no run folder; see above" >&2
-        exit 1
-    }
+    begin_job train
+    BIGAN_RUN_DIR=$(on_first_node "$PYTHON" -m bigan.cluster.run_dir "$@") && return
+    if [ -n "$SIGNALLED" ]; then
+        WHY="signal$SIGNALLED"
+        leave_if_slurm_ends_job
+        restart
+    fi
+    fail "the config has no run folder; see above"
 }
 
 train_job() { # CONFIG [a.b=value ...]
-    name_job
-    enter_job train
+    begin_job train
+    enter_job
     begin_attempt
     train "$@"
     record "$OUTCOME"
@@ -428,9 +471,12 @@ watch_training() { # make the file that ends the evaluator, once training has en
 
 evaluate_job() { # RUN [options of `bigan evaluate`]
     local before watcher="" ending=()
-    name_job
+    begin_job evaluate
     BIGAN_RUN_DIR=${BIGAN_RUN_DIR:-$1}
-    enter_job evaluate
+    if [ ! -d "$BIGAN_RUN_DIR" ] && [[ " ${BIGAN_TRAINING_JOB:+--watch} $* " != *" --watch "* ]]; then
+        fail "$BIGAN_RUN_DIR: no such folder"
+    fi
+    enter_job
     record started "$(hostname -s)"
     before=$(progress)
     if [ -n "${BIGAN_TRAINING_JOB:-}" ]; then
@@ -438,7 +484,9 @@ evaluate_job() { # RUN [options of `bigan evaluate`]
         watcher=$!
         ending=(--watch --until "$BIGAN_LOG_DIR/training-ended")
     fi
-    supervise launch "$(free_port)" evaluate "$@" "${ending[@]+"${ending[@]}"}"
+    if [ -z "$SIGNALLED" ]; then
+        supervise end_child launch "$(free_port)" evaluate "$@" "${ending[@]+"${ending[@]}"}"
+    fi
     if [ -n "$watcher" ]; then kill "$watcher" 2>/dev/null; fi
     if [ "$CODE" = 0 ]; then
         record completed
@@ -450,7 +498,7 @@ evaluate_job() { # RUN [options of `bigan evaluate`]
     if [ -n "${BIGAN_TRAINING_JOB:-}" ] && [ -n "$SIGNALLED" ] && ! training_has_ended; then
         WHY="signal$SIGNALLED while training continues" # also if there was nothing to measure
     else
-        require_restart "$before"
+        require_restart "$before" "$(measured)"
     fi
     restart
 }
@@ -461,42 +509,60 @@ on_trial() { # begin | watch | end: of the trial of this element (bigan/cluster/
     on_first_node "$PYTHON" -m bigan.cluster.trial "$1" "$SWEEP" "$INDEX"
 }
 
-evaluate_trial() { # [OPTIONS]: with logs of its own beside those of the trainer
-    local logs=$BIGAN_LOG_DIR/evaluate
+is_pruned() { grep -qs pruned "$BIGAN_RUN_DIR/STOP"; }
+
+launch_evaluator() { # LOGS [OPTIONS]: with logs of its own; a port that no trainer of this job uses
+    BIGAN_LOG_DIR=$1 launch "$(free_port 15)" evaluate "$BIGAN_RUN_DIR" "${@:2}"
+}
+
+train_trial() { # WHEN: during | after: train, and evaluate every snapshot
+    local before logs=$BIGAN_LOG_DIR/evaluate ended=$BIGAN_LOG_DIR/training-ended evaluator=""
     mkdir -p "$logs"
-    BIGAN_LOG_DIR=$logs launch "$(free_port 1)" evaluate "$BIGAN_RUN_DIR" "$@"
+    before=$(($(images_seen) + $(measured)))
+    if [ "$1" = during ]; then
+        launch_evaluator "$logs" --watch --until "$ended" &
+        evaluator=$!
+        on_trial watch &
+    fi
+    train "$SWEEP/slurm/trials/$(printf '%03d' "$INDEX").yaml"
+    if [ "$OUTCOME" = stopped ] && ! is_pruned; then
+        record stopped
+        say "stopped at images_seen = $(images_seen); submit the sweep again to continue"
+        exit 0
+    fi
+    : >"$ended"
+    export BIGAN_LOG_DIR=$logs
+    if [ -n "$evaluator" ]; then
+        CHILD=$evaluator
+        await_child end_child
+    elif [ -z "$SIGNALLED" ]; then
+        supervise end_child launch_evaluator "$logs"
+    else
+        CODE=1
+    fi
+    if [ "$CODE" = 0 ]; then return; fi
+    leave_if_slurm_ends_job
+    show_failure
+    require_restart "$before" $(($(images_seen) + $(measured)))
+    restart
 }
 
 trial_job() { # SWEEP_DIR: the trial of this element
-    local when evaluator="" ended
+    local when
     SWEEP=$1 INDEX=$SLURM_ARRAY_TASK_ID
-    name_job
     BIGAN_RUN_DIR=$SWEEP/$(printf '%03d' "$INDEX")
-    enter_job trial
+    begin_job trial
+    enter_job
     when=$(on_trial begin) || fail "the trial could not be set up; see above"
     when=${when##*$'\n'}
     if [ "$when" = ended ]; then
         say "trial $INDEX has a result"
         exit 0
     fi
-    begin_attempt
-    ended=$BIGAN_LOG_DIR/training-ended
-    if [ "$when" = during ]; then
-        evaluate_trial --watch --until "$ended" &
-        evaluator=$!
-        on_trial watch &
-    fi
-    train "$SWEEP/slurm/trials/$(printf '%03d' "$INDEX").yaml"
-    if [ "$OUTCOME" = stopped ] && ! grep -q pruned "$BIGAN_RUN_DIR/STOP"; then
-        record stopped
-        say "stopped at images_seen = $(images_seen); submit the sweep again to continue"
-        exit 0
-    fi
-    : >"$ended"
-    if [ -n "$evaluator" ]; then
-        wait "$evaluator" || say "the evaluator ended with exit code $?"
-    else
-        evaluate_trial || fail "the evaluation failed; see $BIGAN_LOG_DIR/evaluate"
+    OUTCOME=stopped
+    if ! is_pruned; then # by an earlier attempt, which was interrupted afterwards
+        begin_attempt
+        train_trial "$when"
     fi
     on_trial end || fail "the result could not be recorded"
     record "$OUTCOME"
