@@ -59,7 +59,9 @@ test: setup  ## run the quick tests (no GPU needed)
 	$(BIN)/python -m pytest -m "not full and not slow and not gpu" -n 2 --dist worksteal
 
 test-full: setup system  ## run the tests that start launchers, SLURM and network namespaces
-	$(BIN)/python -m pytest -m "full and not slow and not gpu $(WITHOUT_SLURM)" --durations 15
+	@# Jobs of SLURM mostly wait: two clusters side by side take half the time.
+	@[ -n "$(WITHOUT_SLURM)" ] || $(BIN)/python -m pytest tests/slurm -m "not slow" -n 2
+	$(BIN)/python -m pytest -m "full and not slow and not gpu and not slurm" --durations 15
 
 test-slow: setup system  ## run the long tests
 	$(BIN)/python -m pytest -m "slow and not gpu $(WITHOUT_SLURM)"

@@ -65,6 +65,7 @@ def stopped_at(run: Path, number: int) -> int:
     return marker["images_seen"]
 
 
+@pytest.mark.slow  # test_job_script.py tests the signals of batch scripts
 def test_signal_to_bare_tasks_saves_and_marks(
     cluster: Cluster, digits: Path, tmp_path: Path
 ) -> None:

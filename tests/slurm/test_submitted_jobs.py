@@ -26,6 +26,7 @@ def test_test_only_reports_what_slurm_would_do(cluster: Cluster, tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_submitted_job_is_the_recorded_one(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
     """In a run folder whose name has spaces, quotes, %j and $(...)."""
     run = tmp_path / 'it\'s a "run" %j $(touch executed) ü'
