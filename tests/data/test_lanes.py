@@ -108,7 +108,7 @@ def test_the_first_batch_needs_the_own_part_of_the_first_block(web: Web) -> None
                 assert num_bytes(web) <= 1.2 * size_of(web) * BLOCK / NUM / ranks
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("cached", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_eight_ranks_then_four_then_two_read_every_image_once(
     web: Web, tmp_path: Path, cached: bool
 ) -> None:

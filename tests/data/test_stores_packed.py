@@ -168,6 +168,7 @@ for moment in map(int, sys.argv[3:]):
 """
 
 
+@pytest.mark.slow  # test_killed_at_random_times is similar
 def test_killed_before_every_kind_of_upload(
     source: Path, local: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

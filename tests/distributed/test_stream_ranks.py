@@ -89,6 +89,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow  # tests/data/test_lanes.py has ranks in one process
 def test_two_ranks_then_three_read_one_epoch(digits: Path, tmp_path: Path) -> None:
     """A third of an epoch on 2 ranks, the rest on 3: every sample once, in the order of 1 rank."""
     batch, total = 48, 1297

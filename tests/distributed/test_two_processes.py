@@ -37,7 +37,7 @@ def alone(run: Path, *arguments: object) -> None:
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        ("eager", [WGAN_GP]),
+        pytest.param("eager", [WGAN_GP], marks=pytest.mark.slow),
         pytest.param(
             "compiled", [WGAN_GP], marks=[pytest.mark.full, pytest.mark.slow]
         ),  # tests/parity has three steps of it

@@ -318,7 +318,7 @@ def test_a_run_goes_through_all_stages(grown: Grown, pyramid: Path, tmp_path: Pa
     assert last_weights(plain) == last_weights(config)
 
 
-@pytest.mark.parametrize("stop_at", [112, 160])
+@pytest.mark.parametrize("stop_at", [pytest.param(112, marks=pytest.mark.slow), 160])
 def test_a_run_resumed_in_a_fade_or_between_stages_is_bitwise_the_same(
     grown: Grown, tmp_path: Path, stop_at: int
 ) -> None:
@@ -346,6 +346,7 @@ def test_the_micro_batch_of_a_level_may_change_between_attempts(grown: Grown) ->
         check(grown(levels.format(20, 10)))
 
 
+@pytest.mark.slow  # tests/run/test_rollback.py restores other states
 def test_a_rollback_may_lead_into_an_earlier_stage(
     grown: Grown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,6 +383,7 @@ def test_a_rollback_may_lead_into_an_earlier_stage(
     assert last_weights(other) == last_weights(config)
 
 
+@pytest.mark.slow  # tests/parity compiles growth, too
 def test_one_graph_for_each_stage_and_phase(grown: Grown) -> None:
     """alpha moves at every step of a fade and must not be a constant of the graph."""
     config = grown("compile=aot_eager", "objective.penalties=[]", "objective.loss=non_saturating")

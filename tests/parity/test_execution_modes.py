@@ -84,7 +84,10 @@ def reference(digits: object) -> Callable[[RunConfig], State]:
     return of
 
 
-@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize(
+    "penalty",
+    [pytest.param(p, marks=[pytest.mark.slow] if p == "lazy_r1" else []) for p in PENALTIES],
+)
 def test_aot_eager_is_bitwise_eager(
     make_config: Callable[..., RunConfig], reference: Callable[[RunConfig], State], penalty: str
 ) -> None:
