@@ -58,11 +58,11 @@ def ran(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
 @pytest.mark.parametrize(
     "engines",
     [
-        ("ddp", "fsdp"),
         ("ddp", "single"),
         *(
             pytest.param(engines, marks=pytest.mark.slow)
             for engines in (
+                ("ddp", "fsdp"),
                 ("ddp", "zero1"),  # its shards are tested in test_engines.py
                 ("ddp", "fsdp", "single"),
                 ("ddp", "zero2"),
