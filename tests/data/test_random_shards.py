@@ -63,7 +63,7 @@ DIFFERENT = re.compile("holds images of several splits|all images are of split")
 
 
 @pytest.mark.parametrize(
-    "seeds", [range(50), pytest.param(range(50, 2000), marks=pytest.mark.full)]
+    "seeds", [range(150), pytest.param(range(150, 2000), marks=pytest.mark.full)]
 )
 def test_random_shards(tmp_path: Path, seeds: range) -> None:
     understood = 0
