@@ -9,7 +9,7 @@ import functools
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,8 +57,8 @@ class _Checked:
     code: freeze.Code
     run_dir: Path  # as in the config
     jobs: tuple[Job, ...]
-
     is_complete: bool = False  # and nothing is left to train or to evaluate
+    base: Mapping[str, Any] | None = None  # content of the base config of a sweep
 
     @property
     def absolute(self) -> Path:
@@ -122,9 +122,9 @@ def test_only(request: Request, profile: Profile, echo: Echo) -> None:
 
 def _check(request: Request, profile: Profile, echo: Echo) -> _Checked:
     check_options(request)
-    sweep = None
+    sweep, base = None, None
     if request.sweep:
-        sweep, config = _load_sweep(request.sweep, request)
+        sweep, base, config = _load_sweep(request.sweep, request)
         request = dataclasses.replace(request, parallel=request.parallel or sweep.parallel)
     else:
         config = load_config(request.config, request.overrides)
@@ -146,20 +146,20 @@ def _check(request: Request, profile: Profile, echo: Echo) -> _Checked:
         config.run_dir,
         jobs_of(request, profile, run_dir, sweep.num_trials if sweep else 0),
         not request.evaluate and _is_complete(config, sweep),
+        base,
     )
 
 
-def _load_sweep(path: Path, request: Request) -> tuple[Sweep, RunConfig]:
-    """The sweep in a file, and the config of its base."""
+def _load_sweep(path: Path, request: Request) -> tuple[Sweep, dict[str, Any], RunConfig]:
+    """The sweep in a file, with the content and the config of its base."""
     from bigan.cluster.sweep import load_sweep
     from bigan.cluster.sweep_check import require_same, resolved
     from bigan.cluster.sweep_folder import SweepFolder
 
-    sweep = load_sweep(path)
     check = functools.partial(_check_processes, request)
-    complete, base, config = resolved(sweep, request.config, request.overrides, check)
-    require_same(SweepFolder(config.run_dir), complete, base)
-    return sweep, config
+    sweep, base, config = resolved(load_sweep(path), request.config, request.overrides, check)
+    require_same(SweepFolder(config.run_dir), sweep, base)
+    return sweep, base, config
 
 
 def _is_complete(config: RunConfig, sweep: Sweep | None) -> bool:
@@ -235,11 +235,11 @@ def _next_folder(run_dir: Path) -> Path:
 def _write(checked: _Checked) -> Path:
     """Write the files of a submission but its scripts; returns its folder."""
     run = RunFolder(checked.absolute)
-    if checked.sweep:
-        from bigan.cluster.sweep_check import freeze as freeze_sweep
+    if checked.sweep and checked.base is not None:
+        from bigan.cluster.sweep_check import store
+        from bigan.cluster.sweep_folder import SweepFolder
 
-        request = checked.request
-        freeze_sweep(checked.sweep, request.config, request.overrides, run.path)
+        store(SweepFolder(run.path), checked.sweep, checked.base)
     with writing(run.slurm):
         (run.slurm / "logs").mkdir(parents=True, exist_ok=True)  # or SLURM discards the output
         freeze.freeze_code(checked.code, run.slurm)

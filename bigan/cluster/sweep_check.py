@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,15 @@ def freeze(
     """
     sweep, base, config = resolved(sweep, config_path, overrides)
     folder = SweepFolder(sweep_dir or config.run_dir)
+    store(folder, sweep, base)
+    return folder
+
+
+def store(folder: SweepFolder, sweep: Sweep, base: Mapping[str, Any]) -> None:
+    """Write `sweep.yaml` and `base.yaml` of a sweep that `resolved` has checked.
+
+    Raises `ConfigError` for a folder that has another sweep, or something else.
+    """
     require_same(folder, sweep, base)
     with writing(folder.path):
         folder.trials.mkdir(parents=True, exist_ok=True)
@@ -50,7 +59,6 @@ def freeze(
             text = yaml.safe_dump(base, sort_keys=False, allow_unicode=True)
             atomic_files.write_atomic(folder.base, text)
         atomic_files.write_atomic(folder.sweep_file, configs.dump(sweep))
-    return folder
 
 
 def resolved(
@@ -204,7 +212,7 @@ def _check_keys(sweep: Sweep, overrides: Sequence[str]) -> None:
             raise ConfigError(f"sweep: {clash[0]} is set by an override, and varied; leave one out")
 
 
-def require_same(folder: SweepFolder, sweep: Sweep, base: dict[str, Any]) -> None:
+def require_same(folder: SweepFolder, sweep: Sweep, base: Mapping[str, Any]) -> None:
     """Raises `ConfigError` unless the folder is new, or has this sweep of this config."""
     if folder.sweep_file.is_file():
         before = folder.sweep().model_dump(mode="json")
