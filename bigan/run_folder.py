@@ -91,6 +91,18 @@ class RunFolder:
     def slurm(self) -> Path:
         return self.path / "slurm"
 
+    @property
+    def jobs(self) -> Path:
+        return self.slurm / "jobs.jsonl"
+
+    @property
+    def attempts(self) -> Path:
+        return self.slurm / "attempts.tsv"
+
+    @property
+    def job_logs(self) -> Path:
+        return self.slurm / "logs"
+
     def sample_grid(self, images_seen: int, sampler: str | None = None) -> Path:
         """The sample grid of a sampler; None: the first one of the objective."""
         folder = self.samples if sampler is None else self.samples / sampler

@@ -72,7 +72,7 @@ def _live_jobs(folders: Folders, queue: Mapping[str, QueuedJob]) -> dict[str, tu
     found: dict[str, tuple[Path, Job]] = {}
     for path, known in folders.items():
         for job in join(known, queue):
-            if job.waits or job.is_active:
+            if job.is_live:
                 element = job.id.partition("_")[2]
                 trial = SweepFolder(path).run(int(element)).path if element.isdecimal() else path
                 found[job.id] = (trial if trial in folders else path, job)

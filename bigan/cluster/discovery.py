@@ -38,7 +38,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of a run, also of one that was only submitted."""
     run = RunFolder(folder)
-    files = (run.config, run.slurm / "jobs.jsonl", run.slurm / "attempts.tsv")
+    files = (run.config, run.jobs, run.attempts)
     return any(records.exists(path) for path in files)
 
 

@@ -31,6 +31,11 @@ class Job:
         return self.queued is not None and self.queued.is_active
 
     @property
+    def is_live(self) -> bool:
+        """Whether it runs or waits."""
+        return self.queued is not None and self.queued.is_live
+
+    @property
     def has_ended(self) -> bool:
         """Whether SLURM still knows the job, which has ended."""
         return self.queued is not None and not self.queued.is_live
@@ -51,7 +56,7 @@ def live_jobs(run_dir: Path, timeout_seconds: float | None = None) -> list[str]:
     """The ids of the jobs of a run that run or wait, of arrays one id; raises `SlurmError`."""
     known = read_jobs(run_dir)
     queue = query({job.id for job in known}, timeout_seconds)
-    live = {job.id.partition("_")[0] for job in join(known, queue) if job.waits or job.is_active}
+    live = {job.id.partition("_")[0] for job in join(known, queue) if job.is_live}
     return sorted(live, key=int)
 
 

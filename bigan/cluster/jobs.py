@@ -17,15 +17,10 @@ from typing import Any
 from bigan.run_folder import RunFolder
 
 
-def path_of(run_dir: Path) -> Path:
-    """The file with the jobs of a run."""
-    return RunFolder(run_dir).slurm / "jobs.jsonl"
-
-
 def append(run_dir: Path, job: Mapping[str, Any]) -> None:
     """Append a job; several processes may do so at once. Raises OSError."""
     line = json.dumps(job, ensure_ascii=True).encode() + b"\n"
-    descriptor = os.open(path_of(run_dir), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(RunFolder(run_dir).jobs, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.write(descriptor, line)
         os.fsync(descriptor)
@@ -37,7 +32,7 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
     """The jobs of a run, oldest first; lines that are not complete are left out."""
     found = []
     try:
-        lines = path_of(run_dir).read_bytes().splitlines()
+        lines = RunFolder(run_dir).jobs.read_bytes().splitlines()
     except OSError:
         return []
     for line in lines:

@@ -170,9 +170,9 @@ def _logs(choice: Choice, known: Sequence[JobRecord]) -> list[Log]:
     """The logs of all jobs, or of one rank in all attempts."""
     run, rank = choice.run, choice.rank
     order = {record.id: index for index, record in enumerate(known)}
-    folders = [RunFolder(run).slurm / "logs"]
+    folders = [RunFolder(run).job_logs]
     if is_trial(run):
-        folders.append(RunFolder(run.parent).slurm / "logs")
+        folders.append(RunFolder(run.parent).job_logs)
     if is_sweep(run) and rank is not None:
         folders += run.glob("[0-9]*/slurm/logs")
     found = []
@@ -217,7 +217,7 @@ def _missing(choice: Choice) -> str:
     has = f"jobs with a log: {', '.join(jobs)}" if jobs else ""
     if choice.rank is not None:
         what = f"no log of rank {choice.rank}"
-        logs = (RunFolder(run).slurm / "logs").glob("*/rank-*.log")
+        logs = RunFolder(run).job_logs.glob("*/rank-*.log")
         ranks = {path.stem.removeprefix("rank-") for path in logs}
         has = f"ranks with a log: {', '.join(sorted(ranks))}" if ranks else ""
     if not has and known:

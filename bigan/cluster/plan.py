@@ -19,6 +19,7 @@ from bigan.cluster import words
 from bigan.cluster.profiles import Profile
 from bigan.cluster.render import Trusted, render
 from bigan.config import ConfigError
+from bigan.run_folder import RunFolder
 
 SIGNAL_SECONDS = 180  # a save, and the minute by which SLURM may signal earlier
 Kind = Literal["train", "evaluate", "sweep"]
@@ -120,7 +121,7 @@ class Job:
     def arguments(self, places: Places) -> list[str]:
         """Options of sbatch, without those that depend on other jobs."""
         log = "%A_%a.log" if self.kind == "sweep" else "%j.log"
-        logs = str(places.run_dir / "slurm" / "logs").replace("%", "%%")
+        logs = str(RunFolder(places.run_dir).job_logs).replace("%", "%%")
         return [*self.options, f"--output={logs}/{log}", f"--chdir={places.working}"]
 
     def command(self, places: Places, before: Sequence[str]) -> list[str]:

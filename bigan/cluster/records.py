@@ -130,7 +130,7 @@ class JobRecord:
 def read_events(run_dir: Path) -> list[Event]:
     """The lines of attempts.tsv that are complete, oldest first."""
     try:
-        text = (RunFolder(run_dir).slurm / "attempts.tsv").read_text("utf-8", errors="replace")
+        text = RunFolder(run_dir).attempts.read_text("utf-8", errors="replace")
     except OSError:
         return []
     events = []
@@ -169,7 +169,7 @@ def read_jobs(run_dir: Path) -> list[JobRecord]:
 
 def last_failure(run_dir: Path) -> Failure | None:
     """The failure of the newest attempt that has one; of several ranks, the cause of the others."""
-    attempts = map(read_failures, (RunFolder(run_dir).slurm / "logs").glob("*-*"))
+    attempts = map(read_failures, RunFolder(run_dir).job_logs.glob("*-*"))
     newest = max(
         filter(None, attempts), key=lambda found: max(each.time for each in found), default=[]
     )

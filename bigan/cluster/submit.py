@@ -241,7 +241,7 @@ def _write(checked: _Checked) -> Path:
 
         store(SweepFolder(run.path), checked.sweep, checked.base)
     with writing(run.slurm):
-        (run.slurm / "logs").mkdir(parents=True, exist_ok=True)  # or SLURM discards the output
+        run.job_logs.mkdir(parents=True, exist_ok=True)  # or SLURM discards the output
         freeze.freeze_code(checked.code, run.slurm)
         while True:
             folder = _next_folder(checked.absolute)
@@ -267,7 +267,7 @@ def _submit(checked: _Checked, places: Places, echo: Echo) -> list[str]:
                 atomic_files.write_atomic(script, text)
             command = job.command(places, ids)
             ids.append(slurm.sbatch(command[2:]))
-            with writing(jobs.path_of(places.run_dir)):
+            with writing(RunFolder(places.run_dir).jobs):
                 jobs.append(places.run_dir, _record(job, ids[-1], command, checked.code, places))
             echo(f"job {ids[-1]} submitted: {job}")
     except BaseException:

@@ -84,11 +84,11 @@ class SweepFolder:
 
     @property
     def trials(self) -> Path:
-        return self.path / "slurm" / "trials"
+        return RunFolder(self.path).slurm / "trials"
 
     @property
     def logs(self) -> Path:
-        return self.path / "slurm" / "logs"
+        return RunFolder(self.path).job_logs
 
     def name(self, index: int) -> str:
         """The name of a trial's run folder: "003"."""
